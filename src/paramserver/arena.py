@@ -1,0 +1,179 @@
+"""Arenas: many variables of one dtype and one optimizer group in one contiguous block of memory.
+
+Rules
+    * A layout says where each variable lies. Worker and ps compute it from the same layout, so an offset means
+      the same thing on both sides and nothing per variable has to travel.
+    * A variable starts at a multiple of `ALIGNMENT` bytes, so that matrix kernels find their alignment. The gap
+      before it belongs to nobody; its gradient is zero for ever.
+    * An arena is divided into *blocks* of `BLOCK` elements. A block is what is locked, updated, sent and checked
+      for torn reads in one go: large enough that Python does not show, small enough to stay in a cache and to
+      bound every buffer. A *range* ``[start, stop)`` counts elements; a *piece* is a range inside one block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from paramserver.errors import ConfigError
+from paramserver.rules import Rule
+
+ALIGNMENT = 64
+BLOCK = 1 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+
+Range = tuple[int, int]
+
+
+class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A named state: what has to be equal on every worker that shares it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
+    """Which variables lie in one arena, in which order, and the rule that updates them (None: none does).
+
+    >>> layout = ArenaLayout("float32", None, (VariableSpec("w", (3, 2), "float32"), VariableSpec("b", (2,), "float32")))
+    >>> layout.offsets, layout.size, layout.nbytes
+    ((0, 16), 18, 72)
+    """
+
+    dtype: str
+    rule: Rule | None
+    variables: tuple[VariableSpec, ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """The first element of each variable."""
+        step = ALIGNMENT // self.itemsize
+        offsets, end = [], 0
+        for variable in self.variables:
+            offsets.append(-(-end // step) * step)
+            end = offsets[-1] + variable.size
+        return tuple(offsets)
+
+    @cached_property
+    def size(self) -> int:
+        """The number of elements, gaps included."""
+        return self.offsets[-1] + self.variables[-1].size if self.variables else 0
+
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of all its variables."""
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole arena."""
+        return self.size * self.itemsize
+
+    @cached_property
+    def ranges(self) -> tuple[Range, ...]:
+        """The range of each variable, without the gaps."""
+        return tuple(
+            (start, start + variable.size) for start, variable in zip(self.offsets, self.variables, strict=True)
+        )
+
+    @cached_property
+    def pieces(self) -> tuple[Range, ...]:
+        """The whole arena, block by block."""
+        return tuple(pieces([(0, self.size)]))
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor of each variable's shape for each variable, all of them views of ``flat``."""
+        return [
+            flat[start:stop].view(variable.shape)
+            for (start, stop), variable in zip(self.ranges, self.variables, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class StoreMemory:
+    """Where a ps keeps the values of its arenas.
+
+    Attributes:
+        values: A flat tensor for each arena.
+        versions: For each arena one counter for each block: odd while the block is written, two more after.
+        descriptor: The file that other processes can map, if there is one.
+    """
+
+    values: list[torch.Tensor]
+    versions: list[npt.NDArray[np.uint64]]
+    descriptor: int | None = None
+
+
+def dtype_name(dtype: torch.dtype, variable: str) -> str:
+    """The name under which a dtype travels.
+
+    Raises:
+        ConfigError: If variables of this dtype cannot live on a ps.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(
+            f"variable {variable!r} has dtype {name}, which a parameter server cannot hold; "
+            f"expected one of {', '.join(DTYPES)}"
+        )
+    return name
+
+
+def num_blocks(size: int) -> int:
+    """How many blocks an arena of ``size`` elements has."""
+    return -(-size // BLOCK)
+
+
+def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
+    """The ranges, cut at block boundaries, in order.
+
+    >>> list(pieces([(5, 10), (BLOCK - 1, BLOCK + 1)])) == [(5, 10), (BLOCK - 1, BLOCK), (BLOCK, BLOCK + 1)]
+    True
+    """
+    for start, stop in ranges:
+        while start < stop:
+            end = min(stop, (start // BLOCK + 1) * BLOCK)
+            yield start, end
+            start = end
+
+
+def merge(ranges: Sequence[Range], gap: int) -> tuple[Range, ...]:
+    """The sorted ranges, neighbours that are at most ``gap`` elements apart made one.
+
+    >>> merge([(0, 6), (16, 18), (64, 80)], gap=15)
+    ((0, 18), (64, 80))
+    """
+    merged: list[Range] = []
+    for start, stop in ranges:
+        if merged and start - merged[-1][1] <= gap:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to be sent from or received into."""
+    return memoryview(tensor.view(torch.uint8).numpy())

@@ -1,0 +1,48 @@
+"""Who is where: the tasks of a run, their addresses, and which of them this process is. No torch here."""
+
+from paramserver.cluster.resolver import (
+    ClusterResolver,
+    DuplicateTaskError,
+    SimpleClusterResolver,
+    UnionClusterResolver,
+    format_master_url,
+)
+from paramserver.cluster.roles import (
+    collective_leader,
+    coordination_leader,
+    find_task,
+    id_in_cluster,
+    is_chief,
+    normalize_cluster_spec,
+    parse_role,
+    validate_cluster,
+    worker_count,
+)
+from paramserver.cluster.spec import ClusterDef, ClusterLike, ClusterSpec
+from paramserver.cluster.task import Role, TaskId
+from paramserver.cluster.tf_config import TFConfigClusterResolver, load_tf_config, server_task
+
+__all__ = [
+    "ClusterDef",
+    "ClusterLike",
+    "ClusterResolver",
+    "ClusterSpec",
+    "DuplicateTaskError",
+    "Role",
+    "SimpleClusterResolver",
+    "TFConfigClusterResolver",
+    "TaskId",
+    "UnionClusterResolver",
+    "collective_leader",
+    "coordination_leader",
+    "find_task",
+    "format_master_url",
+    "id_in_cluster",
+    "is_chief",
+    "load_tf_config",
+    "normalize_cluster_spec",
+    "parse_role",
+    "server_task",
+    "validate_cluster",
+    "worker_count",
+]

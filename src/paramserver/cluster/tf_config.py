@@ -1,0 +1,183 @@
+"""The cluster in the environment variable TF_CONFIG, as launchers of TensorFlow jobs write it: JSON.
+
+``{"cluster": {"chief": [...], "worker": [...], "ps": [...]}, "task": {"type": "worker", "index": 0}}``; also
+``rpc_layer`` and ``session_master``. What is not there is None or empty; what is there and wrong is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from paramserver.cluster import environment as process_environment
+from paramserver.cluster.resolver import ClusterResolver, Identity, format_master_url
+from paramserver.cluster.roles import find_task
+from paramserver.cluster.spec import ClusterSpec, parse_index
+from paramserver.cluster.task import Role, TaskId
+from paramserver.errors import ConfigError
+
+CountDevices: TypeAlias = Callable[[str | None, int | None], Mapping[str, int]]
+"""From a task's type and id to its devices by kind, such as ``{"CPU": 1, "GPU": 2}``."""
+
+
+def no_devices(task_type: str | None, task_id: int | None) -> Mapping[str, int]:
+    """Counts none: this package does not know what a device is."""
+    return {}
+
+
+class TFConfigClusterResolver(ClusterResolver):
+    """Reads TF_CONFIG at every access, so that a change of the variable changes the answers.
+
+    Args:
+        task_type: Overrides the environment's.
+        task_id: Overrides the environment's; 0 does too.
+        rpc_layer: Overrides the environment's.
+        environment: The name of the place where the cluster runs.
+        count_devices: Counts the devices of a task; by default there are none.
+
+    Every method and property that reads the environment raises ConfigError where TF_CONFIG is malformed.
+    """
+
+    def __init__(
+        self,
+        task_type: str | None = None,
+        task_id: int | None = None,
+        rpc_layer: str | None = None,
+        environment: str = "",
+        *,
+        count_devices: CountDevices = no_devices,
+    ) -> None:
+        self.task_type, self.task_id, self.rpc_layer = task_type, task_id, rpc_layer
+        self._environment = environment
+        self._count_devices = count_devices
+
+    def cluster_spec(self) -> ClusterSpec:
+        """The cluster in TF_CONFIG, an empty one where there is none."""
+        return _cluster(load_tf_config())
+
+    def master(
+        self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None
+    ) -> str:
+        """TF_CONFIG's ``session_master`` as it stands, else a task's address, this one's where none is named.
+
+        Returns:
+            The address; ``""`` where the cluster has one task at most.
+
+        Raises:
+            ConfigError: If TF_CONFIG is malformed, or the task not known or not in the cluster.
+        """
+        session_master = _text(load_tf_config(), "session_master")
+        if session_master is not None:
+            return session_master
+        cluster = self.cluster_spec()
+        if sum(cluster.num_tasks(job) for job in cluster.jobs) <= 1:
+            return ""
+        address = self._address(cluster, task_type, task_id)
+        return format_master_url(address, self.rpc_layer if rpc_layer is None else rpc_layer)
+
+    def num_accelerators(self, task_type: str | None = None, task_id: int | None = None) -> Mapping[str, int]:
+        """The devices of a task, this one where none is named, by kind and without CPUs."""
+        devices = self._count_devices(
+            self.task_type if task_type is None else task_type, self.task_id if task_id is None else task_id
+        )
+        return {kind: count for kind, count in devices.items() if kind != "CPU"}
+
+    def _address(self, cluster: ClusterSpec, task_type: str | None, task_id: int | None) -> str:
+        job = self.task_type if task_type is None else task_type
+        index = self.task_id if task_id is None else task_id
+        if job is None or index is None:
+            raise ConfigError(
+                f"master: expected to know which task this is, got task_type {job!r} and task_id {index!r}; "
+                "pass them, or set 'task': {'type', 'index'} in TF_CONFIG"
+            )
+        return cluster.task_address(job, index)
+
+    def _identify(self) -> Identity:
+        config = load_tf_config()
+        task = _object(config, "task")
+        return Identity(_task_type(task), _task_index(task), _text(config, "rpc_layer"))
+
+
+def load_tf_config() -> dict[str, object]:
+    """The object in TF_CONFIG, unchecked but for its outermost form; ``{}`` where the variable is not set.
+
+    Raises:
+        ConfigError: If the variable holds no JSON object.
+    """
+    text = process_environment.read().tf_config
+    try:
+        config = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        found = repr(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end of the text"
+        raise ConfigError(
+            f"TF_CONFIG: no JSON at line {error.lineno}, column {error.colno}: {error.msg}, found {found}"
+        ) from error
+    if not isinstance(config, dict):
+        raise _wrong("the variable", "a JSON object", config)
+    return config
+
+
+def server_task() -> tuple[ClusterSpec, TaskId]:
+    """The cluster and the task in it that TF_CONFIG names, for a process that serves what it is told.
+
+    The index of the task is 0 where it is not given.
+
+    Raises:
+        ConfigError: If TF_CONFIG is malformed, lacks the cluster, the task or its type, or the cluster lacks
+            the task or anybody who trains.
+    """
+    config = load_tf_config()
+    cluster, task = _cluster(config), _object(config, "task")
+    task_type = _task_type(task)
+    for key, value in (("cluster", cluster), ("task", task), ("task.type", task_type)):
+        if not value:
+            raise ConfigError(f"TF_CONFIG: {key!r} is missing, so there is nothing to serve; add it")
+    if not (cluster.tasks(Role.CHIEF) or cluster.tasks(Role.WORKER)):
+        raise ConfigError(
+            f"TF_CONFIG: 'cluster': expected a chief or worker to serve, got the jobs {cluster.jobs}"
+        )
+    return cluster, find_task(cluster, task_type, _task_index(task) or 0)
+
+
+def _cluster(config: Mapping[str, object]) -> ClusterSpec:
+    jobs = _object(config, "cluster")
+    try:
+        return ClusterSpec(jobs)  # type: ignore[arg-type]  # the constructor checks what JSON held
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"TF_CONFIG: {error}") from error
+
+
+def _object(config: Mapping[str, object], key: str) -> dict[str, object]:
+    value = config.get(key, {})
+    if not isinstance(value, dict):
+        raise _wrong(repr(key), "a JSON object", value)
+    return value
+
+
+def _text(config: Mapping[str, object], key: str) -> str | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _wrong(repr(key), "a string", value)
+    return value
+
+
+def _task_type(task: Mapping[str, object]) -> str | None:
+    if "type" not in task:
+        return None
+    if isinstance(task["type"], bool) or not isinstance(task["type"], str | int):
+        raise _wrong("'task.type'", "a string", task["type"])
+    return str(task["type"])
+
+
+def _task_index(task: Mapping[str, object]) -> int | None:
+    if "index" not in task:
+        return None
+    try:
+        return parse_index(task["index"], "'task.index'")
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"TF_CONFIG: {error}") from error
+
+
+def _wrong(what: str, expected: str, got: object) -> ConfigError:
+    return ConfigError(f"TF_CONFIG: {what}: expected {expected}, got {json.dumps(got)}")

@@ -1,0 +1,52 @@
+"""How a worker gets its client: lanes to every ps of a cluster, or to one that is played in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+
+from paramserver.client import ParameterClient
+from paramserver.cluster import ClusterSpec, Role, TaskId, environment
+from paramserver.server import play_in_process
+from paramserver.transport.handshake import Identity, connect, new_incarnation
+from paramserver.transport.lane import Lane
+
+
+def in_process() -> ParameterClient:
+    """A client of a ps that is played in this process."""
+    return ParameterClient([play_in_process()])
+
+
+def to_cluster(cluster: ClusterSpec, me: TaskId, timeout: float) -> ParameterClient:
+    """Connect to every ps of a cluster. The client says goodbye when it is collected or the process ends.
+
+    Raises:
+        DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
+        TokenError: If the run's token does not fit.
+    """
+    surroundings = environment.read()
+    identity = Identity(task=str(me), token=surroundings.token, incarnation=new_incarnation())
+    give_up = time.monotonic() + timeout
+    lanes: list[Lane] = []
+    try:
+        for task in cluster.tasks(Role.PS):
+            remaining = max(give_up - time.monotonic(), 0.0)
+            address = cluster.address(task)
+            lanes.append(connect(address, str(task), identity, lane=surroundings.lane, timeout=remaining))
+    except BaseException:
+        for lane in lanes:
+            lane.close()
+        raise
+    client = ParameterClient(lanes)
+    weakref.finalize(client, _leave, lanes, os.getpid())
+    return client
+
+
+def _leave(lanes: list[Lane], pid: int) -> None:
+    """The last words of a task that did not say goodbye itself."""
+    if os.getpid() != pid:
+        return  # a forked child, such as a DataLoader's, inherits the connection but not the right to end it
+    uncaught = getattr(sys, "last_value", None)
+    ParameterClient(lanes).goodbye("" if uncaught is None else f"{type(uncaught).__name__}: {uncaught}")

@@ -1,0 +1,239 @@
+"""ParameterServerStrategy: variables live on ps tasks, workers push gradients without waiting for each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from paramserver.client import ParameterClient
+from paramserver.cluster import (
+    ClusterResolver,
+    ClusterSpec,
+    Role,
+    TaskId,
+    TFConfigClusterResolver,
+    id_in_cluster,
+    is_chief,
+    validate_cluster,
+    worker_count,
+)
+from paramserver.distribute import connection, variables
+from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.input import DistributedDataset, InputContext
+from paramserver.distribute.prepared_optimizer import PreparedOptimizer
+from paramserver.distribute.strategy import Strategy, StrategyExtended
+from paramserver.errors import ConfigError
+from paramserver.placement import Placement, RoundRobin
+
+logger = logging.getLogger(__name__)
+
+SESSION_CREATION_TIMEOUT = 7200.0
+
+T = TypeVar("T")
+
+
+class ParameterServerStrategy(Strategy):
+    """Asynchronous training with parameter servers; without a cluster, the same in one process.
+
+    Every worker runs the same program. `prepare` puts the model's variables onto the ps tasks; from then on
+    ``optimizer.step()`` pushes this worker's gradients, the ps tasks apply them at once, and fresh values come back.
+    The task that the resolver names must be a worker or the chief for that; on a ps, ``paramserver server`` or
+    ``Server(...).join()`` serves.
+
+    Not thread-safe: one thread prepares and trains.
+
+    Args:
+        cluster_resolver: Says who is where; by default TF_CONFIG does (C01). An empty cluster means one process.
+        variable_placement: Which ps holds which variable; round robin by default.
+        session_creation_timeout: Seconds to wait for the ps tasks to come up and for the chief to initialize.
+
+    Raises:
+        ValueError: If the cluster or this task's place in it cannot work (C04 to C11).
+    """
+
+    def __init__(
+        self,
+        cluster_resolver: ClusterResolver | None = None,
+        *,
+        variable_placement: Placement | None = None,
+        session_creation_timeout: float = SESSION_CREATION_TIMEOUT,
+    ) -> None:
+        self._resolver = cluster_resolver or TFConfigClusterResolver()
+        self.cluster: ClusterSpec = self._resolver.cluster_spec()
+        self.task: TaskId | None = None
+        if self.cluster:
+            self.task = validate_cluster(self.cluster, self._resolver.task_type, self._resolver.task_id)
+        self._placement = variable_placement or RoundRobin()
+        self._timeout = session_creation_timeout
+        self._extended = ParameterServerExtended(self)
+        self.client: ParameterClient | None = None
+        logger.info("%r", self)
+
+    @property
+    def extended(self) -> StrategyExtended:
+        return self._extended
+
+    @property
+    def cluster_resolver(self) -> ClusterResolver:
+        return self._resolver
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this task initializes, checkpoints and writes summaries (C12); true in one process."""
+        return self.task is None or is_chief(self.cluster, *self.task)
+
+    @property
+    def num_ps(self) -> int:
+        """How many ps tasks there are; one process plays one."""
+        return self.cluster.num_tasks(Role.PS) if self.cluster else 1
+
+    @property
+    def input_context(self) -> InputContext:
+        """Which part of the input this task reads (I01).
+
+        Raises:
+            ValueError: On a task that does not train.
+        """
+        if self.task is None:
+            return InputContext()
+        return InputContext(
+            num_input_pipelines=worker_count(self.cluster, self.task.role),
+            input_pipeline_id=id_in_cluster(self.cluster, *self.task),
+            num_replicas_in_sync=self.num_replicas_in_sync,
+        )
+
+    @property
+    def global_step(self) -> int:
+        """Updates of the model, as this worker last heard of them."""
+        return self.client.global_step if self.client else 0
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, PreparedOptimizer]:
+        """Put the model's variables onto the ps tasks and bind the model to them.
+
+        The chief's initial values become everyone's. The model is the same object afterwards, its parameters in
+        other memory; the optimizer that comes back pushes and pulls where the given one would update. Blocks until
+        all ps tasks are up and the chief has initialized them. Afterwards every worker but the first has a random
+        stream of its own, so that shuffling and dropout differ between them.
+
+        Raises:
+            ConfigError: On a task that does not train, or for a model or optimizer that cannot be distributed.
+            DeadlineError: If a ps or the chief is not up in time.
+            ModelMismatchError: If this worker's model differs from the chief's.
+            RunOverError: If the run has ended already.
+        """
+        return self.prepare_from(model, optimizer, initialize=_initial_values)
+
+    def prepare_from(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        initialize: Callable[[ParameterClient, BoundModel], int],
+        timeout: float | None = None,
+        on_wait: Callable[[float], None] = lambda _: None,
+    ) -> tuple[nn.Module, PreparedOptimizer]:
+        """`prepare`, with the chief's way to give the variables their first values.
+
+        Args:
+            model: As for `prepare`.
+            optimizer: As for `prepare`.
+            initialize: Fills the variables of the ps tasks and returns the global step that they belong to.
+            timeout: Seconds to wait in all; the strategy's by default.
+            on_wait: Called about every second while the chief is waited for.
+        """
+        limit = self._timeout if timeout is None else timeout
+        arenas = variables.plan(variables.collect(model, optimizer), optimizer, self._placement, self.num_ps)
+        layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
+        client = self._connect(limit)
+        if self.is_chief:
+            is_ready = client.create(layouts)
+            bound = BoundModel(arenas, client.open(), optimizer.param_groups, client)
+            if not is_ready:
+                client.mark_ready(initialize(client, bound))
+        else:
+            client.await_ready(limit, on_wait)
+            client.join(layouts)
+            bound = BoundModel(arenas, client.open(), optimizer.param_groups, client)
+        bound.bind()
+        self._separate_random_streams()
+        return model, PreparedOptimizer(optimizer, bound.step)
+
+    def distribute_dataset(self, dataset: Iterable[T]) -> DistributedDataset[T]:
+        context = self.input_context
+        if context.num_input_pipelines > 1:
+            logger.info("%s: this worker reads the whole dataset, in an order of its own", context)
+        return super().distribute_dataset(dataset)
+
+    def close(self, failure: str = "") -> None:
+        """Say goodbye to the ps tasks: this task has finished, or why it cannot go on. Idempotent.
+
+        Called at the end of the process if it was not before.
+        """
+        if self.client is not None:
+            self.client.goodbye(failure)
+
+    def __repr__(self) -> str:
+        if self.task is None:
+            return "<ParameterServerStrategy in one process>"
+        return (
+            f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {self.cluster}, "
+            f"{self.num_ps} ps, computing on {', '.join(self.extended.worker_devices)}>"
+        )
+
+    def _connect(self, timeout: float) -> ParameterClient:
+        if self.task is None:
+            self.client = connection.in_process()
+            return self.client
+        if not self.task.role.trains:
+            raise ConfigError(
+                f"prepare: this task is {self.task}, which does not train; "
+                "a ps runs 'paramserver server' or Server(...).join(), an evaluator reads checkpoints"
+            )
+        if self.client is not None:
+            raise ConfigError("prepare: this strategy has prepared a model already; a run trains one model")
+        self.client = connection.to_cluster(self.cluster, self.task, timeout)
+        return self.client
+
+    def _separate_random_streams(self) -> None:
+        index = id_in_cluster(self.cluster, *self.task) if self.task else 0
+        if index:
+            torch.manual_seed((torch.initial_seed() + index) % 2**63)
+
+
+class ParameterServerExtended(StrategyExtended):
+    """See `StrategyExtended`; C13, C15, C17."""
+
+    def __init__(self, strategy: ParameterServerStrategy) -> None:
+        self._strategy = strategy
+
+    @property
+    def worker_devices(self) -> tuple[str, ...]:
+        task = self._strategy.task
+        return (f"/job:{task.role}/task:{task.index}/device:CPU:0" if task else "/device:CPU:0",)
+
+    @property
+    def parameter_devices(self) -> tuple[str, ...]:
+        if self._strategy.task is None:
+            return ("/device:CPU:0",)
+        return tuple(f"/job:ps/task:{task.index}" for task in self._strategy.cluster.tasks(Role.PS))
+
+    @property
+    def should_init(self) -> bool:
+        return self._strategy.is_chief
+
+    @property
+    def should_checkpoint(self) -> bool:
+        return self._strategy.is_chief
+
+    @property
+    def should_save_summary(self) -> bool:
+        return self._strategy.is_chief
+
+
+def _initial_values(client: ParameterClient, bound: BoundModel) -> int:
+    bound.assign()
+    return 0

@@ -1,0 +1,159 @@
+"""What of a module lives on parameter servers: its variables, in the order that every worker finds them in.
+
+Rules
+    * Every parameter and every persistent buffer of the model is a variable, named as in ``state_dict()``. Of names
+      that share one tensor (tied weights), the first is the variable's.
+    * A parameter that an optimizer holds is updated by its rule; all others are kept but never updated.
+    * A floating point or integer buffer (BatchNorm's running statistics, counters) is updated by adding what each
+      worker changed it by: for one worker that is its own value, for several the sum of their moves, as in the
+      original. A boolean buffer keeps the chief's value.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from paramserver.arena import ArenaLayout, VariableSpec, dtype_name
+from paramserver.errors import ConfigError
+from paramserver.placement import Placement
+from paramserver.rules import Rule, describe
+
+
+class Kind(enum.Enum):
+    """How a variable changes."""
+
+    TRAINED = "trained"
+    FROZEN = "frozen"
+    """Held by an optimizer, but without ``requires_grad`` at the start; may be trained later."""
+    COUNTED = "counted"
+    """A buffer, changed by adding."""
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A tensor of the model that lives on a ps.
+
+    Attributes:
+        spec: Its name, shape and dtype.
+        tensor: The parameter or buffer.
+        kind: How it changes.
+        group: The index of its optimizer group, -1 if it has none.
+    """
+
+    spec: VariableSpec
+    tensor: torch.Tensor
+    kind: Kind
+    group: int
+
+
+@dataclass(frozen=True)
+class ArenaPlan:
+    """One arena: what lies in it and where it is."""
+
+    layout: ArenaLayout
+    variables: tuple[Variable, ...]
+    ps: int
+    index: int
+
+    @property
+    def kind(self) -> Kind:
+        """How its variables change."""
+        return self.variables[0].kind
+
+    @property
+    def group(self) -> int:
+        """The index of their optimizer group, -1 if they have none."""
+        return self.variables[0].group
+
+
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Variable]:
+    """The variables of a model, in creation order: parameters first, then buffers.
+
+    Raises:
+        ConfigError: If the optimizer holds a parameter that is not the model's, or a tensor cannot live on a ps.
+    """
+    groups = _groups(optimizer)
+    variables: dict[int, Variable] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        _check(name, parameter)
+        kind = Kind.CONSTANT
+        if id(parameter) in groups:
+            kind = Kind.TRAINED if parameter.requires_grad else Kind.FROZEN
+        variables.setdefault(id(parameter), _variable(name, parameter, kind, groups.get(id(parameter), -1)))
+    for name, buffer in persistent_buffers(model):
+        _check(name, buffer)
+        kind = Kind.CONSTANT if buffer.dtype is torch.bool else Kind.COUNTED
+        variables.setdefault(id(buffer), _variable(name, buffer, kind, -1))
+    strangers = groups.keys() - variables.keys()
+    if strangers:
+        raise ConfigError(
+            f"prepare: the optimizer holds {len(strangers)} parameters that the model does not have; "
+            "pass the module that owns all parameters of the optimizer"
+        )
+    return list(variables.values())
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """The other names of tensors that have several, and the name of the variable that each one means."""
+    first: dict[int, str] = {}
+    others: dict[str, str] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model)]:
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            others[name] = known
+    return others
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each buffer that ``state_dict()`` holds."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def plan(
+    variables: Sequence[Variable], optimizer: torch.optim.Optimizer | None, placement: Placement, num_ps: int
+) -> list[list[ArenaPlan]]:
+    """The arenas of each ps: one for each dtype, optimizer group and kind that it holds variables of."""
+    rules = [describe(optimizer, group) for group in range(len(optimizer.param_groups))] if optimizer else []
+    places = placement.place([variable.spec for variable in variables], num_ps)
+    together: list[dict[tuple[str, int, Kind], list[Variable]]] = [{} for _ in range(num_ps)]
+    for variable, place in zip(variables, places, strict=True):
+        key = (variable.spec.dtype, variable.group, variable.kind)
+        together[place].setdefault(key, []).append(variable)
+    return [
+        [_arena(members, rules, ps, index) for index, members in enumerate(arenas.values())]
+        for ps, arenas in enumerate(together)
+    ]
+
+
+def _arena(members: list[Variable], rules: list[Rule], ps: int, index: int) -> ArenaPlan:
+    first = members[0]
+    rule = rules[first.group] if first.group >= 0 else None
+    layout = ArenaLayout(first.spec.dtype, rule, tuple(member.spec for member in members))
+    return ArenaPlan(layout, tuple(members), ps, index)
+
+
+def _groups(optimizer: torch.optim.Optimizer | None) -> dict[int, int]:
+    groups = optimizer.param_groups if optimizer else []
+    return {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
+
+
+def _variable(name: str, tensor: torch.Tensor, kind: Kind, group: int) -> Variable:
+    return Variable(VariableSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype, name)), tensor, kind, group)
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ConfigError(f"prepare: {name!r} has no shape yet; run the lazy module once before prepare")
+    if tensor.device.type != "cpu":
+        raise ConfigError(
+            f"prepare: {name!r} is on {tensor.device}; parameters are trained on the CPU, call model.cpu() first"
+        )

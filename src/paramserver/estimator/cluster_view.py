@@ -1,0 +1,124 @@
+"""Which task of its cluster this process is, as TF_CONFIG says at one moment.
+
+Rules:
+
+1. Without a cluster the process is ``worker:0``, chief, and alone.
+2. The evaluator sees no cluster: it talks to nobody, and is found by no id.
+3. Ids count the chief first, then the other roles by name, ps last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from paramserver.cluster import ClusterSpec, Role, TaskId, TFConfigClusterResolver, find_task, is_chief
+from paramserver.cluster.tf_config import load_tf_config
+from paramserver.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterView:
+    """What one task knows of its cluster: TF_CONFIG at one moment, checked."""
+
+    task: TaskId
+    cluster_spec: ClusterSpec = field(default_factory=lambda: ClusterSpec({}))
+    """The training cluster. Empty without one, and for the evaluator, which stands outside of it."""
+    is_chief: bool = False
+    num_ps_replicas: int = 0
+    num_worker_replicas: int = 0
+    """The tasks that compute gradients, the chief among them."""
+    global_id_in_cluster: int | None = None
+    """Chief first, then the other roles by name, ps last; None for the evaluator."""
+    master: str = ""
+    evaluation_master: str = ""
+    service: Mapping[str, object] | None = None
+    """TF_CONFIG's ``service`` as it stands."""
+    lacks_chief: bool = False
+    """Whether there is a cluster and it has no task of role chief."""
+
+    @classmethod
+    def from_environment(cls) -> ClusterView:
+        """Read TF_CONFIG.
+
+        Raises:
+            ConfigError: If it is malformed, or names a task that does not fit its cluster.
+            TypeError: If its ``service`` is no dict.
+        """
+        resolver, config = TFConfigClusterResolver(), load_tf_config()
+        cluster = resolver.cluster_spec()
+        if not cluster:
+            return _local_view(resolver, config)
+        _check_chiefs(cluster)
+        if resolver.task_type == Role.EVALUATOR:
+            return _evaluator_view(cluster, resolver, config)
+        task = find_task(cluster, resolver.task_type, resolver.task_id)
+        return cls(
+            cluster_spec=cluster,
+            task=task,
+            is_chief=is_chief(cluster, task.role, task.index),
+            num_ps_replicas=len(cluster.tasks(Role.PS)),
+            num_worker_replicas=len(cluster.tasks(Role.CHIEF)) + len(cluster.tasks(Role.WORKER)),
+            global_id_in_cluster=_tasks_by_global_id(cluster).index(task),
+            master=resolver.master(rpc_layer=resolver.rpc_layer or "grpc"),
+            evaluation_master=_text(config, "eval_session_master"),
+            service=_service(config),
+            lacks_chief=not cluster.tasks(Role.CHIEF),
+        )
+
+
+def _local_view(resolver: TFConfigClusterResolver, config: Mapping[str, object]) -> ClusterView:
+    role, index = resolver.task_type or Role.WORKER, resolver.task_id or 0
+    if role != Role.WORKER or index != 0:
+        raise ConfigError(
+            "TF_CONFIG: without a cluster, task.type must be WORKER ('worker') and task.index 0, got "
+            f"{role!r} and {index}; add 'cluster', or leave out 'task'"
+        )
+    return ClusterView(
+        task=TaskId(Role.WORKER, 0),
+        is_chief=True,
+        num_worker_replicas=1,
+        global_id_in_cluster=0,
+        master=_text(config, "session_master"),
+        evaluation_master=_text(config, "eval_session_master"),
+        service=_service(config),
+    )
+
+
+def _evaluator_view(
+    cluster: ClusterSpec, resolver: TFConfigClusterResolver, config: Mapping[str, object]
+) -> ClusterView:
+    if resolver.task_id is None:
+        raise ConfigError("TF_CONFIG: 'task.index' is missing; expected 0 for the evaluator")
+    return ClusterView(
+        task=TaskId(Role.EVALUATOR, resolver.task_id),
+        evaluation_master=_text(config, "eval_session_master"),
+        service=_service(config),
+        lacks_chief=not cluster.tasks(Role.CHIEF),
+    )
+
+
+def _check_chiefs(cluster: ClusterSpec) -> None:
+    if (count := len(cluster.tasks(Role.CHIEF))) > 1:
+        raise ConfigError(
+            f"TF_CONFIG: the cluster must have only one chief, got {count}; make the others workers"
+        )
+
+
+def _tasks_by_global_id(cluster: ClusterSpec) -> list[TaskId]:
+    others = sorted({Role.WORKER, Role.EVALUATOR})
+    return [task for role in (Role.CHIEF, *others, Role.PS) for task in cluster.tasks(role)]
+
+
+def _text(config: Mapping[str, object], key: str) -> str:
+    value = config.get(key, "")
+    if not isinstance(value, str):
+        raise ConfigError(f"TF_CONFIG: {key!r}: expected a string, got {value!r}")
+    return value
+
+
+def _service(config: Mapping[str, object]) -> Mapping[str, object] | None:
+    service = config.get("service")
+    if service is not None and not isinstance(service, dict):
+        raise TypeError(f"TF_CONFIG: 'service': expected a JSON object, got {service!r}")
+    return service

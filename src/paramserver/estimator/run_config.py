@@ -1,0 +1,300 @@
+"""How a run is carried out: seconds, steps, folders, strategies; and which task of it this process is."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any, Protocol, runtime_checkable
+
+from paramserver.cluster import ClusterSpec, Role, TaskId
+from paramserver.cluster.spec import expected_one_of
+from paramserver.cluster.tf_config import load_tf_config
+from paramserver.errors import ConfigError
+from paramserver.estimator.cluster_view import ClusterView
+
+DEFAULT_SAVE_SECS = 600
+START_DELAY_STEP_SECS = 5
+MAX_START_DELAY_SECS = 60
+
+
+class _Default:
+    """Stands for "not given" where None means "off"."""
+
+    def __repr__(self) -> str:
+        return "<default>"
+
+
+_DEFAULT: Any = _Default()  # Any, so that the fields keep the type that they have after construction
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """What a RunConfig asks of a strategy; the training asks more."""
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Where the model is built."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributeConfig:
+    """The strategies of a run, in the form that older programs use. See `RunConfig`."""
+
+    train_distribute: Strategy | None = None
+    eval_distribute: Strategy | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How a run is carried out. Immutable; `replace` makes a changed copy.
+
+    The environment variable TF_CONFIG is read once, at construction, and tells which task this process is;
+    without it the run is local.
+
+    Args:
+        experimental_distribute: The strategies in the form that older programs use; each may be given
+            either here or by its own argument.
+
+    Raises:
+        ConfigError: If a field or TF_CONFIG has a value that it cannot have.
+        TypeError: If a strategy is none.
+    """
+
+    model_dir: str | None = None
+    """Where checkpoints and summaries go; paths of any kind become strings. None takes TF_CONFIG's
+    ``model_dir``, if it has one."""
+    seed: int | None = None
+    """Seeds every task before input and model are built (tf.estimator's ``tf_random_seed``); None leaves
+    torch's seed alone."""
+    save_summary_steps: int = 100
+    """Global steps between two points of a summary; 0 writes none."""
+    save_checkpoints_steps: int | None = _DEFAULT
+    """Global steps between two checkpoints. None for both this and ``save_checkpoints_secs`` saves none; if
+    only one is given, the other is None; both cannot be set."""
+    save_checkpoints_secs: float | None = _DEFAULT
+    """Seconds between two checkpoints; 600 if neither is given."""
+    keep_checkpoint_max: int | None = 5
+    """How many of the newest checkpoints are kept; None or 0 keeps all."""
+    keep_checkpoint_every_n_hours: float = 10_000
+    """Of each such period one checkpoint is spared."""
+    log_step_count_steps: int | None = 100
+    """Steps between two log lines of loss and speed; None logs neither."""
+    session_creation_timeout_secs: float = 7200
+    """How long a worker waits for the ps tasks, and for the chief to initialise the variables."""
+    max_worker_delay_secs: int | None = 0
+    """The longest that a worker waits so that workers start one after the other, see ``start_delay_secs``;
+    0 starts at once, None waits for up to 60 seconds."""
+    train_distribute: Strategy | None = None
+    """The strategy of training."""
+    eval_distribute: Strategy | None = None
+    """The strategy of evaluation."""
+    experimental_distribute: InitVar[DistributeConfig | None] = None
+    _view: ClusterView = field(init=False, repr=False)
+
+    def __post_init__(self, experimental_distribute: DistributeConfig | None) -> None:
+        self._set_default_saving()
+        self._set("_view", ClusterView.from_environment())
+        self._set("model_dir", _agreed_model_dir(self.model_dir))
+        self._absorb(experimental_distribute, self.train_distribute, self.eval_distribute)
+        self._check()
+
+    def replace(self, **changes: object) -> RunConfig:
+        """A copy with other values; the cluster stays the one that was read at construction.
+
+        Setting one of ``save_checkpoints_steps`` and ``save_checkpoints_secs`` clears the other.
+
+        Raises:
+            ConfigError: If there is no such field, or a value is not allowed.
+        """
+        known = [each.name for each in fields(self) if each.init] + ["experimental_distribute"]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"replacing {name} is not supported: {expected_one_of(known, name)}")
+        new = copy.copy(self)
+        distribute = changes.pop("experimental_distribute", None)
+        for name, value in {**_cleared_by(changes), **changes}.items():
+            new._set(name, value)
+        new._absorb(distribute, changes.get("train_distribute"), changes.get("eval_distribute"))
+        new._check()
+        return new
+
+    @property
+    def cluster_spec(self) -> ClusterSpec:
+        """The training cluster; empty without one, and on the evaluator."""
+        return self._view.cluster_spec
+
+    @property
+    def task(self) -> TaskId:
+        """This process; ``worker:0`` without a cluster."""
+        return self._view.task
+
+    @property
+    def task_type(self) -> Role:
+        """The role of this process."""
+        return self._view.task.role
+
+    @property
+    def task_id(self) -> int:
+        """The index of this process among the tasks of its role."""
+        return self._view.task.index
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process initialises, checkpoints and writes summaries."""
+        return self._view.is_chief
+
+    @property
+    def num_ps_replicas(self) -> int:
+        """The ps tasks of the training cluster."""
+        return self._view.num_ps_replicas
+
+    @property
+    def num_worker_replicas(self) -> int:
+        """The tasks that compute gradients, the chief among them."""
+        return self._view.num_worker_replicas
+
+    @property
+    def global_id_in_cluster(self) -> int | None:
+        """This process's number: chief 0, then the other roles by name, ps last; None on the evaluator."""
+        return self._view.global_id_in_cluster
+
+    @property
+    def master(self) -> str:
+        """This task's own address, with ``grpc://`` as tools that read it expect; ``""`` if it is alone.
+
+        Nothing in paramserver connects to it: how two tasks talk is found when they meet.
+        """
+        return self._view.master
+
+    @property
+    def evaluation_master(self) -> str:
+        """TF_CONFIG's ``eval_session_master``, ``""`` where it has none."""
+        return self._view.evaluation_master
+
+    @property
+    def service(self) -> Mapping[str, object] | None:
+        """TF_CONFIG's ``service`` as it stands, None where it has none."""
+        return self._view.service
+
+    @property
+    def saves_checkpoints(self) -> bool:
+        """Whether checkpoints are written at all."""
+        return bool(self.save_checkpoints_steps or self.save_checkpoints_secs)
+
+    @property
+    def start_delay_secs(self) -> float:
+        """How long this task waits before it trains: 5 s for worker:0, 10 s for worker:1, up to the limit."""
+        if self.is_chief or self.task_type is not Role.WORKER:
+            return 0
+        limit = MAX_START_DELAY_SECS if self.max_worker_delay_secs is None else self.max_worker_delay_secs
+        return min(limit, (self.task_id + 1) * START_DELAY_STEP_SECS)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_default_saving(self) -> None:
+        steps_given = self.save_checkpoints_steps is not _DEFAULT
+        secs_given = self.save_checkpoints_secs is not _DEFAULT
+        if not secs_given:
+            self._set("save_checkpoints_secs", None if steps_given else DEFAULT_SAVE_SECS)
+        if not steps_given:
+            self._set("save_checkpoints_steps", None)
+
+    def _absorb(self, distribute: object, train: object, evaluation: object) -> None:
+        """Take the strategies out of ``distribute``; ``train`` and ``evaluation`` were given directly."""
+        if distribute is None:
+            return
+        if not isinstance(distribute, DistributeConfig):
+            raise TypeError(
+                f"RunConfig: experimental_distribute: expected DistributeConfig, got {distribute!r}"
+            )
+        for name, direct in (("train_distribute", train), ("eval_distribute", evaluation)):
+            if (strategy := getattr(distribute, name)) is None:
+                continue
+            if direct is not None:
+                raise ConfigError(
+                    f"RunConfig: {name}: given directly and in experimental_distribute; give it once"
+                )
+            self._set(name, strategy)
+
+    def _check(self) -> None:
+        for name, (is_allowed, expected) in _RULES.items():
+            if not is_allowed(value := getattr(self, name)):
+                raise ConfigError(f"RunConfig: {name}: expected {expected}, got {value!r}")
+        if self.save_checkpoints_steps is not None and self.save_checkpoints_secs is not None:
+            raise _both_saves(self.save_checkpoints_steps, self.save_checkpoints_secs)
+        self._set("model_dir", _path_text(self.model_dir, "RunConfig: model_dir"))
+        for name in ("train_distribute", "eval_distribute"):
+            strategy = getattr(self, name)
+            if strategy is not None and (isinstance(strategy, type) or not isinstance(strategy, Strategy)):
+                raise TypeError(f"RunConfig: {name}: expected a strategy or None, got {strategy!r}")
+        if self._view.lacks_chief and self.train_distribute is None:
+            raise ConfigError(
+                'TF_CONFIG: the cluster must have one "chief" node without a train_distribute, got none; '
+                "add a chief, or pass train_distribute: then worker:0 is the chief"
+            )
+
+
+def _is_int(value: object, least: int | None = None) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int and (least is None or value >= least)  # type: ignore[operator]  # an int by then
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _or_none(is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_allowed(value)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (_or_none(_is_int), "a whole number or None"),
+    "save_summary_steps": (lambda v: _is_int(v, 0), "a whole number of at least 0"),
+    "save_checkpoints_steps": (_or_none(lambda v: _is_int(v, 0)), "a whole number of at least 0 or None"),
+    "save_checkpoints_secs": (_or_none(lambda v: _is_number(v) and v >= 0), "seconds of at least 0 or None"),
+    "keep_checkpoint_max": (_or_none(lambda v: _is_int(v, 0)), "a whole number of at least 0 or None"),
+    "keep_checkpoint_every_n_hours": (lambda v: _is_number(v) and v > 0, "a positive number of hours"),
+    "log_step_count_steps": (_or_none(lambda v: _is_int(v, 1)), "a positive whole number or None"),
+    "session_creation_timeout_secs": (lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
+    "max_worker_delay_secs": (_or_none(lambda v: _is_int(v, 0)), "whole seconds of at least 0 or None"),
+}
+
+
+def _both_saves(steps: object, secs: object) -> ConfigError:
+    return ConfigError(
+        "RunConfig: save_checkpoints_steps and save_checkpoints_secs cannot be both set: "
+        f"got {steps!r} steps and {secs!r} seconds; give one of them"
+    )
+
+
+def _cleared_by(changes: Mapping[str, object]) -> dict[str, object]:
+    """What has to become None because its counterpart is set."""
+    pair = ("save_checkpoints_steps", "save_checkpoints_secs")
+    return {
+        other: None
+        for name, other in (pair, reversed(pair))
+        if changes.get(name) is not None and other not in changes
+    }
+
+
+def _path_text(path: object, where: str) -> str | None:
+    if path is None:
+        return None
+    if not isinstance(path, (str, os.PathLike)) or not (text := os.fspath(path)) or isinstance(text, bytes):
+        raise ConfigError(f"{where}: expected a path that is not empty, got {path!r}")
+    return text
+
+
+def _agreed_model_dir(given: object) -> str | None:
+    """The model_dir that was passed, or else TF_CONFIG's; they must not differ."""
+    ours = _path_text(given, "RunConfig: model_dir")
+    theirs = _path_text(load_tf_config().get("model_dir"), "TF_CONFIG: 'model_dir'")
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ConfigError(
+            f"RunConfig: model_dir: {ours!r} was passed, but TF_CONFIG says {theirs!r}; "
+            "make them the same, or give one of them"
+        )
+    return theirs if ours is None else ours

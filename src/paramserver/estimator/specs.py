@@ -1,0 +1,278 @@
+"""What a user hands to the Estimator: the model for one mode, how to train it, how to evaluate it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from paramserver.errors import ConfigError
+from paramserver.estimator.basic_hooks import CheckpointSaverListener
+from paramserver.estimator.exporters import Exporter, check_exporter_name
+from paramserver.estimator.hooks import TrainingHook, as_tuple
+
+RESERVED_METRICS = ("loss", "global_step")
+"""Results that every evaluation has of itself."""
+
+
+class ModeKeys(enum.StrEnum):
+    """What a model is built for. The values are tf.estimator's."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+    PREDICT = "infer"
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """An evaluation metric: torchmetrics' have this form. The user's model decides the types."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one batch into account."""
+
+    def compute(self) -> Any:
+        """The value over all batches since the last reset."""
+
+    def reset(self) -> Any:
+        """Forget all batches."""
+
+
+@dataclass(frozen=True)
+class EstimatorSpec:
+    """What a ``model_fn`` returns: the model for one mode, and what to call in each step.
+
+    TRAIN needs ``model``, ``loss_fn`` and ``optimizer``; EVAL ``model`` and ``loss_fn``; PREDICT ``model``.
+    More than a mode needs may be given, so a ``model_fn`` need not ask for the mode.
+
+    Raises:
+        ConfigError: If something that the mode needs is missing, or a metric has a reserved name.
+        TypeError: If a field is of a type that it cannot have.
+    """
+
+    mode: ModeKeys
+    _: KW_ONLY
+    model: torch.nn.Module | None = None
+    loss_fn: Callable[[Any, Any, Any], torch.Tensor] | None = None
+    """``(model, features, labels) -> loss``, a tensor of one element."""
+    optimizer: torch.optim.Optimizer | None = None
+    eval_metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """By name; ``loss`` and ``global_step`` are there without being asked for."""
+    scheduler: LRScheduler | None = None
+    """Stepped after each step of this worker."""
+    predict_fn: Callable[[Any, Any], Any] | None = None
+    """``(model, features) -> predictions``; None calls the model."""
+    training_hooks: Sequence[TrainingHook] = ()
+    """Run on the chief and all workers."""
+    training_chief_hooks: Sequence[TrainingHook] = ()
+    """Run on the chief only."""
+    evaluation_hooks: Sequence[TrainingHook] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", _checked_mode(self.mode))
+        for name, kind in _FIELD_TYPES.items():
+            _check_type("EstimatorSpec", name, getattr(self, name), (kind, type(None)))
+        for name in ("loss_fn", "predict_fn"):
+            _check_callable("EstimatorSpec", name, getattr(self, name), optional=True)
+        self._check_complete()
+        self._check_scheduler()
+        _check_metrics(self.eval_metrics)
+        for name in ("training_hooks", "training_chief_hooks", "evaluation_hooks"):
+            _make_tuple(self, name, TrainingHook)
+
+    def _check_complete(self) -> None:
+        needs = _NEEDED[self.mode]
+        missing = [name for name in needs if getattr(self, name) is None]
+        if missing:
+            raise ConfigError(
+                f"EstimatorSpec: missing {' and '.join(missing)}: mode {self.mode.name} needs "
+                f"{', '.join(needs)}; pass them in model_fn"
+            )
+
+    def _check_scheduler(self) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                "EstimatorSpec: scheduler: ReduceLROnPlateau needs a metric at each step, which a "
+                "worker does not have; expected a scheduler whose step() takes no argument"
+            )
+        if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
+            raise ConfigError(
+                "EstimatorSpec: scheduler: made for another optimizer than the spec's; pass both"
+            )
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How to train.
+
+    Raises:
+        ConfigError: If ``max_steps`` is not positive.
+        TypeError: If a field is of a type that it cannot have.
+    """
+
+    input_fn: Callable[..., Any]
+    """Returns the batches; may ask for input_context, mode, params, config by name."""
+    _: KW_ONLY
+    max_steps: int | None = None
+    """The global step to stop at, of all workers together; None trains until the input ends."""
+    hooks: Sequence[TrainingHook] = ()
+    """Run on the chief and all workers."""
+    saving_listeners: Sequence[CheckpointSaverListener] = ()
+    """Run on the chief only."""
+
+    def __post_init__(self) -> None:
+        _check_callable("TrainSpec", "input_fn", self.input_fn)
+        _check_count("TrainSpec", "max_steps", self.max_steps)
+        _make_tuple(self, "hooks", TrainingHook)
+        _make_tuple(self, "saving_listeners", CheckpointSaverListener)
+
+
+@dataclass(frozen=True, init=False)
+class EvalSpec:
+    """How to evaluate.
+
+    Args:
+        input_fn: Returns the batches; may ask for input_context, mode, params, config by name.
+        steps: Batches per evaluation; None evaluates until the input ends.
+        name: Tells evaluations on different data apart; their summaries lie in ``eval_NAME``.
+        hooks: Run around each evaluation.
+        exporters: One exporter, several, or None.
+        start_delay_secs: What the evaluator waits before its first evaluation.
+        throttle_secs: The least time from the start of one evaluation to the start of the next.
+
+    Raises:
+        ConfigError: If a number is out of range, or two exporters have one name.
+        TypeError: If an argument is of a type that it cannot have.
+    """
+
+    input_fn: Callable[..., Any]
+    steps: int | None
+    name: str | None
+    hooks: tuple[TrainingHook, ...]
+    exporters: tuple[Exporter, ...]
+    start_delay_secs: float
+    throttle_secs: float
+
+    def __init__(
+        self,
+        input_fn: Callable[..., Any],
+        *,
+        steps: int | None = 100,
+        name: str | None = None,
+        hooks: Iterable[TrainingHook] | None = None,
+        exporters: Exporter | Iterable[Exporter] | None = None,
+        start_delay_secs: float = 120,
+        throttle_secs: float = 600,
+    ) -> None:
+        _check_callable("EvalSpec", "input_fn", input_fn)
+        _check_count("EvalSpec", "steps", steps)
+        _check_type("EvalSpec", "name", name, (str, type(None)))
+        _check_seconds("EvalSpec", "start_delay_secs", start_delay_secs)
+        _check_seconds("EvalSpec", "throttle_secs", throttle_secs)
+        values = {
+            "input_fn": input_fn,
+            "steps": steps,
+            "name": name,
+            "hooks": as_tuple(hooks, TrainingHook, "EvalSpec: hooks"),
+            "exporters": _checked_exporters(exporters),
+            "start_delay_secs": start_delay_secs,
+            "throttle_secs": throttle_secs,
+        }
+        for field_name, value in values.items():
+            object.__setattr__(self, field_name, value)
+
+
+_FIELD_TYPES: dict[str, type] = {
+    "model": torch.nn.Module,
+    "optimizer": torch.optim.Optimizer,
+    "scheduler": LRScheduler,
+}
+
+_NEEDED: dict[ModeKeys, tuple[str, ...]] = {
+    ModeKeys.TRAIN: ("model", "loss_fn", "optimizer"),
+    ModeKeys.EVAL: ("model", "loss_fn"),
+    ModeKeys.PREDICT: ("model",),
+}
+
+
+def _checked_mode(mode: object) -> ModeKeys:
+    """The mode; its text is taken as well, as tf.estimator's modes are strings."""
+    if not isinstance(mode, str):
+        raise TypeError(f"EstimatorSpec: mode: expected ModeKeys, got {_shown(mode)}")
+    if mode not in tuple(ModeKeys):
+        known = ", ".join(repr(str(each)) for each in ModeKeys)
+        raise ConfigError(f"EstimatorSpec: mode: expected one of {known}, got {mode!r}")
+    return ModeKeys(mode)
+
+
+def _check_type(where: str, name: str, value: object, kinds: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kinds):
+        first = kinds[0] if isinstance(kinds, tuple) else kinds
+        raise TypeError(f"{where}: {name}: expected {first.__qualname__}, got {_shown(value)}")
+
+
+def _check_callable(where: str, name: str, value: object, optional: bool = False) -> None:
+    if not callable(value) and not (optional and value is None):
+        raise TypeError(f"{where}: {name}: expected a function, got {_shown(value)}")
+
+
+def _check_count(where: str, name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{where}: {name}: expected a whole number or None, got {_shown(value)}")
+    if value <= 0:
+        raise ConfigError(f"{where}: {name}: expected a positive number or None, got {value}")
+
+
+def _check_seconds(where: str, name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{where}: {name}: expected a number of seconds, got {_shown(value)}")
+    if not value >= 0:
+        raise ConfigError(f"{where}: {name}: expected seconds of at least 0, got {value!r}")
+
+
+def _check_metrics(metrics: object) -> None:
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"EstimatorSpec: eval_metrics: expected a dict of metrics, got {_shown(metrics)}")
+    for name, metric in metrics.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"EstimatorSpec: eval_metrics: expected names that are strings, got {_shown(name)}"
+            )
+        if name in RESERVED_METRICS:
+            raise ConfigError(
+                f"EstimatorSpec: eval_metrics: {name!r} is reported anyway; choose another name"
+            )
+        if isinstance(metric, type) or not isinstance(metric, Metric):
+            raise TypeError(
+                f"EstimatorSpec: eval_metrics[{name!r}]: expected an object with update, compute and reset, "
+                f"got {_shown(metric)}"
+            )
+
+
+def _make_tuple(spec: object, name: str, kind: type) -> None:
+    items = as_tuple(getattr(spec, name), kind, f"{type(spec).__name__}: {name}")
+    object.__setattr__(spec, name, items)
+
+
+def _checked_exporters(exporters: Exporter | Iterable[Exporter] | None) -> tuple[Exporter, ...]:
+    found = (exporters,) if isinstance(exporters, Exporter) else exporters
+    checked = as_tuple(found, Exporter, "EvalSpec: exporters")  # type: ignore[type-abstract]  # isinstance only
+    names: set[str] = set()
+    for index, exporter in enumerate(checked):
+        name = check_exporter_name(exporter.name, f"EvalSpec: exporters[{index}]: name")
+        if name in names:
+            raise ConfigError(f"EvalSpec: exporters: two have the name {name!r}; give each one its own")
+        names.add(name)
+    return checked
+
+
+def _shown(value: object) -> str:
+    """The value with its type where its own text may be long."""
+    return (
+        repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
+    )

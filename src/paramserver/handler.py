@@ -1,0 +1,139 @@
+"""What a ps does with each request: message -> store -> reply."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from paramserver.arena import pieces
+from paramserver.errors import ParameterServerError, RemoteProtocolError, UnavailableError
+from paramserver.store import shard
+from paramserver.store.roster import Roster
+from paramserver.store.store import Store
+from paramserver.transport.lane import Piece, Session
+from paramserver.wire import messages
+from paramserver.wire.refusals import refused
+
+logger = logging.getLogger(__name__)
+
+
+class RequestHandler:
+    """Carries out the requests of sessions on one store. Thread-safe: each session has a thread of its own."""
+
+    def __init__(self, store: Store, roster: Roster) -> None:
+        self._store = store
+        self._roster = roster
+        self._handlers: Mapping[type, Callable[[Session, Any], None]] = {
+            messages.Push: self._push,
+            messages.Pull: self._pull,
+            messages.Declare: self._declare,
+            messages.MarkReady: self._mark_ready,
+            messages.AwaitReady: self._await_ready,
+            messages.AwaitWorkers: self._await_workers,
+            messages.Save: self._save,
+            messages.Restore: self._restore,
+            messages.GetStatus: self._status,
+            messages.Goodbye: self._goodbye,
+        }
+
+    def handle(self, session: Session, request: messages.Request) -> None:
+        """Carry out one request and answer it; a fault of the request is answered with a refusal.
+
+        Raises:
+            UnavailableError: If the connection is lost.
+            RemoteProtocolError: If the peer breaks the protocol.
+        """
+        handler = self._handlers.get(type(request))
+        if handler is None:
+            raise RemoteProtocolError(f"{session.task} sent {type(request).__name__}, which is no request")
+        try:
+            handler(session, request)
+        except (UnavailableError, RemoteProtocolError):
+            raise
+        except ParameterServerError as error:
+            session.reply(refused(error))
+
+    def _push(self, session: Session, push: messages.Push) -> None:
+        store = self._store
+        store.check_alive()
+        step, staleness = store.global_step, 0
+        if store.is_new(session.incarnation, push.sequence):
+            for part in push.parts:
+                self._apply(session, part)
+            if push.counts:
+                step, staleness = store.count_update(push.local_step)
+        session.reply(messages.Applied(step, staleness), self._whole(push.pull), self._read)
+
+    def _apply(self, session: Session, part: messages.Part) -> None:
+        arena = self._store.arenas[part.arena]
+        spans = arena.layout.pieces if part.ranges is None else pieces(part.ranges)
+        for start, stop in spans:
+            gradient = session.gradient(Piece(part.arena, start, stop))
+            arena.apply(part.operation, (start, stop), gradient, part.settings)
+
+    def _pull(self, session: Session, pull: messages.Pull) -> None:
+        self._store.check_alive()
+        session.reply(messages.State(True, self._store.global_step), self._whole(pull.arenas), self._read)
+
+    def _whole(self, arenas: Sequence[int]) -> list[Piece]:
+        return [Piece(arena, start, stop) for arena in arenas for start, stop in self._store.arenas[arena].layout.pieces]
+
+    def _read(self, piece: Piece, out: torch.Tensor) -> None:
+        self._store.arenas[piece.arena].read((piece.start, piece.stop), out)
+
+    def _declare(self, session: Session, declare: messages.Declare) -> None:
+        store_memory = (self._store.create if declare.create else self._store.compare)(declare.arenas)
+        session.open(declare.arenas, store_memory)
+        session.reply(messages.Declared(self._store.is_ready))
+
+    def _mark_ready(self, session: Session, request: messages.MarkReady) -> None:
+        self._store.mark_ready(request.global_step)
+        session.reply(messages.Done())
+
+    def _await_ready(self, session: Session, request: messages.AwaitReady) -> None:
+        ready = self._store.await_ready(request.timeout)
+        session.reply(messages.State(ready, self._store.global_step))
+
+    def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:
+        session.reply(messages.Remaining(self._roster.await_alone(session.task, request.timeout)))
+
+    def _save(self, session: Session, save: messages.Save) -> None:
+        written = shard.write_shard(self._store, save.directory, save.shard, save.num_shards)
+        session.reply(
+            messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause)
+        )
+
+    def _restore(self, session: Session, restore: messages.Restore) -> None:
+        shard.read_shard(self._store, restore.directory)
+        session.reply(messages.Done())
+
+    def _status(self, session: Session, request: messages.GetStatus) -> None:
+        session.reply(self.status())
+
+    def status(self) -> messages.Status:
+        """What the store holds and has done."""
+        statistics = self._store.statistics()
+        arenas = self._store.arenas
+        return messages.Status(
+            task=self._store.task,
+            num_variables=sum(len(arena.layout.variables) for arena in arenas),
+            values_bytes=sum(arena.layout.nbytes for arena in arenas),
+            slots_bytes=sum(arena.slots_bytes for arena in arenas),
+            global_step=statistics.global_step,
+            updates=statistics.updates,
+            mean_staleness=statistics.mean_staleness,
+            largest_staleness=statistics.largest_staleness,
+            joined=self._roster.joined(),
+        )
+
+    def _goodbye(self, session: Session, goodbye: messages.Goodbye) -> None:
+        if goodbye.failure:
+            logger.warning("%s failed: %s", session.task, goodbye.failure)
+            if session.task == self._roster.chief:
+                self._store.fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
+        session.reply(messages.Done())
+        self._roster.leave(session.task)
+

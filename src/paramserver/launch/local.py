@@ -1,0 +1,232 @@
+"""A run as processes of this machine, watched by one loop that waits for whatever happens next."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import msgspec
+
+from paramserver.cluster import environment
+from paramserver.cluster.report import Report, decode
+from paramserver.cluster.task import Role, TaskId
+from paramserver.errors import ConfigError
+from paramserver.launch.guard import Guard
+from paramserver.launch.output import LineBuffer, OutputLine, Printer
+from paramserver.launch.process import TaskProcess
+from paramserver.launch.rules import Rules
+from paramserver.launch.spec import HOST, THREAD_VARIABLES, LaunchOptions, LaunchSpec, describe, plan
+
+LINGER = 1.0
+"""Seconds that helpers, such as multiprocessing's resource tracker, get when all tasks have ended."""
+
+BACKLOG = 128
+"""Connections that may wait for a ps that is still starting."""
+
+READ_BYTES = 65536
+
+OnReport = Callable[[Report], None]
+OnOutput = Callable[[OutputLine], None]
+
+
+def launch(
+    options: LaunchOptions, on_report: OnReport | None = None, on_output: OnOutput | None = None
+) -> int:
+    """Run what ``options`` ask for on this machine and wait for its end; the arguments are those of `run`.
+
+    Raises:
+        ConfigError: If a task cannot be started.
+    """
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(_listener()) for _ in range(options.ps)]
+        ports = [sock.getsockname()[1] for sock in sockets]
+        spec = _plan(options, ports, secrets.token_hex(16), secrets.token_hex(4))
+        listeners = {TaskId(Role.PS, index): sock for index, sock in enumerate(sockets)}
+        return run(spec, on_report, on_output, listeners)
+
+
+def dry_run(options: LaunchOptions) -> str:
+    """What `launch` would start. Binds and starts nothing."""
+    return describe(_plan(options, [None] * options.ps, "***", "<run id>"))
+
+
+def run(
+    spec: LaunchSpec,
+    on_report: OnReport | None = None,
+    on_output: OnOutput | None = None,
+    listeners: Mapping[TaskId, socket.socket] | None = None,
+) -> int:
+    """Start the tasks of ``spec``, wait for the end of the run, and leave no process behind.
+
+    Runs in the main thread only, because it takes over SIGINT and SIGTERM while it runs.
+
+    Args:
+        spec: What to start.
+        on_report: Called with every report of a task. Without it tasks are not asked for reports.
+        on_output: Called with every line that a task prints, and with the launcher's own; None prints them.
+        listeners: Listening sockets that tasks inherit. They are closed here once handed over.
+
+    Returns:
+        The exit code: that of the first task that failed, 128 + N after an interrupt by signal N, else 0.
+
+    Raises:
+        ConfigError: If a task cannot be started.
+    """
+    return LocalRun(spec, on_report, on_output, listeners).run()
+
+
+class LocalRun:
+    """One run of a `LaunchSpec`; the arguments are those of `run`. It can be run once."""
+
+    def __init__(
+        self,
+        spec: LaunchSpec,
+        on_report: OnReport | None = None,
+        on_output: OnOutput | None = None,
+        listeners: Mapping[TaskId, socket.socket] | None = None,
+    ) -> None:
+        self._spec = spec
+        self._on_report = on_report
+        self._on_output = on_output or Printer(task.task for task in spec.tasks)
+        self._listeners = listeners or {}
+        self._rules = Rules((task.task for task in spec.tasks), spec.grace)
+        self._processes: dict[TaskId, TaskProcess] = {}
+        self._selector = selectors.DefaultSelector()
+        self._open_pipes = 0
+        self._linger_until: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<LocalRun {self._spec.run_id}: {self._rules!r}>"
+
+    def run(self) -> int:
+        """As the function `run`."""
+        if sys.platform != "linux":
+            raise ConfigError(f"launch: expected Linux, whose pidfds it waits on, got {sys.platform}")
+        with self._selector, _signals() as interrupts:
+            self._selector.register(interrupts, selectors.EVENT_READ, partial(self._interrupt, interrupts))
+            guard = Guard()
+            try:
+                self._start(guard)
+                while not self._is_over():
+                    self._turn()
+            finally:
+                self._sweep(guard)
+        if self._rules.summary:
+            self._say(self._rules.summary)
+        return self._rules.exit_code
+
+    def _start(self, guard: Guard) -> None:
+        for spec in self._spec.tasks:
+            listener = self._listeners.get(spec.task)
+            process = TaskProcess(spec, listener, self._on_report is not None, guard)
+            self._processes[spec.task] = process
+            if listener is not None:
+                listener.close()  # or else connections to a dead ps would wait in our copy for ever
+            self._watch(process)
+
+    def _watch(self, process: TaskProcess) -> None:
+        self._selector.register(process.pidfd, selectors.EVENT_READ, partial(self._end, process))
+        for descriptor, is_error in ((process.stdout, False), (process.stderr, True)):
+            self._watch_lines(descriptor, partial(self._print, process.task, is_error))
+        if process.reports is not None:
+            self._watch_lines(process.reports, self._report)
+
+    def _watch_lines(self, descriptor: int, handle: Callable[[bytes], None]) -> None:
+        read = partial(self._read, descriptor, LineBuffer(), handle)
+        self._selector.register(descriptor, selectors.EVENT_READ, read)
+        self._open_pipes += 1
+
+    def _is_over(self) -> bool:
+        if self._rules.running:
+            return False
+        if self._linger_until is None:
+            self._linger_until = time.monotonic() + LINGER
+        return not self._open_pipes or time.monotonic() >= self._linger_until
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        for task, number in self._rules.take_due(now):
+            if not self._rules.is_stopping and number is signal.SIGTERM:
+                self._say(f"{task} did not end within {self._spec.grace:g} s of the last worker; stopping it")
+            self._processes[task].signal(number)
+        ends = [end for end in (self._rules.next_due(), self._linger_until) if end is not None]
+        timeout = max(0.0, min(ends) - now) if ends else None
+        for key, _ in self._selector.select(timeout):
+            key.data()
+
+    def _end(self, process: TaskProcess) -> None:
+        self._selector.unregister(process.pidfd)
+        self._rules.ended(process.task, process.ending(), time.monotonic())
+
+    def _read(self, descriptor: int, buffer: LineBuffer, handle: Callable[[bytes], None]) -> None:
+        data = os.read(descriptor, READ_BYTES)
+        for line in buffer.feed(data) if data else buffer.finish():
+            handle(line)
+        if not data:
+            self._selector.unregister(descriptor)
+            self._open_pipes -= 1
+
+    def _print(self, task: TaskId, is_error: bool, line: bytes) -> None:
+        self._on_output(OutputLine(task, line.decode("utf-8", "replace"), is_error))
+
+    def _report(self, line: bytes) -> None:
+        # The pipe is open to whatever the user's script starts; what is no report is not ours to judge.
+        with contextlib.suppress(msgspec.DecodeError):
+            report = decode(line)
+            if self._on_report is not None:
+                self._on_report(report)
+
+    def _interrupt(self, interrupts: socket.socket) -> None:
+        for number in interrupts.recv(READ_BYTES):
+            if number in (signal.SIGINT, signal.SIGTERM):
+                if self._rules.interrupt is None:
+                    self._say(f"stopping the run ({signal.Signals(number).name}); once more kills it")
+                self._rules.interrupted(number, time.monotonic())
+
+    def _sweep(self, guard: Guard) -> None:
+        for process in self._processes.values():
+            process.signal(signal.SIGKILL)
+        guard.close()  # before the processes are reaped: it must not kill groups whose ids are free again
+        for process in self._processes.values():
+            process.close()
+
+    def _say(self, text: str) -> None:
+        self._on_output(OutputLine(None, text, is_error=True))
+
+
+def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str) -> LaunchSpec:
+    already_set = [name for name in THREAD_VARIABLES if environment.is_set(name)]
+    cores = len(os.sched_getaffinity(0))
+    return plan(options, ports, token, run_id, cores, already_set)
+
+
+def _listener() -> socket.socket:
+    return socket.create_server((HOST, 0), backlog=BACKLOG)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket that gets one byte, the signal's number, for each signal that wants the run to end."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        # The handler does nothing: that a handler is there makes Python write the byte.
+        handlers = {
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield reader
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(old_descriptor)

@@ -1,0 +1,94 @@
+"""From the bytes that tasks print to whole lines, and from lines to this terminal with a prefix."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple, TextIO
+
+from rich.console import Console
+from rich.style import Style
+
+from paramserver.cluster.task import TaskId
+
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
+
+
+class OutputLine(NamedTuple):
+    """One line that a task has printed, or the launcher itself where there is no task."""
+
+    task: TaskId | None
+    text: str
+    is_error: bool
+    """Whether it was printed to stderr."""
+
+
+class LineBuffer:
+    r"""Cuts a stream of bytes into lines, without their ends.
+
+    A lone ``\r`` ends a line too, or else a progress bar that draws over itself would never be seen.
+    """
+
+    LIMIT_BYTES = 65536
+    """A line longer than this is cut, so that a task that prints no line ends cannot fill our memory."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that ``data`` completes."""
+        *complete, rest = (self._rest + data).split(b"\n")
+        lines = [piece for line in complete for piece in _pieces(line) or [b""]]
+        overwritten, _, last = rest.rpartition(b"\r")
+        if last:  # else a final \r may be the first half of \r\n
+            lines += _pieces(overwritten)
+            rest = last
+        if len(rest) > self.LIMIT_BYTES:
+            lines.append(rest)
+            rest = b""
+        self._rest = rest
+        return lines
+
+    def finish(self) -> list[bytes]:
+        """What is left when the stream has ended."""
+        rest, self._rest = self._rest, b""
+        return _pieces(rest)
+
+
+class Printer:
+    """Prints lines as ``chief:0 | text``, coloured where it is a terminal that they go to."""
+
+    def __init__(
+        self, tasks: Iterable[TaskId], stdout: TextIO | None = None, stderr: TextIO | None = None
+    ) -> None:
+        self._stdout = stdout or sys.stdout
+        self._stderr = stderr or sys.stderr
+        tasks = tuple(tasks)
+        self._prefixes = {
+            False: _prefixes(tasks, self._stdout),
+            True: _prefixes(tasks, self._stderr),
+        }
+
+    def __call__(self, line: OutputLine) -> None:
+        """Print one line, at once."""
+        stream = self._stderr if line.is_error else self._stdout
+        prefix = self._prefixes[line.is_error][line.task] if line.task else ""
+        encoding = stream.encoding or "utf-8"
+        # A terminal that cannot show a task's character must not end the run.
+        text = line.text.encode(encoding, "replace").decode(encoding)
+        stream.write(f"{prefix}{text}\n")
+        stream.flush()
+
+
+def _prefixes(tasks: tuple[TaskId, ...], stream: TextIO) -> dict[TaskId, str]:
+    plain = {task: f"{task} | " for task in tasks}
+    if Console(file=stream).color_system is None:  # no terminal, or one whose user wants no colours
+        return plain
+    styles = [Style.parse(colour) for colour in COLOURS]
+    return {
+        task: styles[index % len(styles)].render(prefix) for index, (task, prefix) in enumerate(plain.items())
+    }
+
+
+def _pieces(line: bytes) -> list[bytes]:
+    return [piece for piece in line.split(b"\r") if piece]

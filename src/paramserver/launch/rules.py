@@ -1,0 +1,115 @@
+"""What the end of one task means for the others. No process or clock: it is told, and says what is due.
+
+Rules:
+1. The exit code of the run is that of the first task that failed; a task that was told to end cannot fail.
+2. A chief that fails takes the whole run with it, and so does a ps while anybody trains. A worker or an
+   evaluator disturbs nobody.
+3. When chief and workers have ended, ps tasks end by themselves; after the grace they are told to.
+4. An evaluator gets the time that it needs.
+5. An interrupt ends all tasks, and its exit code is the run's; a second one kills.
+6. Who is told to end and has not ended `KILL_AFTER` seconds later is killed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from paramserver.cluster.task import Role, TaskId
+
+KILL_AFTER = 3.0
+"""Seconds between asking a task to end and killing it."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a task ended.
+
+    Attributes:
+        code: Its exit code as a shell has it, 128 + N for a death by signal N.
+        signal: The signal that it died of.
+    """
+
+    code: int
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is None:
+            return f"exited with code {self.code}"
+        return f"was killed by {signal.Signals(self.signal).name} (code {self.code})"
+
+
+class Rules:
+    """The state of a run's end. Times are seconds of any one clock that does not go back."""
+
+    def __init__(self, tasks: Iterable[TaskId], grace: float) -> None:
+        self.running = set(tasks)
+        self.failures: list[tuple[TaskId, Ending]] = []
+        self.interrupt: int | None = None
+        """The signal that the user ended the run with."""
+        self._grace = grace
+        self._due: dict[TaskId, tuple[float, signal.Signals]] = {}
+        self._told: set[TaskId] = set()
+        self.is_stopping = False
+        """Whether all tasks are to end, by an interrupt or because of a failure."""
+
+    def __repr__(self) -> str:
+        running = ", ".join(map(str, sorted(self.running)))
+        return f"<Rules running: {running or 'none'}; failed: {len(self.failures)}; code: {self.exit_code}>"
+
+    @property
+    def exit_code(self) -> int:
+        """What the run's exit code is, as far as it is known."""
+        if self.interrupt is not None:
+            return 128 + self.interrupt
+        return self.failures[0][1].code if self.failures else 0
+
+    @property
+    def summary(self) -> str:
+        """What failed, in one line; empty if nothing did."""
+        if not self.failures:
+            return ""
+        endings = "; ".join(f"{task} {ending}" for task, ending in self.failures)
+        return f"error: {endings}" + ("; the run was stopped" if self.is_stopping else "")
+
+    def ended(self, task: TaskId, ending: Ending, now: float) -> None:
+        """A task has ended."""
+        self.running.discard(task)
+        self._due.pop(task, None)
+        trains = any(other.role.trains for other in self.running)
+        if ending.code and task not in self._told:
+            self.failures.append((task, ending))
+            if task.role is Role.CHIEF or (task.role is Role.PS and trains):
+                self._stop(now)
+        if not self.is_stopping and not trains:
+            for other in self.running:
+                if other.role is Role.PS and other not in self._told:
+                    self._due.setdefault(other, (now + self._grace, signal.SIGTERM))
+
+    def interrupted(self, number: int, now: float) -> None:
+        """The user, or whoever runs the launcher, wants the run to end."""
+        again = self.interrupt is not None
+        self.interrupt = number if self.interrupt is None else self.interrupt
+        self._stop(now)
+        if again:
+            self._due = dict.fromkeys(self.running, (now, signal.SIGKILL))
+
+    def take_due(self, now: float) -> list[tuple[TaskId, signal.Signals]]:
+        """The signals to send now. Each is given out once."""
+        due = [(task, number) for task, (when, number) in self._due.items() if when <= now]
+        for task, number in due:
+            del self._due[task]
+            self._told.add(task)
+            if number is not signal.SIGKILL:
+                self._due[task] = (now + KILL_AFTER, signal.SIGKILL)
+        return due
+
+    def next_due(self) -> float | None:
+        """When `take_due` will next have something, unless something else happens before."""
+        return min((when for when, _ in self._due.values()), default=None)
+
+    def _stop(self, now: float) -> None:
+        self.is_stopping = True
+        for task in self.running - self._told:
+            self._due[task] = (now, signal.SIGTERM)

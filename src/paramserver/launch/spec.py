@@ -1,0 +1,198 @@
+"""What is to be started, as data: options -> plan -> text. No process, socket, clock or environment here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from paramserver.cluster.environment import LANES
+from paramserver.cluster.task import Role, TaskId
+from paramserver.errors import ConfigError
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""What decides how many threads torch takes for one operator."""
+
+HOST = "127.0.0.1"
+
+NO_ADDRESS = f"{HOST}:0"
+"""What stands in TF_CONFIG for a chief or a worker: it must have an address there, but listens on nothing."""
+
+NO_PORT = "<free port>"
+"""Printed for a port that is chosen when the run starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What a user asks for.
+
+    Attributes:
+        script: The program that chief, workers and evaluator run.
+        args: Its arguments.
+        ps: How many parameter servers.
+        workers: How many tasks train; the chief is one of them.
+        evaluator: Whether an evaluator is started, too.
+        lane: ``auto``, or ``tcp`` to keep off shared memory.
+        threads: Threads for each task's computations; None shares the cores among chief and workers.
+        grace: Seconds that ps tasks get to end by themselves when chief and workers have ended.
+    """
+
+    script: str
+    args: tuple[str, ...] = ()
+    ps: int = 1
+    workers: int = 1
+    evaluator: bool = False
+    lane: str = "auto"
+    threads: int | None = None
+    grace: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.script:
+            raise ConfigError("launch: expected the path of a script, got an empty one")
+        _check_least("ps", self.ps, "the variables live on parameter servers, so a run needs one")
+        _check_least("workers", self.workers, "the chief counts as a worker, so 1 means a chief alone")
+        if self.threads is not None:
+            _check_least("threads", self.threads, "leave it out to share the cores among the workers")
+        if self.lane not in LANES:
+            raise ConfigError(f"lane: expected one of {', '.join(LANES)}, got {self.lane!r}")
+        if self.grace < 0:
+            raise ConfigError(f"grace: expected seconds, 0 or more, got {self.grace}")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One process to start.
+
+    Attributes:
+        task: Who it is.
+        command: Program and arguments.
+        env: What is added to the launcher's own environment.
+    """
+
+    task: TaskId
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """A whole run, ready to be started or shown.
+
+    Attributes:
+        run_id: Tells this run from others in the same model_dir.
+        tasks: In the order in which they are started; ps tasks first, so that workers find them.
+        addresses: The cluster as TF_CONFIG has it, role -> addresses.
+        grace: As in `LaunchOptions`.
+    """
+
+    run_id: str
+    tasks: tuple[TaskSpec, ...]
+    addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    grace: float = 10.0
+
+
+def plan(
+    options: LaunchOptions,
+    ps_ports: Sequence[int | None],
+    token: str,
+    run_id: str,
+    cores: int,
+    thread_variables_set: Collection[str] = (),
+    python: str = sys.executable,
+) -> LaunchSpec:
+    """The run that ``options`` ask for, on this machine.
+
+    Args:
+        options: What the user asked for.
+        ps_ports: The port of each ps; None where it is not chosen yet, as in a dry run.
+        token: The secret that lets tasks into the run.
+        run_id: The run's name.
+        cores: How many cores there are to share.
+        thread_variables_set: Those of `THREAD_VARIABLES` that the user has set, which are left alone.
+        python: The interpreter that runs the tasks.
+
+    Raises:
+        ConfigError: If there is not one port for each ps.
+    """
+    if len(ps_ports) != options.ps:
+        raise ConfigError(f"ps_ports: expected {options.ps}, one for each ps, got {len(ps_ports)}")
+    addresses = _addresses(options.workers, ps_ports)
+    shared = {
+        "PARAMSERVER_TOKEN": token,
+        "PARAMSERVER_RUN_ID": run_id,
+        "PARAMSERVER_LANE": options.lane,
+        "PYTHONUNBUFFERED": "1",
+        **_thread_variables(options, cores, thread_variables_set),
+    }
+    tasks = tuple(
+        TaskSpec(
+            task,
+            _command(task, options, python),
+            {"TF_CONFIG": _tf_config(addresses, task), **shared},
+        )
+        for task in _task_ids(options)
+    )
+    return LaunchSpec(run_id, tasks, addresses, options.grace)
+
+
+def describe(spec: LaunchSpec) -> str:
+    """What would be started: a block for each task that a shell would run as it stands, but for the token."""
+    count = len(spec.tasks)
+    title = f"run {spec.run_id}: {count} {'task' if count == 1 else 'tasks'}"
+    return "\n\n".join([title, *(_describe_task(spec, task) for task in spec.tasks)]) + "\n"
+
+
+def _describe_task(spec: LaunchSpec, task: TaskSpec) -> str:
+    title = f"# {task.task}"
+    if task.task.role is Role.PS and Role.PS in spec.addresses:
+        title += f", listening on {spec.addresses[Role.PS][task.task.index]}"
+    shown = {name: "***" if name == "PARAMSERVER_TOKEN" else value for name, value in task.env.items()}
+    lines = [f"{name}={shlex.quote(value)} \\" for name, value in shown.items()]
+    return "\n".join([title, *lines, shlex.join(task.command)])
+
+
+def _check_least(name: str, value: int, why: str) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}: expected 1 or more, got {value}; {why}")
+
+
+def _task_ids(options: LaunchOptions) -> list[TaskId]:
+    tasks = [TaskId(Role.PS, index) for index in range(options.ps)]
+    tasks.append(TaskId(Role.CHIEF, 0))
+    tasks += [TaskId(Role.WORKER, index) for index in range(options.workers - 1)]
+    if options.evaluator:
+        tasks.append(TaskId(Role.EVALUATOR, 0))
+    return tasks
+
+
+def _command(task: TaskId, options: LaunchOptions, python: str) -> tuple[str, ...]:
+    # A ps gets its update rules from the chief by name and numbers, so it never has to run the user's script.
+    if task.role is Role.PS:
+        return (python, "-m", "paramserver", "server")
+    return (python, "-m", "paramserver.launch.task", options.script, *options.args)
+
+
+def _addresses(workers: int, ps_ports: Sequence[int | None]) -> dict[str, tuple[str, ...]]:
+    addresses: dict[str, tuple[str, ...]] = {Role.CHIEF.value: (NO_ADDRESS,)}
+    if workers > 1:
+        addresses[Role.WORKER.value] = (NO_ADDRESS,) * (workers - 1)
+    ports = (NO_PORT if port is None else port for port in ps_ports)
+    addresses[Role.PS.value] = tuple(f"{HOST}:{port}" for port in ports)
+    return addresses
+
+
+def _tf_config(addresses: Mapping[str, tuple[str, ...]], task: TaskId) -> str:
+    # The evaluator is a task without being in the cluster: nobody connects to it, nobody counts it.
+    return json.dumps({"cluster": addresses, "task": {"type": task.role.value, "index": task.index}})
+
+
+def _thread_variables(options: LaunchOptions, cores: int, already_set: Collection[str]) -> dict[str, str]:
+    if options.threads is not None:
+        return dict.fromkeys(THREAD_VARIABLES, str(options.threads))
+    if "OMP_NUM_THREADS" in already_set:
+        return {}  # MKL follows OMP's number where it has none of its own
+    # The ps tasks are not counted: they are busy while workers wait for them.
+    share = str(max(1, cores // options.workers))
+    return {name: share for name in THREAD_VARIABLES if name not in already_set}

@@ -1,0 +1,267 @@
+"""The ps task: message -> store -> reply. The only room where transport meets store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from paramserver.arena import ArenaLayout, StoreMemory
+from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
+from paramserver.cluster.report import Reporter
+from paramserver.errors import ConfigError, ParameterServerError, UnavailableError
+from paramserver.handler import RequestHandler
+from paramserver.store.roster import Roster
+from paramserver.store.store import Store
+from paramserver.transport import memory
+from paramserver.transport.handshake import Identity, accept, new_incarnation
+from paramserver.transport.in_process import InProcessLane, InProcessSession
+from paramserver.transport.lane import Session
+from paramserver.transport.listener import Listener
+from paramserver.wire import messages
+from paramserver.wire.refusals import refused
+
+logger = logging.getLogger(__name__)
+
+GRACE = 60.0
+"""Seconds that a ps waits for workers that it never saw, and for a chief that was lost, when all others are done."""
+REPORT_INTERVAL = 0.5
+
+
+def allocate_shared(layouts: Sequence[ArenaLayout]) -> StoreMemory:
+    """Memory that workers of the same host can map, where the platform has it."""
+    file = memory.SharedFile.create(memory.store_bytes(layouts)) if memory.can_share() else None
+    return memory.store_memory(layouts, file)
+
+
+def allocate_private(layouts: Sequence[ArenaLayout]) -> StoreMemory:
+    """Memory of this process alone."""
+    return memory.store_memory(layouts, None)
+
+
+class Server:
+    """One ps task of a cluster: listens, serves, and ends with the run.
+
+    Args:
+        cluster_spec: The cluster, as a ClusterSpec or what one is made from.
+        job_name: The role of this task; may be omitted where the cluster has one job.
+        task_index: Its index; may be omitted where the job has one task.
+        start: Whether to serve at once.
+        token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``.
+        grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
+
+    Raises:
+        ValueError: If the task is not in the cluster, or is no ps.
+        TypeError: If ``cluster_spec`` is no cluster.
+        UnavailableError: If the address is taken.
+    """
+
+    def __init__(
+        self,
+        cluster_spec: object,
+        job_name: str | None = None,
+        task_index: int | None = None,
+        *,
+        start: bool = True,
+        token: str | None = None,
+        grace: float = GRACE,
+    ) -> None:
+        self.cluster_spec = ClusterSpec(cluster_spec)  # type: ignore[arg-type]  # checked there
+        self.task = _which_task(self.cluster_spec, job_name, task_index)
+        surroundings = environment.read()
+        self._me = Identity(
+            task=str(self.task),
+            token=surroundings.token if token is None else token,
+            incarnation=new_incarnation(),
+        )
+        self._grace = grace
+        self._store = Store(str(self.task), allocate_shared)
+        workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
+        self._roster = Roster(workers[0] if workers else "", workers)
+        self._handler = RequestHandler(self._store, self._roster)
+        self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), surroundings.listen_fd)
+        self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts")
+        self._open: dict[threading.Thread, Callable[[], None]] = {}
+        self._lock = threading.Lock()
+        if start:
+            self.start()
+
+    @property
+    def target(self) -> str:
+        """Where this server can be reached, ``host:port``."""
+        host = self.cluster_spec.address(self.task).rpartition(":")[0]
+        return f"{host}:{self._listener.port}"
+
+    def start(self) -> None:
+        """Begin to serve, on threads of its own. Idempotent."""
+        if not self._acceptor.ident:
+            self._acceptor.start()
+
+    def join(self) -> None:
+        """Serve until the run is over. Blocks; for ever if no run comes to an end.
+
+        Raises:
+            UnavailableError: If the chief was lost and did not come back.
+            ParameterServerError: If the chief failed.
+        """
+        self.start()
+        complete = self._roster.await_over(self._grace)
+        was_stopped = self._listener.is_closed
+        self.stop()
+        self._store.check_alive()
+        if not complete and not was_stopped:
+            raise UnavailableError(
+                f"{self._roster.chief} was lost and did not come back within {self._grace:g} s; "
+                f"{self.task} ends, restart the run to go on from its last checkpoint",
+                self._roster.chief,
+            )
+
+    def stop(self) -> None:
+        """End now: close every connection and wait for the threads. Idempotent."""
+        self.request_stop()
+        if self._acceptor.ident:
+            self._acceptor.join()
+        self._listener.release()
+        with self._lock:
+            connections = dict(self._open)
+        for thread, close in connections.items():
+            close()
+            thread.join()
+
+    def request_stop(self) -> None:
+        """Let `join` end soon. Does not block, so that a signal handler may call it."""
+        self._listener.close()
+        self._roster.stop()
+
+    def status(self) -> messages.Status:
+        """What this ps holds and has done."""
+        return self._handler.status()
+
+    def __repr__(self) -> str:
+        return f"<Server {self.task} at {self.target}: {self._store!r}>"
+
+    def _accept(self) -> None:
+        for connection in self._listener.connections():
+            thread = threading.Thread(target=self._serve, args=(connection,), name=f"{self.task} serves")
+            with self._lock:
+                self._open[thread] = lambda connection=connection: _hang_up(connection)
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            session = self._accept_session(connection)
+            if session is not None:
+                with contextlib.closing(session):
+                    self._converse(session)
+        except ParameterServerError as error:
+            logger.warning("%s: %s", self.task, error)
+        finally:
+            with self._lock:
+                del self._open[threading.current_thread()]
+
+    def _accept_session(self, connection: socket.socket) -> Session | None:
+        try:
+            session = accept(connection, self._me, self._listener.local_socket)
+        except UnavailableError as error:  # also a worker that goes on by the local socket instead
+            logger.debug("%s: %s", self.task, error)
+            return None
+        with self._lock:
+            self._open[threading.current_thread()] = session.close
+        return session
+
+    def _converse(self, session: Session) -> None:
+        try:
+            self._roster.join(session.task)
+        except ParameterServerError as error:
+            session.receive()
+            session.reply(refused(error))
+            return
+        try:
+            while (request := session.receive()) is not None:
+                self._handler.handle(session, request)
+        finally:
+            self._roster.disconnect(session.task)
+
+
+def run_standard_server() -> None:
+    """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
+
+    SIGTERM ends it early.
+
+    Raises:
+        ValueError: If TF_CONFIG names no ps task of a cluster.
+        UnavailableError: If the address is taken, or the chief was lost and did not come back.
+        ParameterServerError: If the chief failed.
+    """
+    cluster, task = server_task()
+    server = Server(cluster, task.role, task.index)
+    signal.signal(signal.SIGTERM, lambda *_: server.request_stop())
+    with report_progress(server):
+        server.join()
+
+
+def play_in_process() -> InProcessLane:
+    """A ps inside this process, for a run without a cluster: its store, reached by function calls."""
+    task = str(TaskId(Role.PS, 0))
+    me = str(TaskId(Role.CHIEF, 0))
+    roster = Roster(me, [me])
+    handler = RequestHandler(Store(task, allocate_private), roster)
+    return InProcessLane(task, InProcessSession(me, new_incarnation()), handler.handle)
+
+
+@contextlib.contextmanager
+def report_progress(server: Server) -> Iterator[None]:
+    """Tell the launcher, if there is one, what the server does, every `REPORT_INTERVAL` seconds and at the end."""
+    reporter = Reporter(str(server.task), environment.read().report_fd)
+    over = threading.Event()
+
+    def tell(state: str) -> None:
+        status = server.status()
+        reporter.tell(
+            state=state,
+            updates=status.updates,
+            mean_staleness=status.mean_staleness,
+            largest_staleness=status.largest_staleness,
+        )
+
+    def keep_telling() -> None:
+        tell("serving")
+        while not over.wait(REPORT_INTERVAL):
+            tell("serving")
+
+    thread = threading.Thread(target=keep_telling, name=f"{server.task} reports")
+    if reporter.is_on:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if thread.ident:
+            thread.join()
+        tell("done")
+
+
+def _which_task(cluster: ClusterSpec, job_name: str | None, task_index: int | None) -> TaskId:
+    if job_name is None:
+        if len(cluster.jobs) != 1:
+            raise ConfigError(f"a server for one of the jobs {cluster.jobs} needs an explicit job_name")
+        job_name = cluster.jobs[0]
+    if task_index is None:
+        if cluster.num_tasks(job_name) != 1:
+            raise ConfigError(
+                f"a server for one of the {cluster.num_tasks(job_name)} tasks of {job_name!r} "
+                "needs an explicit task_index"
+            )
+        task_index = cluster.task_indices(job_name)[0]
+    if job_name != Role.PS:
+        raise ConfigError(f"{job_name}:{task_index} cannot serve: only ps tasks listen, all others connect to them")
+    cluster.task_address(job_name, task_index)
+    return TaskId(Role.PS, task_index)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it may be closed already
+        connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,293 @@
+"""A rule at work on one block: torch.optim's own step over flat slices, each with its own state."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn, optim
+
+from paramserver.errors import ConfigError
+from paramserver.rules import RULES, Rule, Setting, rule_class, setting_names
+
+
+class _Run(NamedTuple):
+    """Elements `[start, stop)` of a block that have had the same updates; `parameter` is the view of them."""
+
+    start: int
+    stop: int
+    parameter: nn.Parameter
+
+
+class BlockRule:
+    """An update rule over one block of values, with its slots.
+
+    Optimizers of `RULES` are elementwise, so one update over a flat slice equals an update of each variable
+    in it. What had no gradient in a step keeps values, slots and step count, as torch.optim skips
+    ``grad is None``. Elements that have had different updates therefore need different scalar state: the
+    block is a sequence of *runs*, one at first, and a gradient for a part of a run splits it.
+
+    float32 and float64 use torch's fused kernels where they are faster; they differ from the unfused ones by
+    rounding only. Half precision is never fused; torch itself rounds it differently at the end of a tensor,
+    so it equals torch.optim bit for bit only where variables fill whole vector registers.
+
+    Not thread-safe: the caller holds the block's lock.
+
+    Args:
+        rule: The rule and its first settings.
+        values: `[size]`, contiguous; updated in place, never replaced.
+
+    Raises:
+        UnsupportedOptimizerError: No such rule.
+        ConfigError: A setting that the rule does not have, or a value that torch.optim refuses.
+
+    Example:
+        >>> values, target = torch.zeros(4), torch.arange(4.0)
+        >>> rule = BlockRule(Rule("SGD", {"lr": 0.1}), values)
+        >>> for _ in range(3):
+        ...     print(f"loss {((values - target) ** 2).sum():.2f}")
+        ...     rule.apply(0, 4, 2 * (values - target), {"lr": 0.1})
+        loss 14.00
+        loss 8.96
+        loss 5.73
+    """
+
+    def __init__(self, rule: Rule, values: Tensor) -> None:
+        if values.dim() != 1 or not values.is_contiguous():
+            raise ValueError(f"values of a block must be flat and contiguous, got {tuple(values.shape)}")
+        self._class = rule_class(rule)
+        self._names = frozenset(setting_names(self._class))
+        self._values = values
+        self._settings = dict(rule.settings)
+        self._runs = [self._run(0, len(values))]
+        self._starts = [0]
+        self._optimizer = _build(self._class, rule.settings, self._runs[0].parameter)
+        # The decorated step spends 8 to 10 us on profiler ranges, hooks and the autograd mode: as much as SGD
+        # takes to update 100,000 elements. Nothing of it means anything here.
+        self._step = inspect.unwrap(self._class.step)
+
+    def __repr__(self) -> str:
+        return f"<BlockRule {self._class.__name__} of {len(self._values)} in {len(self._runs)} runs>"
+
+    def apply(self, start: int, stop: int, gradient: Tensor, settings: Mapping[str, Setting]) -> None:
+        """Updates elements `[start, stop)` by their gradient `[stop - start]`, which is not kept.
+
+        Args:
+            start: First element, within the block.
+            stop: One after the last.
+            gradient: Of the values' dtype; read only.
+            settings: What the param group says for this step. A setting that is left out stays as it was.
+
+        Raises:
+            ValueError: The range is not within the block, the gradient does not fit, or a setting is unknown.
+        """
+        if gradient.shape != (stop - start,) or gradient.dtype is not self._values.dtype:
+            raise ValueError(
+                f"a gradient for [{start}, {stop}) must have shape ({stop - start},) and "
+                f"{self._values.dtype}, got {tuple(gradient.shape)} and {gradient.dtype}"
+            )
+        if settings != self._settings:
+            self._adopt(settings)
+        first, last = self._cut(start, stop)
+        runs = self._runs[first:last]
+        if len(runs) == 1:
+            self._update(runs, [gradient])
+            return
+        # Apart, because torch's fused SGD takes its first step for all its parameters or for none.
+        fresh = [run for run in runs if not self._optimizer.state.get(run.parameter)]
+        known = [run for run in runs if self._optimizer.state.get(run.parameter)]
+        for part in filter(None, (fresh, known)):
+            self._update(part, [gradient[run.start - start : run.stop - start] for run in part])
+
+    def slots(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Yields `(start, stop, state)` of each run that has state, in order, for a checkpoint.
+
+        Elementwise state is `[stop - start]`, scalar state (such as `step`) 0-dimensional, by torch.optim's
+        names. The tensors are the live ones: copy them before the block's lock is let go.
+        """
+        for run in self._runs:
+            state = self._optimizer.state.get(run.parameter)
+            if state:
+                yield run.start, run.stop, dict(state)
+
+    def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
+        """Puts back the state of elements `[start, stop)`, as `slots` yields it or a part of it. Copies.
+
+        After loading many small ranges, call `join`.
+
+        Raises:
+            ValueError: The range is not within the block, or a slot is unknown to the rule with its settings,
+                is missing, or has another shape or dtype; the message names the slot. No state changes then.
+        """
+        expected = self._expected_slots()
+        _check_slots(self._class.__name__, start, stop, expected, state)
+        first, last = self._cut(start, stop)
+        for run in self._runs[first:last]:
+            self._optimizer.state.pop(run.parameter, None)
+        run = self._run(start, stop)
+        self._optimizer.state[run.parameter] = {
+            name: slot.to(expected[name].dtype, copy=True) for name, slot in state.items()
+        }
+        self._replace(first, last, [run])
+
+    def join(self) -> None:
+        """Makes one run of neighbours whose scalar state is equal, so that fewer updates serve them.
+
+        It changes no result. `apply` never does it, since it copies slots; do it once after loading.
+        """
+        first = 0
+        while first < len(self._runs):
+            last = first + 1
+            while last < len(self._runs) and self._alike(self._runs[first], self._runs[last]):
+                last += 1
+            if last - first > 1:
+                self._merge(first, last)
+            first += 1
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of state beside the values."""
+        return sum(slot.nbytes for state in self._optimizer.state.values() for slot in state.values())
+
+    def _adopt(self, settings: Mapping[str, Setting]) -> None:
+        """Takes over settings that differ from those of the step before."""
+        unknown = settings.keys() - self._names
+        if unknown:
+            # A peer must not reach the group's other entries, such as its parameters.
+            raise ValueError(f"update rule {self._class.__name__} has no setting {min(unknown)!r}")
+        self._optimizer.param_groups[0].update(settings)
+        self._settings = dict(settings)
+
+    def _update(self, runs: list[_Run], gradients: list[Tensor]) -> None:
+        """Runs torch's step over these runs only."""
+        parameters = [run.parameter for run in runs]
+        self._optimizer.param_groups[0]["params"] = parameters
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        try:
+            with torch.no_grad():
+                self._step(self._optimizer)
+        finally:
+            for parameter in parameters:
+                parameter.grad = None  # the memory belongs to the lane, which writes the next gradient there
+
+    def _cut(self, start: int, stop: int) -> tuple[int, int]:
+        """Splits runs so that `[start, stop)` is whole runs; returns their range of indices."""
+        if not 0 <= start < stop <= len(self._values):
+            raise ValueError(f"[{start}, {stop}) is no range of a block of {len(self._values)}")
+        first = self._index(start)
+        return first, self._index(stop)
+
+    def _index(self, at: int) -> int:
+        """The index of the run that begins at `at`, which is made to if there is none."""
+        index = bisect.bisect_left(self._starts, at)
+        if at < len(self._values) and (index == len(self._starts) or self._starts[index] != at):
+            self._split(index - 1, at)
+        return index
+
+    def _split(self, index: int, at: int) -> None:
+        """Cuts a run in two at element `at`: elementwise state as views, scalar state as copies."""
+        run = self._runs[index]
+        halves = [self._run(run.start, at), self._run(at, run.stop)]
+        state = self._optimizer.state.pop(run.parameter, None)
+        for half in halves if state else ():
+            self._optimizer.state[half.parameter] = {
+                name: slot[half.start - run.start : half.stop - run.start] if slot.dim() else slot.clone()
+                for name, slot in state.items()
+            }
+        self._replace(index, index + 1, halves)
+
+    def _alike(self, one: _Run, other: _Run) -> bool:
+        """Whether two runs have the same slots and equal scalars in them."""
+        a, b = (self._optimizer.state.get(run.parameter, {}) for run in (one, other))
+        return a.keys() == b.keys() and all(
+            slot.dim() or torch.equal(slot, b[name]) for name, slot in a.items()
+        )
+
+    def _merge(self, first: int, last: int) -> None:
+        """Makes one run of runs that are alike."""
+        runs = self._runs[first:last]
+        whole = self._run(runs[0].start, runs[-1].stop)
+        states = [self._optimizer.state.pop(run.parameter, {}) for run in runs]
+        if states[0]:
+            # Slot by slot, so that no more than one of them exists twice.
+            self._optimizer.state[whole.parameter] = {
+                name: torch.cat(parts) if parts[0].dim() else parts[0]
+                for name in list(states[0])
+                if (parts := [state.pop(name) for state in states])
+            }
+        self._replace(first, last, [whole])
+
+    def _replace(self, first: int, last: int, runs: list[_Run]) -> None:
+        self._runs[first:last] = runs
+        self._starts[first:last] = [run.start for run in runs]
+
+    def _run(self, start: int, stop: int) -> _Run:
+        return _Run(start, stop, nn.Parameter(self._values[start:stop], requires_grad=False))
+
+    def _expected_slots(self) -> dict[str, Tensor]:
+        """The slots of the rule with its settings of now, found by a step of one element."""
+        parameter = nn.Parameter(torch.zeros(1, dtype=self._values.dtype), requires_grad=False)
+        parameter.grad = torch.zeros_like(parameter)
+        group = self._optimizer.param_groups[0]
+        optimizer = _build(self._class, {name: group[name] for name in self._names}, parameter)
+        with torch.no_grad():
+            self._step(optimizer)
+        return dict(optimizer.state.get(parameter, {}))
+
+
+def _build(
+    optimizer: type[optim.Optimizer], settings: Mapping[str, Setting], parameter: nn.Parameter
+) -> optim.Optimizer:
+    """An optimizer over one flat parameter, with the fastest exact way to compute that there is."""
+    options: dict[str, bool] = {"foreach": False}
+    if parameter.dtype in (torch.float32, torch.float64) and _fused_pays(optimizer, settings):
+        options["fused"] = True
+    try:
+        return _light(optimizer.__name__)([parameter], **settings, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"torch.optim.{optimizer.__name__} refuses {dict(settings)}: {error}") from error
+
+
+def _fused_pays(optimizer: type[optim.Optimizer], settings: Mapping[str, Setting]) -> bool:
+    """Whether torch has a fused CPU kernel for this and it is faster than the passes it replaces.
+
+    It is 2 to 10 times faster where there are several passes; plain SGD is one pass already and loses by it.
+    """
+    if optimizer is optim.SGD:
+        return bool(settings.get("momentum") or settings.get("weight_decay"))
+    return optimizer in (optim.Adam, optim.AdamW, optim.Adagrad)
+
+
+@functools.cache
+def _light(name: str) -> Callable[..., optim.Optimizer]:
+    """The class of a rule, without the guard around `add_param_group`.
+
+    The guard keeps torch.compile away and, for that, imports the whole compiler when the first optimizer is
+    made: a second and 70 MB that a ps has no use for.
+    """
+    optimizer = RULES[name]
+    unguarded = {"add_param_group": inspect.unwrap(optimizer.add_param_group)}
+    return type(optimizer.__name__, (optimizer,), unguarded)
+
+
+def _check_slots(
+    rule: str, start: int, stop: int, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """Refuses state for `[start, stop)` that is not of the expected slots, naming the slot."""
+    for name in [*state, *expected]:
+        where = f"cannot load [{start}, {stop}) of {rule}: slot {name!r}"
+        if name not in expected:
+            raise ValueError(f"{where} is unknown; this rule has {', '.join(expected) or 'none'}")
+        if name not in state:
+            raise ValueError(f"{where} is missing; got {', '.join(state) or 'none'}")
+        slot, like = state[name], expected[name]
+        shape = (stop - start,) if like.dim() else ()
+        if slot.shape != shape:
+            raise ValueError(f"{where} must have shape {shape}, got {tuple(slot.shape)}")
+        if shape and slot.dtype is not like.dtype:
+            raise ValueError(f"{where} must be {like.dtype}, got {slot.dtype}")

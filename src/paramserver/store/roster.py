@@ -1,0 +1,122 @@
+"""Who takes part in a run, and when the run is over. No clock and no thread of its own.
+
+Rules
+    * The run is over when the chief has said goodbye and so has every other worker, or is gone.
+    * A worker that was never seen is waited for until a grace period after the chief's goodbye: it may just be
+      slow to start.
+    * A chief that is gone without a goodbye is waited for while anyone still trains, and for the grace period after.
+    * Who comes after the chief's goodbye is told that the run is over.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Iterable
+
+from paramserver.errors import RefusedError, RunOverError
+
+
+class Presence(enum.Enum):
+    """What is known of a worker."""
+
+    EXPECTED = "expected"
+    JOINED = "joined"
+    LEFT = "left"
+    LOST = "lost"
+
+
+class Roster:
+    """The presence of the chief and the workers. Thread-safe.
+
+    Args:
+        chief: The task whose goodbye ends the run.
+        workers: All tasks that train, the chief among them.
+    """
+
+    def __init__(self, chief: str, workers: Iterable[str]) -> None:
+        self.chief = chief
+        self._presence = dict.fromkeys(workers, Presence.EXPECTED)
+        self._connections: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def join(self, task: str) -> None:
+        """A worker has connected.
+
+        Raises:
+            RunOverError: If the chief has finished already.
+            RefusedError: If no such task takes part in the run.
+        """
+        with self._changed:
+            if task not in self._presence:
+                raise RefusedError(f"{task} does not take part in this run; its workers are {self}", task)
+            if self._presence.get(self.chief) is Presence.LEFT:
+                raise RunOverError(f"{task} came after the end: {self.chief} has finished the run")
+            self._presence[task] = Presence.JOINED
+            self._connections[task] = self._connections.get(task, 0) + 1
+            self._changed.notify_all()
+
+    def leave(self, task: str) -> None:
+        """A worker has said goodbye."""
+        self._set(task, Presence.LEFT)
+
+    def disconnect(self, task: str) -> None:
+        """A connection of a worker has ended; without a goodbye it is lost, unless it has come back meanwhile."""
+        with self._changed:
+            self._connections[task] -= 1
+            if not self._connections[task] and self._presence[task] is Presence.JOINED:
+                self._presence[task] = Presence.LOST
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Somebody wants the ps to end now."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def joined(self, besides: str = "") -> tuple[str, ...]:
+        """The workers that are connected now."""
+        return tuple(
+            task for task, presence in self._presence.items() if presence is Presence.JOINED and task != besides
+        )
+
+    def await_alone(self, task: str, timeout: float) -> tuple[str, ...]:
+        """Wait until ``task`` is the only one connected, for at most ``timeout`` seconds; who is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not self.joined(besides=task), timeout)
+            return self.joined(besides=task)
+
+    def await_over(self, grace: float) -> bool:
+        """Block until the run is over; False if it ended without the chief's goodbye.
+
+        Args:
+            grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
+        """
+        with self._changed:
+            while not self._stopped:
+                if self._is_over():
+                    return True
+                if self._waits_for_the_absent():
+                    if not self._changed.wait(grace):
+                        return self._presence.get(self.chief) is Presence.LEFT
+                else:
+                    self._changed.wait()
+            return self._presence.get(self.chief) is Presence.LEFT
+
+    def __str__(self) -> str:
+        return ", ".join(f"{task} ({presence.value})" for task, presence in self._presence.items())
+
+    def _is_over(self) -> bool:
+        done = (Presence.LEFT, Presence.LOST)
+        return self._presence.get(self.chief) is Presence.LEFT and all(
+            presence in done for presence in self._presence.values()
+        )
+
+    def _waits_for_the_absent(self) -> bool:
+        return not self.joined() and self._presence.get(self.chief) in (Presence.LEFT, Presence.LOST)
+
+    def _set(self, task: str, presence: Presence) -> None:
+        with self._changed:
+            self._presence[task] = presence
+            self._changed.notify_all()

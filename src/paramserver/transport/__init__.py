@@ -1,0 +1,1 @@
+"""Lanes: the ways that bytes go between two tasks."""

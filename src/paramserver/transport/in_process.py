@@ -1,0 +1,73 @@
+"""The lane inside one process: the worker uses the store's own memory, and a request is a function call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from paramserver.arena import ArenaLayout, StoreMemory
+from paramserver.errors import LocalProtocolError
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
+from paramserver.wire.messages import Reply, Request
+
+
+class InProcessSession(Session):
+    """The store's end; see `Session`. Its replies are kept for the lane that shares it."""
+
+    def __init__(self, task: str, incarnation: str) -> None:
+        self.task = task
+        self.incarnation = incarnation
+        self.memory = StoreMemory([], [])
+        self.gradients: list[torch.Tensor] = []
+        self.answer: Reply | None = None
+
+    def receive(self) -> Request | None:
+        raise LocalProtocolError("a session inside one process is handed its requests, it does not wait for them")
+
+    def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
+        self.memory = memory
+
+    def gradient(self, piece: Piece) -> torch.Tensor:
+        return self.gradients[piece.arena][piece.start : piece.stop]
+
+    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
+        self.answer = reply
+
+    def close(self) -> None:
+        self.gradients = []
+
+
+class InProcessLane(Lane):
+    """The worker's end; see `Lane`.
+
+    Args:
+        task: The ps that is played, for messages.
+        session: The store's end.
+        handle: Carries out one request and answers it on the session.
+    """
+
+    name = "in process"
+
+    def __init__(
+        self, task: str, session: InProcessSession, handle: Callable[[Session, Request], None]
+    ) -> None:
+        self.task = task
+        self._session = session
+        self._handle = handle
+
+    def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
+        self._session.gradients = [torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts]
+        return WorkerMemory(self._session.memory.values, self._session.gradients, direct=True)
+
+    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
+        self._handle(self._session, request)
+
+    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
+        reply, self._session.answer = self._session.answer, None
+        if reply is None:
+            raise LocalProtocolError(f"{self.task} has no request to answer")
+        return reply
+
+    def close(self) -> None:
+        self._session.close()

@@ -1,0 +1,102 @@
+"""Where a ps waits for workers: one TCP address, and one local socket for workers on the same host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+from collections.abc import Iterator
+
+from paramserver.errors import UnavailableError
+from paramserver.transport import memory
+
+BACKLOG = 1024
+
+
+class Listener:
+    """Accepts connections. One thread iterates over `connections`; `close` may be called by any.
+
+    Args:
+        address: ``host:port`` to bind; port 0 lets the system choose. The host is what workers use to reach this
+            task, so every interface is listened on unless it is a loopback address.
+        task: The task that listens, for messages.
+        descriptor: A listening socket that was inherited, used instead of ``address``.
+
+    Raises:
+        UnavailableError: If the address cannot be bound.
+    """
+
+    def __init__(self, address: str, task: str, descriptor: int | None = None) -> None:
+        self.is_closed = False
+        self._sockets = [_listen(address, task) if descriptor is None else socket.socket(fileno=descriptor)]
+        self.local_socket = ""
+        if memory.can_share():
+            self.local_socket = f"paramserver-{secrets.token_hex(16)}"
+            self._sockets.append(_listen_locally(self.local_socket))
+        self._port: int = self._sockets[0].getsockname()[1]
+        self._wake: tuple[int, ...] = os.pipe()
+
+    @property
+    def port(self) -> int:
+        """The TCP port that is listened on."""
+        return self._port
+
+    def connections(self) -> Iterator[socket.socket]:
+        """Each new connection, until `close`."""
+        with selectors.DefaultSelector() as selector:
+            for listening in self._sockets:
+                listening.setblocking(False)
+                selector.register(listening, selectors.EVENT_READ)
+            selector.register(self._wake[0], selectors.EVENT_READ)
+            while not self.is_closed:
+                for key, _ in selector.select():
+                    if isinstance(key.fileobj, socket.socket):
+                        with contextlib.suppress(BlockingIOError, ConnectionError):  # it went away again
+                            yield key.fileobj.accept()[0]
+
+    def release(self) -> None:
+        """Close the sockets, after `connections` has ended or where it never began. Idempotent."""
+        for listening in self._sockets:
+            listening.close()
+        self._sockets = []
+        for descriptor in self._wake:
+            os.close(descriptor)
+        self._wake = ()
+
+    def close(self) -> None:
+        """Stop accepting; `connections` ends. Idempotent, and safe in a signal handler."""
+        if not self.is_closed:
+            self.is_closed = True
+            os.write(self._wake[1], b"\0")
+
+
+def _listen(address: str, task: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host if _is_loopback(host) else "", int(port)))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise UnavailableError(
+            f"{task} cannot listen on {address}: {error.strerror}; "
+            "is another process using that port, or is the address in TF_CONFIG wrong?",
+            task,
+        ) from error
+    return listening
+
+
+def _listen_locally(name: str) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(f"\0{name}")
+    listening.listen(BACKLOG)
+    return listening
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")

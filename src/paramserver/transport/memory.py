@@ -1,0 +1,129 @@
+"""Memory for arenas: private to a process, or an anonymous file that processes of one host share.
+
+A shared file (Linux memfd) has no name in any file system: when the last process that holds it is gone, however it
+went, the memory is gone too. Seals make it safe to share: its size is fixed, so that a peer cannot take memory away
+from under a reader, and nobody but its creator can write to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from paramserver.arena import ALIGNMENT, ArenaLayout, StoreMemory, num_blocks
+from paramserver.errors import RemoteProtocolError
+
+F_SEAL_FUTURE_WRITE = 0x10  # <linux/fcntl.h>; the fcntl module does not name it
+_VERSION_BYTES = 8
+
+
+def can_share() -> bool:
+    """Whether this platform has anonymous shared files."""
+    return sys.platform == "linux" and hasattr(os, "memfd_create")
+
+
+class SharedFile:
+    """An anonymous file of ``nbytes`` bytes, mapped into this process.
+
+    Attributes:
+        descriptor: The open file, to be passed to another process.
+        data: Its bytes as a flat uint8 tensor. Writing to it in a process that attached it is a fault.
+    """
+
+    def __init__(self, descriptor: int, nbytes: int, protection: int) -> None:
+        self.descriptor = descriptor
+        mapping = mmap.mmap(descriptor, max(nbytes, mmap.PAGESIZE), mmap.MAP_SHARED, protection)
+        with warnings.catch_warnings():
+            # torch warns that a read-only buffer must not be written to; nothing here does
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            self.data = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    @classmethod
+    def create(cls, nbytes: int) -> SharedFile:
+        """A new file, zeroed, that others can map for reading only."""
+        descriptor = os.memfd_create("paramserver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, max(nbytes, mmap.PAGESIZE))
+        created = cls(descriptor, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
+        return created
+
+    @classmethod
+    def attach(cls, descriptor: int, nbytes: int, owner: str) -> SharedFile:
+        """Another process's file, for reading.
+
+        Raises:
+            RemoteProtocolError: If the file is smaller than agreed, or its owner could shrink it under a reader.
+        """
+        size = os.fstat(descriptor).st_size
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        if size < nbytes or not seals & fcntl.F_SEAL_SHRINK:
+            os.close(descriptor)
+            raise RemoteProtocolError(
+                f"{owner} shared a memory of {size} bytes with seals {seals:#x}; "
+                f"expected at least {nbytes} bytes, sealed against shrinking"
+            )
+        return cls(descriptor, nbytes, mmap.PROT_READ)
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping lives as long as a tensor of it does. Idempotent."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def gradient_bytes(layouts: Sequence[ArenaLayout]) -> int:
+    """How large the file of a worker's gradients is."""
+    return _place(layouts, start=0)[1]
+
+
+def gradient_tensors(layouts: Sequence[ArenaLayout], data: torch.Tensor) -> list[torch.Tensor]:
+    """A flat tensor for each arena, in a file of `gradient_bytes`."""
+    return _carve(layouts, data, start=0)
+
+
+def store_bytes(layouts: Sequence[ArenaLayout]) -> int:
+    """How large the file of a ps's values is, the versions of their blocks included."""
+    return _place(layouts, start=_versions_bytes(layouts))[1]
+
+
+def store_memory(layouts: Sequence[ArenaLayout], file: SharedFile | None) -> StoreMemory:
+    """Values and versions of the arenas of a ps, in ``file`` or in private memory."""
+    data = torch.zeros(store_bytes(layouts), dtype=torch.uint8) if file is None else file.data
+    counters = data.numpy()[: _versions_bytes(layouts)].view(np.uint64)
+    versions, first = [], 0
+    for layout in layouts:
+        versions.append(counters[first : first + num_blocks(layout.size)])
+        first += num_blocks(layout.size)
+    values = _carve(layouts, data, start=_versions_bytes(layouts))
+    return StoreMemory(values, versions, None if file is None else file.descriptor)
+
+
+def _versions_bytes(layouts: Sequence[ArenaLayout]) -> int:
+    return _aligned(_VERSION_BYTES * sum(num_blocks(layout.size) for layout in layouts))
+
+
+def _carve(layouts: Sequence[ArenaLayout], data: torch.Tensor, start: int) -> list[torch.Tensor]:
+    offsets, _ = _place(layouts, start)
+    return [
+        data[offset : offset + layout.nbytes].view(layout.torch_dtype)
+        for offset, layout in zip(offsets, layouts, strict=True)
+    ]
+
+
+def _place(layouts: Sequence[ArenaLayout], start: int) -> tuple[list[int], int]:
+    offsets = []
+    for layout in layouts:
+        offsets.append(start)
+        start = _aligned(start + layout.nbytes)
+    return offsets, start
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,167 @@
+"""The lane inside one host: gradients and values lie in shared memory, a Unix socket carries the messages.
+
+The worker's gradient memory is a file that the ps maps for reading, so a gradient that autograd wrote is where the
+ps reads it. The ps's values are a file that workers map for reading; a worker copies them block by block, and a
+block's version before and after its copy tells a torn read, which is copied again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from paramserver.arena import BLOCK, ArenaLayout, StoreMemory
+from paramserver.errors import RemoteProtocolError, UnavailableError
+from paramserver.transport import memory
+from paramserver.transport.frames import FrameSocket
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
+from paramserver.transport.tcp import expect_reply
+from paramserver.wire.messages import Done, Refused, Reply, Request, Share
+
+TORN_READ_LIMIT = 10.0
+"""Seconds after which a block that is being written must mean that its writer died."""
+
+
+class SharedMemoryLane(Lane):
+    """The worker's end; see `Lane`."""
+
+    name = "shared memory"
+
+    def __init__(self, frames: FrameSocket) -> None:
+        self.task = frames.task
+        self._frames = frames
+        self._files: list[memory.SharedFile] = []
+        self._copies: dict[Piece, _BlockCopy] = {}
+        self._mine = WorkerMemory([], [])
+        self._theirs = StoreMemory([], [])
+
+    def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
+        gradients = memory.SharedFile.create(memory.gradient_bytes(layouts))
+        values = self._exchange(gradients, memory.store_bytes(layouts))
+        self._files = [gradients, values]
+        self._theirs = memory.store_memory(layouts, values)
+        self._mine = WorkerMemory(
+            values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+            gradients=memory.gradient_tensors(layouts, gradients.data),
+        )
+        return self._mine
+
+    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
+        self._frames.send(request)
+
+    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
+        reply = expect_reply(self._frames)
+        if not isinstance(reply, Refused):
+            for piece in incoming:
+                self._copy(piece)
+        return reply
+
+    def close(self) -> None:
+        self._frames.close()
+        for file in self._files:
+            file.close()
+
+    def _exchange(self, gradients: memory.SharedFile, nbytes: int) -> memory.SharedFile:
+        self._frames.send(Share())
+        reply = expect_reply(self._frames)
+        if not isinstance(reply, Done):
+            raise RemoteProtocolError(f"{self.task} was offered shared memory and answered {reply}")
+        _send_descriptor(self._frames, gradients.descriptor)
+        return memory.SharedFile.attach(_receive_descriptor(self._frames), nbytes, self.task)
+
+    def _copy(self, piece: Piece) -> None:
+        copy = self._copies.get(piece)
+        if copy is None:
+            copy = self._copies[piece] = _BlockCopy(piece, self._theirs, self._mine)
+        if not copy.run():
+            raise UnavailableError(
+                f"{self.task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", self.task
+            )
+
+
+class _BlockCopy:
+    """Copies one block of values, as many times as it takes to find nobody writing it."""
+
+    def __init__(self, piece: Piece, theirs: StoreMemory, mine: WorkerMemory) -> None:
+        arena, start, stop = piece
+        self._source = theirs.values[arena][start:stop]
+        self._target = mine.values[arena][start:stop]
+        self._versions: npt.NDArray[np.uint64] = theirs.versions[arena]
+        self._block = start // BLOCK
+
+    def run(self) -> bool:
+        if self._try():
+            return True
+        give_up = time.monotonic() + TORN_READ_LIMIT
+        while time.monotonic() < give_up:
+            os.sched_yield()
+            if self._try():
+                return True
+        return False
+
+    def _try(self) -> bool:
+        before = self._versions.item(self._block)
+        if before % 2:
+            return False
+        self._target.copy_(self._source)
+        return self._versions.item(self._block) == before
+
+
+class SharedMemorySession(Session):
+    """The ps's end; see `Session`."""
+
+    def __init__(self, frames: FrameSocket, incarnation: str) -> None:
+        self.task = frames.task
+        self.incarnation = incarnation
+        self._frames = frames
+        self._layouts: Sequence[ArenaLayout] = ()
+        self._memory = StoreMemory([], [])
+        self._gradients: list[torch.Tensor] = []
+
+    def receive(self) -> Request | None:
+        request = self._frames.receive()
+        if isinstance(request, Share):
+            self._exchange()
+            request = self._frames.receive()
+        return request  # type: ignore[return-value]  # the server refuses whatever is no request
+
+    def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
+        self._layouts = layouts
+        self._memory = memory
+
+    def gradient(self, piece: Piece) -> torch.Tensor:
+        return self._gradients[piece.arena][piece.start : piece.stop]
+
+    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
+        self._frames.send(reply)
+
+    def close(self) -> None:
+        self._frames.close()
+
+    def _exchange(self) -> None:
+        if self._memory.descriptor is None:
+            self._frames.send(Refused("refused", "there is nothing to share yet: declare the arenas first"))
+            return
+        self._frames.send(Done())
+        descriptor = _receive_descriptor(self._frames)
+        file = memory.SharedFile.attach(descriptor, memory.gradient_bytes(self._layouts), self.task)
+        file.close()  # the mapping stays
+        self._gradients = memory.gradient_tensors(self._layouts, file.data)
+        _send_descriptor(self._frames, self._memory.descriptor)
+
+
+def _send_descriptor(frames: FrameSocket, descriptor: int) -> None:
+    socket.send_fds(frames.socket, [b"\0"], [descriptor])
+
+
+def _receive_descriptor(frames: FrameSocket) -> int:
+    _, descriptors, _, _ = socket.recv_fds(frames.socket, 1, 1)
+    if not descriptors:
+        raise RemoteProtocolError(f"{frames.task} was to pass a shared memory, and passed none")
+    return descriptors[0]

@@ -1,0 +1,104 @@
+"""The lane between hosts: payloads go by TCP, from and into the memory that is used.
+
+A ps receives one piece of a gradient at a time and applies it while the next one is on its way, so that it needs
+one block of memory for each connection and not a copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
+from paramserver.errors import UnavailableError
+from paramserver.transport.frames import FrameSocket
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
+from paramserver.wire.messages import Message, Refused, Reply, Request
+
+
+class TcpLane(Lane):
+    """The worker's end; see `Lane`."""
+
+    name = "tcp"
+
+    def __init__(self, frames: FrameSocket) -> None:
+        self.task = frames.task
+        self._frames = frames
+        self._memory = WorkerMemory([], [])
+
+    def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
+        self._memory = WorkerMemory(
+            values=[_flat(layout) for layout in layouts], gradients=[_flat(layout) for layout in layouts]
+        )
+        return self._memory
+
+    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
+        gradients = self._memory.gradients
+        self._frames.send(request, [tensor_bytes(gradients[arena][start:stop]) for arena, start, stop in outgoing])
+
+    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
+        reply = expect_reply(self._frames)
+        if not isinstance(reply, Refused):
+            for arena, start, stop in incoming:
+                self._frames.receive_into(tensor_bytes(self._memory.values[arena][start:stop]))
+        return reply
+
+    def close(self) -> None:
+        self._frames.close()
+
+
+class TcpSession(Session):
+    """The ps's end; see `Session`."""
+
+    def __init__(self, frames: FrameSocket, incarnation: str) -> None:
+        self.task = frames.task
+        self.incarnation = incarnation
+        self._frames = frames
+        self._layouts: Sequence[ArenaLayout] = ()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self) -> Request | None:
+        return self._frames.receive()  # type: ignore[return-value]  # the server refuses whatever is no request
+
+    def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
+        self._layouts = layouts
+        largest = max((min(layout.size, BLOCK) * layout.itemsize for layout in layouts), default=0)
+        self._scratch = torch.empty(largest, dtype=torch.uint8)
+
+    def gradient(self, piece: Piece) -> torch.Tensor:
+        target = self._scratch_for(piece)
+        self._frames.receive_into(tensor_bytes(target))
+        return target
+
+    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
+        if read is None or not pieces:
+            self._frames.send(reply)
+            return
+        self._frames.announce(reply, sum(self._nbytes(piece) for piece in pieces))
+        for piece in pieces:
+            target = self._scratch_for(piece)
+            read(piece, target)
+            self._frames.send_raw(tensor_bytes(target))
+
+    def close(self) -> None:
+        self._frames.close()
+
+    def _nbytes(self, piece: Piece) -> int:
+        return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
+
+    def _scratch_for(self, piece: Piece) -> torch.Tensor:
+        values = self._scratch[: self._nbytes(piece)]
+        return values.view(self._layouts[piece.arena].torch_dtype)
+
+
+def expect_reply(frames: FrameSocket) -> Reply:
+    """The next message, which must be there."""
+    reply: Message | None = frames.receive()
+    if reply is None:
+        raise UnavailableError(f"{frames.task} closed the connection instead of answering; has it died?", frames.task)
+    return reply  # type: ignore[return-value]  # the client checks for the reply that it expects
+
+
+def _flat(layout: ArenaLayout) -> torch.Tensor:
+    return torch.zeros(layout.size, dtype=layout.torch_dtype)

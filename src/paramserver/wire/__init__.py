@@ -1,0 +1,1 @@
+"""Bytes and typed messages, without any input or output."""

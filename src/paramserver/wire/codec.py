@@ -1,0 +1,99 @@
+"""Messages to bytes and back. No socket, no clock, no thread.
+
+Rules
+    * A connection starts with a preamble from each side: ``PSRV`` and the protocol version. It comes before any
+      message, so that a peer of another version is told apart whatever its messages look like.
+    * Then frames follow: the length of the message (u32), the length of the payload (u64), both little endian;
+      the message as msgpack; the payload as raw bytes.
+    * Both lengths are checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import msgspec
+
+from paramserver.errors import LocalProtocolError, RemoteProtocolError
+from paramserver.wire.messages import AnyMessage, Message
+
+VERSION = 1
+MAGIC = b"PSRV"
+MAX_MESSAGE_BYTES = 64 << 20
+
+_PREAMBLE = struct.Struct("<4sI")
+_HEADER = struct.Struct("<IQ")
+PREAMBLE_BYTES = _PREAMBLE.size
+HEADER_BYTES = _HEADER.size
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+class Header(NamedTuple):
+    """What stands before a message."""
+
+    message_bytes: int
+    payload_bytes: int
+
+
+def preamble() -> bytes:
+    """What each side sends first."""
+    return _PREAMBLE.pack(MAGIC, VERSION)
+
+
+def check_preamble(data: bytes, peer: str) -> None:
+    """Whether a peer can be talked to.
+
+    Raises:
+        RemoteProtocolError: If the peer is something else, or of another version.
+    """
+    magic, version = _PREAMBLE.unpack(data)
+    if magic != MAGIC:
+        raise RemoteProtocolError(f"{peer} is no paramserver task: expected {preamble()!r} first, got {data!r}")
+    if version != VERSION:
+        raise RemoteProtocolError(
+            f"{peer} speaks protocol version {version}, this task speaks {VERSION}; "
+            "install the same version of paramserver for all tasks of a run"
+        )
+
+
+def encode(message: Message, payload_bytes: int = 0) -> bytes:
+    """The header and the message; the payload is sent behind it.
+
+    Raises:
+        LocalProtocolError: If the message is larger than `MAX_MESSAGE_BYTES`.
+    """
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise LocalProtocolError(
+            f"a {type(message).__name__} of {len(body)} bytes is larger than a message may be ({MAX_MESSAGE_BYTES})"
+        )
+    return _HEADER.pack(len(body), payload_bytes) + body
+
+
+def decode_header(data: bytes | memoryview, peer: str) -> Header:
+    """The first `HEADER_BYTES` of a frame.
+
+    Raises:
+        RemoteProtocolError: If the announced message is larger than a message may be.
+    """
+    header = Header(*_HEADER.unpack_from(data))
+    if header.message_bytes > MAX_MESSAGE_BYTES:
+        raise RemoteProtocolError(
+            f"{peer} announced a message of {header.message_bytes} bytes; at most {MAX_MESSAGE_BYTES} are allowed"
+        )
+    return header
+
+
+def decode(body: bytes | memoryview, peer: str) -> AnyMessage:
+    """The message of a frame.
+
+    Raises:
+        RemoteProtocolError: If the bytes are no message of this protocol.
+    """
+    try:
+        return _decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise RemoteProtocolError(f"{peer} sent bytes that are no message: {error}") from error

@@ -1,0 +1,206 @@
+"""What tasks say to each other: a closed union of typed structs.
+
+Tensors do not stand in messages: a message says which pieces of which arenas its payload holds, and the payload
+follows it as raw bytes (or lies in shared memory already).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from paramserver.arena import ArenaLayout, Range
+from paramserver.rules import Setting
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The root of all messages."""
+
+
+# --- the handshake ---------------------------------------------------------------------------------------------
+
+
+class Challenge(Message):
+    """A ps to whoever connects: who I am, prove who you are; and a shorter way, if you are on my host."""
+
+    task: str
+    nonce: bytes
+    local_socket: str
+
+
+class Hello(Message):
+    """The answer to a challenge."""
+
+    task: str
+    peer: str
+    """The task that the sender believes to talk to."""
+    incarnation: str
+    """One start of a task: a restarted worker has another one."""
+    proof: bytes
+    nonce: bytes
+
+
+class Welcome(Message):
+    """A ps has accepted the sender of Hello, and proves that it belongs to the run too."""
+
+    proof: bytes
+
+
+# --- requests --------------------------------------------------------------------------------------------------
+
+
+class Declare(Message):
+    """The arenas that this ps is to hold. The chief creates them; everyone else is compared with them."""
+
+    arenas: tuple[ArenaLayout, ...]
+    create: bool
+
+
+class Share(Message):
+    """Offers the worker's gradient memory (descriptors travel beside it) and asks for the ps's values."""
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """What a push does to one arena: run its rule, or assign, or add, on ``ranges`` (None: all of it)."""
+
+    arena: int
+    operation: Literal["rule", "assign", "add"]
+    ranges: tuple[Range, ...] | None = None
+    settings: dict[str, Setting] | None = None
+
+
+class Push(Message):
+    """Gradients, and the wish to have fresh values back. Applied once, however often it arrives.
+
+    The payload holds the parts' ranges, in order; the reply's payload holds the arenas of ``pull``, whole.
+    """
+
+    sequence: int
+    """Counts the pushes of one incarnation, from 1."""
+    local_step: int
+    """The global step whose values the gradients were computed from."""
+    counts: bool
+    """Whether this is an update of the model (global step + 1) or an assignment."""
+    parts: tuple[Part, ...]
+    pull: tuple[int, ...]
+
+
+class Pull(Message):
+    """Asks for the values of whole arenas."""
+
+    arenas: tuple[int, ...]
+
+
+class MarkReady(Message):
+    """The chief has initialized or restored every variable."""
+
+    global_step: int
+
+
+class AwaitReady(Message):
+    """Asks to be told when the chief has initialized the variables; answered after ``timeout`` seconds at the latest."""
+
+    timeout: float
+
+
+class AwaitWorkers(Message):
+    """The chief asks who else still trains; answered when nobody does, or after ``timeout`` seconds."""
+
+    timeout: float
+
+
+class Save(Message):
+    """Write this ps's shard of a checkpoint into a directory that both tasks see."""
+
+    directory: str
+    shard: int
+    num_shards: int
+
+
+class Restore(Message):
+    """Read this ps's variables and slots from a whole checkpoint."""
+
+    directory: str
+
+
+class GetStatus(Message):
+    """Asks what a ps holds and has done."""
+
+
+class Goodbye(Message):
+    """The sender has finished (``failure`` empty) or cannot go on."""
+
+    failure: str = ""
+
+
+# --- replies ---------------------------------------------------------------------------------------------------
+
+
+class Done(Message):
+    """The request was carried out."""
+
+
+class Declared(Message):
+    """The arenas exist and agree. ``ready``: they hold trained or initial values already."""
+
+    ready: bool
+
+
+class Applied(Message):
+    """A push was applied. ``staleness`` is the global step it met, less its local step."""
+
+    global_step: int
+    staleness: int
+
+
+class State(Message):
+    """Whether the variables are initialized, and the global step."""
+
+    ready: bool
+    global_step: int
+
+
+class Remaining(Message):
+    """The other workers that are still connected."""
+
+    tasks: tuple[str, ...]
+
+
+class Saved(Message):
+    """The files of a shard, and which variable or slot lies in which."""
+
+    weight_map: dict[str, str]
+    slot_map: dict[str, str]
+    nbytes: int
+    pause: float
+    """Seconds for which pushes had to wait, at most."""
+
+
+class Status(Message):
+    """What a ps holds and has done since it started."""
+
+    task: str
+    num_variables: int
+    values_bytes: int
+    slots_bytes: int
+    global_step: int
+    updates: int
+    mean_staleness: float
+    largest_staleness: int
+    joined: tuple[str, ...]
+
+
+class Refused(Message):
+    """A request was understood and refused. ``kind`` chooses the exception that the client raises."""
+
+    kind: Literal["refused", "token", "model", "over", "checkpoint"]
+    message: str
+    subject: str = ""
+
+
+Request = (
+    Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | GetStatus | Goodbye
+)
+Reply = Done | Declared | Applied | State | Remaining | Saved | Status | Refused
+AnyMessage = Challenge | Hello | Welcome | Request | Reply

@@ -1,0 +1,43 @@
+"""An exception as a refusal that travels, and back."""
+
+from __future__ import annotations
+
+from paramserver.errors import (
+    CheckpointError,
+    ModelMismatchError,
+    ParameterServerError,
+    RefusedError,
+    RunOverError,
+    TokenError,
+)
+from paramserver.wire.messages import Refused
+
+
+def refused(error: ParameterServerError) -> Refused:
+    """The message for an exception."""
+    match error:
+        case ModelMismatchError():
+            return Refused("model", str(error), error.variable)
+        case CheckpointError():
+            return Refused("checkpoint", str(error), error.path)
+        case TokenError():
+            return Refused("token", str(error))
+        case RunOverError():
+            return Refused("over", str(error))
+        case _:
+            return Refused("refused", str(error))
+
+
+def raised(refusal: Refused, task: str) -> ParameterServerError:
+    """The exception for a message that ``task`` sent."""
+    match refusal.kind:
+        case "model":
+            return ModelMismatchError(refusal.message, task, refusal.subject)
+        case "checkpoint":
+            return CheckpointError(refusal.message, refusal.subject)
+        case "token":
+            return TokenError(refusal.message, task)
+        case "over":
+            return RunOverError(refusal.message)
+        case _:
+            return RefusedError(refusal.message, task)

@@ -1,0 +1,215 @@
+"""The command line: help, bad input, dry runs. What the commands call has tests of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from paramserver import cli
+from paramserver.errors import CheckpointError, ConfigError
+from paramserver.launch import local
+from paramserver.launch.spec import LaunchOptions
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80"}, prog_name="paramserver")
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train.py"
+    path.write_text("")
+    return str(path)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
+    """The options that `launch` was called with; nothing is started."""
+    calls: list[LaunchOptions] = []
+
+    def launch(options: LaunchOptions) -> int:
+        calls.append(options)
+        return 7
+
+    monkeypatch.setattr(local, "launch", launch)
+    return calls
+
+
+@pytest.mark.parametrize("command", [[], ["launch"], ["server"], ["inspect"], ["demo"]])
+def test_help_fits_in_80_columns(command: list[str]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert "..." not in result.output.replace("[ARGS]...", "").replace("args...", "").replace("[args]...", "")
+
+
+def test_options_of_launch_reach_it_and_its_exit_code_is_ours(
+    script: str, launched: list[LaunchOptions]
+) -> None:
+    result = invoke(
+        "launch", "--ps", "2", "--workers", "3", "--evaluator", "--lane", "tcp", "--threads", "4", script
+    )
+    assert result.exit_code == 7
+    assert launched == [
+        LaunchOptions(script=script, ps=2, workers=3, evaluator=True, lane="tcp", threads=4),
+    ]
+
+
+def test_what_follows_the_script_belongs_to_the_script(script: str, launched: list[LaunchOptions]) -> None:
+    invoke("launch", script, "--ps", "5", "--help", "--", "-x")
+    assert launched == [LaunchOptions(script=script, args=("--ps", "5", "--help", "--", "-x"))]
+
+
+def test_a_dry_run_shows_all_tasks_and_starts_none(
+    script: str, launched: list[LaunchOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_socket(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run must bind nothing")
+
+    monkeypatch.setattr("socket.create_server", no_socket)
+    result = invoke("launch", "--dry-run", "--ps", "2", "--evaluator", script, "--lr", "0.1")
+    assert result.exit_code == 0
+    for text in ("# ps:1, listening on 127.0.0.1:<free port>", "# evaluator:0", "PARAMSERVER_TOKEN='***'"):
+        assert text in result.output
+    assert f"-m paramserver.launch.task {script} --lr 0.1" in result.output
+    assert launched == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("launch", "--nonsense", "x.py"), "No such option: --nonsense"),
+        (("launch", "--ps", "two", "x.py"), "Invalid value for '--ps'"),
+        (("launch",), "Missing argument"),
+        (("lunch",), "No such command 'lunch'"),
+    ],
+)
+def test_a_command_that_makes_no_sense_is_a_usage_error(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ps", "0"), "ps: expected 1 or more, got 0"),
+        (("--workers", "0"), "workers: expected 1 or more, got 0"),
+        (("--lane", "udp"), "lane: expected one of auto, tcp, got 'udp'"),
+        (("--threads", "0"), "threads: expected 1 or more, got 0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: tuple[str, ...], message: str, script: str) -> None:
+    result = invoke("launch", *options, script)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_a_script_that_is_not_there_is_refused_also_in_a_dry_run() -> None:
+    result = invoke("launch", "--dry-run", "missing.py")
+    assert "there is no script 'missing.py'" in str(result.exception)
+
+
+def test_an_error_is_one_line_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["paramserver", "launch", "missing.py"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: launch: there is no script 'missing.py'")
+    assert captured.err.count("\n") == 1
+
+
+def test_ctrl_c_gives_130(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: LaunchOptions) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "launch", interrupted)
+    monkeypatch.setattr(sys, "argv", ["paramserver", "launch", script])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> None:
+    """Stand in for a module that needs torch; what the command calls in it is all that matters here."""
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+
+
+def test_inspect_shows_a_table_that_fits_and_cuts_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "encoder.layers.11.attention.self.query_key_value.projection.low_rank.weight"
+    found = SimpleNamespace(
+        path="run/checkpoint-200",
+        step=200,
+        variables=[(name, "torch.float32", (1024, 64), 3, 262144), ("scale", "float64", (), 1, 8)],
+        slots=["exp_avg", "exp_avg_sq"],
+    )
+    replace_module(monkeypatch, "paramserver.estimator", __path__=[])
+    replace_module(monkeypatch, "paramserver.estimator.checkpoint", inspect_checkpoint=lambda _: found)
+    result = invoke("inspect", "run")
+    assert result.exit_code == 0
+    assert "run/checkpoint-200: step 200" in result.output
+    assert "slots: exp_avg, exp_avg_sq" in result.output
+    rows = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
+    assert "".join(row[1].strip() for row in rows) == name + "scale"
+    assert [cell.strip() for cell in rows[0][2:6]] == ["float32", "1024 x 64", "3", "262.1 kB"]
+    assert [cell.strip() for cell in rows[-1][2:6]] == ["float64", "scalar", "1", "8 bytes"]
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_error_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: str) -> None:
+        raise CheckpointError(f"{path} is cut short", path)
+
+    replace_module(monkeypatch, "paramserver.estimator", __path__=[])
+    replace_module(monkeypatch, "paramserver.estimator.checkpoint", inspect_checkpoint=refuse)
+    monkeypatch.setattr(sys, "argv", ["paramserver", "inspect", "run"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "error: run is cut short\n"
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+
+    def run_demo(**options: object) -> int:
+        calls.append(options)
+        return 3
+
+    replace_module(monkeypatch, "paramserver.demo", __path__=[])
+    replace_module(monkeypatch, "paramserver.demo.run", run_demo=run_demo)
+    assert invoke("demo", "--steps", "5", "--model-dir", "here", "--lane", "tcp").exit_code == 3
+    assert calls == [{"steps": 5, "model_dir": "here", "lane": "tcp"}]
+
+
+def test_server_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[bool] = []
+    replace_module(monkeypatch, "paramserver.server", run_standard_server=lambda: served.append(True))
+    assert invoke("server").exit_code == 0
+    assert served == [True]
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2.3")
+    assert invoke("--version").output == "paramserver 1.2.3\n"
+
+
+@pytest.mark.multiprocess
+def test_launching_does_not_import_torch() -> None:
+    modules = "paramserver.cli, paramserver.launch.local, paramserver.launch.task"
+    code = f"import {modules}, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,73 @@
+"""Bytes to lines, lines to a prefixed terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from paramserver.cluster.task import Role, TaskId
+from paramserver.launch.output import LineBuffer, OutputLine, Printer
+
+CHIEF = TaskId(Role.CHIEF, 0)
+
+
+def lines_of(*chunks: bytes) -> list[bytes]:
+    buffer = LineBuffer()
+    return [line for chunk in chunks for line in buffer.feed(chunk)] + buffer.finish()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lines"),
+    [
+        ((b"one\ntwo\n",), [b"one", b"two"]),
+        ((b"on", b"e\ntw", b"o\n"), [b"one", b"two"]),
+        ((b"no end",), [b"no end"]),
+        ((b"\n\n",), [b"", b""]),
+        ((b"dos\r\n", b"cut\r", b"\nend\n"), [b"dos", b"cut", b"end"]),
+        ((b"\r10%", b"\r20%", b"\r30%\n"), [b"10%", b"20%", b"30%"]),
+        ((), []),
+    ],
+)
+def test_lines(chunks: tuple[bytes, ...], lines: list[bytes]) -> None:
+    assert lines_of(*chunks) == lines
+
+
+def test_a_progress_bar_is_seen_before_its_line_ends() -> None:
+    buffer = LineBuffer()
+    assert buffer.feed(b"\r10%") == []
+    assert buffer.feed(b"\r20%") == [b"10%"]
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory() -> None:
+    data = b"x" * (LineBuffer.LIMIT_BYTES + 1)
+    assert LineBuffer().feed(data) == [data]
+
+
+def test_lines_are_marked_and_errors_go_to_stderr() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    printer = Printer([CHIEF], out, err)
+    printer(OutputLine(CHIEF, "fine", is_error=False))
+    printer(OutputLine(CHIEF, "odd", is_error=True))
+    printer(OutputLine(None, "the launcher's own", is_error=True))
+    assert out.getvalue() == "chief:0 | fine\n"
+    assert err.getvalue() == "chief:0 | odd\nthe launcher's own\n"
+
+
+def test_only_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = Terminal()
+    Printer([CHIEF], out, io.StringIO())(OutputLine(CHIEF, "[red] fine", is_error=False))
+    assert out.getvalue() == "\x1b[36mchief:0 | \x1b[0m[red] fine\n"
+
+
+def test_a_character_that_the_terminal_lacks_is_replaced() -> None:
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding="ascii") as out:
+        Printer([CHIEF], out, io.StringIO())(OutputLine(CHIEF, "café", is_error=False))
+        assert raw.getvalue() == b"chief:0 | caf?\n"

@@ -1,0 +1,145 @@
+"""The plan of a local run: pure data, and the text that a dry run prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from paramserver.cluster.task import Role, TaskId
+from paramserver.errors import ConfigError
+from paramserver.launch.spec import LaunchOptions, LaunchSpec, TaskSpec, describe, plan
+
+DRY_RUN = """\
+run <run id>: 3 tasks
+
+# ps:0, listening on 127.0.0.1:<free port>
+TF_CONFIG='{"cluster": {"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:<free port>"]}, \
+"task": {"type": "ps", "index": 0}}' \\
+PARAMSERVER_TOKEN='***' \\
+PARAMSERVER_RUN_ID='<run id>' \\
+PARAMSERVER_LANE=tcp \\
+PYTHONUNBUFFERED=1 \\
+OMP_NUM_THREADS=8 \\
+MKL_NUM_THREADS=8 \\
+python -m paramserver server
+
+# chief:0
+TF_CONFIG='{"cluster": {"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:<free port>"]}, \
+"task": {"type": "chief", "index": 0}}' \\
+PARAMSERVER_TOKEN='***' \\
+PARAMSERVER_RUN_ID='<run id>' \\
+PARAMSERVER_LANE=tcp \\
+PYTHONUNBUFFERED=1 \\
+OMP_NUM_THREADS=8 \\
+MKL_NUM_THREADS=8 \\
+python -m paramserver.launch.task train.py --name 'two words'
+
+# evaluator:0
+TF_CONFIG='{"cluster": {"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:<free port>"]}, \
+"task": {"type": "evaluator", "index": 0}}' \\
+PARAMSERVER_TOKEN='***' \\
+PARAMSERVER_RUN_ID='<run id>' \\
+PARAMSERVER_LANE=tcp \\
+PYTHONUNBUFFERED=1 \\
+OMP_NUM_THREADS=8 \\
+MKL_NUM_THREADS=8 \\
+python -m paramserver.launch.task train.py --name 'two words'
+"""
+
+
+def plan_of(options: LaunchOptions, cores: int = 8, thread_variables_set: tuple[str, ...] = ()) -> LaunchSpec:
+    ports = [5000 + index for index in range(options.ps)]
+    return plan(options, ports, "secret", "run", cores, thread_variables_set, "python")
+
+
+def threads_of(options: LaunchOptions, cores: int, already_set: tuple[str, ...] = ()) -> list[str | None]:
+    env = plan_of(options, cores, already_set).tasks[0].env
+    return [env.get("OMP_NUM_THREADS"), env.get("MKL_NUM_THREADS")]
+
+
+def test_a_dry_run_shows_each_task_as_a_shell_would_start_it_but_not_the_token() -> None:
+    options = LaunchOptions(script="train.py", args=("--name", "two words"), evaluator=True, lane="tcp")
+    spec = plan(options, [None], "secret", "<run id>", cores=8, python="python")
+    assert describe(spec) == DRY_RUN
+
+
+def test_ps_tasks_come_first_and_the_chief_counts_as_a_worker() -> None:
+    spec = plan_of(LaunchOptions(script="train.py", ps=2, workers=3, evaluator=True))
+    assert [str(task.task) for task in spec.tasks] == [
+        "ps:0",
+        "ps:1",
+        "chief:0",
+        "worker:0",
+        "worker:1",
+        "evaluator:0",
+    ]
+
+
+def test_a_ps_never_runs_the_users_script() -> None:
+    spec = plan_of(LaunchOptions(script="train.py", ps=2, workers=2, evaluator=True))
+    for task in spec.tasks:
+        assert ("train.py" in task.command) == (task.task.role is not Role.PS)
+
+
+def test_every_task_gets_the_same_cluster_and_its_own_place_in_it() -> None:
+    spec = plan_of(LaunchOptions(script="train.py", ps=2, workers=3, evaluator=True))
+    configs = [json.loads(task.env["TF_CONFIG"]) for task in spec.tasks]
+    for task, config in zip(spec.tasks, configs, strict=True):
+        assert config["task"] == {"type": task.task.role.value, "index": task.task.index}
+        assert config["cluster"] == {
+            "chief": ["127.0.0.1:0"],
+            "worker": ["127.0.0.1:0", "127.0.0.1:0"],
+            "ps": ["127.0.0.1:5000", "127.0.0.1:5001"],
+        }
+
+
+def test_every_task_gets_token_run_id_and_lane() -> None:
+    for task in plan_of(LaunchOptions(script="train.py", lane="tcp")).tasks:
+        assert task.env["PARAMSERVER_TOKEN"] == "secret"
+        assert task.env["PARAMSERVER_RUN_ID"] == "run"
+        assert task.env["PARAMSERVER_LANE"] == "tcp"
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "share"), [(1, 8, "8"), (2, 8, "4"), (3, 8, "2"), (4, 2, "1"), (1, 1, "1")]
+)
+def test_chief_and_workers_share_the_cores(workers: int, cores: int, share: str) -> None:
+    assert threads_of(LaunchOptions(script="train.py", workers=workers), cores) == [share, share]
+
+
+def test_threads_that_are_asked_for_are_given_whatever_is_set() -> None:
+    options = LaunchOptions(script="train.py", threads=3)
+    assert threads_of(options, 8, ("OMP_NUM_THREADS",)) == ["3", "3"]
+
+
+def test_a_thread_variable_of_the_user_is_left_alone() -> None:
+    options = LaunchOptions(script="train.py")
+    assert threads_of(options, 8, ("OMP_NUM_THREADS",)) == [None, None]
+    assert threads_of(options, 8, ("MKL_NUM_THREADS",)) == ["8", None]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ps": 0}, "ps: expected 1 or more, got 0; the variables live on parameter servers"),
+        ({"workers": 0}, "workers: expected 1 or more, got 0; the chief counts as a worker"),
+        ({"threads": 0}, "threads: expected 1 or more, got 0"),
+        ({"lane": "udp"}, "lane: expected one of auto, tcp, got 'udp'"),
+        ({"grace": -1.0}, "grace: expected seconds, 0 or more, got -1.0"),
+        ({"script": ""}, "expected the path of a script"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LaunchOptions(**{"script": "train.py", **wrong})  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_a_plan_needs_one_port_for_each_ps() -> None:
+    with pytest.raises(ConfigError, match="ps_ports: expected 2, one for each ps, got 1"):
+        plan(LaunchOptions(script="train.py", ps=2), [5000], "secret", "run", cores=1)
+
+
+def test_a_run_of_any_tasks_can_be_shown() -> None:
+    spec = LaunchSpec("run", (TaskSpec(TaskId(Role.PS, 0), ("true",)),))
+    assert describe(spec) == "run run: 1 task\n\n# ps:0\ntrue\n"
