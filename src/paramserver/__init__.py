@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
     from paramserver.cluster import UnionClusterResolver as UnionClusterResolver
-    from paramserver.distribute.context import current as get_strategy
+    from paramserver.distribute.context import get_strategy as get_strategy
     from paramserver.distribute.context import has_strategy as has_strategy
     from paramserver.distribute.input import InputContext as InputContext
     from paramserver.distribute.parameter_server import ParameterServerStrategy as ParameterServerStrategy
@@ -35,7 +35,7 @@ _HOMES = {
     "SimpleClusterResolver": "cluster",
     "TFConfigClusterResolver": "cluster",
     "UnionClusterResolver": "cluster",
-    "get_strategy": "distribute.strategy",
+    "get_strategy": "distribute.context",
     "has_strategy": "distribute.context",
 }
 _MODULES = ("errors", "estimator", "placement")

@@ -18,8 +18,8 @@ class _Entered(threading.local):
 _entered = _Entered()
 
 
-def current() -> Strategy | None:
-    """The strategy whose scope this thread is in."""
+def get_strategy() -> Strategy | None:
+    """The strategy whose scope this thread is in, None outside of any."""
     return _entered.strategy
 
 

@@ -48,3 +48,11 @@ class DistributedDataset(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         return iter(self._dataset)
+
+    def __len__(self) -> int:
+        """The number of batches.
+
+        Raises:
+            TypeError: If the dataset does not know it.
+        """
+        return len(self._dataset)  # type: ignore[arg-type]  # it says so itself if it has none

@@ -14,6 +14,7 @@ from paramserver.cluster import ClusterResolver
 from paramserver.distribute import context, reduction
 from paramserver.distribute.input import DistributedDataset
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer
+from paramserver.distribute.reduction import ReduceOp
 
 T = TypeVar("T")
 
@@ -98,17 +99,17 @@ class Strategy(abc.ABC):
         with self.scope():
             return fn(*args, **(kwargs or {}))
 
-    def reduce(self, op: str, value: torch.Tensor, axis: int | Sequence[int] | None = None) -> torch.Tensor:
+    def reduce(self, op: str | ReduceOp, value: torch.Tensor, axis: int | Sequence[int] | None = None) -> torch.Tensor:
         """Combine a value of all replicas of this worker into one.
 
         Args:
-            op: ``"sum"`` or ``"mean"``, in any case.
+            op: ``"sum"`` or ``"mean"``, in any case, or a `ReduceOp`.
             value: What `run` returned.
             axis: Axes to combine inside each replica as well; None combines across replicas only.
 
         Raises:
             ValueError: If the op is unknown or an axis is out of range.
-            TypeError: If ``op`` is no string or ``axis`` no axis.
+            TypeError: If ``op`` is no op or ``axis`` no axis.
         """
         return reduction.reduce(op, value, axis)
 
@@ -122,8 +123,3 @@ class Strategy(abc.ABC):
             ValueError: On a task that does not train.
         """
         return DistributedDataset(dataset)
-
-
-def get_strategy() -> Strategy | None:
-    """The strategy whose scope this thread is in, None outside of any."""
-    return context.current()

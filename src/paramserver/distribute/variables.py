@@ -5,8 +5,10 @@ Rules
       that share one tensor (tied weights), the first is the variable's.
     * A parameter that an optimizer holds is updated by its rule; all others are kept but never updated.
     * A floating point or integer buffer (BatchNorm's running statistics, counters) is updated by adding what each
-      worker changed it by: for one worker that is its own value, for several the sum of their moves, as in the
-      original. A boolean buffer keeps the chief's value.
+      worker changed it by: for one worker that is its own value (but for the rounding of the sum), for several the
+      sum of their moves, as in the original. A move that is no number, such as one away from infinity, cannot be
+      added: it is assigned. A boolean buffer keeps the chief's value.
+    * Buffers that ``state_dict()`` does not hold are each worker's own.
 """
 
 from __future__ import annotations
@@ -44,12 +46,14 @@ class Variable:
         tensor: The parameter or buffer.
         kind: How it changes.
         group: The index of its optimizer group, -1 if it has none.
+        module: The module whose buffer it is, None for a parameter.
     """
 
     spec: VariableSpec
     tensor: torch.Tensor
     kind: Kind
-    group: int
+    group: int = -1
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,11 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[V
     groups = _groups(optimizer)
     variables: dict[int, Variable] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        _check(name, parameter)
-        kind = Kind.CONSTANT
-        if id(parameter) in groups:
-            kind = Kind.TRAINED if parameter.requires_grad else Kind.FROZEN
-        variables.setdefault(id(parameter), _variable(name, parameter, kind, groups.get(id(parameter), -1)))
-    for name, buffer in persistent_buffers(model):
-        _check(name, buffer)
+        kind, group = _change(parameter, groups)
+        variables.setdefault(id(parameter), Variable(_spec(name, parameter), parameter, kind, group))
+    for name, buffer, module in persistent_buffers(model):
         kind = Kind.CONSTANT if buffer.dtype is torch.bool else Kind.COUNTED
-        variables.setdefault(id(buffer), _variable(name, buffer, kind, -1))
+        variables.setdefault(id(buffer), Variable(_spec(name, buffer), buffer, kind, module=module))
     strangers = groups.keys() - variables.keys()
     if strangers:
         raise ConfigError(
@@ -103,19 +103,20 @@ def aliases(model: nn.Module) -> dict[str, str]:
     """The other names of tensors that have several, and the name of the variable that each one means."""
     first: dict[int, str] = {}
     others: dict[str, str] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model)]:
+    buffers = ((name, buffer) for name, buffer, _ in persistent_buffers(model))
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
         known = first.setdefault(id(tensor), name)
         if known != name:
             others[name] = known
     return others
 
 
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each buffer that ``state_dict()`` holds."""
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
+    """Name and tensor of each buffer that ``state_dict()`` holds, and the module that it is registered in."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+                yield f"{prefix}.{name}" if prefix else name, buffer, module
 
 
 def plan(
@@ -146,14 +147,25 @@ def _groups(optimizer: torch.optim.Optimizer | None) -> dict[int, int]:
     return {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
 
 
-def _variable(name: str, tensor: torch.Tensor, kind: Kind, group: int) -> Variable:
-    return Variable(VariableSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype, name)), tensor, kind, group)
+def _change(parameter: torch.Tensor, groups: dict[int, int]) -> tuple[Kind, int]:
+    """How a parameter changes, and its optimizer group."""
+    if id(parameter) not in groups or not parameter.is_floating_point():
+        return Kind.CONSTANT, -1  # nobody trains it, or autograd cannot
+    return Kind.TRAINED if parameter.requires_grad else Kind.FROZEN, groups[id(parameter)]
 
 
-def _check(name: str, tensor: torch.Tensor) -> None:
+def _spec(name: str, tensor: torch.Tensor) -> VariableSpec:
     if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
         raise ConfigError(f"prepare: {name!r} has no shape yet; run the lazy module once before prepare")
+    if tensor.is_meta:
+        raise ConfigError(
+            f"prepare: {name!r} is on the meta device and has no values; "
+            'call model.to_empty(device="cpu") and initialize it first'
+        )
     if tensor.device.type != "cpu":
         raise ConfigError(
             f"prepare: {name!r} is on {tensor.device}; parameters are trained on the CPU, call model.cpu() first"
         )
+    if tensor.layout is not torch.strided:
+        raise ConfigError(f"prepare: {name!r} is a {tensor.layout} tensor; a ps holds dense ones, call to_dense() first")
+    return VariableSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype, name))

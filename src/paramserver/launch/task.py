@@ -6,6 +6,7 @@ purpose is one line and no traceback, and SIGTERM ends it as ``sys.exit`` does, 
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import signal
@@ -22,6 +23,7 @@ TERMINATED = 128 + signal.SIGTERM
 def main(arguments: list[str]) -> int:
     """Run a script and return the exit code; a ``SystemExit`` of the script passes through."""
     signal.signal(signal.SIGTERM, _Terminate())
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         _run(arguments)
     except KeyboardInterrupt:
@@ -29,9 +31,11 @@ def main(arguments: list[str]) -> int:
     except RunOverError as exc:
         _say(str(exc))  # it came too late to be of use, but nothing is wrong with it
     except ParameterServerError as exc:
+        sys.last_value = exc  # as Python does it: what runs at exit can see that the script failed
         _say(f"error: {exc}")
         return 1
     except Exception as exc:  # noqa: BLE001  # it is the user's own, and shown as Python would show it
+        sys.last_value = exc
         traceback = without_runner(exc.__traceback__)
         sys.excepthook(type(exc), exc.with_traceback(traceback), traceback)
         return 1

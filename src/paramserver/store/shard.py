@@ -66,7 +66,7 @@ def _snapshot(store: Store) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
         ):
             values[variable.name] = view
             for name, slot in variable_slots(span, runs):
-                slots[f"{variable.name}/{name}"] = slot.view(variable.shape) if slot.ndim else slot
+                slots[f"{variable.name}/{name}"] = slot.view(variable.shape) if slot.ndim else slot.clone()
     return values, slots
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of paramserver: ``python -m benchmarks`` measures what the project promises."""

@@ -1,0 +1,223 @@
+"""The processes of a measurement: started, talked to, and gone when it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.participant import Message, Window
+from paramserver.cluster import environment
+from paramserver.cluster.task import Role
+from paramserver.launch.guard import Guard
+from paramserver.launch.spec import HOST, THREAD_VARIABLES, LaunchOptions, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+END_LIMIT = 15.0
+
+
+class BenchmarkError(Exception):
+    """A measurement could not be made; the message says why."""
+
+
+class Child:
+    """A process that belongs to a measurement, the leader of a session of its own.
+
+    Args:
+        name: Who it is, for messages.
+        command: Program and arguments.
+        env: Added to this process's environment.
+        guard: Kills it if this process is killed.
+        inherited: Descriptors that it gets.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], guard: Guard, inherited: Sequence[int] = ()
+    ) -> None:
+        self.name = name
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the child
+        self._process = subprocess.Popen(
+            command,
+            bufsize=0,
+            cwd=ROOT,
+            env=environment.for_child(env),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            pass_fds=inherited,
+            start_new_session=True,
+            preexec_fn=guard.enter,
+        )
+        assert self._process.stdin is not None  # both are pipes
+        assert self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def order(self, window: Window) -> None:
+        """Tell it to measure. Does not block.
+
+        Raises:
+            BenchmarkError: If it has ended.
+        """
+        try:
+            self._input.write(msgspec.json.encode(window) + b"\n")
+        except BrokenPipeError:
+            raise self._failure() from None
+
+    def receive(self, kind: type[Message], seconds: float) -> Message:
+        """Its next message. Blocks for at most ``seconds``.
+
+        Raises:
+            BenchmarkError: If it ends, says nothing in time, or says something else.
+        """
+        ready, _, _ = select.select([self._output], [], [], seconds)
+        if not ready:
+            raise BenchmarkError(f"{self.name} said nothing for {seconds:.0f} s; expected {kind.__name__}")
+        line = self._output.readline()
+        if not line:
+            raise self._failure()
+        try:
+            return msgspec.json.decode(line, type=kind)
+        except msgspec.DecodeError as error:
+            raise BenchmarkError(f"{self.name} printed {line!r}; expected {kind.__name__}: {error}") from None
+
+    def dismiss(self) -> None:
+        """Let it end: there are no more orders. Idempotent."""
+        self._input.close()
+
+    def await_end(self, seconds: float) -> None:
+        """Wait until it has ended well.
+
+        Raises:
+            BenchmarkError: If it fails, or does not end within ``seconds``.
+        """
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise BenchmarkError(f"{self.name} did not end within {seconds:.0f} s of the last order") from None
+        if code:
+            raise self._failure()
+
+    def close(self) -> None:
+        """Kill it if it still runs. Idempotent."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._input.close()
+        self._output.close()
+        self._complaints.close()
+
+    def __repr__(self) -> str:
+        return f"<Child {self.name} pid {self.pid}>"
+
+    def _failure(self) -> BenchmarkError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_LIMIT)
+        self._complaints.seek(0)
+        lines = self._complaints.read().decode("utf-8", "replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        return BenchmarkError(f"{self.name} ended with code {self._process.returncode}: {last}")
+
+
+class Cluster:
+    """The tasks of a run.
+
+    Attributes:
+        servers: The ps tasks.
+        workers: The chief and the workers.
+    """
+
+    def __init__(self, servers: Sequence[Child], workers: Sequence[Child]) -> None:
+        self.servers = list(servers)
+        self.workers = list(workers)
+
+    def end(self) -> None:
+        """Let the workers finish, and see that the ps tasks end by themselves.
+
+        Raises:
+            BenchmarkError: If one of them fails or stays.
+        """
+        for worker in self.workers:
+            worker.dismiss()
+        give_up = time.monotonic() + END_LIMIT
+        for child in [*self.workers, *self.servers]:
+            child.await_end(max(give_up - time.monotonic(), 0.1))
+
+
+class Crew:
+    """Starts processes, and is rid of them all when it is closed."""
+
+    def __init__(self) -> None:
+        self._guard = Guard()
+        self._children: list[Child] = []
+
+    def start_cluster(self, model: str, *, workers: int, ps: int, lane: str, threads: int) -> Cluster:
+        """Start a cluster whose workers train ``model``, with ``threads`` threads for each task."""
+        # With threads given, plan() neither needs the number of cores nor looks at the variables that are set.
+        options = LaunchOptions(script="benchmarks/worker.py", workers=workers, ps=ps, lane=lane, threads=threads)
+        with contextlib.ExitStack() as stack:
+            listeners = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(ps)]
+            ports = [listener.getsockname()[1] for listener in listeners]
+            spec = plan(options, ports, secrets.token_hex(16), "benchmark", cores=threads)
+            servers, trainers = [], []
+            for task in spec.tasks:
+                if task.task.role is Role.PS:
+                    descriptor = listeners[task.task.index].fileno()
+                    env = {**task.env, "PARAMSERVER_LISTEN_FD": str(descriptor)}
+                    servers.append(self.start(str(task.task), task.command, env, [descriptor]))
+                else:
+                    trainers.append(self.start_module(str(task.task), "benchmarks.worker", model, task.env))
+        return Cluster(servers, trainers)
+
+    def start_plain(self, model: str, threads: int) -> Child:
+        """Start plain PyTorch in one process with ``threads`` threads."""
+        env = dict.fromkeys(THREAD_VARIABLES, str(threads))
+        return self.start_module("plain PyTorch", "benchmarks.plain", model, env)
+
+    def start_module(self, name: str, module: str, model: str, env: Mapping[str, str]) -> Child:
+        """Start a participant."""
+        return self.start(name, (sys.executable, "-m", module, model), env)
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str], inherited: Sequence[int] = ()) -> Child:
+        """Start any process."""
+        child = Child(name, command, env, self._guard, inherited)
+        self._children.append(child)
+        return child
+
+    def close(self) -> None:
+        """Kill whatever still runs."""
+        for child in self._children:
+            child.close()
+        self._guard.close()
+
+
+@contextlib.contextmanager
+def crew() -> Iterator[Crew]:
+    """A `Crew` for the length of a block; SIGTERM ends the block as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    created = Crew()
+    try:
+        yield created
+    finally:
+        created.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,83 @@
+"""``paramserver demo``: the main job with five real processes, and one live display. No torch here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from paramserver.cluster.report import Report
+from paramserver.demo.progress import RunProgress, TaskProgress
+from paramserver.errors import ConfigError
+from paramserver.launch.local import launch
+from paramserver.launch.output import OutputLine
+from paramserver.launch.spec import LaunchOptions
+
+SCRIPT = Path(__file__).with_name("digits.py")
+KEPT_LINES = 200
+TASKS = ("chief:0", "worker:0", "ps:0", "ps:1", "evaluator:0")
+
+
+def run_demo(steps: int, model_dir: str | None = None, lane: str = "auto") -> int:
+    """Train a classifier of handwritten digits with a chief, a worker, two ps tasks and an evaluator. Blocks.
+
+    Args:
+        steps: Global steps to train.
+        model_dir: Where results are kept; a new temporary folder by default.
+        lane: ``auto`` or ``tcp``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: If ``steps`` is not positive, or the folder cannot be used.
+    """
+    if steps <= 0:
+        raise ConfigError(f"demo: --steps: expected a positive number, got {steps}")
+    folder = _folder(model_dir)
+    console = Console()
+    progress = RunProgress({task: TaskProgress() for task in TASKS}, steps)
+    lines: deque[OutputLine] = deque(maxlen=KEPT_LINES)
+    options = LaunchOptions(
+        script=str(SCRIPT), args=(str(folder), str(steps)), ps=2, workers=2, evaluator=True, lane=lane
+    )
+    console.print(f"Training on handwritten digits: chief, worker, two ps tasks, evaluator; model_dir {folder}")
+    code = _watched(options, progress, lines, console)
+    if code:
+        for line in lines:
+            console.print(f"{line.task or 'launch'} | {line.text}", markup=False, highlight=False)
+    else:
+        console.print(progress.summary())
+    return code
+
+
+def _watched(options: LaunchOptions, progress: RunProgress, lines: deque[OutputLine], console: Console) -> int:
+    if not console.is_terminal:
+        return launch(options, on_report=_printing(progress, console), on_output=lines.append)
+    with Live(get_renderable=progress.live, console=console, transient=True, refresh_per_second=8):
+        return launch(options, on_report=progress.take, on_output=lines.append)
+
+
+def _printing(progress: RunProgress, console: Console) -> Callable[[Report], None]:
+    def take(report: Report) -> None:
+        progress.take(report)
+        if report.evaluation:
+            metrics = report.evaluation
+            console.print(f"step {metrics['global_step']:.0f}: test accuracy {metrics['accuracy']:.3f}")
+
+    return take
+
+
+def _folder(model_dir: str | None) -> Path:
+    if model_dir is None:
+        return Path(tempfile.mkdtemp(prefix="paramserver-demo-"))
+    folder = Path(model_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"demo: --model-dir: {folder} cannot be made: {error.strerror}") from error
+    return folder.absolute()

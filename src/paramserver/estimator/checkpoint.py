@@ -1,0 +1,119 @@
+"""A whole checkpoint: the ps tasks write the shards, the chief the indexes; anyone can read it.
+
+A checkpoint is a folder of plain safetensors files. ``model.safetensors.index.json`` has the form that Hugging Face's
+tools read; ``optimizer.safetensors.index.json`` does the same for optimizer state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from paramserver.arena import DTYPES
+from paramserver.checkpoint_files import (
+    SLOTS_INDEX,
+    VALUES_INDEX,
+    read_index,
+    read_shapes,
+    read_tensors,
+    write_index,
+)
+from paramserver.client import ParameterClient
+from paramserver.errors import CheckpointError
+from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step
+
+
+def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: int, aliases: dict[str, str]) -> str:
+    """Have the ps tasks write a checkpoint, and publish it; its path. Blocks; pushes of workers go on meanwhile.
+
+    Args:
+        client: Connected to every ps.
+        manager: Of the model_dir.
+        step: The global step that names it; what it holds is at least as new.
+        aliases: Other names of tied variables.
+
+    Raises:
+        CheckpointError: If a ps or this task cannot write it.
+    """
+    folder = manager.temporary_path(step)
+    saved = client.save(str(Path(folder).absolute()))
+    total = sum(shard.nbytes for shard in saved)
+    slots = {key: file for shard in saved for key, file in shard.slot_map.items()}
+    values = {name: file for shard in saved for name, file in shard.weight_map.items()}
+    write_index(Path(folder, SLOTS_INDEX), slots, global_step=step)
+    write_index(Path(folder, VALUES_INDEX), values, total_size=total, global_step=step, aliases=aliases)
+    return manager.publish(folder, step)
+
+
+def load_model(model: nn.Module, checkpoint_path: str) -> None:
+    """Fill a plain module with the values of a checkpoint, in place.
+
+    Raises:
+        CheckpointError: If the checkpoint is cut short or belongs to another model.
+    """
+    values = read_values(checkpoint_path)
+    expected = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, tensor in expected.items():
+        source = first.setdefault(id(tensor), name)
+        if source in values:
+            values.setdefault(name, values[source])
+    try:
+        model.load_state_dict(values)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint_path} does not fit the model: {error}; does it belong to another model?",
+            checkpoint_path,
+        ) from error
+
+
+def read_values(checkpoint_path: str) -> dict[str, torch.Tensor]:
+    """Every variable of a checkpoint by name.
+
+    Raises:
+        CheckpointError: If a file is missing or cut short.
+    """
+    return dict(read_tensors(Path(checkpoint_path), read_index(Path(checkpoint_path, VALUES_INDEX))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint holds.
+
+    Attributes:
+        path: The folder.
+        step: The global step in its name.
+        variables: Name, dtype, shape, number of shards and bytes of each variable.
+        slots: The names of the optimizer's slots.
+    """
+
+    path: str
+    step: int
+    variables: list[tuple[str, str, tuple[int, ...], int, int]]
+    slots: list[str]
+
+
+def inspect_checkpoint(checkpoint_path: str) -> CheckpointInfo:
+    """Read what a checkpoint holds, without reading the values.
+
+    Raises:
+        CheckpointError: If it is no checkpoint, or cut short.
+    """
+    path = Path(checkpoint_path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no checkpoint: expected a folder such as model_dir/ckpt-100", str(path))
+    slots = {key.rpartition("/")[2] for key in read_index(path / SLOTS_INDEX)}
+    return CheckpointInfo(
+        path=str(path), step=checkpoint_step(str(path)), variables=_described(path), slots=sorted(slots)
+    )
+
+
+def _described(path: Path) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    return [
+        (name, dtype, shape, 1, math.prod(shape) * DTYPES[dtype].itemsize)
+        for name, dtype, shape in read_shapes(path, read_index(path / VALUES_INDEX))
+    ]

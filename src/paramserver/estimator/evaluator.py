@@ -1,0 +1,166 @@
+"""The evaluator's part: evaluate each new checkpoint, export, and finish with the run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from paramserver.cluster.report import Reporter
+from paramserver.errors import CheckpointError, ConfigError
+from paramserver.estimator.checkpoint_state import read_state
+from paramserver.estimator.exporters import ExportingEstimator
+from paramserver.estimator.specs import EvalSpec
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL = 0.5
+MISSING_GRACE = 10.0
+MISSING_WARNING_INTERVAL = 600.0
+
+Wait = Callable[[float], object]
+
+
+class EvaluatingEstimator(ExportingEstimator, Protocol):
+    """What an evaluator asks of an estimator."""
+
+    @property
+    def model_dir(self) -> str:
+        """Where the checkpoints lie."""
+
+    def latest_checkpoint(self) -> str | None:
+        """The newest one."""
+
+    def evaluate(self, input_fn: Callable[..., object], **options: Any) -> dict[str, float]:
+        """The metrics of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluated checkpoint: its path, its metrics, and what each exporter made of it."""
+
+    checkpoint: str
+    metrics: dict[str, float]
+    exports: tuple[str | None, ...]
+
+
+class Evaluator:
+    """Evaluates checkpoints by an EvalSpec, each once.
+
+    Args:
+        estimator: Evaluates and exports.
+        spec: What to evaluate, and with which exporters.
+        max_steps: The step whose evaluation is the last, None if there is none.
+        reporter: Tells the launcher.
+    """
+
+    def __init__(
+        self, estimator: EvaluatingEstimator, spec: EvalSpec, max_steps: int | None, reporter: Reporter
+    ) -> None:
+        self._estimator = estimator
+        self._spec = spec
+        self._max_steps = max_steps
+        self._reporter = reporter
+        self.last: Evaluation | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last evaluated checkpoint has reached ``max_steps`` (V22)."""
+        return self.last is not None and self._is_final(self.last.metrics)
+
+    def evaluate(self, checkpoint: str, *, is_last: bool = False) -> Evaluation:
+        """Evaluate and export one checkpoint. ``is_last``: no newer one will come, whatever its step."""
+        self._reporter.tell(state=f"evaluating {Path(checkpoint).name}")
+        metrics = self._estimator.evaluate(
+            self._spec.input_fn,
+            steps=self._spec.steps,
+            hooks=self._spec.hooks,
+            checkpoint_path=checkpoint,
+            name=self._spec.name,
+        )
+        _check_metrics(metrics)
+        is_final = is_last or self._is_final(metrics)
+        exports = tuple(self._export(exporter, checkpoint, metrics, is_final) for exporter in self._spec.exporters)
+        self.last = Evaluation(checkpoint, metrics, exports)
+        paths = {"export": path for path in exports if path}
+        self._reporter.tell(state="waiting for a checkpoint", evaluation=metrics, paths=paths or None)
+        return self.last
+
+    def follow(self, run_id: str, *, wait: Wait, clock: Callable[[], float] = time.time) -> None:
+        """Evaluate each new checkpoint until the run has ended (V20 to V24). Blocks.
+
+        An end that comes early, by a hook or with the input, is learnt from the model_dir (Y02, V31), and then the
+        last checkpoint is evaluated at once instead of after the throttle's time.
+
+        Args:
+            run_id: Of the run, "" if nobody gave it one.
+            wait: Waits for so many seconds.
+            clock: Seconds since 1970.
+        """
+        began = clock()
+        self._reporter.tell(state="waiting for a checkpoint")
+        not_before = began + self._spec.start_delay_secs
+        warn_at = not_before + MISSING_GRACE
+        while not self.is_done:
+            over = self._is_over(run_id, began)
+            if not over and clock() < not_before:
+                wait(min(POLL_INTERVAL, not_before - clock()))
+                continue
+            checkpoint = self._estimator.latest_checkpoint()
+            is_new = checkpoint is not None and (self.last is None or checkpoint != self.last.checkpoint)
+            if checkpoint is not None and is_new:
+                not_before = clock() + self._spec.throttle_secs
+                self._evaluate_if_there(checkpoint, is_last=over)
+            elif over:
+                return
+            else:
+                if checkpoint is None and clock() >= warn_at:
+                    warn_at = clock() + MISSING_WARNING_INTERVAL
+                    logger.warning("evaluator: there is no checkpoint in %s yet", self._estimator.model_dir)
+                wait(POLL_INTERVAL)
+
+    def _evaluate_if_there(self, checkpoint: str, *, is_last: bool) -> None:
+        """Evaluate a checkpoint that the chief may delete at any moment, when it has written newer ones (B04)."""
+        try:
+            self.evaluate(checkpoint, is_last=is_last)
+        except CheckpointError:
+            if Path(checkpoint).exists():
+                raise
+            logger.info("evaluator: %s was deleted before it was read; going on with a newer one", checkpoint)
+
+    def _is_over(self, run_id: str, began: float) -> bool:
+        """Whether the run that this evaluator follows, and not one before it, says that it has ended."""
+        state = read_state(self._estimator.model_dir)
+        if state is None or not state.finished:
+            return False
+        return state.run_id == run_id if run_id else (state.finished_at or 0.0) >= began
+
+    def _is_final(self, metrics: Mapping[str, float]) -> bool:
+        return self._max_steps is not None and metrics["global_step"] >= self._max_steps
+
+    def _export(self, exporter: Any, checkpoint: str, metrics: dict[str, float], is_final: bool) -> str | None:  # noqa: ANN401
+        path = Path(self._estimator.model_dir, "export", exporter.name)
+        exported: str | None = exporter.export(
+            self._estimator, str(path), checkpoint, dict(metrics), is_the_final_export=is_final
+        )
+        if exported:
+            logger.info("exported %s to %s", checkpoint, exported)
+        return exported
+
+
+def wait_for(seconds: float) -> None:
+    """Let time pass: another process writes the checkpoints, on a file system that tells nobody."""
+    threading.Event().wait(seconds)
+
+
+def _check_metrics(metrics: object) -> None:
+    if not isinstance(metrics, dict):
+        raise TypeError(f"evaluate must return a dict of metrics, got a {type(metrics).__name__}")
+    if not metrics:
+        raise ConfigError("evaluate returned no metrics; expected at least loss and global_step")
+    if "global_step" not in metrics:
+        raise ConfigError(f"evaluate returned no 'global_step', only {', '.join(metrics)}")

@@ -1,0 +1,159 @@
+"""A training session: a prepared model, the ps tasks that hold it, and the checkpoints that it starts from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from paramserver.client import ParameterClient
+from paramserver.cluster import environment
+from paramserver.cluster.report import Reporter
+from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.distribute.variables import aliases
+from paramserver.estimator.calling import Batch
+from paramserver.estimator.checkpoint import write_checkpoint
+from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, latest_checkpoint
+from paramserver.estimator.hooks import RunValues
+from paramserver.estimator.run_config import RunConfig
+from paramserver.estimator.specs import EstimatorSpec
+
+logger = logging.getLogger(__name__)
+
+LOG_WAIT_EVERY = 30.0
+
+
+class Session:
+    """One training of one task, from connecting to the goodbye; what hooks see as ``session``.
+
+    Args:
+        strategy: Prepares the model.
+        spec: What the model_fn returned for TRAIN.
+        config: Of the run; its model_dir is set.
+        max_steps: The global step to stop at, None for the end of the input.
+        reporter: Tells the launcher what this task does.
+    """
+
+    def __init__(
+        self,
+        strategy: ParameterServerStrategy,
+        spec: EstimatorSpec,
+        config: RunConfig,
+        max_steps: int | None,
+        reporter: Reporter,
+    ) -> None:
+        assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
+        assert spec.optimizer is not None  # noqa: S101
+        assert config.model_dir is not None  # noqa: S101  # the Estimator has set it
+        self.is_chief = strategy.is_chief
+        self.task = str(strategy.task or "chief:0")
+        self.model_dir = config.model_dir
+        self._strategy = strategy
+        self._spec = spec
+        self._max_steps = max_steps
+        self._reporter = reporter
+        self._aliases = aliases(spec.model)
+        self._manager = CheckpointManager(
+            config.model_dir, config.keep_checkpoint_max, config.keep_checkpoint_every_n_hours
+        )
+        self._run_id = environment.read().run_id
+        if self.is_chief:
+            self._manager.remove_leftovers()
+            self._manager.mark_started(self._run_id)
+        self.model, self.optimizer = strategy.prepare_from(
+            spec.model,
+            spec.optimizer,
+            initialize=self._initialize,
+            timeout=config.session_creation_timeout_secs,
+            on_wait=self._waiting,
+        )
+        self.model.train()
+
+    @property
+    def global_step(self) -> int:
+        """Updates of the model, as this task last heard of them. Does not block."""
+        return self._strategy.global_step
+
+    def should_stop(self) -> bool:
+        """Whether the step to stop at is reached."""
+        return self._max_steps is not None and self.global_step >= self._max_steps
+
+    def step(self, batches: Iterator[Batch]) -> RunValues:
+        """One step on the next batch. A loss that is NaN is not pushed, so that it cannot spoil the model of others.
+
+        Raises:
+            StopIteration: If the input is at its end.
+            UnavailableError: If a ps is lost.
+        """
+        features, labels = next(batches)
+        self.optimizer.zero_grad()
+        loss = self._strategy.run(self._loss, args=(features, labels))
+        if math.isnan(loss.item()):
+            return RunValues(loss.detach(), self.global_step, 0)
+        loss.backward()
+        self.optimizer.step()
+        if self._spec.scheduler is not None:
+            self._spec.scheduler.step()
+        push = self.optimizer.last_push
+        assert push is not None  # noqa: S101  # a step was just made
+        return RunValues(loss.detach(), push.global_step, push.staleness)
+
+    def save(self) -> str:
+        """Write a checkpoint of the present global step, unless there is one; its path. Blocks.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        step = self._client.read_global_step()
+        if self._manager.is_saved(step):
+            return self._manager.save_path(step)
+        self._reporter.tell(state="saving", global_step=step)
+        path = write_checkpoint(self._client, self._manager, step, self._aliases)
+        self._reporter.tell(state="training", paths={"checkpoint": path})
+        return path
+
+    def finish(self) -> None:
+        """The loop is at its end: the chief waits until all other workers have finished, so that its last checkpoint
+        holds what they did; then the global step is fresh. Blocks for as long as they take.
+        """  # noqa: D205
+        if self.is_chief:
+            self._client.await_workers(
+                lambda tasks: self._reporter.tell(state=f"waiting for {', '.join(tasks)}")
+            )
+        self._client.read_global_step()
+
+    def close(self) -> None:
+        """The training ended cleanly: say so in model_dir and to the ps tasks."""
+        if self.is_chief:
+            self._manager.mark_finished(self._run_id)
+        self._strategy.close()
+
+    def __repr__(self) -> str:
+        return f"<Session of {self.task} at global step {self.global_step} in {self.model_dir}>"
+
+    @property
+    def _client(self) -> ParameterClient:
+        assert self._strategy.client is not None  # noqa: S101  # prepared in the constructor
+        return self._strategy.client
+
+    def _initialize(self, client: ParameterClient, bound: BoundModel) -> int:
+        checkpoint = latest_checkpoint(self.model_dir)
+        if checkpoint is None:
+            bound.assign()
+            return 0
+        logger.info("%s restores %s", self.task, checkpoint)
+        client.restore(checkpoint)
+        return checkpoint_step(checkpoint)
+
+    def _loss(self, features: Any, labels: Any) -> torch.Tensor:  # noqa: ANN401  # the user's own
+        assert self._spec.loss_fn is not None  # noqa: S101  # EstimatorSpec has checked it
+        return self._spec.loss_fn(self.model, features, labels)
+
+    def _waiting(self, seconds: float) -> None:
+        self._reporter.tell(state="waiting for the chief")
+        if seconds % LOG_WAIT_EVERY < 1.0:
+            logger.info("%s waits for the chief to initialize the variables", self.task)

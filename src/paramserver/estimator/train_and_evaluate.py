@@ -1,0 +1,146 @@
+"""train_and_evaluate: one program for every role, and for one process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from paramserver.cluster import Role, SimpleClusterResolver, environment
+from paramserver.cluster.report import Reporter
+from paramserver.cluster.spec import ClusterSpec
+from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.errors import CheckpointError, ConfigError, RunOverError
+from paramserver.estimator.basic_hooks import CheckpointSaverListener
+from paramserver.estimator.estimator import Estimator
+from paramserver.estimator.evaluator import Evaluator, wait_for
+from paramserver.estimator.hooks import TrainingSession
+from paramserver.estimator.specs import EvalSpec, TrainSpec
+from paramserver.server import run_standard_server
+
+logger = logging.getLogger(__name__)
+
+Results = tuple[dict[str, float], list[str | None]]
+
+
+def train_and_evaluate(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> Results | None:
+    """Play this task's part of a run: train, serve or evaluate, until the run has ended. Blocks.
+
+    TF_CONFIG says which part. The chief and workers train to ``train_spec.max_steps``, ps tasks serve, the evaluator
+    evaluates each new checkpoint. Without a cluster everything happens in this process: training, with an evaluation
+    after checkpoints that are ``eval_spec.throttle_secs`` apart, and one at the end.
+
+    Returns:
+        In one process the metrics of the last evaluation and the results of its exporters; None in a cluster.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ConfigError: If TF_CONFIG or the specs cannot work.
+        UnavailableError: If a ps is lost.
+    """
+    _check_types(estimator, train_spec, eval_spec)
+    config = estimator.config
+    if config.task_type is Role.EVALUATOR:
+        return _run_evaluator(estimator, train_spec, eval_spec)
+    if not config.cluster_spec:
+        return _run_local(estimator, train_spec, eval_spec)
+    if config.task_type is Role.PS:
+        run_standard_server()
+    else:
+        _run_worker(estimator, train_spec)
+    return None
+
+
+def _run_worker(estimator: Estimator, spec: TrainSpec) -> None:
+    config = estimator.config
+    strategy = config.train_distribute or ParameterServerStrategy()
+    if not isinstance(strategy, ParameterServerStrategy) or strategy.task is None:
+        raise ConfigError(
+            f"train_and_evaluate on {config.task}: expected a ParameterServerStrategy that was made with this "
+            f"cluster, got {strategy!r}"
+        )
+    if config.start_delay_secs:
+        logger.info("%s starts in %g s", config.task, config.start_delay_secs)
+        wait_for(config.start_delay_secs)
+    try:
+        estimator.train_on(
+            strategy,
+            spec.input_fn,
+            hooks=spec.hooks,
+            max_steps=spec.max_steps,
+            saving_listeners=spec.saving_listeners,
+        )
+    except RunOverError as over:
+        logger.info("%s", over)
+        Reporter(str(config.task), environment.read().report_fd).tell(state="done")
+
+
+def _run_evaluator(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> None:
+    config = estimator.config
+    if config.task_id > 0:
+        raise ConfigError(f"there can only be one evaluator task, and this one is {config.task}")
+    surroundings = environment.read()
+    reporter = Reporter(str(config.task), surroundings.report_fd)
+    Evaluator(estimator, eval_spec, train_spec.max_steps, reporter).follow(surroundings.run_id, wait=wait_for)
+    reporter.tell(state="done")
+
+
+def _run_local(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> Results:
+    config = estimator.config
+    reporter = Reporter("chief:0", environment.read().report_fd)
+    evaluator = Evaluator(estimator, eval_spec, train_spec.max_steps, reporter)
+    listener = _EvaluationListener(evaluator, estimator, eval_spec.throttle_secs)
+    strategy = config.train_distribute or ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
+    if not isinstance(strategy, ParameterServerStrategy):
+        raise ConfigError(f"train_distribute: expected a ParameterServerStrategy, got a {type(strategy).__name__}")
+    estimator.train_on(
+        strategy,
+        train_spec.input_fn,
+        hooks=train_spec.hooks,
+        max_steps=train_spec.max_steps,
+        saving_listeners=(*train_spec.saving_listeners, listener),
+    )
+    checkpoint = estimator.latest_checkpoint()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"There was no new checkpoint after the training in {estimator.model_dir}, so there is nothing to "
+            "evaluate; does RunConfig switch checkpoints off?",
+            estimator.model_dir,
+        )
+    last = evaluator.last
+    if last is None or last.checkpoint != checkpoint:
+        last = evaluator.evaluate(checkpoint, is_last=True)
+    return last.metrics, list(last.exports)
+
+
+class _EvaluationListener(CheckpointSaverListener):
+    """Evaluates checkpoints as they are saved: not the first, which is untrained, and not too often (V28)."""
+
+    def __init__(self, evaluator: Evaluator, estimator: Estimator, throttle: float) -> None:
+        self._evaluator = evaluator
+        self._estimator = estimator
+        self._throttle = throttle
+        self._is_first = True
+        self._not_before = time.monotonic() + throttle
+
+    def after_save(self, session: TrainingSession, step: int) -> bool:
+        if self._is_first:
+            self._is_first = False
+        elif time.monotonic() >= self._not_before:
+            self._not_before = time.monotonic() + self._throttle
+            self._evaluate()
+        else:
+            logger.info("the checkpoint of step %d is not evaluated: the last one is less than throttle_secs ago", step)
+        return self._evaluator.is_done
+
+    def _evaluate(self) -> None:
+        checkpoint = self._estimator.latest_checkpoint()
+        if checkpoint is not None:
+            self._evaluator.evaluate(checkpoint)
+
+
+def _check_types(estimator: Any, train_spec: Any, eval_spec: Any) -> None:  # noqa: ANN401  # what is being checked
+    expected = (("eval_spec", eval_spec, EvalSpec), ("estimator", estimator, Estimator), ("train_spec", train_spec, TrainSpec))
+    for name, value, kind in expected:
+        if not isinstance(value, kind):
+            raise TypeError(f"train_and_evaluate: {name}: expected {kind.__name__}, got a {type(value).__name__}")

@@ -1,0 +1,178 @@
+"""The training loop of one task: its hooks, its input, its session."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paramserver.cluster import environment
+from paramserver.cluster.report import Reporter
+from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.estimator.basic_hooks import (
+    CheckpointSaverHook,
+    CheckpointSaverListener,
+    LoggingHook,
+    NanLossHook,
+    StepCounterHook,
+    StopAtStepHook,
+    SummarySaverHook,
+)
+from paramserver.estimator.calling import Batch
+from paramserver.estimator.hooks import HookRunner, RunContext, RunValues, TrainingHook, TrainingSession, order_hooks
+from paramserver.estimator.run_config import RunConfig
+from paramserver.estimator.session import Session
+from paramserver.estimator.specs import EstimatorSpec
+from paramserver.estimator.summary import SummaryWriter
+
+REPORT_INTERVAL = 0.2
+
+
+def train(
+    strategy: ParameterServerStrategy,
+    config: RunConfig,
+    build: Callable[[], EstimatorSpec],
+    read: Callable[[], Iterator[Batch]],
+    *,
+    hooks: Sequence[TrainingHook] = (),
+    saving_listeners: Sequence[CheckpointSaverListener] = (),
+    steps: int | None = None,
+    max_steps: int | None = None,
+) -> int:
+    """Train on this task until ``max_steps``, ``steps`` more, the end of the input, or a hook's wish. Blocks.
+
+    Args:
+        strategy: Of the training.
+        config: Of the run; its model_dir is set.
+        build: Makes the model and optimizer, inside the strategy's scope.
+        read: Opens the input.
+        hooks: The user's, for every worker.
+        saving_listeners: Told of every checkpoint, on the chief.
+        steps: Global steps to make from where the session starts.
+        max_steps: The global step to stop at.
+
+    Returns:
+        The steps that this task made.
+
+    Raises:
+        Exception: Whatever the user's functions, the hooks or the session raise; the ps tasks are told of it first.
+    """
+    reporter = Reporter(str(strategy.task or "chief:0"), environment.read().report_fd)
+    reporter.tell(state="building the model", max_steps=max_steps)
+    if config.seed is not None:
+        torch.manual_seed(config.seed)
+    counter = _LocalSteps()
+    with contextlib.ExitStack() as stack, strategy.scope():
+        stack.enter_context(_telling_failure(strategy))
+        spec = build()
+        writer = stack.enter_context(contextlib.closing(SummaryWriter(config.model_dir or "")))
+        own = _chief_hooks(config, spec, writer, saving_listeners, hooks)
+        stop = [StopAtStepHook(num_steps=steps, last_step=max_steps)] if steps or max_steps else []
+        runner = HookRunner(
+            order_hooks(
+                is_chief=strategy.is_chief,
+                chief_only=own,
+                user=(*stop, *hooks, *spec.training_hooks, counter),
+                last=(NanLossHook(), *_logging(config), *_reporting(reporter, config)),
+            )
+        )
+        _loop(runner, lambda: Session(strategy, spec, config, max_steps, reporter), read)
+    reporter.tell(state="done", global_step=strategy.global_step)
+    return counter.steps
+
+
+def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], Iterator[Batch]]) -> None:
+    runner.begin()
+    session = create()
+    runner.after_create_session(session)
+    batches = read()
+    with contextlib.suppress(StopIteration):  # the input's way of saying that it is at its end
+        while not runner.stop_requested and not session.should_stop():
+            runner.step(lambda: session.step(batches))
+    session.finish()
+    runner.end(session)
+    session.close()
+
+
+@contextlib.contextmanager
+def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        strategy.close(failure=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _chief_hooks(
+    config: RunConfig,
+    spec: EstimatorSpec,
+    writer: SummaryWriter,
+    listeners: Sequence[CheckpointSaverListener],
+    user: Sequence[TrainingHook],
+) -> list[TrainingHook]:
+    hooks: list[TrainingHook] = []
+    if config.saves_checkpoints and not any(isinstance(hook, CheckpointSaverHook) for hook in user):
+        hooks.append(
+            CheckpointSaverHook(
+                save_secs=config.save_checkpoints_secs, save_steps=config.save_checkpoints_steps, listeners=listeners
+            )
+        )
+    if config.save_summary_steps:
+        hooks.append(SummarySaverHook(writer, save_steps=config.save_summary_steps))
+    if config.log_step_count_steps:
+        hooks.append(StepCounterHook(config.log_step_count_steps))
+    return [*hooks, *spec.training_chief_hooks]
+
+
+def _logging(config: RunConfig) -> list[TrainingHook]:
+    return [LoggingHook(config.log_step_count_steps, at_end=True)] if config.log_step_count_steps else []
+
+
+def _reporting(reporter: Reporter, config: RunConfig) -> list[TrainingHook]:
+    return [_ReportHook(reporter, config)] if reporter.is_on else []
+
+
+class _LocalSteps(TrainingHook):
+    """Counts the steps of this task."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        self.steps += 1
+
+
+class _ReportHook(TrainingHook):
+    """Tells the launcher how the training goes, a few times a second."""
+
+    def __init__(self, reporter: Reporter, config: RunConfig) -> None:
+        self._reporter = reporter
+        self._summaries = str(Path(config.model_dir or "").absolute())
+        self._last = (time.monotonic(), 0)
+
+    def after_create_session(self, session: TrainingSession) -> None:
+        self._last = (time.monotonic(), session.global_step)
+        paths = {"summaries": self._summaries} if session.is_chief else None
+        self._reporter.tell(state="training", global_step=session.global_step, paths=paths)
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        now = time.monotonic()
+        then, step = self._last
+        if now - then < REPORT_INTERVAL:
+            return
+        self._last = (now, values.global_step)
+        self._reporter.tell(
+            state="training",
+            global_step=values.global_step,
+            steps_per_second=(values.global_step - step) / (now - then),
+            loss=float(values.loss),
+        )
+
+
+def named_arguments(config: RunConfig, params: object, mode: str, context: object) -> dict[str, Any]:
+    """What a user's function may ask for by name (Q02)."""
+    return {"mode": mode, "params": params, "config": config, "input_context": context}
