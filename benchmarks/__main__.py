@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.processes import BenchmarkError
-from benchmarks.step import Holding, Result, StepOptions, fail, measure, table
+from benchmarks.step import Holding, Result, StepOptions, fail, measure, print_results
 from paramserver.errors import ParameterServerError
 
 TARGET_RATIOS = {("small", "auto"): 1.25, ("large", "auto"): 0.95, ("small", "tcp"): 1.0, ("large", "tcp"): 0.6}
@@ -63,7 +63,7 @@ def _judge_memory(promise: str, holding: Holding | None, limit: float) -> list[V
 
 def verdict_table(verdicts: list[Verdict]) -> Table:
     """The verdicts for people."""
-    shown = Table("promise", title="what was promised for two cores")
+    shown = Table("promise", title="what was promised, for two cores")
     for column in ("limit", "measured"):
         shown.add_column(column, justify="right")
     shown.add_column("reached")
@@ -78,7 +78,6 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each result instead.")] = False,
 ) -> None:
     """Measure both models on both lanes. The exit code is 0 whether or not a promise is kept."""
-    console = Console()
     results = []
     for model, lane in TARGET_RATIOS:
         try:
@@ -90,8 +89,8 @@ def main(
             sys.stdout.buffer.write(msgspec.json.encode(results[-1]) + b"\n")
             sys.stdout.buffer.flush()
     if not as_json:
-        console.print(table(results))
-        console.print(verdict_table([verdict for result in results for verdict in judge(result)]))
+        print_results(results)
+        Console().print(verdict_table([verdict for result in results for verdict in judge(result)]))
 
 
 if __name__ == "__main__":

@@ -106,9 +106,7 @@ def measure(step: Step, loss: Callable[[], float], window: Window) -> Measured:
         step()
     if not math.isfinite(last := loss()):
         raise ValueError(f"the loss became {last}; the steps that led to it are not worth measuring")
-    return Measured(
-        steps=steps, seconds=ended - begun, staleness=total, largest_staleness=largest, loss=last
-    )
+    return Measured(steps=steps, seconds=ended - begun, staleness=total, largest_staleness=largest, loss=last)
 
 
 def _tell(message: Ready | Measured) -> None:

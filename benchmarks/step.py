@@ -65,7 +65,7 @@ class StepOptions:
             if getattr(self, name) < 1:
                 raise BenchmarkError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.threads < self.workers:
-            raise BenchmarkError(f"threads: expected one for each of {self.workers} workers or more, got {self.threads}")
+            raise BenchmarkError(f"threads: expected {self.workers} or more, one for each worker, got {self.threads}")
         if not self.seconds > 0:
             raise BenchmarkError(f"seconds: expected more than 0, got {self.seconds}")
 
@@ -272,9 +272,7 @@ def _holding(found: tuple[int, int, int], copy_bytes: int) -> Holding:
 
 def _start_cluster(its_crew: Crew, model: str, options: StepOptions) -> Cluster:
     threads = options.threads // options.workers
-    return its_crew.start_cluster(
-        model, workers=options.workers, ps=options.ps, lane=options.lane, threads=threads
-    )
+    return its_crew.start_cluster(model, workers=options.workers, ps=options.ps, lane=options.lane, threads=threads)
 
 
 def _await_ready(children: Sequence[Child]) -> list[Ready]:
@@ -296,39 +294,56 @@ def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
         raise BenchmarkError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
-def table(results: Iterable[Result]) -> Table:
-    """The results for people."""
-    shown = Table(title="global steps/s of all workers, beside plain PyTorch with as many threads")
-    for column in ("model", "lane", "workers", "ps"):
-        shown.add_column(column)
-    rates = ("steps/s", "plain", "ratio (spread)", "staleness (max)")
-    for column in (*rates, "worker MiB", "copies*", "ps MiB", "copies*"):
+def print_results(results: Sequence[Result]) -> None:
+    """Show the results to people."""
+    console = Console()
+    console.print(_speed_table(results))
+    console.print(_memory_table(results))
+
+
+def _speed_table(results: Iterable[Result]) -> Table:
+    shown = _table("steps/s of all workers and of plain PyTorch", ("model", "lane", "tasks"))
+    for column in ("steps/s", "plain", "ratio", "ratios", "staleness", "largest"):
         shown.add_column(column, justify="right")
     for result in results:
         shown.add_row(
             result.model,
             result.lane,
-            str(result.workers),
-            str(result.ps),
+            f"{result.workers}+{result.ps}",
             f"{result.steps_per_second:,.4g}",
             f"{result.plain_steps_per_second:,.4g}",
-            f"{result.ratio:.2f} ({min(result.ratios):.2f}-{max(result.ratios):.2f})",
-            f"{result.staleness_mean:.1f} ({result.staleness_max})",
-            *_holding_cells(result.worker_memory),
-            *_holding_cells(result.ps_memory),
+            f"{result.ratio:.2f}",
+            f"{min(result.ratios):.2f}-{max(result.ratios):.2f}",
+            f"{result.staleness_mean:.1f}",
+            str(result.staleness_max),
         )
-    shown.caption = (
-        "* memory beyond an idle task: between steps / peak in training / peak until the first steps were done, in "
-        "copies of the model's parameters (worker) or of values and slots (ps)"
-    )
+    shown.caption = "tasks: workers + ps; plain PyTorch has as many threads as all workers together"
     return shown
 
 
-def _holding_cells(holding: Holding | None) -> tuple[str, str]:
+def _memory_table(results: Iterable[Result]) -> Table:
+    shown = _table("memory beyond an idle task, in copies", ("model", "lane", "task"))
+    for column in ("a copy, MiB", "between steps", "peak of training", "peak of start"):
+        shown.add_column(column, justify="right")
+    for result in results:
+        for task, holding in (("worker", result.worker_memory), ("ps", result.ps_memory)):
+            shown.add_row(result.model, result.lane, task, *_holding_cells(holding))
+    shown.caption = "a copy: the model's parameters on a worker, values and slots on the ps tasks"
+    return shown
+
+
+def _table(title: str, names: Iterable[str]) -> Table:
+    shown = Table(title=title)
+    for name in names:
+        shown.add_column(name)
+    return shown
+
+
+def _holding_cells(holding: Holding | None) -> tuple[str, ...]:
     if holding is None:
-        return ("?", "?")
-    copies = f"{holding.steady:.2f} / {holding.peak:.2f} / {holding.start_peak:.2f}"
-    return (f"{holding.steady_bytes / MIB:.1f}", copies)
+        return ("?", "?", "?", "?")
+    copies = (holding.steady, holding.peak, holding.start_peak)
+    return (f"{holding.copy_bytes / MIB:.1f}", *(f"{count:.2f}" for count in copies))
 
 
 def fail(error: Exception) -> typer.Exit:
@@ -358,7 +373,7 @@ def main(
     if as_json:
         sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
     else:
-        Console().print(table([result]))
+        print_results([result])
 
 
 if __name__ == "__main__":

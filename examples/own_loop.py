@@ -5,7 +5,7 @@ paramserver launch --ps 2 --workers 2 examples/own_loop.py           two ps, a c
 """
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,7 +22,7 @@ train = TensorDataset(images[:1500], labels[:1500])
 strategy = ps.ParameterServerStrategy()  # TF_CONFIG says who we are; without it, one process
 with strategy.scope():
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.05)
+    optimizer: torch.optim.Optimizer = torch.optim.Adagrad(model.parameters(), lr=0.05)
     model, optimizer = strategy.prepare(model, optimizer)
 
 

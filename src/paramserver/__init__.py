@@ -40,7 +40,7 @@ _HOMES = {
 }
 _MODULES = ("errors", "estimator", "placement")
 
-__all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604  # names of the table above
+__all__ = ["__version__", *_HOMES, *_MODULES]
 
 
 def __getattr__(name: str) -> object:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -60,6 +61,15 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
     dtype: str
     rule: Rule | None
     variables: tuple[VariableSpec, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"an arena has dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        for variable in self.variables:
+            if variable.dtype != self.dtype:
+                raise ConfigError(f"variable {variable.name!r} is {variable.dtype}, and lies in an arena of {self.dtype}")
+            if min(variable.shape, default=0) < 0:
+                raise ConfigError(f"variable {variable.name!r} has shape {variable.shape}; no dimension may be negative")
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -111,6 +121,13 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
         ]
 
 
+class HasFileno(Protocol):
+    """An open file."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+
 @dataclass(frozen=True)
 class StoreMemory:
     """Where a ps keeps the values of its arenas.
@@ -118,12 +135,12 @@ class StoreMemory:
     Attributes:
         values: A flat tensor for each arena.
         versions: For each arena one counter for each block: odd while the block is written, two more after.
-        descriptor: The file that other processes can map, if there is one.
+        file: The file that other processes can map, if there is one; it stays open for as long as this object lives.
     """
 
     values: list[torch.Tensor]
     versions: list[npt.NDArray[np.uint64]]
-    descriptor: int | None = None
+    file: HasFileno | None = None
 
 
 def dtype_name(dtype: torch.dtype, variable: str) -> str:

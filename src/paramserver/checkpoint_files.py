@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +20,12 @@ from paramserver.errors import CheckpointError
 
 VALUES_INDEX = "model.safetensors.index.json"
 SLOTS_INDEX = "optimizer.safetensors.index.json"
+
+T = TypeVar("T")
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -28,8 +35,8 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: If the index is missing or is none.
     """
     try:
-        return dict(json.loads(path.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no index of a checkpoint: {error}", str(path)) from error
 
 
@@ -51,28 +58,27 @@ def read_tensors(directory: Path, weight_map: Mapping[str, str]) -> Iterator[tup
     Raises:
         CheckpointError: If a file is missing or cut short, or does not hold what its index says.
     """
-    for file, names in _by_file(directory, weight_map):
-        for name in names:
-            yield name, file.get_tensor(name)
+    return _each(directory, weight_map, lambda file, name: file.get_tensor(name))
 
 
 def read_shapes(directory: Path, weight_map: Mapping[str, str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of each tensor, without reading it; raises as `read_tensors`."""
-    for file, names in _by_file(directory, weight_map):
-        for name in names:
-            found = file.get_slice(name)
-            yield name, _DTYPES.get(found.get_dtype(), found.get_dtype()), tuple(found.get_shape())
+    for name, found in _each(directory, weight_map, lambda file, name: file.get_slice(name)):
+        yield name, _DTYPES.get(found.get_dtype(), found.get_dtype()), tuple(found.get_shape())
 
 
-def _by_file(directory: Path, weight_map: Mapping[str, str]) -> Iterator[tuple[Any, list[str]]]:
-    names: dict[str, list[str]] = defaultdict(list)
+def _each(
+    directory: Path, weight_map: Mapping[str, str], read: Callable[[Any, str], T]
+) -> Iterator[tuple[str, T]]:
+    files: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
-        names[file].append(name)
-    for file, held in names.items():
+        files[file].append(name)
+    for file, names in files.items():
         path = directory / file
         try:
             with safe_open(path, "pt") as opened:
-                yield opened, held
+                for name in names:
+                    yield name, read(opened, name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"checkpoint file {path} cannot be read: {error}; was it cut short?", str(path)

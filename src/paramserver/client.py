@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from paramserver.arena import ArenaLayout, pieces
-from paramserver.errors import DeadlineError, ParameterServerError, RemoteProtocolError
+from paramserver.errors import DeadlineError, LocalProtocolError, ParameterServerError, RemoteProtocolError
 from paramserver.transport.lane import Lane, Piece, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
@@ -34,18 +34,106 @@ class PushResult(NamedTuple):
     staleness: int
 
 
-class ParameterClient:
-    """Talks to every ps of a run. Not thread-safe; every method blocks until all ps tasks have answered.
+class Call(NamedTuple):
+    """A request to one ps, and the pieces that go and come with it."""
 
-    Every method that talks to a ps raises ``UnavailableError`` naming the ps when its connection is lost, and
-    ``RefusedError`` or a subclass when it refuses.
+    lane: Lane
+    request: messages.Request
+    outgoing: Sequence[Piece] = ()
+    incoming: Sequence[Piece] = ()
+
+
+class Lanes:
+    """The lanes to every ps, kept in step: what was asked is answered before anything else is asked.
+
+    Apart from the client, so that what ends the connections when the client is collected need not hold the client.
 
     Args:
-        lanes: A lane to each ps, by index. Owned by the client from now on.
+        lanes: By the ps's index. Owned by this object from now on.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = list(lanes)
+        self._unanswered: set[Lane] = set()
+
+    def each(self) -> list[Lane]:
+        """The lanes, by index.
+
+        Raises:
+            LocalProtocolError: After `goodbye` or `close`.
+        """
+        if not self._lanes:
+            raise LocalProtocolError("this task has said goodbye to the ps tasks already; it cannot ask them anything")
+        return self._lanes
+
+    def exchange(self, calls: Sequence[Call]) -> list[messages.Reply]:
+        """Ask several ps tasks at once. The answers of all are taken in, also if one is lost.
+
+        Raises:
+            UnavailableError: If one of them is lost; the first one that is.
+        """
+        asked: list[Call] = []
+        replies: list[messages.Reply] = []
+        failures: list[ParameterServerError] = []
+        for call in calls:
+            self._unanswered.add(call.lane)
+            try:
+                call.lane.start(call.request, call.outgoing)
+            except ParameterServerError as error:
+                failures.append(error)
+            else:
+                asked.append(call)
+        for call in asked:
+            try:
+                replies.append(call.lane.finish(call.incoming))
+            except ParameterServerError as error:
+                failures.append(error)
+            else:
+                self._unanswered.discard(call.lane)
+        if failures:
+            raise failures[0]
+        return replies
+
+    def goodbye(self, failure: str = "") -> None:
+        """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent.
+
+        A lane that was left in the middle of a request, by an interrupt perhaps, is closed without a word: the peer
+        would take the word for the rest of that request.
+        """
+        for lane in self._lanes:
+            if lane not in self._unanswered:
+                try:
+                    self.exchange([Call(lane, messages.Goodbye(failure))])
+                except ParameterServerError as error:
+                    logger.debug("%s was told goodbye in vain: %s", lane.task, error)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections without a word. Idempotent."""
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []
+
+    def __repr__(self) -> str:
+        return repr(self._lanes)
+
+
+class ParameterClient:
+    """Talks to every ps of a run. Not thread-safe; every method blocks until all ps tasks have answered.
+
+    Every method that talks to a ps raises ``UnavailableError`` naming the ps when its connection is lost, and
+    ``RefusedError`` or a subclass when it refuses. The client can be used after a refusal.
+
+    Args:
+        lanes: A lane to each ps, by index. Owned by the client from now on.
+
+    Attributes:
+        lanes: The lanes.
+        global_step: Updates of the model, as the ps tasks last told it.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = Lanes(lanes)
         self._layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
         self._sequence = 0
         self.global_step = 0
@@ -67,11 +155,11 @@ class ParameterClient:
             DeadlineError: If it has not by then.
             RefusedError: If the chief failed.
         """
-        started = time.monotonic()
-        for lane in self._lanes:
-            while not self._ask(lane, messages.AwaitReady(WAIT_INTERVAL), messages.State).ready:
+        started, waited = time.monotonic(), 0.0
+        for lane in self.lanes.each():
+            while not self._ask(lane, messages.AwaitReady(_interval(timeout - waited)), messages.State).ready:
                 waited = time.monotonic() - started
-                if waited > timeout:
+                if waited >= timeout:
                     raise DeadlineError(
                         f"the chief has not initialized the variables on {lane.task} within {timeout:g} s; "
                         "is it running? (session_creation_timeout_secs)",
@@ -89,7 +177,7 @@ class ParameterClient:
 
     def open(self) -> list[WorkerMemory]:
         """Make the memory for the declared arenas, for each ps."""
-        return [lane.open(layouts) for lane, layouts in zip(self._lanes, self._layouts, strict=True)]
+        return [lane.open(layouts) for lane, layouts in zip(self.lanes.each(), self._layouts, strict=True)]
 
     def mark_ready(self, global_step: int) -> None:
         """The chief has initialized the variables: let the others begin."""
@@ -109,23 +197,31 @@ class ParameterClient:
             counts: Whether this is an update of the model, which the global step counts.
         """
         self._sequence += 1
-        for lane, layouts, ps_parts, ps_pull in zip(self._lanes, self._layouts, parts, pull, strict=True):
-            push = messages.Push(self._sequence, self.global_step, counts, tuple(ps_parts), tuple(ps_pull))
-            lane.start(push, _outgoing(layouts, ps_parts))
-        first = self._gather(messages.Applied, pull)[0]
+        calls = [
+            Call(
+                lane,
+                messages.Push(self._sequence, self.global_step, counts, tuple(ps_parts), tuple(ps_pull)),
+                _outgoing(layouts, ps_parts),
+                _whole(layouts, ps_pull),
+            )
+            for lane, layouts, ps_parts, ps_pull in zip(self.lanes.each(), self._layouts, parts, pull, strict=True)
+        ]
+        first = self._exchange(calls, messages.Applied)[0]
         self.global_step = first.global_step
         return PushResult(first.global_step, first.staleness)
 
     def pull(self, arenas: Sequence[Sequence[int]]) -> int:
         """Bring the value memory of these arenas of each ps up to date; the global step."""
-        for lane, wanted in zip(self._lanes, arenas, strict=True):
-            lane.start(messages.Pull(tuple(wanted)))
-        self.global_step = self._gather(messages.State, arenas)[0].global_step
+        calls = [
+            Call(lane, messages.Pull(tuple(wanted)), (), _whole(layouts, wanted))
+            for lane, layouts, wanted in zip(self.lanes.each(), self._layouts, arenas, strict=True)
+        ]
+        self.global_step = self._exchange(calls, messages.State)[0].global_step
         return self.global_step
 
     def read_global_step(self) -> int:
         """Ask ps:0 for the global step."""
-        self.global_step = self._ask(self._lanes[0], messages.Pull(()), messages.State).global_step
+        self.global_step = self._ask(self.lanes.each()[0], messages.Pull(()), messages.State).global_step
         return self.global_step
 
     # --- the chief's duties
@@ -136,9 +232,9 @@ class ParameterClient:
         Raises:
             CheckpointError: If one of them cannot.
         """
-        for shard, lane in enumerate(self._lanes):
-            lane.start(messages.Save(directory, shard, len(self._lanes)))
-        return self._gather(messages.Saved)
+        lanes = self.lanes.each()
+        calls = [Call(lane, messages.Save(directory, shard, len(lanes))) for shard, lane in enumerate(lanes)]
+        return self._exchange(calls, messages.Saved)
 
     def restore(self, directory: str) -> None:
         """Have every ps read its variables from a checkpoint.
@@ -154,7 +250,7 @@ class ParameterClient:
         Args:
             on_wait: Called about every second with the tasks that are waited for.
         """
-        for lane in self._lanes:
+        for lane in self.lanes.each():
             while tasks := self._ask(lane, messages.AwaitWorkers(WAIT_INTERVAL), messages.Remaining).tasks:
                 on_wait(tasks)
 
@@ -166,44 +262,32 @@ class ParameterClient:
 
     def goodbye(self, failure: str = "") -> None:
         """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent."""
-        for lane in self._lanes:
-            try:
-                self._ask(lane, messages.Goodbye(failure), messages.Done)
-            except ParameterServerError as error:
-                logger.debug("%s was told goodbye in vain: %s", lane.task, error)
-        self.close()
+        self.lanes.goodbye(failure)
 
     def close(self) -> None:
         """Close the connections without a word. Idempotent."""
-        for lane in self._lanes:
-            lane.close()
-        self._lanes = []
+        self.lanes.close()
 
     def __repr__(self) -> str:
-        return f"<ParameterClient of {self._lanes} at global step {self.global_step}>"
+        return f"<ParameterClient of {self.lanes} at global step {self.global_step}>"
 
     def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> bool:
         self._layouts = list(layouts)
-        for lane, ps_layouts in zip(self._lanes, layouts, strict=True):
-            lane.start(messages.Declare(tuple(ps_layouts), create))
-        return all(reply.ready for reply in self._gather(messages.Declared))
+        calls = [
+            Call(lane, messages.Declare(tuple(ps_layouts), create))
+            for lane, ps_layouts in zip(self.lanes.each(), layouts, strict=True)
+        ]
+        return all(reply.ready for reply in self._exchange(calls, messages.Declared))
 
     def _ask(self, lane: Lane, request: messages.Request, expected: type[R]) -> R:
-        lane.start(request)
-        return _expect(lane, lane.finish(), expected)
+        return self._exchange([Call(lane, request)], expected)[0]
 
     def _ask_all(self, request: messages.Request, expected: type[R]) -> list[R]:
-        for lane in self._lanes:
-            lane.start(request)
-        return self._gather(expected)
+        return self._exchange([Call(lane, request) for lane in self.lanes.each()], expected)
 
-    def _gather(self, expected: type[R], pull: Sequence[Sequence[int]] | None = None) -> list[R]:
-        """The reply of each ps, all of them taken in before any is looked at, so that every lane stays in step."""
-        replies = [
-            lane.finish(_whole(layouts, arenas))
-            for lane, layouts, arenas in zip(self._lanes, self._layouts, pull or [()] * len(self._lanes), strict=True)
-        ]
-        return [_expect(lane, reply, expected) for lane, reply in zip(self._lanes, replies, strict=True)]
+    def _exchange(self, calls: Sequence[Call], expected: type[R]) -> list[R]:
+        replies = self.lanes.exchange(calls)
+        return [_expect(call.lane, reply, expected) for call, reply in zip(calls, replies, strict=True)]
 
 
 def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:
@@ -225,3 +309,6 @@ def _expect(lane: Lane, reply: messages.Reply, expected: type[R]) -> R:
         raise raised(reply, lane.task)
     raise RemoteProtocolError(f"{lane.task} was expected to answer {expected.__name__}, and answered {reply}")
 
+
+def _interval(remaining: float) -> float:
+    return min(WAIT_INTERVAL, max(remaining, 0.0))

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 
 from paramserver.arena import pieces
-from paramserver.errors import ParameterServerError, RemoteProtocolError, UnavailableError
+from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
 from paramserver.store import shard
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
+from paramserver.store.stored_arena import StoredArena
 from paramserver.transport.lane import Piece, Session
 from paramserver.wire import messages
 from paramserver.wire.refusals import refused
 
 logger = logging.getLogger(__name__)
+
+LONGEST_WAIT = 30.0
+"""Seconds after which every wait is answered, so that no thread waits much longer than its worker lives."""
 
 
 class RequestHandler:
@@ -40,7 +44,7 @@ class RequestHandler:
         }
 
     def handle(self, session: Session, request: messages.Request) -> None:
-        """Carry out one request and answer it; a fault of the request is answered with a refusal.
+        """Carry out one request and answer it; whatever is wrong with it is answered with a refusal.
 
         Raises:
             UnavailableError: If the connection is lost.
@@ -55,36 +59,48 @@ class RequestHandler:
             raise
         except ParameterServerError as error:
             session.reply(refused(error))
+        except Exception as error:  # a peer's nonsense, or a fault of ours, must not end anybody's session
+            what = f"{self._store.task} could not carry out a {type(request).__name__} of {session.task}"
+            logger.warning("%s", what, exc_info=True)
+            session.reply(messages.Refused("refused", f"{what}: {type(error).__name__}: {error}"))
 
     def _push(self, session: Session, push: messages.Push) -> None:
         store = self._store
         store.check_alive()
+        # All is checked before the first part is applied: a push that is refused has changed nothing.
+        arenas = [self._checked(part) for part in push.parts]
+        pulled = self._whole(push.pull)
         step, staleness = store.global_step, 0
         if store.is_new(session.incarnation, push.sequence):
-            for part in push.parts:
-                self._apply(session, part)
+            for arena, part in zip(arenas, push.parts, strict=True):
+                _apply(session, arena, part)
             if push.counts:
                 step, staleness = store.count_update(push.local_step)
-        session.reply(messages.Applied(step, staleness), self._whole(push.pull), self._read)
+        session.reply(messages.Applied(step, staleness), pulled, self._read)
 
-    def _apply(self, session: Session, part: messages.Part) -> None:
-        arena = self._store.arenas[part.arena]
-        spans = arena.layout.pieces if part.ranges is None else pieces(part.ranges)
-        for start, stop in spans:
-            gradient = session.gradient(Piece(part.arena, start, stop))
-            arena.apply(part.operation, (start, stop), gradient, part.settings)
+    def _checked(self, part: messages.Part) -> StoredArena:
+        arena = self._store.arena(part.arena)
+        try:
+            arena.check(part.operation, part.ranges, part.settings)
+        except ValueError as error:
+            task, what = self._store.task, f"{part.operation!r} on arena {part.arena}"
+            raise RefusedError(f"push to {task} refused: {what}: {error}", task) from error
+        return arena
 
     def _pull(self, session: Session, pull: messages.Pull) -> None:
         self._store.check_alive()
         session.reply(messages.State(True, self._store.global_step), self._whole(pull.arenas), self._read)
 
     def _whole(self, arenas: Sequence[int]) -> list[Piece]:
-        return [Piece(arena, start, stop) for arena in arenas for start, stop in self._store.arenas[arena].layout.pieces]
+        return [
+            Piece(index, start, stop) for index in arenas for start, stop in self._store.arena(index).layout.pieces
+        ]
 
     def _read(self, piece: Piece, out: torch.Tensor) -> None:
         self._store.arenas[piece.arena].read((piece.start, piece.stop), out)
 
     def _declare(self, session: Session, declare: messages.Declare) -> None:
+        self._store.check_alive()
         store_memory = (self._store.create if declare.create else self._store.compare)(declare.arenas)
         session.open(declare.arenas, store_memory)
         session.reply(messages.Declared(self._store.is_ready))
@@ -94,17 +110,16 @@ class RequestHandler:
         session.reply(messages.Done())
 
     def _await_ready(self, session: Session, request: messages.AwaitReady) -> None:
-        ready = self._store.await_ready(request.timeout)
+        ready = self._store.await_ready(_bounded(request.timeout))
         session.reply(messages.State(ready, self._store.global_step))
 
     def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:
-        session.reply(messages.Remaining(self._roster.await_alone(session.task, request.timeout)))
+        left = self._roster.await_alone(session.task, _bounded(request.timeout))
+        session.reply(messages.Remaining(left))
 
     def _save(self, session: Session, save: messages.Save) -> None:
         written = shard.write_shard(self._store, save.directory, save.shard, save.num_shards)
-        session.reply(
-            messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause)
-        )
+        session.reply(messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause))
 
     def _restore(self, session: Session, restore: messages.Restore) -> None:
         shard.read_shard(self._store, restore.directory)
@@ -134,6 +149,18 @@ class RequestHandler:
             logger.warning("%s failed: %s", session.task, goodbye.failure)
             if session.task == self._roster.chief:
                 self._store.fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
-        session.reply(messages.Done())
-        self._roster.leave(session.task)
+        try:
+            session.reply(messages.Done())
+        finally:  # it has left, whether or not it waits for the answer; after the answer, since this may end the run
+            self._roster.leave(session.task)
 
+
+def _bounded(timeout: float) -> float:
+    return min(LONGEST_WAIT, timeout)  # in this order, which turns a NaN into the limit
+
+
+def _apply(session: Session, arena: StoredArena, part: messages.Part) -> None:
+    spans = arena.layout.pieces if part.ranges is None else pieces(part.ranges)
+    for start, stop in spans:
+        gradient = session.gradient(Piece(part.arena, start, stop))
+        arena.apply(part.operation, (start, stop), gradient, part.settings)

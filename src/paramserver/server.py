@@ -8,11 +8,12 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from paramserver.arena import ArenaLayout, StoreMemory
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
-from paramserver.errors import ConfigError, ParameterServerError, UnavailableError
+from paramserver.errors import ConfigError, ParameterServerError, RemoteProtocolError, UnavailableError
 from paramserver.handler import RequestHandler
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
@@ -52,6 +53,8 @@ class Server:
         start: Whether to serve at once.
         token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``.
         grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
+        descriptor: A listening socket to take over, instead of binding the task's address; by default the
+            environment's ``PARAMSERVER_LISTEN_FD``.
 
     Raises:
         ValueError: If the task is not in the cluster, or is no ps.
@@ -68,6 +71,7 @@ class Server:
         start: bool = True,
         token: str | None = None,
         grace: float = GRACE,
+        descriptor: int | None = None,
     ) -> None:
         self.cluster_spec = ClusterSpec(cluster_spec)  # type: ignore[arg-type]  # checked there
         self.task = _which_task(self.cluster_spec, job_name, task_index)
@@ -82,8 +86,10 @@ class Server:
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
         self._roster = Roster(workers[0] if workers else "", workers)
         self._handler = RequestHandler(self._store, self._roster)
-        self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), surroundings.listen_fd)
-        self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts")
+        inherited = surroundings.listen_fd if descriptor is None else descriptor
+        self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
+        # Its threads are daemons: a program that fails before it has stopped its server must end all the same.
+        self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
         self._open: dict[threading.Thread, Callable[[], None]] = {}
         self._lock = threading.Lock()
         if start:
@@ -96,8 +102,8 @@ class Server:
         return f"{host}:{self._listener.port}"
 
     def start(self) -> None:
-        """Begin to serve, on threads of its own. Idempotent."""
-        if not self._acceptor.ident:
+        """Begin to serve, on threads of its own. Idempotent; a server that was stopped stays so."""
+        if not self._acceptor.ident and not self._listener.is_closed:
             self._acceptor.start()
 
     def join(self) -> None:
@@ -122,6 +128,7 @@ class Server:
     def stop(self) -> None:
         """End now: close every connection and wait for the threads. Idempotent."""
         self.request_stop()
+        self._store.close()
         if self._acceptor.ident:
             self._acceptor.join()
         self._listener.release()
@@ -130,6 +137,7 @@ class Server:
         for thread, close in connections.items():
             close()
             thread.join()
+        self._store.release()
 
     def request_stop(self) -> None:
         """Let `join` end soon. Does not block, so that a signal handler may call it."""
@@ -145,19 +153,24 @@ class Server:
 
     def _accept(self) -> None:
         for connection in self._listener.connections():
-            thread = threading.Thread(target=self._serve, args=(connection,), name=f"{self.task} serves")
+            thread = threading.Thread(
+                target=self._serve, args=(connection,), name=f"{self.task} serves", daemon=True
+            )
             with self._lock:
-                self._open[thread] = lambda connection=connection: _hang_up(connection)
+                self._open[thread] = partial(_hang_up, connection)
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            session = self._accept_session(connection)
-            if session is not None:
-                with contextlib.closing(session):
-                    self._converse(session)
+            with contextlib.closing(connection):
+                session = self._accept_session(connection)
+                if session is not None:
+                    with contextlib.closing(session):
+                        self._converse(session)
         except ParameterServerError as error:
             logger.warning("%s: %s", self.task, error)
+        except Exception:  # one connection's end must not be the end of another's
+            logger.exception("%s: a connection has failed", self.task)
         finally:
             with self._lock:
                 del self._open[threading.current_thread()]
@@ -174,6 +187,7 @@ class Server:
 
     def _converse(self, session: Session) -> None:
         try:
+            self._store.check_alive()  # comes first: a run that has failed is over as well
             self._roster.join(session.task)
         except ParameterServerError as error:
             session.receive()
@@ -182,6 +196,10 @@ class Server:
         try:
             while (request := session.receive()) is not None:
                 self._handler.handle(session, request)
+        except RemoteProtocolError as error:
+            with contextlib.suppress(UnavailableError):  # it may have gone away
+                session.reply(refused(error))
+            raise
         finally:
             self._roster.disconnect(session.task)
 

@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 
-from paramserver.client import ParameterClient
+from paramserver.client import Lanes, ParameterClient
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
 from paramserver.server import play_in_process
 from paramserver.transport.handshake import Identity, connect, new_incarnation
@@ -19,34 +19,42 @@ def in_process() -> ParameterClient:
     return ParameterClient([play_in_process()])
 
 
-def to_cluster(cluster: ClusterSpec, me: TaskId, timeout: float) -> ParameterClient:
+def to_cluster(
+    cluster: ClusterSpec, me: TaskId, timeout: float, *, token: str | None = None, lane: str | None = None
+) -> ParameterClient:
     """Connect to every ps of a cluster. The client says goodbye when it is collected or the process ends.
+
+    Args:
+        cluster: The cluster.
+        me: This task.
+        timeout: Seconds to wait for the ps tasks, in all.
+        token: The secret of the run; by default the environment's.
+        lane: ``auto`` or ``tcp``; by default the environment's.
 
     Raises:
         DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
         TokenError: If the run's token does not fit.
     """
     surroundings = environment.read()
-    identity = Identity(task=str(me), token=surroundings.token, incarnation=new_incarnation())
+    token, way = surroundings.token if token is None else token, lane or surroundings.lane
+    identity = Identity(task=str(me), token=token, incarnation=new_incarnation())
     give_up = time.monotonic() + timeout
     lanes: list[Lane] = []
     try:
         for task in cluster.tasks(Role.PS):
-            remaining = max(give_up - time.monotonic(), 0.0)
-            address = cluster.address(task)
-            lanes.append(connect(address, str(task), identity, lane=surroundings.lane, timeout=remaining))
+            remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
+            lanes.append(connect(cluster.address(task), str(task), identity, lane=way, timeout=remaining))
     except BaseException:
-        for lane in lanes:
-            lane.close()
+        Lanes(lanes).close()
         raise
     client = ParameterClient(lanes)
-    weakref.finalize(client, _leave, lanes, os.getpid())
+    weakref.finalize(client, _leave, client.lanes, os.getpid())
     return client
 
 
-def _leave(lanes: list[Lane], pid: int) -> None:
+def _leave(lanes: Lanes, pid: int) -> None:
     """The last words of a task that did not say goodbye itself."""
     if os.getpid() != pid:
         return  # a forked child, such as a DataLoader's, inherits the connection but not the right to end it
     uncaught = getattr(sys, "last_value", None)
-    ParameterClient(lanes).goodbye("" if uncaught is None else f"{type(uncaught).__name__}: {uncaught}")
+    lanes.goodbye("" if uncaught is None else f"{type(uncaught).__name__}: {uncaught}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -24,9 +25,9 @@ from paramserver.cluster import (
 from paramserver.distribute import connection, variables
 from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.input import DistributedDataset, InputContext
-from paramserver.distribute.prepared_optimizer import PreparedOptimizer
+from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
 from paramserver.distribute.strategy import Strategy, StrategyExtended
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, RunOverError
 from paramserver.placement import Placement, RoundRobin
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 SESSION_CREATION_TIMEOUT = 7200.0
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 class ParameterServerStrategy(Strategy):
@@ -111,13 +113,16 @@ class ParameterServerStrategy(Strategy):
         """Updates of the model, as this worker last heard of them."""
         return self.client.global_step if self.client else 0
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, PreparedOptimizer]:
+    def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
         """Put the model's variables onto the ps tasks and bind the model to them.
 
         The chief's initial values become everyone's. The model is the same object afterwards, its parameters in
         other memory; the optimizer that comes back pushes and pulls where the given one would update. Blocks until
         all ps tasks are up and the chief has initialized them. Afterwards every worker but the first has a random
-        stream of its own, so that shuffling and dropout differ between them.
+        stream of torch's of its own, so that shuffling and dropout differ between them.
+
+        From then on a parameter changes by its optimizer only: values that a program writes into it (as
+        ``load_state_dict`` does) are lost with the next step where the ps tasks are others, so write them before.
 
         Raises:
             ConfigError: On a task that does not train, or for a model or optimizer that cannot be distributed.
@@ -129,13 +134,13 @@ class ParameterServerStrategy(Strategy):
 
     def prepare_from(
         self,
-        model: nn.Module,
+        model: M,
         optimizer: torch.optim.Optimizer,
         *,
         initialize: Callable[[ParameterClient, BoundModel], int],
         timeout: float | None = None,
         on_wait: Callable[[float], None] = lambda _: None,
-    ) -> tuple[nn.Module, PreparedOptimizer]:
+    ) -> tuple[M, PreparedOptimizer]:
         """`prepare`, with the chief's way to give the variables their first values.
 
         Args:
@@ -145,6 +150,8 @@ class ParameterServerStrategy(Strategy):
             timeout: Seconds to wait in all; the strategy's by default.
             on_wait: Called about every second while the chief is waited for.
         """
+        self._check_can_prepare()
+        check_fresh(optimizer)
         limit = self._timeout if timeout is None else timeout
         arenas = variables.plan(variables.collect(model, optimizer), optimizer, self._placement, self.num_ps)
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
@@ -168,6 +175,18 @@ class ParameterServerStrategy(Strategy):
             logger.info("%s: this worker reads the whole dataset, in an order of its own", context)
         return super().distribute_dataset(dataset)
 
+    def leave_unstarted(self) -> None:
+        """Say goodbye to the ps tasks without training: for a task that finds its work done already.
+
+        Blocks until the ps tasks are up; does nothing in one process.
+
+        Raises:
+            DeadlineError: If a ps is not up in time.
+        """
+        if self.task is not None and self.client is None:
+            with contextlib.suppress(RunOverError):  # the chief was faster to leave
+                self._connect(self._timeout).goodbye()
+
     def close(self, failure: str = "") -> None:
         """Say goodbye to the ps tasks: this task has finished, or why it cannot go on. Idempotent.
 
@@ -184,10 +203,9 @@ class ParameterServerStrategy(Strategy):
             f"{self.num_ps} ps, computing on {', '.join(self.extended.worker_devices)}>"
         )
 
-    def _connect(self, timeout: float) -> ParameterClient:
+    def _check_can_prepare(self) -> None:
         if self.task is None:
-            self.client = connection.in_process()
-            return self.client
+            return
         if not self.task.role.trains:
             raise ConfigError(
                 f"prepare: this task is {self.task}, which does not train; "
@@ -195,7 +213,12 @@ class ParameterServerStrategy(Strategy):
             )
         if self.client is not None:
             raise ConfigError("prepare: this strategy has prepared a model already; a run trains one model")
-        self.client = connection.to_cluster(self.cluster, self.task, timeout)
+
+    def _connect(self, timeout: float) -> ParameterClient:
+        if self.task is None:
+            self.client = connection.in_process()
+        else:
+            self.client = connection.to_cluster(self.cluster, self.task, timeout)
         return self.client
 
     def _separate_random_streams(self) -> None:

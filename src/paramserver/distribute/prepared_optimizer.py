@@ -39,7 +39,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self._original = optimizer
         self._push = push
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients to the parameter servers, which apply them, and pull fresh values. Blocks.
 
         Args:
@@ -68,7 +68,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
                 parameter.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the settings of param groups, such as learning rates, from ``state_dict()`` of a prepared optimizer.
+        """Take over the param groups' settings, such as learning rates, from what ``state_dict()`` returned.
 
         Raises:
             ConfigError: If it holds optimizer state, which lives on the parameter servers.
@@ -96,7 +96,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a prepared optimizer cannot be copied or pickled: its state lives on the parameter servers")
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -17,6 +17,7 @@ from paramserver.distribute.prepared_optimizer import PreparedOptimizer
 from paramserver.distribute.reduction import ReduceOp
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 class StrategyExtended(abc.ABC):
@@ -72,7 +73,7 @@ class Strategy(abc.ABC):
         """Where the strategy learnt of its cluster."""
 
     @abc.abstractmethod
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, PreparedOptimizer]:
+    def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
         """Put a model's variables onto parameter servers. See the strategies for what blocks and what is raised."""
 
     @property

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from paramserver.arena import ArenaLayout, VariableSpec, dtype_name
 from paramserver.errors import ConfigError
@@ -155,7 +156,7 @@ def _change(parameter: torch.Tensor, groups: dict[int, int]) -> tuple[Kind, int]
 
 
 def _spec(name: str, tensor: torch.Tensor) -> VariableSpec:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise ConfigError(f"prepare: {name!r} has no shape yet; run the lazy module once before prepare")
     if tensor.is_meta:
         raise ConfigError(
@@ -167,5 +168,5 @@ def _spec(name: str, tensor: torch.Tensor) -> VariableSpec:
             f"prepare: {name!r} is on {tensor.device}; parameters are trained on the CPU, call model.cpu() first"
         )
     if tensor.layout is not torch.strided:
-        raise ConfigError(f"prepare: {name!r} is a {tensor.layout} tensor; a ps holds dense ones, call to_dense() first")
+        raise ConfigError(f"prepare: {name!r} is a sparse tensor ({tensor.layout}), and a ps holds dense ones")
     return VariableSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype, name))

@@ -6,6 +6,7 @@ step, the updates of all workers, unless it says *local*.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -329,6 +330,14 @@ class CheckpointSaverHook(TrainingHook):
         self._timer = SecondOrStepTimer(every_secs=save_secs, every_steps=save_steps, clock=clock)
         self.listeners = as_tuple(listeners, CheckpointSaverListener, "CheckpointSaverHook: listeners")
         self._stop = False
+
+    def with_listeners(self, more: Sequence[CheckpointSaverListener]) -> CheckpointSaverHook:
+        """A copy of this hook that tells ``more`` listeners, too; the hook itself if there are none."""
+        if not more:
+            return self
+        new = copy.copy(self)
+        new.listeners = (*self.listeners, *more)
+        return new
 
     def begin(self) -> None:
         """Tells the listeners."""

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from paramserver.errors import ConfigError
 
 Batch = tuple[Any, Any]
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-def call_with_named(fn: Callable[..., Any], offered: Mapping[str, object]) -> Any:  # noqa: ANN401  # the user's own
+
+def call_with_named(fn: Callable[..., Any], offered: Mapping[str, object]) -> Any:
     """Call ``fn`` with those of the offered arguments that it names.
 
     Raises:
         ConfigError: If it needs an argument that is not offered.
     """
-    parameters = inspect.signature(fn).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    _check_known(fn, parameters.values(), offered)
-    return fn(**{name: value for name, value in offered.items() if takes_any or name in parameters})
+    check_arguments(fn, offered)
+    return fn(**{name: value for name, value in offered.items() if accepts(fn, name)})
+
+
+def accepts(fn: Callable[..., Any], name: str) -> bool:
+    """Whether a function can be called with an argument of this name."""
+    return any(
+        parameter.kind is parameter.VAR_KEYWORD or (parameter.kind in _NAMED and parameter.name == name)
+        for parameter in inspect.signature(fn).parameters.values()
+    )
+
+
+def check_arguments(fn: Callable[..., Any], offered: Collection[str]) -> None:
+    """Refuse a function that needs an argument which it will not get.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    for parameter in inspect.signature(fn).parameters.values():
+        is_offered = parameter.kind in _NAMED and parameter.name in offered
+        if parameter.default is parameter.empty and parameter.kind not in _COLLECTING and not is_offered:
+            raise ConfigError(
+                f"{_name(fn)} asks for an argument {parameter.name!r}; it may ask for {', '.join(offered)} by name"
+            )
 
 
 def batches_of(data: object, where: str) -> Iterator[Batch]:
@@ -37,6 +61,21 @@ def batches_of(data: object, where: str) -> Iterator[Batch]:
         yield batch[0], batch[1]
 
 
+def as_loss(value: object) -> torch.Tensor:
+    """What a loss_fn returned.
+
+    Raises:
+        ConfigError: If it is no tensor of one element.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value
+    shape = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    raise ConfigError(
+        f"loss_fn must return a tensor of one element, got a {type(value).__name__}{shape}; "
+        "reduce it, for instance with mean()"
+    )
+
+
 def _iterate(data: object, where: str) -> Iterable[Any]:
     if isinstance(data, Dataset) and not hasattr(data, "__iter__"):
         return (data[index] for index in range(len(data)))  # type: ignore[arg-type]  # a map-style Dataset has a length
@@ -47,17 +86,8 @@ def _iterate(data: object, where: str) -> Iterable[Any]:
     )
 
 
-def _check_known(fn: Callable[..., Any], parameters: Iterable[inspect.Parameter], offered: Mapping[str, object]) -> None:
-    for parameter in parameters:
-        needed = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        if needed and parameter.name not in offered:
-            name = getattr(fn, "__name__", repr(fn))
-            raise ConfigError(
-                f"{name} asks for an argument {parameter.name!r}; it may ask for {', '.join(offered)} by name"
-            )
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", None) or repr(fn)
 
 
 def _shown(value: object) -> str:

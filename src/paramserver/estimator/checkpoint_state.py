@@ -24,10 +24,11 @@ from pathlib import Path
 
 import msgspec
 
+from paramserver.checkpoint_files import VALUES_INDEX
 from paramserver.errors import CheckpointError, ConfigError
 
 STATE_FILE = "checkpoint"
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE = VALUES_INDEX
 
 _NAME = re.compile(r"ckpt-(\d+)")
 _LEFTOVERS = ("ckpt-*.tmp-*", f"{STATE_FILE}.tmp-*")
@@ -78,6 +79,28 @@ def latest_checkpoint(model_dir: str) -> str | None:
         return None
     path = Path(model_dir, state.latest)
     return str(path) if is_whole(str(path)) else None
+
+
+def checkpoint_to_restore(model_dir: str) -> str | None:
+    """What a training starts from: `latest_checkpoint`, but one that was damaged is not passed over in silence.
+
+    Raises:
+        CheckpointError: If the latest checkpoint is there, and has lost its index.
+    """
+    state = read_state(model_dir)
+    if state is None or state.latest is None:
+        return None
+    path = Path(model_dir, state.latest)
+    if is_whole(str(path)):
+        return str(path)
+    if path.exists():
+        raise CheckpointError(
+            f"checkpoint {path} is cut short: it has no {INDEX_FILE}; bring it back, or delete "
+            f"{Path(model_dir, STATE_FILE)} to train from the beginning",
+            str(path),
+        )
+    _log.warning("checkpoint %s is gone; training starts from the beginning", path)
+    return None
 
 
 def is_whole(checkpoint_path: str) -> bool:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from paramserver.cluster import SimpleClusterResolver
+from paramserver.cluster import Role, SimpleClusterResolver
 from paramserver.cluster.spec import ClusterSpec
 from paramserver.distribute.input import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError
 from paramserver.estimator import evaluation, training
 from paramserver.estimator.basic_hooks import CheckpointSaverListener
-from paramserver.estimator.calling import Batch, batches_of, call_with_named
+from paramserver.estimator.calling import Batch, accepts, batches_of, call_with_named, check_arguments
 from paramserver.estimator.checkpoint import load_model, read_values
 from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
 from paramserver.estimator.hooks import TrainingHook, as_tuple
@@ -31,6 +31,7 @@ from paramserver.estimator.summary import SummaryWriter
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
+MODEL_FN_ARGUMENTS = ("mode", "params", "config")
 
 
 class Estimator:
@@ -44,8 +45,8 @@ class Estimator:
         params: Passed to the functions that ask for them.
 
     Raises:
-        ConfigError: If model_fn is missing, or model_dir is given twice and differs.
-        TypeError: If the config is none.
+        ConfigError: If model_fn is none or asks for something else, the config is none, or model_dir is given twice
+            and differs.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Estimator:
         params: Mapping[str, Any] | None = None,
     ) -> None:
         if not callable(model_fn):
-            raise ConfigError(f"Estimator: model_fn: expected a function that returns an EstimatorSpec, got {model_fn!r}")
+            raise ConfigError(f"Estimator: model_fn: expected a function returning an EstimatorSpec, got {model_fn!r}")
         if config is not None and not isinstance(config, RunConfig):
             raise ConfigError(f"Estimator: config: expected a RunConfig, got a {type(config).__name__}")
+        _check_model_fn(model_fn, params)
         self._model_fn = model_fn
         self._config = _with_model_dir(config or RunConfig(), model_dir)
         self._params = copy.deepcopy(dict(params or {}))
@@ -101,8 +103,10 @@ class Estimator:
 
         Raises:
             ConfigError: In a cluster, or if the arguments cannot work together.
+            NanLossDuringTrainingError: If the loss is NaN.
+            CheckpointError: If the checkpoint is cut short or belongs to another model, or model_dir cannot be written.
         """
-        if self._config.cluster_spec:
+        if self._config.cluster_spec or self._config.task_type is Role.EVALUATOR:
             raise ConfigError(
                 f"Estimator.train on {self._config.task}: a task of a cluster trains with train_and_evaluate"
             )
@@ -156,7 +160,7 @@ class Estimator:
         Args:
             input_fn: Returns the batches.
             steps: How many batches; None evaluates until the input ends.
-            hooks: Called around the evaluation.
+            hooks: Called around every batch; may end the evaluation early.
             checkpoint_path: Which; the latest by default. Without any, the model is evaluated as model_fn makes it.
             name: Tells evaluations on different data apart.
 
@@ -165,18 +169,23 @@ class Estimator:
             CheckpointError: If the checkpoint is cut short or belongs to another model.
         """
         _check_steps("evaluate", steps=steps)
+        own_hooks = as_tuple(hooks, TrainingHook, "evaluate: hooks")
         path = checkpoint_path or self.latest_checkpoint()
+        session = evaluation.EvaluationSession(
+            global_step=0 if path is None else checkpoint_step(path),
+            task=str(self._config.task),
+            model_dir=self.model_dir,
+        )
         with torch.random.fork_rng(devices=[]):
-            spec = self._build(ModeKeys.EVAL)
-            assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-            if path is None:
-                logger.info("there is no checkpoint in %s: evaluating the model as it is built", self.model_dir)
-            else:
-                load_model(spec.model, path)
-            results = evaluation.evaluate(spec, self._open(input_fn, ModeKeys.EVAL, InputContext(), None), steps)
-        results["global_step"] = 0 if path is None else checkpoint_step(path)
+            if self._config.seed is not None:
+                torch.manual_seed(self._config.seed)
+            spec = self._filled(path)
+            batches = self._open(input_fn, ModeKeys.EVAL, InputContext(), None)
+            results = evaluation.evaluate(spec, batches, steps, session, (*own_hooks, *spec.evaluation_hooks))
+        results["global_step"] = session.global_step
         self._write_summary(name, results)
-        logger.info("evaluated %s: %s", path, ", ".join(f"{key} = {value:.6g}" for key, value in results.items()))
+        shown = ", ".join(f"{key} = {value:.6g}" for key, value in results.items() if key != "global_step")
+        logger.info("evaluated step %d: %s", session.global_step, shown)
         return results
 
     def export_model(self, export_path: str, checkpoint_path: str | None = None) -> str:
@@ -211,6 +220,16 @@ class Estimator:
             raise ConfigError(f"model_fn must return an EstimatorSpec, got a {type(spec).__name__}")
         return spec
 
+    def _filled(self, checkpoint: str | None) -> EstimatorSpec:
+        """The model for an evaluation, with the values of a checkpoint if there is one."""
+        spec = self._build(ModeKeys.EVAL)
+        assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
+        if checkpoint is None:
+            logger.info("there is no checkpoint in %s: evaluating the model as it is built", self.model_dir)
+        else:
+            load_model(spec.model, checkpoint)
+        return spec
+
     def _open(
         self,
         input_fn: Callable[..., object],
@@ -228,6 +247,15 @@ class Estimator:
             if key != "global_step":
                 writer.scalar(key, value, int(results["global_step"]))
         writer.close()
+
+
+def _check_model_fn(model_fn: Callable[..., EstimatorSpec], params: Mapping[str, Any] | None) -> None:
+    check_arguments(model_fn, MODEL_FN_ARGUMENTS)
+    takes_params = accepts(model_fn, "params")
+    if params is not None and not takes_params:
+        raise ConfigError("Estimator: params are given, but model_fn has no argument 'params' to take them")
+    if params is None and takes_params:
+        logger.warning("model_fn asks for params, and the Estimator got none: it is called with an empty dict")
 
 
 def _with_model_dir(config: RunConfig, model_dir: str | None) -> RunConfig:

@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from paramserver.errors import ConfigError
-from paramserver.estimator.calling import Batch
+from paramserver.estimator.calling import Batch, as_loss
+from paramserver.estimator.hooks import HookRunner, RunValues, TrainingHook
 from paramserver.estimator.specs import EstimatorSpec
 
 
-def evaluate(spec: EstimatorSpec, batches: Iterator[Batch], steps: int | None) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSession:
+    """What hooks see as ``session`` during an evaluation.
+
+    Attributes:
+        global_step: Of the checkpoint that is evaluated.
+        task: Which task evaluates.
+        model_dir: Where the checkpoints lie.
+        is_chief: Always False: an evaluation writes no checkpoint.
+    """
+
+    global_step: int
+    task: str
+    model_dir: str
+    is_chief: bool = False
+
+    def save(self) -> NoReturn:
+        """Refused. Raises ConfigError."""
+        raise ConfigError(f"save: {self.task} evaluates a checkpoint, and only a training can write one")
+
+    def should_stop(self) -> bool:
+        """Never: the input or a hook ends it."""
+        return False
+
+
+def evaluate(
+    spec: EstimatorSpec,
+    batches: Iterator[Batch],
+    steps: int | None,
+    session: EvaluationSession,
+    hooks: Sequence[TrainingHook] = (),
+) -> dict[str, float]:
     """The metrics of a model over its input, and ``loss``, the mean over the batches.
 
     Args:
@@ -23,36 +57,59 @@ def evaluate(spec: EstimatorSpec, batches: Iterator[Batch], steps: int | None) -
             ``predict_fn`` or else the model makes of the features.
         batches: The input.
         steps: How many batches, None for all.
+        session: Shown to the hooks.
+        hooks: Called around every batch; may end the evaluation early.
 
     Raises:
         ConfigError: If there is no batch, or a metric is no single number.
     """
-    assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-    assert spec.loss_fn is not None  # noqa: S101
-    spec.model.eval()
-    for metric in spec.eval_metrics.values():
-        metric.reset()
-    total, count = 0.0, 0
+    tally = _Tally(spec, session.global_step)
+    runner = HookRunner(hooks)
+    runner.begin()
+    runner.after_create_session(session)
     with torch.inference_mode():
         for features, labels in islice(batches, steps):
-            with _watched(spec.model) as outputs:
-                total += float(spec.loss_fn(spec.model, features, labels))
-            count += 1
-            if spec.eval_metrics:
-                predictions = _predictions(spec, features, outputs)
-                for metric in spec.eval_metrics.values():
-                    metric.update(predictions, labels)
-    if not count:
-        raise ConfigError("evaluate: the input_fn gave no batch; expected at least one")
-    results = {name: _number(name, metric.compute()) for name, metric in spec.eval_metrics.items()}
-    return {**results, "loss": total / count}
+            runner.step(partial(tally.add, features, labels))
+            if runner.stop_requested:
+                break
+        results = tally.results()
+    runner.end(session)
+    return results
 
 
-def _predictions(spec: EstimatorSpec, features: Any, outputs: list[Any]) -> Any:  # noqa: ANN401  # the user's own
-    if spec.predict_fn is not None:
-        return spec.predict_fn(spec.model, features)
-    assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-    return outputs[0] if len(outputs) == 1 else spec.model(features)
+class _Tally:
+    """The loss and the metrics so far."""
+
+    def __init__(self, spec: EstimatorSpec, global_step: int) -> None:
+        assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
+        assert spec.loss_fn is not None  # noqa: S101
+        self._spec, self._model, self._loss_fn = spec, spec.model.eval(), spec.loss_fn
+        self._global_step = global_step
+        self._total, self._count = 0.0, 0
+        for metric in spec.eval_metrics.values():
+            metric.reset()
+
+    def add(self, features: Any, labels: Any) -> RunValues:
+        with _watched(self._model) as outputs:
+            loss = as_loss(self._loss_fn(self._model, features, labels))
+        self._total += float(loss)
+        self._count += 1
+        if self._spec.eval_metrics:
+            predictions = self._predictions(features, outputs)
+            for metric in self._spec.eval_metrics.values():
+                metric.update(predictions, labels)
+        return RunValues(loss, self._global_step, 0)
+
+    def results(self) -> dict[str, float]:
+        if not self._count:
+            raise ConfigError("evaluate: the input_fn gave no batch; expected at least one")
+        results = {name: _number(name, metric.compute()) for name, metric in self._spec.eval_metrics.items()}
+        return {**results, "loss": self._total / self._count}
+
+    def _predictions(self, features: Any, outputs: list[Any]) -> Any:
+        if self._spec.predict_fn is not None:
+            return self._spec.predict_fn(self._model, features)
+        return outputs[0] if len(outputs) == 1 else self._model(features)
 
 
 @contextlib.contextmanager
@@ -66,7 +123,7 @@ def _watched(model: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _number(name: str, value: Any) -> float:  # noqa: ANN401  # the user's own metric
+def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from paramserver.cluster.report import Reporter
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.estimator.checkpoint_state import read_state
-from paramserver.estimator.exporters import ExportingEstimator
+from paramserver.estimator.exporters import Exporter, ExportingEstimator
+from paramserver.estimator.hooks import TrainingHook
 from paramserver.estimator.specs import EvalSpec
 
 logger = logging.getLogger(__name__)
@@ -35,17 +36,25 @@ class EvaluatingEstimator(ExportingEstimator, Protocol):
     def latest_checkpoint(self) -> str | None:
         """The newest one."""
 
-    def evaluate(self, input_fn: Callable[..., object], **options: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        input_fn: Callable[..., object],
+        steps: int | None,
+        hooks: Sequence[TrainingHook],
+        checkpoint_path: str,
+        name: str | None,
+    ) -> dict[str, float]:
         """The metrics of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated checkpoint: its path, its metrics, and what each exporter made of it."""
+    """One evaluated checkpoint: its path, its metrics, what each exporter made of it, and whether it was the last."""
 
     checkpoint: str
     metrics: dict[str, float]
     exports: tuple[str | None, ...]
+    is_final: bool
 
 
 class Evaluator:
@@ -83,12 +92,13 @@ class Evaluator:
             name=self._spec.name,
         )
         _check_metrics(metrics)
-        is_final = is_last or self._is_final(metrics)
-        exports = tuple(self._export(exporter, checkpoint, metrics, is_final) for exporter in self._spec.exporters)
-        self.last = Evaluation(checkpoint, metrics, exports)
-        paths = {"export": path for path in exports if path}
-        self._reporter.tell(state="waiting for a checkpoint", evaluation=metrics, paths=paths or None)
-        return self.last
+        self._reporter.tell(state="waiting for a checkpoint", evaluation=metrics)
+        return self._exported(checkpoint, metrics, is_last or self._is_final(metrics))
+
+    def conclude(self) -> None:
+        """No newer checkpoint will come: the exporters learn it of the last one, if they did not know."""
+        if self.last is not None and not self.last.is_final:
+            self._exported(self.last.checkpoint, self.last.metrics, is_final=True)
 
     def follow(self, run_id: str, *, wait: Wait, clock: Callable[[], float] = time.time) -> None:
         """Evaluate each new checkpoint until the run has ended (V20 to V24). Blocks.
@@ -116,6 +126,7 @@ class Evaluator:
                 not_before = clock() + self._spec.throttle_secs
                 self._evaluate_if_there(checkpoint, is_last=over)
             elif over:
+                self.conclude()
                 return
             else:
                 if checkpoint is None and clock() >= warn_at:
@@ -142,9 +153,16 @@ class Evaluator:
     def _is_final(self, metrics: Mapping[str, float]) -> bool:
         return self._max_steps is not None and metrics["global_step"] >= self._max_steps
 
-    def _export(self, exporter: Any, checkpoint: str, metrics: dict[str, float], is_final: bool) -> str | None:  # noqa: ANN401
+    def _exported(self, checkpoint: str, metrics: dict[str, float], is_final: bool) -> Evaluation:
+        exports = tuple(self._export(exporter, checkpoint, metrics, is_final) for exporter in self._spec.exporters)
+        for path in filter(None, exports):
+            self._reporter.tell(paths={"export": path})
+        self.last = Evaluation(checkpoint, metrics, exports, is_final)
+        return self.last
+
+    def _export(self, exporter: Exporter, checkpoint: str, metrics: dict[str, float], is_final: bool) -> str | None:
         path = Path(self._estimator.model_dir, "export", exporter.name)
-        exported: str | None = exporter.export(
+        exported = exporter.export(
             self._estimator, str(path), checkpoint, dict(metrics), is_the_final_export=is_final
         )
         if exported:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from paramserver.cluster.report import Reporter
 from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.variables import aliases
-from paramserver.estimator.calling import Batch
+from paramserver.errors import ConfigError
+from paramserver.estimator.calling import Batch, as_loss
 from paramserver.estimator.checkpoint import write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, latest_checkpoint
+from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, checkpoint_to_restore
 from paramserver.estimator.hooks import RunValues
 from paramserver.estimator.run_config import RunConfig
+from paramserver.estimator.schedule import Schedule
 from paramserver.estimator.specs import EstimatorSpec
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class Session:
         self._spec = spec
         self._max_steps = max_steps
         self._reporter = reporter
+        self._schedule = Schedule(spec.scheduler, max_steps)
         self._aliases = aliases(spec.model)
         self._manager = CheckpointManager(
             config.model_dir, config.keep_checkpoint_max, config.keep_checkpoint_every_n_hours
@@ -72,6 +76,7 @@ class Session:
             on_wait=self._waiting,
         )
         self.model.train()
+        self._schedule.resume(self.global_step)
 
     @property
     def global_step(self) -> int:
@@ -94,12 +99,11 @@ class Session:
         loss = self._strategy.run(self._loss, args=(features, labels))
         if math.isnan(loss.item()):
             return RunValues(loss.detach(), self.global_step, 0)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.optimizer.step()
-        if self._spec.scheduler is not None:
-            self._spec.scheduler.step()
         push = self.optimizer.last_push
         assert push is not None  # noqa: S101  # a step was just made
+        self._schedule.follow(push.global_step)
         return RunValues(loss.detach(), push.global_step, push.staleness)
 
     def save(self) -> str:
@@ -107,7 +111,10 @@ class Session:
 
         Raises:
             CheckpointError: If it cannot be written.
+            ConfigError: On a worker that is not the chief.
         """
+        if not self.is_chief:
+            raise ConfigError(f"save: {self.task} cannot write a checkpoint, only the chief can")
         step = self._client.read_global_step()
         if self._manager.is_saved(step):
             return self._manager.save_path(step)
@@ -141,17 +148,17 @@ class Session:
         return self._strategy.client
 
     def _initialize(self, client: ParameterClient, bound: BoundModel) -> int:
-        checkpoint = latest_checkpoint(self.model_dir)
+        checkpoint = checkpoint_to_restore(self.model_dir)
         if checkpoint is None:
             bound.assign()
             return 0
         logger.info("%s restores %s", self.task, checkpoint)
-        client.restore(checkpoint)
+        client.restore(str(Path(checkpoint).absolute()))
         return checkpoint_step(checkpoint)
 
-    def _loss(self, features: Any, labels: Any) -> torch.Tensor:  # noqa: ANN401  # the user's own
+    def _loss(self, features: Any, labels: Any) -> torch.Tensor:
         assert self._spec.loss_fn is not None  # noqa: S101  # EstimatorSpec has checked it
-        return self._spec.loss_fn(self.model, features, labels)
+        return as_loss(self._spec.loss_fn(self.model, features, labels))
 
     def _waiting(self, seconds: float) -> None:
         self._reporter.tell(state="waiting for the chief")

@@ -62,7 +62,7 @@ class EstimatorSpec:
     eval_metrics: Mapping[str, Metric] = field(default_factory=dict)
     """By name; ``loss`` and ``global_step`` are there without being asked for."""
     scheduler: LRScheduler | None = None
-    """Stepped after each step of this worker."""
+    """Follows the global step: stepped once for each update of the model, up to ``max_steps``."""
     predict_fn: Callable[[Any, Any], Any] | None = None
     """``(model, features) -> predictions``; None calls the model."""
     training_hooks: Sequence[TrainingHook] = ()

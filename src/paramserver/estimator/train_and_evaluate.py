@@ -6,9 +6,8 @@ import logging
 import time
 from typing import Any
 
-from paramserver.cluster import Role, SimpleClusterResolver, environment
+from paramserver.cluster import Role, environment
 from paramserver.cluster.report import Reporter
-from paramserver.cluster.spec import ClusterSpec
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import CheckpointError, ConfigError, RunOverError
 from paramserver.estimator.basic_hooks import CheckpointSaverListener
@@ -41,7 +40,8 @@ def train_and_evaluate(estimator: Estimator, train_spec: TrainSpec, eval_spec: E
     _check_types(estimator, train_spec, eval_spec)
     config = estimator.config
     if config.task_type is Role.EVALUATOR:
-        return _run_evaluator(estimator, train_spec, eval_spec)
+        _run_evaluator(estimator, train_spec, eval_spec)
+        return None
     if not config.cluster_spec:
         return _run_local(estimator, train_spec, eval_spec)
     if config.task_type is Role.PS:
@@ -72,7 +72,7 @@ def _run_worker(estimator: Estimator, spec: TrainSpec) -> None:
         )
     except RunOverError as over:
         logger.info("%s", over)
-        Reporter(str(config.task), environment.read().report_fd).tell(state="done")
+    Reporter(str(config.task), environment.read().report_fd).tell(state="done")
 
 
 def _run_evaluator(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> None:
@@ -86,15 +86,10 @@ def _run_evaluator(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalS
 
 
 def _run_local(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> Results:
-    config = estimator.config
     reporter = Reporter("chief:0", environment.read().report_fd)
     evaluator = Evaluator(estimator, eval_spec, train_spec.max_steps, reporter)
     listener = _EvaluationListener(evaluator, estimator, eval_spec.throttle_secs)
-    strategy = config.train_distribute or ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
-    if not isinstance(strategy, ParameterServerStrategy):
-        raise ConfigError(f"train_distribute: expected a ParameterServerStrategy, got a {type(strategy).__name__}")
-    estimator.train_on(
-        strategy,
+    estimator.train(
         train_spec.input_fn,
         hooks=train_spec.hooks,
         max_steps=train_spec.max_steps,
@@ -107,10 +102,11 @@ def _run_local(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec)
             "evaluate; does RunConfig switch checkpoints off?",
             estimator.model_dir,
         )
-    last = evaluator.last
-    if last is None or last.checkpoint != checkpoint:
-        last = evaluator.evaluate(checkpoint, is_last=True)
-    return last.metrics, list(last.exports)
+    if evaluator.last is None or evaluator.last.checkpoint != checkpoint:
+        evaluator.evaluate(checkpoint, is_last=True)
+    evaluator.conclude()
+    assert evaluator.last is not None  # noqa: S101  # it was just evaluated
+    return evaluator.last.metrics, list(evaluator.last.exports)
 
 
 class _EvaluationListener(CheckpointSaverListener):
@@ -139,8 +135,12 @@ class _EvaluationListener(CheckpointSaverListener):
             self._evaluator.evaluate(checkpoint)
 
 
-def _check_types(estimator: Any, train_spec: Any, eval_spec: Any) -> None:  # noqa: ANN401  # what is being checked
-    expected = (("eval_spec", eval_spec, EvalSpec), ("estimator", estimator, Estimator), ("train_spec", train_spec, TrainSpec))
-    for name, value, kind in expected:
+def _check_types(estimator: Any, train_spec: Any, eval_spec: Any) -> None:
+    expected = {
+        "eval_spec": (eval_spec, EvalSpec),
+        "estimator": (estimator, Estimator),
+        "train_spec": (train_spec, TrainSpec),
+    }
+    for name, (value, kind) in expected.items():
         if not isinstance(value, kind):
             raise TypeError(f"train_and_evaluate: {name}: expected {kind.__name__}, got a {type(value).__name__}")

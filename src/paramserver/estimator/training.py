@@ -6,13 +6,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
 from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.errors import ConfigError, RunOverError
 from paramserver.estimator.basic_hooks import (
     CheckpointSaverHook,
     CheckpointSaverListener,
@@ -70,13 +70,13 @@ def train(
         stack.enter_context(_telling_failure(strategy))
         spec = build()
         writer = stack.enter_context(contextlib.closing(SummaryWriter(config.model_dir or "")))
-        own = _chief_hooks(config, spec, writer, saving_listeners, hooks)
         stop = [StopAtStepHook(num_steps=steps, last_step=max_steps)] if steps or max_steps else []
+        user = (*hooks, *spec.training_hooks)
         runner = HookRunner(
             order_hooks(
                 is_chief=strategy.is_chief,
-                chief_only=own,
-                user=(*stop, *hooks, *spec.training_hooks, counter),
+                chief_only=(*_savers(config, user, saving_listeners), *_chief_hooks(config, spec, writer)),
+                user=(*stop, *(hook for hook in user if not isinstance(hook, CheckpointSaverHook)), counter),
                 last=(NanLossHook(), *_logging(config), *_reporting(reporter, config)),
             )
         )
@@ -102,25 +102,34 @@ def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], 
 def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
     try:
         yield
+    except RunOverError:
+        strategy.close()  # it came too late to be of use, but nothing is wrong with it
+        raise
     except BaseException as error:
         strategy.close(failure=f"{type(error).__name__}: {error}")
         raise
 
 
-def _chief_hooks(
-    config: RunConfig,
-    spec: EstimatorSpec,
-    writer: SummaryWriter,
-    listeners: Sequence[CheckpointSaverListener],
-    user: Sequence[TrainingHook],
+def _savers(
+    config: RunConfig, user: Sequence[TrainingHook], listeners: Sequence[CheckpointSaverListener]
 ) -> list[TrainingHook]:
-    hooks: list[TrainingHook] = []
-    if config.saves_checkpoints and not any(isinstance(hook, CheckpointSaverHook) for hook in user):
-        hooks.append(
-            CheckpointSaverHook(
-                save_secs=config.save_checkpoints_secs, save_steps=config.save_checkpoints_steps, listeners=listeners
-            )
+    """What saves checkpoints: the user's own hooks for that, or else one as the config says (Q10)."""
+    theirs = [hook for hook in user if isinstance(hook, CheckpointSaverHook)]
+    if theirs:
+        return [theirs[0].with_listeners(listeners), *theirs[1:]]
+    if config.saves_checkpoints:
+        secs, steps = config.save_checkpoints_secs, config.save_checkpoints_steps
+        return [CheckpointSaverHook(save_secs=secs, save_steps=steps, listeners=listeners)]
+    if listeners:
+        raise ConfigError(
+            "saving_listeners are given, and no checkpoints are saved; "
+            "set save_checkpoints_steps or save_checkpoints_secs of RunConfig"
         )
+    return []
+
+
+def _chief_hooks(config: RunConfig, spec: EstimatorSpec, writer: SummaryWriter) -> list[TrainingHook]:
+    hooks: list[TrainingHook] = []
     if config.save_summary_steps:
         hooks.append(SummarySaverHook(writer, save_steps=config.save_summary_steps))
     if config.log_step_count_steps:
@@ -172,7 +181,3 @@ class _ReportHook(TrainingHook):
             loss=float(values.loss),
         )
 
-
-def named_arguments(config: RunConfig, params: object, mode: str, context: object) -> dict[str, Any]:
-    """What a user's function may ask for by name (Q02)."""
-    return {"mode": mode, "params": params, "config": config, "input_context": context}

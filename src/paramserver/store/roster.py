@@ -26,6 +26,15 @@ class Presence(enum.Enum):
     LOST = "lost"
 
 
+class Outlook(enum.Enum):
+    """What has to happen for the run to be over."""
+
+    GOING_ON = "going on"
+    ABSENT = "waiting for the absent"
+    """Nobody is connected; what is missing is a worker that was never seen, or a chief that was lost."""
+    OVER = "over"
+
+
 class Roster:
     """The presence of the chief and the workers. Thread-safe.
 
@@ -87,6 +96,16 @@ class Roster:
             self._changed.wait_for(lambda: self._stopped or not self.joined(besides=task), timeout)
             return self.joined(besides=task)
 
+    @property
+    def outlook(self) -> Outlook:
+        """What has to happen for the run to be over."""
+        chief = self._presence.get(self.chief)
+        if self.joined() or chief not in (Presence.LEFT, Presence.LOST):
+            return Outlook.GOING_ON
+        if chief is Presence.LOST or Presence.EXPECTED in self._presence.values():
+            return Outlook.ABSENT
+        return Outlook.OVER
+
     def await_over(self, grace: float) -> bool:
         """Block until the run is over; False if it ended without the chief's goodbye.
 
@@ -94,27 +113,14 @@ class Roster:
             grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
         """
         with self._changed:
-            while not self._stopped:
-                if self._is_over():
-                    return True
-                if self._waits_for_the_absent():
-                    if not self._changed.wait(grace):
-                        return self._presence.get(self.chief) is Presence.LEFT
-                else:
-                    self._changed.wait()
+            while not self._stopped and (outlook := self.outlook) is not Outlook.OVER:
+                changed = self._changed.wait(grace if outlook is Outlook.ABSENT else None)
+                if not changed and self.outlook is Outlook.ABSENT:  # somebody may have come at the last moment
+                    break
             return self._presence.get(self.chief) is Presence.LEFT
 
     def __str__(self) -> str:
         return ", ".join(f"{task} ({presence.value})" for task, presence in self._presence.items())
-
-    def _is_over(self) -> bool:
-        done = (Presence.LEFT, Presence.LOST)
-        return self._presence.get(self.chief) is Presence.LEFT and all(
-            presence in done for presence in self._presence.values()
-        )
-
-    def _waits_for_the_absent(self) -> bool:
-        return not self.joined() and self._presence.get(self.chief) in (Presence.LEFT, Presence.LOST)
 
     def _set(self, task: str, presence: Presence) -> None:
         with self._changed:

@@ -7,7 +7,6 @@ holds what, so that a checkpoint loads into any number of ps tasks.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import defaultdict
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,6 +26,12 @@ from paramserver.store.stored_arena import StoredArena, variable_slots
 
 VALUES_INDEX = "model.safetensors.index.json"
 SLOTS_INDEX = "optimizer.safetensors.index.json"
+
+
+class _Index(msgspec.Struct):
+    """What is read of an index: which file holds each tensor."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +118,8 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: If the index is missing or is none.
     """
     try:
-        index = json.loads(path.read_text())
-        return dict(index["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no index of a checkpoint: {error}", str(path)) from error
 
 
@@ -132,7 +137,9 @@ def _tensors(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]
             for name in names:
                 yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint file {path} cannot be read: {error}; was it cut short?", str(path)) from error
+        raise CheckpointError(
+            f"checkpoint file {path} cannot be read: {error}; was it cut short?", str(path)
+        ) from error
 
 
 def _restore_value(arena: StoredArena, name: str, tensor: torch.Tensor, directory: str) -> None:
@@ -171,7 +178,7 @@ def _load_slots(arena: StoredArena, name: str, state: dict[str, torch.Tensor], d
     )
     try:
         arena.load_slots(span, state)
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"checkpoint {directory}: the optimizer state of {name!r} does not fit: {error}; "
             "was it written with another optimizer?",

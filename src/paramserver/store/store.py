@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from paramserver.arena import ArenaLayout, StoreMemory, VariableSpec
+from paramserver.arena import DTYPES, ArenaLayout, StoreMemory, VariableSpec
 from paramserver.errors import ModelMismatchError, RefusedError
 from paramserver.store.stored_arena import StoredArena
 
@@ -45,6 +46,7 @@ class Store:
         self._allocate = allocate
         self._changed = threading.Condition()
         self._ready = False
+        self._closed = False
         self._failure = ""
         self._global_step = self._updates = self._total_staleness = self._largest_staleness = 0
         self._last_sequence: dict[str, int] = {}
@@ -56,17 +58,14 @@ class Store:
 
         Raises:
             ModelMismatchError: If there are arenas already, and they are others.
+            RefusedError: If no ps can hold these, naming the variable.
+            ConfigError: If an arena's rule is none.
         """
         with self._changed:
             if self.memory is None:
-                self.memory = self._allocate(layouts)
-                self.arenas = [
-                    StoredArena(layout, values, versions)
-                    for layout, values, versions in zip(
-                        layouts, self.memory.values, self.memory.versions, strict=True
-                    )
-                ]
-        return self.compare(layouts)
+                _check(self.task, layouts)
+                self.memory, self.arenas = self._make(layouts)
+            return self.compare(layouts)
 
     def compare(self, layouts: Sequence[ArenaLayout]) -> StoreMemory:
         """Check that a worker's arenas are the ones that are here.
@@ -75,10 +74,29 @@ class Store:
             ModelMismatchError: If they are not, naming the first variable that differs.
             RefusedError: If there are none yet.
         """
-        if self.memory is None:
-            raise RefusedError(f"{self.task} holds no variables yet; the chief creates them", self.task)
-        _compare(self.task, [arena.layout for arena in self.arenas], layouts)
-        return self.memory
+        with self._changed:
+            if self.memory is None:
+                raise RefusedError(f"{self.task} holds no variables yet; the chief creates them", self.task)
+            _compare(self.task, [arena.layout for arena in self.arenas], layouts)
+            return self.memory
+
+    def arena(self, index: int) -> StoredArena:
+        """One arena.
+
+        Raises:
+            RefusedError: If there is none of that index.
+        """
+        if not 0 <= index < len(self.arenas):
+            raise RefusedError(f"{self.task} has no arena {index}; {len(self.arenas)} were declared", self.task)
+        return self.arenas[index]
+
+    def _make(self, layouts: Sequence[ArenaLayout]) -> tuple[StoreMemory, list[StoredArena]]:
+        memory = self._allocate(layouts)
+        try:
+            return memory, list(map(StoredArena, layouts, memory.values, memory.versions))
+        except BaseException:
+            _release(memory)
+            raise
 
     @property
     def is_ready(self) -> bool:
@@ -93,13 +111,13 @@ class Store:
             self._changed.notify_all()
 
     def await_ready(self, timeout: float) -> bool:
-        """Wait for `mark_ready` for at most ``timeout`` seconds; whether it has come.
+        """Wait for `mark_ready` for at most ``timeout`` seconds, or for `close`; whether it has come.
 
         Raises:
             RefusedError: If the run has failed meanwhile.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._failure, timeout)
+            self._changed.wait_for(lambda: self._ready or self._failure or self._closed, timeout)
             self.check_alive()
             return self._ready
 
@@ -113,6 +131,18 @@ class Store:
         """Raises RefusedError if the run has failed."""
         if self._failure:
             raise RefusedError(self._failure, self.task)
+
+    def close(self) -> None:
+        """End every wait. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def release(self) -> None:
+        """Offer the memory to nobody any more, once no session is left. Idempotent."""
+        if self.memory is not None:
+            _release(self.memory)
+            self.memory = replace(self.memory, descriptor=None)
 
     # --- steps
 
@@ -153,6 +183,33 @@ class Store:
         return f"<Store of {self.task}: {len(self.arenas)} arenas, global step {self._global_step}>"
 
 
+def _release(memory: StoreMemory) -> None:
+    if memory.descriptor is not None:
+        os.close(memory.descriptor)
+
+
+def _check(task: str, layouts: Sequence[ArenaLayout]) -> None:
+    seen: set[str] = set()
+    for layout in layouts:
+        for variable in layout.variables:
+            for fault in _faults(layout, variable, seen):
+                raise RefusedError(f"{task} cannot hold variable {variable.name!r}: {fault}", task)
+            seen.add(variable.name)
+
+
+def _faults(layout: ArenaLayout, variable: VariableSpec, seen: set[str]) -> Iterator[str]:
+    if variable.dtype not in DTYPES:
+        yield f"its dtype is {variable.dtype}; expected one of {', '.join(DTYPES)}"
+    if variable.dtype != layout.dtype:
+        yield f"its dtype is {variable.dtype}, and it is declared in an arena of {layout.dtype}"
+    if min(variable.shape, default=0) < 0:
+        yield f"its shape is {list(variable.shape)}; expected no negative dimension"
+    if variable.name in seen:
+        yield "it is declared twice"
+    if layout.rule and not layout.torch_dtype.is_floating_point:
+        yield f"its dtype is {variable.dtype}, which {layout.rule.name} cannot update; expected a floating dtype"
+
+
 def _compare(task: str, held: Sequence[ArenaLayout], declared: Sequence[ArenaLayout]) -> None:
     mine, theirs = _by_name(held), _by_name(declared)
     for name, (spec, rule) in theirs.items():
@@ -162,14 +219,17 @@ def _compare(task: str, held: Sequence[ArenaLayout], declared: Sequence[ArenaLay
             kept, kept_rule = mine[name]
             expected, got = (_shown(kept), _shown(spec)) if kept != spec else (kept_rule, rule)
             raise ModelMismatchError(_difference(task, name, expected, got), task, name)
-    for name in mine.keys() - theirs.keys():
-        raise ModelMismatchError(_difference(task, name, _shown(mine[name][0]), "no such variable"), task, name)
-    if _order(held) != _order(declared):
-        raise ModelMismatchError(
-            f"{task} holds the same variables in another order or other optimizer groups; "
-            "every worker must build the same model and optimizer in the same order",
-            task,
-        )
+    for name, (spec, _) in mine.items():
+        if name not in theirs:
+            raise ModelMismatchError(_difference(task, name, _shown(spec), "no such variable"), task, name)
+    for kept_place, place in zip(_places(held), _places(declared), strict=True):
+        if kept_place != place:
+            raise ModelMismatchError(
+                f"variable {kept_place[1]!r} on {task}: the chief's model has it in another order or another optimizer "
+                "group than this worker's; every worker must build the same model and optimizer in the same order",
+                task,
+                kept_place[1],
+            )
 
 
 def _by_name(layouts: Sequence[ArenaLayout]) -> dict[str, tuple[VariableSpec, str]]:
@@ -180,8 +240,8 @@ def _by_name(layouts: Sequence[ArenaLayout]) -> dict[str, tuple[VariableSpec, st
     }
 
 
-def _order(layouts: Sequence[ArenaLayout]) -> list[list[str]]:
-    return [[variable.name for variable in layout.variables] for layout in layouts]
+def _places(layouts: Sequence[ArenaLayout]) -> list[tuple[int, str]]:
+    return [(arena, variable.name) for arena, layout in enumerate(layouts) for variable in layout.variables]
 
 
 def _shown(variable: VariableSpec) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, Range, num_blocks, pieces
-from paramserver.rules import Setting
+from paramserver.rules import RULES, Setting, setting_names
 from paramserver.store.block_rule import BlockRule
 
 Operation = Literal["rule", "assign", "add"]
@@ -40,6 +40,25 @@ class StoredArena:
             if layout.rule
             else []
         )
+        self._setting_names = frozenset(setting_names(RULES[layout.rule.name]) if layout.rule else ())
+
+    def check(
+        self, operation: Operation, ranges: Sequence[Range] | None, settings: Collection[str] | None
+    ) -> None:
+        """Whether `apply` can do this, so that a push of several parts is applied whole or not at all.
+
+        Raises:
+            ValueError: If there is no rule, no such setting, or a range is none of this arena.
+        """
+        if operation == "rule":
+            if self.layout.rule is None:
+                raise ValueError("no update rule was declared for it")
+            if settings and not self._setting_names.issuperset(settings):
+                unknown = min(set(settings) - self._setting_names)
+                raise ValueError(f"update rule {self.layout.rule.name} has no setting {unknown!r}")
+        for start, stop in ranges or ():
+            if not 0 <= start < stop <= self.layout.size:
+                raise ValueError(f"[{start}, {stop}) is no range of its {self.layout.size} elements")
 
     def apply(
         self,
@@ -92,7 +111,13 @@ class StoredArena:
         return values, runs
 
     def load_slots(self, span: Range, state: dict[str, torch.Tensor]) -> None:
-        """Put back the slots of a range: flat tensors as long as the range, or scalars."""
+        """Put back the slots of a range: flat tensors as long as the range, or scalars.
+
+        Raises:
+            ValueError: If they are not the slots of this arena's rule.
+        """
+        if not self._rules:
+            raise ValueError("no optimizer of this model updates it")
         for start, stop in pieces([span]):
             block = start // BLOCK
             part = {
@@ -112,12 +137,19 @@ class StoredArena:
 def variable_slots(
     span: Range, runs: list[tuple[int, int, dict[str, torch.Tensor]]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The slots of one variable, flat, put together from the runs that it lies in."""
+    """The slots of one variable, flat, put together from the runs that it lies in.
+
+    None where they cover it in part: a first push was under way then, and had reached only some of its blocks.
+    """
     parts: dict[str, list[torch.Tensor]] = {}
+    covered = 0
     for start, stop, state in runs:
         first, last = max(start, span[0]), min(stop, span[1])
         if first < last:
+            covered += last - first
             for name, slot in state.items():
                 parts.setdefault(name, []).append(slot if slot.ndim == 0 else slot[first - start : last - start])
+    if covered < span[1] - span[0]:
+        return
     for name, slots in parts.items():
         yield name, slots[0] if slots[0].ndim == 0 else torch.cat(slots)

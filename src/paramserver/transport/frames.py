@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 from paramserver.errors import RemoteProtocolError, UnavailableError
 from paramserver.wire import codec
@@ -14,22 +18,41 @@ from paramserver.wire.messages import AnyMessage, Message
 RECEIVE_BYTES = 64 << 10
 MAX_VECTORS = 512
 
+DEAD_HOST_TIMEOUT = 90
+"""Seconds after which a host that answers nothing at all, not even the kernel's own questions, counts as lost."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class FrameSocket:
     """Sends and receives frames. One thread sends and receives; `close` may be called by any.
 
+    Every method that sends or receives raises `UnavailableError` when the connection is lost or its time limit is
+    over, and closes it: what would come later could be taken for the answer to something else.
+
     Args:
         connection: A connected stream socket, owned by this object from now on.
         task: The task at the other end, for messages: ``ps:1``.
+
+    Attributes:
+        max_message_bytes: The largest message that is received; larger payloads are fine.
     """
 
     def __init__(self, connection: socket.socket, task: str) -> None:
-        connection.settimeout(None)
         self.task = task
-        self.socket = connection
+        self.max_message_bytes = codec.MAX_MESSAGE_BYTES
+        self._socket = connection
+        self._timeout = 0.0
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = 0
         self._payload_left = 0
+        # Held during each system call, so that `close` gives the descriptor back, perhaps to another connection,
+        # only after the call that it woke has returned.
+        self._in_use = threading.RLock()
+        connection.settimeout(None)
+        if connection.family != socket.AF_UNIX:
+            _tune(connection)
 
     def set_timeout(self, seconds: float) -> None:
         """The longest wait for the peer to send or take anything; 0 means for ever.
@@ -37,42 +60,50 @@ class FrameSocket:
         A socket option instead of Python's own time limit, which would make the socket non-blocking and cost a
         ``poll`` and many short reads for each large payload.
         """
-        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._timeout = seconds
+        limit = struct.pack("ll", *divmod(math.ceil(seconds * 1e6), 1_000_000))
+        self._call(self._socket.setsockopt, socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._call(self._socket.setsockopt, socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
         """One frame, with the payload from where it lies, in one system call where the kernel takes it whole."""
-        header = codec.encode(message, sum(view.nbytes for view in payload))
-        with self._mapped_errors():
-            if payload:
-                self._send_vectors([memoryview(header), *payload])
-            else:
-                self.socket.sendall(header)
+        if payload:
+            header = codec.encode(message, sum(view.nbytes for view in payload))
+            self._send_vectors([memoryview(header), *payload])
+        else:
+            self._call(self._socket.sendall, codec.encode(message))
 
     def send_raw(self, view: memoryview | bytes) -> None:
-        """Bytes of a payload that was announced by `announce`."""
-        with self._mapped_errors():
-            self.socket.sendall(view)
+        """Bytes of a payload that was announced by `announce`, or bytes outside of any frame."""
+        self._call(self._socket.sendall, view)
 
     def announce(self, message: Message, payload_bytes: int) -> None:
         """The head of a frame whose payload follows in several `send_raw`."""
-        self.send_raw(codec.encode(message, payload_bytes))
+        self._call(self._socket.sendall, codec.encode(message, payload_bytes))
 
     def receive(self) -> AnyMessage | None:
-        """The next message; None at the end of the stream. Drops what was left of the last payload."""
-        self._discard_payload()
+        """The next message; None at the end of the stream, or once `close` was called.
+
+        Drops what was left of the last payload.
+
+        Raises:
+            RemoteProtocolError: If the peer sends what is no message, or a message that is too large.
+        """
+        self.discard_payload()
         if not self._fill(codec.HEADER_BYTES, at_start=True):
             return None
-        header = codec.decode_header(self._buffer[self._start :], self.task)
+        header = codec.decode_header(self._buffer[self._start :], self.task, self.max_message_bytes)
         self._start += codec.HEADER_BYTES
-        body = self._body(header.message_bytes)
-        message = codec.decode(body, self.task)
+        message = codec.decode(self._body(header.message_bytes), self.task)
         self._payload_left = header.payload_bytes
         return message
 
     def receive_into(self, view: memoryview) -> None:
-        """The next bytes of the payload, straight into ``view``."""
+        """The next bytes of the payload, straight into ``view``.
+
+        Raises:
+            RemoteProtocolError: If the payload holds less.
+        """
         if view.nbytes > self._payload_left:
             raise RemoteProtocolError(
                 f"{self.task} sent a payload that is too short: {view.nbytes} bytes were expected next, "
@@ -81,23 +112,55 @@ class FrameSocket:
         self._payload_left -= view.nbytes
         self._read_into(view)
 
+    def discard_payload(self) -> None:
+        """Read what is left of the last payload, and forget it."""
+        if self._payload_left:
+            waste = memoryview(bytearray(min(self._payload_left, RECEIVE_BYTES)))
+            while self._payload_left:
+                self.receive_into(waste[: self._payload_left])
+
     def receive_raw(self, count: int) -> bytes:
         """Bytes outside of any frame: the preamble."""
-        if not self._fill(count, at_start=False):
-            raise UnavailableError(f"{self.task} closed the connection instead of answering", self.task)
+        if not self._fill(count, at_start=True):
+            raise UnavailableError(f"{self.task} closed the connection without a word", self.task)
         data = bytes(self._buffer[self._start : self._start + count])
         self._start += count
         return data
 
+    def send_descriptor(self, descriptor: int) -> None:
+        """Pass an open file to the peer, beside one byte outside of any frame. Unix sockets only."""
+        self._call(socket.send_fds, self._socket, [b"\0"], [descriptor])
+
+    def receive_descriptor(self) -> int:
+        """An open file that the peer passed; the caller closes it.
+
+        Raises:
+            RemoteProtocolError: If the peer sent something else.
+        """
+        data, descriptors, _, _ = self._call(socket.recv_fds, self._socket, 1, 1)
+        self._check_open(len(data))
+        if not descriptors:
+            raise RemoteProtocolError(f"{self.task} was to pass a shared memory, and passed none")
+        os.set_inheritable(descriptors[0], False)
+        return descriptors[0]
+
     def close(self) -> None:
         """Close the connection; wakes whoever waits in `receive`. Idempotent."""
         with contextlib.suppress(OSError):  # the peer may have closed it first
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with self._in_use:
+            self._socket.close()
+
+    def __repr__(self) -> str:
+        return f"<FrameSocket to {self.task}, {'closed' if self._is_closed else 'open'}>"
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._socket.fileno() < 0
 
     def _send_vectors(self, views: list[memoryview]) -> None:
         while views:
-            sent = self.socket.sendmsg(views[:MAX_VECTORS])
+            sent = self._call(self._socket.sendmsg, views[:MAX_VECTORS])
             while views and sent >= views[0].nbytes:
                 sent -= views.pop(0).nbytes
             if sent:
@@ -114,14 +177,13 @@ class FrameSocket:
 
     def _fill(self, count: int, *, at_start: bool) -> bool:
         """Have ``count`` bytes in the buffer; False if the stream ends before the first of them."""
-        if self._end - self._start >= count:
-            return True
         kept = self._end - self._start
+        if kept >= count:
+            return True
         self._buffer[:kept] = self._buffer[self._start : self._end]
         self._start, self._end = 0, kept
         while self._end < count:
-            with self._mapped_errors():
-                received = self.socket.recv_into(self._buffer[self._end :])
+            received = self._receive(self._buffer[self._end :])
             if not received and at_start and not self._end:
                 return False
             self._check_open(received)
@@ -133,26 +195,51 @@ class FrameSocket:
         view[:ready] = self._buffer[self._start : self._start + ready]
         self._start += ready
         while ready < view.nbytes:
-            with self._mapped_errors():
-                received = self.socket.recv_into(view[ready:], 0, socket.MSG_WAITALL)
+            received = self._receive(view[ready:], socket.MSG_WAITALL)
             self._check_open(received)
             ready += received
 
-    def _discard_payload(self) -> None:
-        while self._payload_left:
-            self.receive_into(memoryview(bytearray(min(self._payload_left, RECEIVE_BYTES))))
+    def _receive(self, view: memoryview, flags: int = 0) -> int:
+        """How many bytes came; 0 at the end of the stream, also when it was ended by `close`."""
+        with self._in_use:
+            return 0 if self._is_closed else self._call(self._socket.recv_into, view, 0, flags)
 
     def _check_open(self, received: int) -> None:
         if not received:
             raise UnavailableError(f"{self.task} closed the connection in the middle of a message", self.task)
 
-    @contextlib.contextmanager
-    def _mapped_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BlockingIOError as error:
-            raise UnavailableError(f"{self.task} did not answer within its time limit", self.task) from error
-        except OSError as error:
-            raise UnavailableError(
-                f"lost the connection to {self.task}: {error.strerror or error}; has that process died?", self.task
-            ) from error
+    def _call(self, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """A system call whose errors are ours. A plain function: a context manager takes a microsecond for each."""
+        with self._in_use:
+            try:
+                return operation(*args, **kwargs)
+            except OSError as error:
+                lost = self._lost(error)
+                self.close()
+                raise lost from error
+
+    def _lost(self, error: OSError) -> UnavailableError:
+        if self._is_closed:
+            return UnavailableError(f"the connection to {self.task} was closed by this task already", self.task)
+        if isinstance(error, BlockingIOError):
+            return UnavailableError(
+                f"{self.task} neither sent nor took anything for {self._timeout:g} s; is that process stopped?", self.task
+            )
+        return UnavailableError(
+            f"lost the connection to {self.task}: {error.strerror or error}; has that process died?", self.task
+        )
+
+
+def _tune(connection: socket.socket) -> None:
+    """Send at once, and notice in `DEAD_HOST_TIMEOUT` that the other host has gone, even while nothing is sent."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {
+        "TCP_KEEPIDLE": DEAD_HOST_TIMEOUT // 3,
+        "TCP_KEEPINTVL": DEAD_HOST_TIMEOUT // 9,
+        "TCP_KEEPCNT": 6,
+        "TCP_USER_TIMEOUT": DEAD_HOST_TIMEOUT * 1000,
+    }
+    for name, value in options.items():
+        if hasattr(socket, name):  # not every platform has all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -30,7 +30,11 @@ from paramserver.wire.messages import Challenge, Hello, Refused, Welcome
 from paramserver.wire.refusals import raised
 
 HANDSHAKE_TIMEOUT = 30.0
+"""Seconds that a ps waits for each word of somebody who connects."""
+REQUEST_TIMEOUT = 600.0
+"""Seconds after which a ps that does not answer a request counts as lost. The longest are to write or read a shard."""
 RETRY_INTERVAL = 0.1
+SHORTEST_WAIT = 0.01
 _NONCE_BYTES = 16
 
 
@@ -65,70 +69,82 @@ def connect(address: str, peer: str, me: Identity, *, lane: str, timeout: float)
     Raises:
         DeadlineError: If the ps does not come up in time.
         TokenError: If this task or the ps does not hold the token of the run.
+        RefusedError: If another ps is at the address.
         RemoteProtocolError: If something else answers, or another version.
-        RunOverError: If the run has ended already.
+        UnavailableError: If the ps goes away after its challenge.
     """
-    give_up = time.monotonic() + timeout
-    frames = FrameSocket(_dial(address, peer, give_up, timeout), peer)
+    frames, challenge = _reach(address, peer, timeout)
     try:
-        challenge = _meet(frames, peer, give_up, timeout)
-        if lane == "auto" and challenge.local_socket and (local := _dial_local(challenge.local_socket)):
+        if lane == "auto" and challenge.local_socket and (local := _dial_local(challenge.local_socket, peer)):
             frames.close()
-            frames = FrameSocket(local, peer)
-            challenge = _meet(frames, peer, give_up, timeout)
-            return SharedMemoryLane(_introduce(frames, challenge, peer, me))
-        return TcpLane(_introduce(frames, challenge, peer, me))
+            frames = local
+            return SharedMemoryLane(_introduce(frames, _meet(frames, timeout), me))
+        return TcpLane(_introduce(frames, challenge, me))
     except BaseException:
         frames.close()
         raise
 
 
-def _dial(address: str, peer: str, give_up: float, timeout: float) -> socket.socket:
-    host, _, port = address.rpartition(":")
+def _reach(address: str, peer: str, timeout: float) -> tuple[FrameSocket, Challenge]:
+    """The ps and its challenge, as soon as there is one.
+
+    A connection that is closed before the challenge counts as none: a proxy accepts before its ps is up.
+    """
+    give_up = time.monotonic() + timeout
     pause = threading.Event()  # nothing can be waited on before the peer listens
     while True:
         try:
-            connection = socket.create_connection((host.strip("[]"), int(port)), max(give_up - time.monotonic(), 0.01))
-        except OSError as error:
+            return _try_to_reach(address, peer, give_up)
+        except OSError as error:  # an UnavailableError is one
             if time.monotonic() + RETRY_INTERVAL > give_up:
                 raise DeadlineError(
                     f"{peer} at {address} did not come up within {timeout:g} s ({error}); "
                     "is it started, and is the address in TF_CONFIG right?",
                     timeout,
                 ) from error
-            pause.wait(RETRY_INTERVAL)
-        else:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return connection
+        pause.wait(RETRY_INTERVAL)
 
 
-def _dial_local(name: str) -> socket.socket | None:
+def _try_to_reach(address: str, peer: str, give_up: float) -> tuple[FrameSocket, Challenge]:
+    host, _, port = address.rpartition(":")
+    frames = FrameSocket(socket.create_connection((host.strip("[]"), int(port)), _remaining(give_up)), peer)
+    try:
+        return frames, _meet(frames, _remaining(give_up))
+    except BaseException:
+        frames.close()
+        raise
+
+
+def _remaining(give_up: float) -> float:
+    return max(give_up - time.monotonic(), SHORTEST_WAIT)
+
+
+def _dial_local(name: str, peer: str) -> FrameSocket | None:
     if not memory.can_share():
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(HANDSHAKE_TIMEOUT)
     try:
         connection.connect(f"\0{name}")
     except OSError:
         connection.close()
         return None
-    return connection
+    return FrameSocket(connection, peer)
 
 
-def _meet(frames: FrameSocket, peer: str, give_up: float, timeout: float) -> Challenge:
-    frames.set_timeout(max(give_up - time.monotonic(), 0.01))
+def _meet(frames: FrameSocket, timeout: float) -> Challenge:
+    frames.set_timeout(max(timeout, SHORTEST_WAIT))
+    frames.max_message_bytes = codec.MAX_HANDSHAKE_BYTES
     frames.send_raw(codec.preamble())
-    try:
-        codec.check_preamble(frames.receive_raw(codec.PREAMBLE_BYTES), peer)
-        challenge = expect_reply(frames)
-    except Unavailable as error:
-        raise DeadlineError(f"{peer} accepted the connection and then said nothing for {timeout:g} s", timeout) from error
+    codec.check_preamble(frames.receive_raw(codec.PREAMBLE_BYTES), frames.task)
+    challenge = expect_reply(frames)
     if not isinstance(challenge, Challenge):
-        raise RemoteProtocolError(f"{peer} was expected to start with a challenge, and sent {challenge}")
+        raise RemoteProtocolError(f"{frames.task} was expected to start with a challenge, and sent {challenge}")
     return challenge
 
 
-def _introduce(frames: FrameSocket, challenge: Challenge, peer: str, me: Identity) -> FrameSocket:
+def _introduce(frames: FrameSocket, challenge: Challenge, me: Identity) -> FrameSocket:
+    peer = frames.task
     nonce = secrets.token_bytes(_NONCE_BYTES)
     frames.send(Hello(me.task, peer, me.incarnation, _proof(me.token, challenge.nonce, me.task), nonce))
     answer = expect_reply(frames)
@@ -136,7 +152,8 @@ def _introduce(frames: FrameSocket, challenge: Challenge, peer: str, me: Identit
         raise raised(answer, peer)
     if not isinstance(answer, Welcome) or not hmac.compare_digest(answer.proof, _proof(me.token, nonce, peer)):
         raise TokenError(f"{peer} could not prove that it belongs to this run; is something else at its address?", peer)
-    frames.set_timeout(0)
+    frames.max_message_bytes = codec.MAX_MESSAGE_BYTES
+    frames.set_timeout(REQUEST_TIMEOUT)
     return frames
 
 
@@ -153,13 +170,11 @@ def accept(connection: socket.socket, me: Identity, local_socket: str) -> Sessio
 
     Raises:
         TokenError: If the peer does not hold the token.
-        RemoteProtocolError: If it is no task, of another version, or looks for another ps.
+        RefusedError: If it looks for another ps.
+        RemoteProtocolError: If it is no task, or of another version.
         UnavailableError: If it goes away or says nothing.
     """
     is_local = connection.family == socket.AF_UNIX
-    if not is_local:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     frames = FrameSocket(connection, "a peer that has not said who it is")
     try:
         hello = _examine(frames, me, local_socket)
@@ -173,6 +188,7 @@ def accept(connection: socket.socket, me: Identity, local_socket: str) -> Sessio
 
 def _examine(frames: FrameSocket, me: Identity, local_socket: str) -> Hello:
     frames.set_timeout(HANDSHAKE_TIMEOUT)
+    frames.max_message_bytes = codec.MAX_HANDSHAKE_BYTES
     nonce = secrets.token_bytes(_NONCE_BYTES)
     frames.send_raw(codec.preamble())
     codec.check_preamble(frames.receive_raw(codec.PREAMBLE_BYTES), frames.task)
@@ -186,9 +202,10 @@ def _examine(frames: FrameSocket, me: Identity, local_socket: str) -> Hello:
     if refused:
         with contextlib.suppress(Unavailable):  # it may not wait for the answer
             frames.send(refused)
-        raise TokenError(refused.message, hello.task)
+        raise raised(refused, me.task)
     frames.send(Welcome(_proof(me.token, hello.nonce, me.task)))
-    frames.set_timeout(0)
+    frames.max_message_bytes = codec.MAX_MESSAGE_BYTES
+    frames.set_timeout(0)  # a worker may compute for as long as it likes
     return hello
 
 

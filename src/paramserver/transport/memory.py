@@ -7,12 +7,15 @@ from under a reader, and nobody but its creator can write to it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,58 +27,100 @@ F_SEAL_FUTURE_WRITE = 0x10  # <linux/fcntl.h>; the fcntl module does not name it
 _VERSION_BYTES = 8
 
 
+@functools.cache
 def can_share() -> bool:
-    """Whether this platform has anonymous shared files."""
-    return sys.platform == "linux" and hasattr(os, "memfd_create")
+    """Whether this platform has anonymous shared files that can be sealed; found out by making one."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
+        return False
+    try:
+        SharedFile.create(0).close()
+    except OSError:  # an old kernel, or a sandbox
+        return False
+    return True
 
 
 class SharedFile:
-    """An anonymous file of ``nbytes`` bytes, mapped into this process.
+    """An anonymous file that is mapped into this process.
+
+    Its descriptor is closed by `close`, or when this object is collected; the mapping lives as long as a tensor of it.
 
     Attributes:
-        descriptor: The open file, to be passed to another process.
         data: Its bytes as a flat uint8 tensor. Writing to it in a process that attached it is a fault.
     """
 
-    def __init__(self, descriptor: int, nbytes: int, protection: int) -> None:
-        self.descriptor = descriptor
-        mapping = mmap.mmap(descriptor, max(nbytes, mmap.PAGESIZE), mmap.MAP_SHARED, protection)
-        with warnings.catch_warnings():
-            # torch warns that a read-only buffer must not be written to; nothing here does
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self.data = torch.frombuffer(mapping, dtype=torch.uint8)
+    def __init__(self, descriptor: int, data: torch.Tensor) -> None:
+        self.data = data
+        self._descriptor = descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
     def create(cls, nbytes: int) -> SharedFile:
-        """A new file, zeroed, that others can map for reading only."""
+        """A new file of at least ``nbytes`` bytes, zeroed, that others can map for reading only.
+
+        Raises:
+            OSError: If the system cannot give that much, or has no such files.
+        """
         descriptor = os.memfd_create("paramserver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(descriptor, max(nbytes, mmap.PAGESIZE))
-        created = cls(descriptor, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
-        return created
+        with _closed_on_error(descriptor):
+            os.ftruncate(descriptor, _mapped_bytes(nbytes))
+            data = _map(descriptor, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
+        return cls(descriptor, data)
 
     @classmethod
     def attach(cls, descriptor: int, nbytes: int, owner: str) -> SharedFile:
-        """Another process's file, for reading.
+        """Another process's file, for reading. The descriptor is owned by the new object from now on.
 
         Raises:
-            RemoteProtocolError: If the file is smaller than agreed, or its owner could shrink it under a reader.
+            RemoteProtocolError: If it is smaller than agreed, its owner could shrink it under a reader, or it is
+                no file that can be mapped.
         """
-        size = os.fstat(descriptor).st_size
-        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-        if size < nbytes or not seals & fcntl.F_SEAL_SHRINK:
-            os.close(descriptor)
-            raise RemoteProtocolError(
-                f"{owner} shared a memory of {size} bytes with seals {seals:#x}; "
-                f"expected at least {nbytes} bytes, sealed against shrinking"
-            )
-        return cls(descriptor, nbytes, mmap.PROT_READ)
+        with _closed_on_error(descriptor):
+            try:
+                _check_sealed(descriptor, nbytes, owner)
+                data = _map(descriptor, nbytes, mmap.PROT_READ)
+            except OSError as error:
+                raise RemoteProtocolError(f"{owner} passed a file that is no shared memory: {error}") from error
+        return cls(descriptor, data)
+
+    def fileno(self) -> int:
+        """The descriptor, to be passed to another process."""
+        return self._descriptor
 
     def close(self) -> None:
         """Close the descriptor; the mapping lives as long as a tensor of it does. Idempotent."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self._close()
+
+
+@contextlib.contextmanager
+def _closed_on_error(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_sealed(descriptor: int, nbytes: int, owner: str) -> None:
+    size = os.fstat(descriptor).st_size
+    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    if size < _mapped_bytes(nbytes) or not seals & fcntl.F_SEAL_SHRINK:
+        raise RemoteProtocolError(
+            f"{owner} shared a memory of {size} bytes with seals {seals:#x}; "
+            f"expected at least {_mapped_bytes(nbytes)} bytes, sealed against shrinking"
+        )
+
+
+def _map(descriptor: int, nbytes: int, protection: int) -> torch.Tensor:
+    mapping = mmap.mmap(descriptor, _mapped_bytes(nbytes), mmap.MAP_SHARED, protection)
+    with warnings.catch_warnings():
+        # torch warns that a read-only buffer must not be written to; nothing here does
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _mapped_bytes(nbytes: int) -> int:
+    return max(nbytes, mmap.PAGESIZE)  # nothing cannot be mapped
 
 
 def gradient_bytes(layouts: Sequence[ArenaLayout]) -> int:
@@ -102,7 +147,7 @@ def store_memory(layouts: Sequence[ArenaLayout], file: SharedFile | None) -> Sto
         versions.append(counters[first : first + num_blocks(layout.size)])
         first += num_blocks(layout.size)
     values = _carve(layouts, data, start=_versions_bytes(layouts))
-    return StoreMemory(values, versions, None if file is None else file.descriptor)
+    return StoreMemory(values, versions, file)
 
 
 def _versions_bytes(layouts: Sequence[ArenaLayout]) -> int:

@@ -7,8 +7,8 @@ block's version before and after its copy tells a torn read, which is copied aga
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import time
 from collections.abc import Sequence
 
@@ -23,6 +23,7 @@ from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
+from paramserver.wire.refusals import raised
 
 TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
@@ -36,15 +37,15 @@ class SharedMemoryLane(Lane):
     def __init__(self, frames: FrameSocket) -> None:
         self.task = frames.task
         self._frames = frames
-        self._files: list[memory.SharedFile] = []
         self._copies: dict[Piece, _BlockCopy] = {}
         self._mine = WorkerMemory([], [])
         self._theirs = StoreMemory([], [])
 
     def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
         gradients = memory.SharedFile.create(memory.gradient_bytes(layouts))
-        values = self._exchange(gradients, memory.store_bytes(layouts))
-        self._files = [gradients, values]
+        with contextlib.closing(gradients):  # the mappings stay
+            values = self._exchange(gradients, memory.store_bytes(layouts))
+        values.close()
         self._theirs = memory.store_memory(layouts, values)
         self._mine = WorkerMemory(
             values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
@@ -64,16 +65,16 @@ class SharedMemoryLane(Lane):
 
     def close(self) -> None:
         self._frames.close()
-        for file in self._files:
-            file.close()
 
     def _exchange(self, gradients: memory.SharedFile, nbytes: int) -> memory.SharedFile:
         self._frames.send(Share())
         reply = expect_reply(self._frames)
+        if isinstance(reply, Refused):
+            raise raised(reply, self.task)
         if not isinstance(reply, Done):
             raise RemoteProtocolError(f"{self.task} was offered shared memory and answered {reply}")
-        _send_descriptor(self._frames, gradients.descriptor)
-        return memory.SharedFile.attach(_receive_descriptor(self._frames), nbytes, self.task)
+        self._frames.send_descriptor(gradients.fileno())
+        return memory.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
 
     def _copy(self, piece: Piece) -> None:
         copy = self._copies.get(piece)
@@ -86,7 +87,11 @@ class SharedMemoryLane(Lane):
 
 
 class _BlockCopy:
-    """Copies one block of values, as many times as it takes to find nobody writing it."""
+    """Copies one block of values, as many times as it takes to find nobody writing it.
+
+    There is no memory fence in Python. On processors that reorder loads or stores, the thousands of instructions that
+    lie between a version and the first or last element keep them apart.
+    """
 
     def __init__(self, piece: Piece, theirs: StoreMemory, mine: WorkerMemory) -> None:
         arena, start, stop = piece
@@ -126,7 +131,7 @@ class SharedMemorySession(Session):
 
     def receive(self) -> Request | None:
         request = self._frames.receive()
-        if isinstance(request, Share):
+        while isinstance(request, Share):
             self._exchange()
             request = self._frames.receive()
         return request  # type: ignore[return-value]  # the server refuses whatever is no request
@@ -136,6 +141,8 @@ class SharedMemorySession(Session):
         self._memory = memory
 
     def gradient(self, piece: Piece) -> torch.Tensor:
+        if piece.arena >= len(self._gradients):
+            raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
         return self._gradients[piece.arena][piece.start : piece.stop]
 
     def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
@@ -145,23 +152,12 @@ class SharedMemorySession(Session):
         self._frames.close()
 
     def _exchange(self) -> None:
-        if self._memory.descriptor is None:
+        if self._memory.file is None:
             self._frames.send(Refused("refused", "there is nothing to share yet: declare the arenas first"))
             return
         self._frames.send(Done())
-        descriptor = _receive_descriptor(self._frames)
+        descriptor = self._frames.receive_descriptor()
         file = memory.SharedFile.attach(descriptor, memory.gradient_bytes(self._layouts), self.task)
         file.close()  # the mapping stays
         self._gradients = memory.gradient_tensors(self._layouts, file.data)
-        _send_descriptor(self._frames, self._memory.descriptor)
-
-
-def _send_descriptor(frames: FrameSocket, descriptor: int) -> None:
-    socket.send_fds(frames.socket, [b"\0"], [descriptor])
-
-
-def _receive_descriptor(frames: FrameSocket) -> int:
-    _, descriptors, _, _ = socket.recv_fds(frames.socket, 1, 1)
-    if not descriptors:
-        raise RemoteProtocolError(f"{frames.task} was to pass a shared memory, and passed none")
-    return descriptors[0]
+        self._frames.send_descriptor(self._memory.file.fileno())

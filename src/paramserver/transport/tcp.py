@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
-from paramserver.errors import UnavailableError
+from paramserver.errors import RemoteProtocolError, UnavailableError
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
 from paramserver.wire.messages import Message, Refused, Reply, Request
@@ -67,11 +67,14 @@ class TcpSession(Session):
         self._scratch = torch.empty(largest, dtype=torch.uint8)
 
     def gradient(self, piece: Piece) -> torch.Tensor:
+        if piece.arena >= len(self._layouts):
+            raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it declared its arenas")
         target = self._scratch_for(piece)
         self._frames.receive_into(tensor_bytes(target))
         return target
 
     def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
+        self._frames.discard_payload()  # a worker that still sends its payload takes no reply
         if read is None or not pieces:
             self._frames.send(reply)
             return

@@ -5,7 +5,8 @@ Rules
       message, so that a peer of another version is told apart whatever its messages look like.
     * Then frames follow: the length of the message (u32), the length of the payload (u64), both little endian;
       the message as msgpack; the payload as raw bytes.
-    * Both lengths are checked before memory is taken.
+    * The length of a message is checked before memory is taken for it, and a stranger, who has not proved yet that it
+      belongs to the run, may send short ones only. A payload takes no memory of its own: it is read into arenas.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from paramserver.wire.messages import AnyMessage, Message
 VERSION = 1
 MAGIC = b"PSRV"
 MAX_MESSAGE_BYTES = 64 << 20
+MAX_HANDSHAKE_BYTES = 4 << 10
 
 _PREAMBLE = struct.Struct("<4sI")
 _HEADER = struct.Struct("<IQ")
@@ -73,16 +75,16 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
     return _HEADER.pack(len(body), payload_bytes) + body
 
 
-def decode_header(data: bytes | memoryview, peer: str) -> Header:
+def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Header:
     """The first `HEADER_BYTES` of a frame.
 
     Raises:
-        RemoteProtocolError: If the announced message is larger than a message may be.
+        RemoteProtocolError: If the announced message is larger than ``max_message_bytes``.
     """
     header = Header(*_HEADER.unpack_from(data))
-    if header.message_bytes > MAX_MESSAGE_BYTES:
+    if header.message_bytes > max_message_bytes:
         raise RemoteProtocolError(
-            f"{peer} announced a message of {header.message_bytes} bytes; at most {MAX_MESSAGE_BYTES} are allowed"
+            f"{peer} announced a message of {header.message_bytes} bytes; at most {max_message_bytes} are allowed"
         )
     return header
 
@@ -95,5 +97,5 @@ def decode(body: bytes | memoryview, peer: str) -> AnyMessage:
     """
     try:
         return _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(f"{peer} sent bytes that are no message: {error}") from error

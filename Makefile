@@ -1,0 +1,46 @@
+# make demo | test | check | bench; `make help` lists all. Everything runs in .venv, which is made on first use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types check bench clean
+
+help: ## show this
+	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+.venv: $(INSTALLED) ## the virtual environment with what is pinned, and the package
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into .venv, which takes a minute or two"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(INSTALLED) ## train on bundled data with five processes
+	@$(BIN)/paramserver demo
+
+test: $(INSTALLED) ## all tests, the examples of the docstrings included
+	@$(BIN)/pytest --doctest-modules tests src
+
+lint: $(INSTALLED) ## ruff and codespell
+	@$(BIN)/ruff check .
+	@$(BIN)/codespell src tests benchmarks examples docs *.md
+
+types: $(INSTALLED) ## mypy
+	@$(BIN)/mypy
+
+check: lint types test ## what CI runs
+
+bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with what was promised
+	@$(BIN)/python -m benchmarks
+
+clean: ## remove .venv and all caches
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

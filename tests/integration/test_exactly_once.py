@@ -1,0 +1,110 @@
+"""A push is applied once, however often it arrives, and by whichever connection."""
+
+import pytest
+import torch
+
+from paramserver.arena import ArenaLayout, VariableSpec
+from paramserver.cluster import Role, TaskId
+from paramserver.rules import describe
+from paramserver.testing.local_cluster import CONNECT_TIMEOUT, LocalCluster
+from paramserver.transport.handshake import Identity, connect
+from paramserver.transport.lane import Piece
+from paramserver.wire import messages
+from paramserver.wire.messages import Part, Push
+
+SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
+MODEL = (ArenaLayout("float32", SGD, (VariableSpec("w", (8,), "float32"),)),)
+PIECE = Piece(0, 0, 8)
+
+
+@pytest.fixture(params=["auto", "tcp"])
+def dial(request):
+    """Connects a task, as often as it is called, as the incarnation that it is given."""
+    lanes = []
+    with LocalCluster(ps=1, workers=2, lane=request.param, token="secret") as cluster:
+
+        def dial(task, incarnation):
+            me = Identity(task=task, token="secret", incarnation=incarnation)
+            address = cluster.spec.address(TaskId(Role.PS, 0))
+            lanes.append(connect(address, "ps:0", me, lane=request.param, timeout=CONNECT_TIMEOUT))
+            return lanes[-1]
+
+        yield dial
+        for lane in lanes:
+            lane.close()
+
+
+def ask(lane, request, outgoing=(), incoming=()):
+    lane.start(request, outgoing)
+    return lane.finish(incoming)
+
+
+def begin(lane):
+    """Declares the model on a lane; its memory, with gradients of ones."""
+    assert isinstance(ask(lane, messages.Declare(MODEL, create=True)), messages.Declared)
+    memory = lane.open(MODEL)
+    memory.gradients[0].fill_(1)
+    return memory
+
+
+def push(lane, sequence, local_step=0):
+    request = Push(sequence, local_step, True, (Part(0, "rule", None, SGD.settings),), (0,))
+    return ask(lane, request, [PIECE], [PIECE])
+
+
+def test_a_push_that_is_repeated_is_applied_once(dial):
+    lane = dial("worker:0", "first")
+    memory = begin(lane)
+    assert [push(lane, 1).global_step for _ in range(3)] == [1, 1, 1]
+    assert memory.values[0].tolist() == [-1] * 8
+    assert push(lane, 2).global_step == 2
+    assert memory.values[0].tolist() == [-2] * 8
+
+
+def test_a_push_that_is_repeated_on_another_connection_is_applied_once(dial):
+    lane = dial("worker:0", "first")
+    begin(lane)
+    push(lane, 1)
+    lane.close()
+    again = dial("worker:0", "first")
+    memory = begin(again)
+    assert push(again, 1).global_step == 1
+    assert memory.values[0].tolist() == [-1] * 8
+
+
+def test_a_task_that_was_started_again_counts_from_one_again(dial):
+    begin(first := dial("worker:0", "first"))
+    push(first, 1)
+    memory = begin(second := dial("worker:0", "second"))
+    assert push(second, 1).global_step == 2
+    assert memory.values[0].tolist() == [-2] * 8
+
+
+def test_a_push_that_was_refused_may_be_repeated(dial):
+    lane = dial("worker:0", "first")
+    memory = begin(lane)
+    bad = Push(1, 0, True, (Part(0, "rule", None, {"params": 1.0}),), (0,))
+    assert isinstance(ask(lane, bad, [PIECE], [PIECE]), messages.Refused)
+    assert push(lane, 1).global_step == 1
+    assert memory.values[0].tolist() == [-1] * 8
+
+
+def test_what_comes_before_the_variables_are_declared_is_refused(dial):
+    begin(dial("chief:0", "chief"))
+    lane = dial("worker:0", "first")
+    for request in (Push(1, 0, True, (Part(0, "rule"),), ()), Push(2, 0, True, (), (0,)), messages.Pull((0,))):
+        answer = ask(lane, request)
+        if isinstance(answer, messages.Refused):
+            assert "worker:0" in answer.message
+    memory = begin(lane)
+    assert push(lane, 3).staleness <= 2
+    assert memory.values[0].tolist() == [-1] * 8
+
+
+@pytest.mark.parametrize("request_", [messages.Done(), messages.Challenge("ps:0", b"", "")])
+def test_what_is_no_request_is_answered_and_ends_the_connection(dial, request_):
+    lane = dial("worker:0", "first")
+    answer = ask(lane, request_)
+    assert "no request" in answer.message
+    again = dial("worker:0", "first")
+    assert isinstance(ask(again, messages.GetStatus()), messages.Status)

@@ -1,0 +1,48 @@
+"""The examples run as they are, alone and as a cluster."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
+ACCURACY = re.compile(r"(\S+ \| )?test accuracy (\d\.\d+)")
+
+
+def run(*command: str) -> list[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def accuracies(lines: list[str]) -> dict[str, float]:
+    found = [match for line in lines if (match := ACCURACY.fullmatch(line))]
+    return {(match[1] or "").removesuffix(" | "): float(match[2]) for match in found}
+
+
+def test_own_loop_is_short() -> None:
+    code = [line for line in EXAMPLE.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(code) < 60
+
+
+@pytest.mark.multiprocess
+def test_own_loop_alone() -> None:
+    lines = run(sys.executable, str(EXAMPLE))
+    assert lines[-2].endswith("global step 470")
+    assert accuracies(lines)[""] > 0.85
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("lane", ["auto", "tcp"])
+def test_own_loop_as_a_cluster(lane: str) -> None:
+    launch = (sys.executable, "-m", "paramserver", "launch", "--ps", "2", "--workers", "2", "--lane", lane)
+    lines = run(*launch, str(EXAMPLE))
+    found = accuracies(lines)
+    assert found.keys() == {"chief:0", "worker:0"}
+    assert min(found.values()) > 0.85
+    assert any(line.endswith("global step 940") for line in lines), "each of two workers makes 470 steps"

@@ -1,0 +1,116 @@
+"""The rules of DESIGN.md that no type checker holds: arrows run downwards only, and what is nowhere done."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import paramserver
+
+ROOT = Path(paramserver.__file__).parent
+MODULES = {
+    ".".join(("paramserver", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+# What each part may import. Whoever adds an arrow adds it here, and shows that it runs downwards.
+ARROWS = {
+    "errors": set(),
+    "rules": {"errors"},
+    "arena": {"rules", "errors"},
+    "placement": {"arena", "errors"},
+    "checkpoint_files": {"arena", "errors"},
+    "cluster": {"errors"},
+    "launch": {"cluster", "errors"},
+    "wire": {"arena", "rules", "errors"},
+    "transport": {"wire", "arena", "rules", "errors"},
+    "store": {"checkpoint_files", "arena", "rules", "errors"},
+    "client": {"transport", "wire", "arena", "rules", "errors"},
+    "handler": {"store", "transport", "wire", "arena", "errors"},
+    "server": {"handler", "store", "transport", "wire", "cluster", "arena", "errors"},
+    "distribute": {"client", "server", "transport", "wire", "cluster", "placement", "arena", "rules", "errors"},
+    "estimator": {"distribute", "client", "server", "cluster", "checkpoint_files", "arena", "errors"},
+    "demo": {"launch", "estimator", "distribute", "cluster", "errors"},
+    "cli": {"demo", "estimator", "launch", "server", "cluster", "errors"},
+    "__main__": {"cli"},
+    "testing": {"distribute", "client", "server", "store", "transport", "wire", "cluster", "arena", "errors"},
+}
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """What runs: everything but the blocks for type checkers."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from nodes(child)
+
+
+def code(path: Path) -> list[ast.AST]:
+    return list(nodes(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in code(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            assert node.module is not None
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] == "paramserver"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"paramserver"}))
+def test_arrows_run_downwards(module: str) -> None:
+    reached = {part(name) for name in ours(MODULES[module])} - {part(module), ""}
+    assert reached <= ARROWS[part(module)], f"{module} imports {sorted(reached - ARROWS[part(module)])}"
+
+
+def test_the_arrows_make_no_circle() -> None:
+    graphlib.TopologicalSorter(ARROWS).prepare()
+
+
+def test_the_modules_make_no_circle() -> None:
+    graphlib.TopologicalSorter({name: ours(path) - {name} for name, path in MODULES.items()}).prepare()
+
+
+def test_store_and_transport_never_see_each_other() -> None:
+    assert "transport" not in ARROWS["store"] | ARROWS["checkpoint_files"]
+    assert "store" not in ARROWS["transport"] | ARROWS["wire"]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part(name) in ("launch", "cluster", "errors")])
+def test_the_launcher_never_waits_for_torch(module: str) -> None:
+    assert not {"torch", "numpy", "sklearn"} & {name.split(".")[0] for name in imports(MODULES[module])}
+
+
+def test_the_public_names_import_nothing_before_they_are_used() -> None:
+    assert not ours(MODULES["paramserver"])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_nowhere_done(module: str) -> None:
+    calls = {ast.unparse(node.func) for node in code(MODULES[module]) if isinstance(node, ast.Call)}
+    assert not calls & {"print", "time.sleep", "sleep", "torch.load", "torch.save", "eval", "exec"}
+    assert not imports(MODULES[module]) & {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
+
+
+@pytest.mark.parametrize("module", MODULES.keys() - {"paramserver.cluster.environment"})
+def test_the_environment_is_read_in_one_place(module: str) -> None:
+    names = {ast.unparse(node) for node in code(MODULES[module]) if isinstance(node, ast.Attribute)}
+    assert not names & {"os.environ", "os.getenv", "os.putenv"}

@@ -1,0 +1,203 @@
+"""A model bound to memory: which parts of it a step pushes, and what is brought home."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+
+from paramserver.arena import ArenaLayout
+from paramserver.client import PushResult
+from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.variables import collect, plan
+from paramserver.placement import RoundRobin
+from paramserver.transport.lane import WorkerMemory
+from paramserver.wire.messages import Part
+
+
+class Client:
+    """Keeps what is pushed; plays a ps that only takes values in and gives them back."""
+
+    def __init__(self, layouts: Sequence[ArenaLayout]) -> None:
+        self.memory = WorkerMemory(*(
+            [torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts] for _ in range(2)
+        ))
+        self.parts: Sequence[Part] = ()
+        self.pulled: Sequence[int] = ()
+
+    def push_pull(
+        self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]], *, counts: bool
+    ) -> PushResult:
+        (self.parts,), (self.pulled,) = parts, pull
+        for part in self.parts:
+            if part.operation == "assign" and part.ranges is None:
+                self.memory.values[part.arena].copy_(self.memory.gradients[part.arena])
+        return PushResult(int(counts), 0)
+
+    def pull(self, arenas: Sequence[Sequence[int]]) -> int:
+        (self.pulled,) = arenas
+        return 0
+
+
+def bind(model: nn.Module, optimizer: optim.Optimizer) -> tuple[BoundModel, Any]:
+    arenas = plan(collect(model, optimizer), optimizer, RoundRobin(), num_ps=1)
+    client: Any = Client([arena.layout for arena in arenas[0]])
+    bound = BoundModel(arenas, [client.memory], optimizer.param_groups, client)
+    bound.assign()
+    bound.bind()
+    return bound, client
+
+
+def linear() -> tuple[nn.Linear, BoundModel, Any]:
+    """A weight at [0, 6), a gap, and a bias at [16, 18)."""
+    model = nn.Linear(3, 2)
+    return model, *bind(model, optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_binding_keeps_the_values() -> None:
+    model = nn.Linear(3, 2)
+    before = [parameter.clone() for parameter in model.parameters()]
+    _, client = bind(model, optim.SGD(model.parameters(), lr=0.1))
+    assert all(map(torch.equal, model.parameters(), before))
+    assert model.weight.data_ptr() == client.memory.values[0].data_ptr()
+
+
+def test_gradients_lie_in_the_memory_that_is_pushed() -> None:
+    model, bound, client = linear()
+    model(torch.ones(1, 3)).sum().backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.data_ptr() == client.memory.gradients[0].data_ptr()
+    bound.step()
+    (part,) = client.parts
+    assert (part.arena, part.operation, part.ranges) == (0, "rule", None)
+    assert part.settings["lr"] == 0.1
+    assert client.pulled == [0]
+
+
+def test_the_gap_between_variables_stays_zero() -> None:
+    model, bound, client = linear()
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        bound.step()
+    assert not client.memory.gradients[0][6:16].any()
+
+
+def test_only_what_has_a_gradient_is_pushed() -> None:
+    model, bound, client = linear()
+    model.bias.sum().backward()
+    bound.step()
+    assert client.parts[0].ranges == ((16, 18),)
+    model.zero_grad()
+    bound.step()
+    assert client.parts == []
+    assert client.pulled == [0]
+
+
+def test_neighbours_that_have_a_gradient_are_one_range() -> None:
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    bound, client = bind(model, optim.SGD(model.parameters(), lr=0.1))
+    model[0](torch.ones(1, 3)).sum().backward()
+    bound.step()
+    assert client.parts[0].ranges == ((0, 18),)
+
+
+def test_a_gradient_that_was_put_there_by_hand_is_brought_home() -> None:
+    model, bound, client = linear()
+    model.weight.grad = torch.full((2, 3), 7.0)
+    bound.step()
+    assert client.parts[0].ranges == ((0, 6),)
+    assert client.memory.gradients[0][:6].tolist() == [7.0] * 6
+
+
+def test_settings_are_read_at_every_step() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = optim.Adam(model.parameters(), lr=0.1)
+    bound, client = bind(model, optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.param_groups[0].update(lr=torch.tensor(0.5), betas=(0.1, 0.2))
+    bound.step()
+    assert (client.parts[0].settings["lr"], client.parts[0].settings["betas"]) == (0.5, (0.1, 0.2))
+
+
+class Buffers(nn.Module):
+    """Nothing to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moving", torch.tensor([1.0, -math.inf, 3.0]))
+        self.register_buffer("other", torch.tensor([1.0]))
+
+
+def buffers() -> tuple[Any, BoundModel, Any]:
+    """Buffers at [0, 3) and [16, 17)."""
+    model = Buffers()
+    unused = optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    arenas = plan(collect(model, None), None, RoundRobin(), num_ps=1)
+    client: Any = Client([arena.layout for arena in arenas[0]])
+    bound = BoundModel(arenas, [client.memory], unused.param_groups, client)
+    bound.assign()
+    bound.bind()
+    return model, bound, client
+
+
+def test_a_buffer_that_did_not_change_is_not_pushed() -> None:
+    """Infinity less infinity is no move."""
+    _, bound, client = buffers()
+    bound.step()
+    assert client.parts == []
+    assert client.pulled == [0]
+
+
+def test_what_a_buffer_moved_by_is_added() -> None:
+    model, bound, client = buffers()
+    model.moving[2] += 4
+    bound.step()
+    assert client.parts == [Part(0, "add")]
+    assert client.memory.gradients[0][:3].tolist() == model.moving.tolist()  # what it was, for the next step
+    model.other -= 1
+    bound.step()
+    assert client.parts == [Part(0, "add")]
+
+
+def test_the_moves_of_a_step_are_what_is_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bound, client = buffers()
+    pushed: list[list[float]] = []
+    push_pull = client.push_pull
+
+    def keep(parts: Any, pull: Any, *, counts: bool) -> PushResult:
+        pushed.append(client.memory.gradients[0][[0, 1, 2, 16]].tolist())
+        return push_pull(parts, pull, counts=counts)
+
+    monkeypatch.setattr(client, "push_pull", keep)
+    model.moving[2] += 4
+    model.other = model.other * 3
+    bound.step()
+    assert pushed == [[0.0, 0.0, 4.0, 2.0]]
+
+
+def test_a_move_that_is_no_number_is_assigned() -> None:
+    model, bound, client = buffers()
+    model.moving[1] = 5.0
+    model.other += 1
+    bound.step()
+    assert client.parts == [Part(0, "add", ((16, 17),)), Part(0, "assign", ((0, 3),))]
+
+
+def test_a_buffer_that_was_replaced_is_put_back_with_its_new_value() -> None:
+    model, bound, _ = buffers()
+    place = model.moving
+    model.moving = torch.tensor([1.0, 2.0, 3.0])
+    bound.step()
+    assert model.moving is place
+    assert place.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_buffer_that_was_removed_is_refused() -> None:
+    model, bound, _ = buffers()
+    model.moving = None
+    with pytest.raises(ValueError, match=r"'moving' is float32\[3\] on its ps, and the model has nothing"):
+        bound.step()

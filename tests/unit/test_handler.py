@@ -1,0 +1,193 @@
+"""What a ps answers: each request on an in-process session, and every kind of nonsense that a peer may send."""
+
+import pytest
+import torch
+
+from paramserver import handler
+from paramserver.arena import ArenaLayout, VariableSpec
+from paramserver.errors import RemoteProtocolError, UnavailableError
+from paramserver.handler import RequestHandler
+from paramserver.rules import describe
+from paramserver.server import allocate_private
+from paramserver.store.roster import Outlook, Roster
+from paramserver.store.store import Store
+from paramserver.transport.in_process import InProcessSession
+from paramserver.wire import messages
+from paramserver.wire.messages import Part, Push
+
+SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=0.5), 0)
+MODEL = (
+    ArenaLayout("float32", SGD, (VariableSpec("w", (3,), "float32"), VariableSpec("b", (2,), "float32"))),
+    ArenaLayout("int64", None, (VariableSpec("n", (), "int64"),)),
+)
+W, B = MODEL[0].ranges
+
+
+class Ps:
+    """A handler and a session of a chief that has created `MODEL`."""
+
+    def __init__(self):
+        self.store = Store("ps:1", allocate_private)
+        self.roster = Roster("chief:0", ["chief:0", "worker:0"])
+        self.handler = RequestHandler(self.store, self.roster)
+        self.chief = self.session("chief:0")
+        assert self.ask(messages.Declare(MODEL, create=True)) == messages.Declared(ready=False)
+        self.chief.gradients = [torch.ones(layout.size, dtype=layout.torch_dtype) for layout in MODEL]
+
+    def session(self, task):
+        self.roster.join(task)
+        return InProcessSession(task, f"incarnation of {task}")
+
+    def ask(self, request, session=None):
+        session = session or self.chief
+        self.handler.handle(session, request)
+        answer, session.answer = session.answer, None
+        return answer
+
+    def value(self, span=W, arena=0):
+        return self.store.arenas[arena].values[slice(*span)].tolist()
+
+
+@pytest.fixture
+def ps():
+    return Ps()
+
+
+def test_a_push_runs_the_rule_and_counts(ps):
+    assert ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))) == messages.Applied(1, 0)
+    assert ps.value() == [-0.5] * 3
+    assert ps.ask(Push(2, 0, True, (Part(0, "rule", None, {"lr": 1.0}),), (0,))) == messages.Applied(2, 1)
+    assert ps.value() == [-1.5] * 3
+
+
+def test_an_assignment_does_not_count(ps):
+    parts = (Part(0, "assign"), Part(1, "add"), Part(1, "add"))
+    assert ps.ask(Push(1, 0, False, parts, ())) == messages.Applied(0, 0)
+    assert ps.value() == [1.0] * 3
+    assert ps.value((0, 1), arena=1) == [2]
+    assert ps.store.statistics().updates == 0
+
+
+def test_a_push_of_ranges_leaves_the_rest_alone(ps):
+    ps.ask(Push(1, 0, True, (Part(0, "rule", (B,), SGD.settings),), ()))
+    assert ps.value(W) == [0.0] * 3
+    assert ps.value(B) == [-0.5] * 2
+
+
+def test_a_repeated_push_is_answered_and_not_applied_again(ps):
+    push = Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), ())
+    assert [ps.ask(push), ps.ask(push)] == [messages.Applied(1, 0), messages.Applied(1, 0)]
+    assert ps.value() == [-0.5] * 3
+
+
+def test_pull_tells_the_global_step(ps):
+    ps.ask(messages.MarkReady(41))
+    assert ps.ask(messages.Pull((0, 1))) == messages.State(True, 41)
+
+
+def test_await_ready_answers_after_its_time(ps):
+    assert ps.ask(messages.AwaitReady(0.0)) == messages.State(False, 0)
+    ps.ask(messages.MarkReady(3))
+    assert ps.ask(messages.AwaitReady(60.0)) == messages.State(True, 3)
+
+
+def test_await_workers_names_who_is_left(ps):
+    worker = ps.session("worker:0")
+    assert ps.ask(messages.AwaitWorkers(0.0)) == messages.Remaining(("worker:0",))
+    assert ps.ask(messages.Goodbye(), worker) == messages.Done()
+    assert ps.ask(messages.AwaitWorkers(60.0)) == messages.Remaining(())
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), float("inf"), 1e300, -1.0])
+def test_no_wait_is_longer_than_the_limit(ps, timeout, monkeypatch):
+    monkeypatch.setattr(handler, "LONGEST_WAIT", 0.0)
+    ps.session("worker:0")
+    assert ps.ask(messages.AwaitReady(timeout)) == messages.State(False, 0)
+    assert ps.ask(messages.AwaitWorkers(timeout)) == messages.Remaining(("worker:0",))
+
+
+def test_status_says_what_is_held_and_done(ps):
+    ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), ()))
+    assert ps.ask(messages.GetStatus()) == messages.Status(
+        task="ps:1", num_variables=3, values_bytes=MODEL[0].nbytes + 8, slots_bytes=0, global_step=1, updates=1,
+        mean_staleness=0.0, largest_staleness=0, joined=("chief:0",),
+    )  # fmt: skip
+
+
+def test_save_and_restore_answer(ps, tmp_path):
+    saved = ps.ask(messages.Save(str(tmp_path), 0, 1))
+    assert isinstance(saved, messages.Saved)
+    assert set(saved.weight_map) == {"w", "b", "n"}
+    refusal = ps.ask(messages.Restore(str(tmp_path)))
+    assert (refusal.kind, refusal.subject.startswith(str(tmp_path))) == ("checkpoint", True)
+
+
+# --- a failed run
+
+
+def test_a_failed_chief_is_told_to_everyone(ps):
+    ps.ask(messages.Goodbye("ValueError: no data"))
+    worker = InProcessSession("worker:0", "x")
+    push, declare = Push(1, 0, True, (), ()), messages.Declare(MODEL, create=False)
+    for request in (push, declare, messages.Pull(()), messages.AwaitReady(60.0)):
+        refusal = ps.ask(request, worker)
+        assert isinstance(refusal, messages.Refused), request
+        assert "chief:0 failed" in refusal.message
+        assert "no data" in refusal.message
+
+
+def test_a_failed_worker_disturbs_nobody(ps):
+    worker = ps.session("worker:0")
+    assert ps.ask(messages.Goodbye("ValueError: no data"), worker) == messages.Done()
+    assert ps.ask(messages.Pull((0,))) == messages.State(True, 0)
+
+
+def test_a_goodbye_counts_also_when_its_sender_does_not_wait_for_the_answer(ps):
+    def gone(*_):
+        raise UnavailableError("chief:0 went away", "chief:0")
+
+    ps.chief.reply = gone
+    with pytest.raises(UnavailableError):
+        ps.handler.handle(ps.chief, messages.Goodbye())
+    assert ps.roster.outlook is Outlook.ABSENT
+
+
+# --- nonsense
+
+NONSENSE = {
+    "an arena that is not there": Push(1, 0, True, (Part(2, "add"),), ()),
+    "an arena before the first": Push(1, 0, True, (Part(-1, "add"),), ()),
+    "to pull an arena that is not there": Push(1, 0, True, (), (7,)),
+    "to pull an arena before the first": Push(1, 0, True, (), (-1,)),
+    "a rule where there is none": Push(1, 0, True, (Part(1, "rule", None, SGD.settings),), ()),
+    "a range beyond the end": Push(1, 0, True, (Part(0, "add", ((0, 10**9),)),), ()),
+    "a range before the start": Push(1, 0, True, (Part(0, "add", ((-4, 2),)),), ()),
+    "a range that runs backwards": Push(1, 0, True, (Part(0, "add", ((4, 2),)),), ()),
+    "an unknown setting": Push(1, 0, True, (Part(0, "rule", None, {"params": 1.0}),), ()),
+    "a good part and a bad one": Push(1, 0, True, (Part(0, "add"), Part(0, "add", ((9, 99),))), ()),
+    "a pull of an arena that is not there": messages.Pull((2,)),
+}
+
+
+@pytest.mark.parametrize("request_", NONSENSE.values(), ids=NONSENSE.keys())
+def test_nonsense_is_refused_and_changes_nothing(ps, request_):
+    refusal = ps.ask(request_)
+    assert isinstance(refusal, messages.Refused)
+    assert "ps:1" in refusal.message
+    assert ps.value() == [0.0] * 3
+    assert ps.store.global_step == 0
+    assert ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))) == messages.Applied(1, 0)
+
+
+@pytest.mark.parametrize("settings", [{"lr": None}, {"lr": (0.1, 0.2)}])
+def test_a_setting_that_torch_chokes_on_is_refused_and_the_next_push_is_good(ps, settings):
+    refusal = ps.ask(Push(1, 0, True, (Part(0, "rule", None, {**SGD.settings, **settings}),), ()))
+    assert isinstance(refusal, messages.Refused)
+    ps.store.arenas[0].values.zero_()
+    assert ps.ask(Push(2, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))) == messages.Applied(1, 0)
+    assert ps.value() == [-0.5] * 3
+
+
+def test_what_is_no_request_breaks_the_protocol(ps):
+    with pytest.raises(RemoteProtocolError, match="chief:0 sent Done"):
+        ps.ask(messages.Done())

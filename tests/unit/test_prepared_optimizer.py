@@ -1,0 +1,159 @@
+"""The optimizer that prepare gives back, beside the one that it was made from."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import paramserver as ps
+from paramserver.client import PushResult
+from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
+from paramserver.errors import ConfigError
+
+
+class Pusher:
+    """Counts pushes instead of making any."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> PushResult:
+        self.count += 1
+        return PushResult(self.count, 0)
+
+
+@pytest.fixture
+def original() -> optim.Optimizer:
+    return optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.fixture
+def pusher() -> Pusher:
+    return Pusher()
+
+
+@pytest.fixture
+def prepared(original: optim.Optimizer, pusher: Pusher) -> PreparedOptimizer:
+    return PreparedOptimizer(original, pusher)
+
+
+def test_a_step_pushes_once(prepared: PreparedOptimizer, pusher: Pusher) -> None:
+    assert prepared.last_push is None
+    assert prepared.step() is None
+    assert (pusher.count, prepared.last_push) == (1, PushResult(1, 0))
+
+
+def test_a_step_leaves_the_state_to_the_ps(prepared: PreparedOptimizer) -> None:
+    prepared.step()
+    assert not prepared.state
+    assert prepared.state_dict()["state"] == {}
+    assert prepared.state_dict()["param_groups"][0]["lr"] == 0.1
+
+
+def test_it_is_an_optimizer_of_the_same_groups(prepared: PreparedOptimizer, original: optim.Optimizer) -> None:
+    assert isinstance(prepared, optim.Optimizer)
+    assert prepared.param_groups is original.param_groups
+    assert prepared.defaults == original.defaults
+    assert "lr: 0.1" in repr(prepared)
+
+
+def test_more_parameters_are_refused(prepared: PreparedOptimizer) -> None:
+    with pytest.raises(ConfigError, match="add_param_group: a prepared optimizer cannot take more parameters"):
+        prepared.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_settings_are_loaded_into_the_same_groups(prepared: PreparedOptimizer, original: optim.Optimizer) -> None:
+    group = original.param_groups[0]
+    saved = copy.deepcopy(prepared.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    prepared.load_state_dict(saved)
+    assert prepared.param_groups is original.param_groups
+    assert original.param_groups[0] is group
+    assert group["lr"] == 0.5
+
+
+def test_state_cannot_be_loaded(prepared: PreparedOptimizer) -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    other = optim.Adam([parameter])
+    parameter.grad = torch.ones(1)
+    other.step()
+    with pytest.raises(ConfigError, match=r"state of a prepared optimizer lives on the parameter servers.* 1 param"):
+        prepared.load_state_dict(other.state_dict())
+
+
+def test_groups_that_do_not_fit_are_not_loaded(prepared: PreparedOptimizer) -> None:
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        prepared.load_state_dict({"state": {}, "param_groups": []})
+
+
+def test_it_cannot_be_copied_or_pickled(prepared: PreparedOptimizer) -> None:
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            duplicate(prepared)
+
+
+def test_hooks_of_all_optimizers_are_called(prepared: PreparedOptimizer) -> None:
+    calls: list[str] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("before")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("after")),
+    ]
+    prepared.step()
+    for handle in handles:
+        handle.remove()
+    prepared.step()
+    assert calls == ["before", "after"]
+
+
+def test_hooks_are_called_once_also_after_loading(prepared: PreparedOptimizer, original: optim.Optimizer) -> None:
+    """Loading has torch look for the hooks anew."""
+    prepared.load_state_dict(prepared.state_dict())
+    calls: list[optim.Optimizer] = []
+    original.register_step_pre_hook(lambda optimizer, *_: calls.append(optimizer))
+    prepared.step()
+    assert calls == [prepared]
+
+
+def test_a_schedule_of_either_never_warns(prepared: PreparedOptimizer, original: optim.Optimizer) -> None:
+    schedules = [optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (original, prepared)]
+    prepared.step()
+    for schedule in schedules:
+        schedule.step()
+    assert original.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+def test_a_schedule_before_the_first_step_warns_as_ever(prepared: PreparedOptimizer) -> None:
+    schedule = optim.lr_scheduler.ExponentialLR(prepared, 0.5)
+    with pytest.warns(UserWarning, match="lr_scheduler.step"):
+        schedule.step()
+
+
+# --- what may be prepared
+
+
+@pytest.mark.parametrize("rule", [optim.SGD, optim.Adagrad, optim.Adam, optim.ASGD, optim.Rprop, optim.RMSprop])
+def test_an_optimizer_that_has_made_steps_is_refused(rule: Callable[..., optim.Optimizer]) -> None:
+    optimizer = rule(nn.Linear(2, 2).parameters(), lr=0.1)
+    check_fresh(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        group["momentum"] = 0.9
+    optimizer.step()
+    with pytest.raises(ConfigError, match="the optimizer holds state of 2 parameters"):
+        check_fresh(optimizer)
+
+
+def test_prepare_refuses_an_optimizer_that_has_made_steps() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match="construct a new optimizer for prepare"):
+        ps.ParameterServerStrategy().prepare(model, optimizer)

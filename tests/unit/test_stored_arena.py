@@ -1,0 +1,151 @@
+"""Operations on pieces, whole blocks, and slots of variables that blocks cut."""
+
+import threading
+
+import pytest
+import torch
+
+from paramserver.arena import BLOCK, ArenaLayout, VariableSpec
+from paramserver.rules import describe
+from paramserver.server import allocate_private
+from paramserver.store.stored_arena import StoredArena, variable_slots
+
+ADAM = describe(torch.optim.Adam([torch.zeros(1)], lr=0.5), 0)
+SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=0.5), 0)
+
+
+def arena_of(*sizes, rule=SGD, dtype="float32"):
+    layout = ArenaLayout(dtype, rule, tuple(VariableSpec(f"v{i}", (size,), dtype) for i, size in enumerate(sizes)))
+    memory = allocate_private([layout])
+    return StoredArena(layout, memory.values[0], memory.versions[0]), memory.versions[0]
+
+
+def push(arena, source, operation="rule"):
+    for start, stop in arena.layout.pieces:
+        arena.apply(operation, (start, stop), source[start:stop], None)
+
+
+def test_assign_add_and_rule():
+    arena, versions = arena_of(4)
+    push(arena, torch.full((4,), 2.0), "assign")
+    push(arena, torch.ones(4), "add")
+    assert arena.values.tolist() == [3.0] * 4
+    push(arena, torch.ones(4))
+    assert arena.values.tolist() == [2.5] * 4
+    assert versions.tolist() == [6]
+
+
+def test_an_operation_reaches_its_piece_only():
+    arena, _ = arena_of(4)
+    arena.apply("add", (1, 3), torch.ones(2), None)
+    assert arena.values.tolist() == [0, 1, 1, 0]
+
+
+def test_a_read_copies():
+    arena, _ = arena_of(4)
+    out = torch.ones(2)
+    arena.read((1, 3), out)
+    arena.apply("add", (0, 4), torch.ones(4), None)
+    assert out.tolist() == [0, 0]
+
+
+def test_a_failed_operation_leaves_an_even_version():
+    arena, versions = arena_of(4)
+    with pytest.raises(ValueError, match="shape"):
+        arena.apply("rule", (0, 4), torch.ones(3), None)
+    assert versions.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("rule", "operation", "ranges", "settings", "words"),
+    [
+        (None, "rule", None, None, "no update rule"),
+        (SGD, "rule", None, {"params": 1.0}, "no setting 'params'"),
+        (SGD, "rule", ((0, 9),), None, r"\[0, 9\) .*8"),
+        (SGD, "assign", ((-1, 2),), None, r"\[-1, 2\)"),
+        (SGD, "add", ((2, 2),), None, r"\[2, 2\)"),
+        (SGD, "add", ((0, 2), (5, 3)), None, r"\[5, 3\)"),
+    ],
+)
+def test_what_cannot_be_applied_is_found_before_anything_is(rule, operation, ranges, settings, words):
+    arena, versions = arena_of(8, rule=rule)
+    with pytest.raises(ValueError, match=words):
+        arena.check(operation, ranges, settings)
+    assert versions.tolist() == [0]
+
+
+def test_what_can_be_applied_passes():
+    arena, _ = arena_of(8)
+    arena.check("rule", ((0, 8),), {"lr": 0.5})
+    arena.check("add", None, None)
+
+
+def test_a_snapshot_while_pushes_go_on_is_whole_in_each_block():
+    arena, _ = arena_of(2 * BLOCK)
+    one, over = torch.ones(2 * BLOCK), threading.Event()
+
+    def keep_adding():
+        while not over.is_set():
+            push(arena, one, "add")
+
+    thread = threading.Thread(target=keep_adding)
+    thread.start()
+    try:
+        snapshots = [arena.snapshot()[0] for _ in range(10)]
+    finally:
+        over.set()
+        thread.join()
+    assert arena.values[0] > 0
+    for values in snapshots:
+        for block in values.split(BLOCK):
+            assert block.min() == block.max()
+
+
+def test_slots_of_a_variable_that_blocks_cut_are_put_together():
+    arena, _ = arena_of(10, 2 * BLOCK, 10, rule=ADAM)
+    gradient = torch.randn(arena.layout.size)
+    push(arena, gradient)
+    _, runs = arena.snapshot()
+    for span in arena.layout.ranges:
+        slots = dict(variable_slots(span, runs))
+        assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}
+        assert slots["step"] == 1
+        torch.testing.assert_close(slots["exp_avg"], gradient[slice(*span)] * 0.1)
+
+
+def test_loaded_slots_go_on_as_if_nothing_had_happened():
+    arena, _ = arena_of(10, BLOCK, rule=ADAM)
+    gradient = torch.randn(arena.layout.size)
+    push(arena, gradient)
+    values, runs = arena.snapshot()
+    other, _ = arena_of(10, BLOCK, rule=ADAM)
+    push(other, values, "assign")
+    for span in arena.layout.ranges:
+        other.load_slots(span, dict(variable_slots(span, runs)))
+    other.join_runs()
+    push(arena, gradient)
+    push(other, gradient)
+    for span in arena.layout.ranges:
+        assert torch.equal(arena.values[slice(*span)], other.values[slice(*span)])
+
+
+@pytest.mark.parametrize("first", [0, BLOCK])
+def test_a_variable_of_which_only_a_part_has_slots_yet_has_none(first):
+    """A snapshot may fall into the first push, between two blocks of one variable."""
+    arena, _ = arena_of(2 * BLOCK, rule=ADAM)
+    arena.apply("rule", (first, first + BLOCK), torch.ones(BLOCK), None)
+    _, runs = arena.snapshot()
+    assert dict(variable_slots(arena.layout.ranges[0], runs)) == {}
+
+
+def test_slots_for_variables_that_no_optimizer_updates_do_not_fit():
+    arena, _ = arena_of(4, rule=None)
+    with pytest.raises(ValueError, match="no optimizer"):
+        arena.load_slots((0, 4), {"exp_avg": torch.zeros(4)})
+
+
+def test_slot_bytes_count_all_blocks():
+    arena, _ = arena_of(BLOCK + 4, rule=ADAM)
+    assert arena.slots_bytes == 0
+    push(arena, torch.ones(BLOCK + 4))
+    assert arena.slots_bytes == 2 * 4 * (BLOCK + 4) + 2 * 4

@@ -1,0 +1,254 @@
+"""ParameterServerStrategy: what it finds out about the cluster, and the scope and run of every strategy."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import paramserver as ps
+
+CLUSTER = {"chief": ["a:1"], "worker": ["b:1", "c:1"], "ps": ["d:1", "e:1", "f:1"]}
+
+
+def strategy(
+    cluster: dict[str, list[str]] | None = None, task_type: str | None = "worker", task_id: int | None = 0
+) -> ps.ParameterServerStrategy:
+    spec = ps.ClusterSpec(CLUSTER if cluster is None else cluster)
+    return ps.ParameterServerStrategy(ps.SimpleClusterResolver(spec, task_type=task_type, task_id=task_id))
+
+
+# --- construction
+
+
+def test_tf_config_says_who_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C01, C03."""
+    task = {"type": "worker", "index": 1}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": CLUSTER, "task": task}))
+    found = ps.ParameterServerStrategy()
+    assert (str(found.task), found.num_ps, found.cluster) == ("worker:1", 3, ps.ClusterSpec(CLUSTER))
+    assert isinstance(found.cluster_resolver, ps.TFConfigClusterResolver)
+
+
+@pytest.mark.parametrize("text", [None, "{}", '{"cluster": {}}'])
+def test_without_a_cluster_everything_is_in_one_process(text: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C02."""
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if text is not None:
+        monkeypatch.setenv("TF_CONFIG", text)
+    found = ps.ParameterServerStrategy()
+    assert (found.task, found.is_chief, bool(found.cluster), found.num_ps) == (None, True, False, 1)
+
+
+@pytest.mark.parametrize(("task_type", "task_id"), [(None, 0), ("", 0), ("worker", None)])
+def test_a_cluster_needs_a_task(task_type: str | None, task_id: int | None) -> None:
+    """C04."""
+    with pytest.raises(ValueError, match="task_type and task_id"):
+        strategy(task_type=task_type, task_id=task_id)
+
+
+def test_task_0_is_a_task() -> None:
+    """C04."""
+    assert str(strategy(task_type="worker", task_id=0).task) == "worker:0"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "task", "message"),
+    [
+        ({"worker": ["a:1"]}, ("worker", 0), "ps"),  # C05
+        ({"worker": ["a:1"], "ps": ["b:1"], "cook": ["c:1"]}, ("worker", 0), "cook"),  # C07
+        (CLUSTER, ("cook", 0), "cook"),  # C08
+        ({"worker": ["a:1"], "ps": ["b:1"]}, ("chief", 0), "chief"),  # C09
+        ({"chief": ["a:1", "b:1"], "ps": ["c:1"]}, ("chief", 0), "chief"),  # C10
+        (CLUSTER, ("worker", 2), "worker"),  # C11
+    ],
+)
+def test_a_cluster_that_cannot_work_is_refused(
+    cluster: dict[str, list[str]], task: tuple[str, int], message: str
+) -> None:
+    """C05 to C11."""
+    with pytest.raises(ValueError, match=message):
+        strategy(cluster, *task)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "task", "expected"),
+    [
+        (CLUSTER, ("chief", 0), True),
+        (CLUSTER, ("worker", 0), False),
+        (CLUSTER, ("ps", 0), False),
+        (CLUSTER, ("evaluator", 0), True),
+        ({"worker": ["a:1", "b:1"], "ps": ["c:1"]}, ("worker", 0), True),
+        ({"worker": ["a:1", "b:1"], "ps": ["c:1"]}, ("worker", 1), False),
+        ({"worker": ["a:1", "b:1"], "ps": ["c:1"]}, ("ps", 0), False),
+    ],
+)
+def test_who_is_the_chief(cluster: dict[str, list[str]], task: tuple[str, int], expected: bool) -> None:
+    """C12; W08: only the chief initializes, checkpoints and writes summaries."""
+    found = strategy(cluster, *task)
+    extended = found.extended
+    assert found.is_chief is expected
+    assert (extended.should_init, extended.should_checkpoint, extended.should_save_summary) == (expected,) * 3
+
+
+def test_devices_of_a_cluster() -> None:
+    """C13, C15."""
+    extended = strategy(task_id=1).extended
+    assert extended.parameter_devices == ("/job:ps/task:0", "/job:ps/task:1", "/job:ps/task:2")
+    assert extended.worker_devices == ("/job:worker/task:1/device:CPU:0",)
+    assert extended.worker_devices_by_replica == (("/job:worker/task:1/device:CPU:0",),)
+
+
+def test_devices_of_one_process() -> None:
+    """C17."""
+    extended = ps.ParameterServerStrategy().extended
+    assert (extended.parameter_devices, extended.worker_devices) == (("/device:CPU:0",), ("/device:CPU:0",))
+
+
+def test_construction_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """C19."""
+    with caplog.at_level("INFO", logger="paramserver"):
+        strategy(task_type="chief")
+    (record,) = caplog.records
+    for part in ("chief:0 (chief)", "'ps': ['d:1', 'e:1', 'f:1']", "3 ps", "/job:chief/task:0/device:CPU:0"):
+        assert part in record.getMessage()
+
+
+def test_construction_in_one_process_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """C19."""
+    with caplog.at_level("INFO", logger="paramserver"):
+        ps.ParameterServerStrategy()
+    assert [record.getMessage() for record in caplog.records] == ["<ParameterServerStrategy in one process>"]
+
+
+@pytest.mark.parametrize("cluster", [None, {}])
+def test_every_worker_runs_the_same_program(cluster: dict[str, list[str]] | None) -> None:
+    """W01: also in one process."""
+    assert strategy(cluster).extended.between_graph is True
+
+
+def test_replicas_are_those_of_this_worker() -> None:
+    """W06: never workers times replicas."""
+    assert strategy().num_replicas_in_sync == 1
+
+
+def test_nothing_that_is_passed_in_is_changed() -> None:
+    """F01."""
+    cluster = ps.ClusterSpec(CLUSTER)
+    resolver = ps.SimpleClusterResolver(cluster, task_type="worker", task_id=0)
+    ps.ParameterServerStrategy(resolver)
+    assert (cluster, resolver.task_type, resolver.task_id) == (ps.ClusterSpec(CLUSTER), "worker", 0)
+
+
+# --- scope and run
+
+
+def test_outside_of_any_scope() -> None:
+    """X01, as far as there is no default strategy."""
+    assert ps.get_strategy() is None
+    assert ps.has_strategy() is False
+
+
+def test_inside_a_scope_and_inside_it_again() -> None:
+    """X02, X03."""
+    entered = ps.ParameterServerStrategy()
+    with entered.scope() as same:
+        assert same is entered
+        with entered.scope():
+            assert ps.get_strategy() is entered
+        assert ps.get_strategy() is entered
+    assert not ps.has_strategy()
+
+
+def test_strategies_do_not_mix() -> None:
+    """X04, X08."""
+    one, other = ps.ParameterServerStrategy(), ps.ParameterServerStrategy()
+    with one.scope():
+        with pytest.raises(RuntimeError, match="Mixing different strategies"), other.scope():
+            pytest.fail("a second strategy was entered")
+        with pytest.raises(RuntimeError, match="Mixing different strategies"):
+            other.run(lambda: None)
+        assert ps.get_strategy() is one
+
+
+def test_a_scope_belongs_to_its_thread() -> None:
+    """X10."""
+    found: list[Any] = []
+    with ps.ParameterServerStrategy().scope():
+        thread = threading.Thread(target=lambda: found.append(ps.get_strategy()))
+        thread.start()
+        thread.join()
+    assert found == [None]
+
+
+def test_a_scope_is_left_by_an_exception() -> None:
+    """X11."""
+    with pytest.raises(KeyError), ps.ParameterServerStrategy().scope():
+        raise KeyError
+    assert not ps.has_strategy()
+
+
+def test_run_returns_what_the_function_returns() -> None:
+    """R05, R07: it needs no Estimator, and no scope."""
+    runner = ps.ParameterServerStrategy()
+    assert runner.run(lambda a, b: (a, b, ps.get_strategy()), args=(1,), kwargs={"b": 2}) == (1, 2, runner)
+    assert runner.run(lambda a: a, [3]) == 3
+
+
+@pytest.mark.parametrize("args", [torch.zeros(1), 3, "ab", {"a": 1}])
+def test_run_takes_a_list_or_a_tuple(args: Any) -> None:
+    """E04."""
+    with pytest.raises(ValueError, match="positional args must be a list or tuple"):
+        ps.ParameterServerStrategy().run(lambda a: a, args)
+
+
+# --- prepare
+
+
+@pytest.mark.parametrize("task", [("ps", 0), ("evaluator", 0)])
+def test_prepare_is_for_tasks_that_train(task: tuple[str, int]) -> None:
+    """C16."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ps.errors.ConfigError, match=f"this task is {task[0]}:0, which does not train"):
+        strategy(None, *task).prepare(model, optimizer)
+
+
+def test_in_one_process_a_strategy_may_prepare_again() -> None:
+    runner = ps.ParameterServerStrategy()
+    for _ in range(2):
+        model = nn.Linear(2, 2)
+        model, optimizer = runner.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        assert runner.global_step == 1
+
+
+def test_the_model_that_comes_back_is_the_one_that_was_given() -> None:
+    model = nn.Linear(2, 2)
+    prepared, _ = ps.ParameterServerStrategy().prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert prepared is model
+
+
+def test_closing_is_idempotent() -> None:
+    runner = ps.ParameterServerStrategy()
+    runner.close()
+    model = nn.Linear(2, 2)
+    runner.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    runner.close()
+    runner.close()
+
+
+def test_the_global_step_counts_steps() -> None:
+    runner = ps.ParameterServerStrategy()
+    assert runner.global_step == 0
+    model = nn.Linear(2, 2)
+    model, optimizer = runner.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert optimizer.last_push is None
+    for step in range(1, 4):
+        optimizer.step()
+        assert (runner.global_step, optimizer.last_push) == (step, (step, 0))
