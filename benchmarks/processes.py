@@ -25,6 +25,7 @@ from paramserver.launch.spec import HOST, THREAD_VARIABLES, LaunchOptions, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 END_LIMIT = 15.0
+COMPLAINT_BYTES = 16384
 
 
 class BenchmarkError(Exception):
@@ -126,13 +127,21 @@ class Child:
     def __repr__(self) -> str:
         return f"<Child {self.name} pid {self.pid}>"
 
+    @property
+    def last_words(self) -> str:
+        """The last line that it complained with, "" if it did not."""
+        complaints = os.pread(self._complaints.fileno(), COMPLAINT_BYTES, self._complaints_start())
+        lines = complaints.decode("utf-8", "replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "")
+
+    def _complaints_start(self) -> int:
+        return max(os.fstat(self._complaints.fileno()).st_size - COMPLAINT_BYTES, 0)
+
     def _failure(self) -> BenchmarkError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_LIMIT)
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode("utf-8", "replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        return BenchmarkError(f"{self.name} ended with code {self._process.returncode}: {last}")
+        code = self._process.returncode
+        return BenchmarkError(f"{self.name} ended with code {code}: {self.last_words or 'it said nothing'}")
 
 
 class Cluster:
@@ -200,6 +209,13 @@ class Crew:
         self._children.append(child)
         return child
 
+    def explain(self, error: BenchmarkError) -> BenchmarkError:
+        """The error, with what any process last complained about and the error does not say."""
+        others = [child for child in self._children if child.last_words and child.last_words not in str(error)]
+        return BenchmarkError(
+            "\n  ".join([str(error), *(f"{other.name} said: {other.last_words}" for other in others)])
+        )
+
     def close(self) -> None:
         """Kill whatever still runs."""
         for child in self._children:
@@ -214,6 +230,8 @@ def crew() -> Iterator[Crew]:
     created = Crew()
     try:
         yield created
+    except BenchmarkError as error:
+        raise created.explain(error) from error
     finally:
         created.close()
         signal.signal(signal.SIGTERM, before)

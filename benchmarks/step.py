@@ -303,7 +303,7 @@ def print_results(results: Sequence[Result]) -> None:
 
 def _speed_table(results: Iterable[Result]) -> Table:
     shown = _table("steps/s of all workers and of plain PyTorch", ("model", "lane", "tasks"))
-    for column in ("steps/s", "plain", "ratio", "ratios", "staleness", "largest"):
+    for column in ("steps/s", "plain", "ratio", "ratios", "staleness"):
         shown.add_column(column, justify="right")
     for result in results:
         shown.add_row(
@@ -314,8 +314,7 @@ def _speed_table(results: Iterable[Result]) -> Table:
             f"{result.plain_steps_per_second:,.4g}",
             f"{result.ratio:.2f}",
             f"{min(result.ratios):.2f}-{max(result.ratios):.2f}",
-            f"{result.staleness_mean:.1f}",
-            str(result.staleness_max),
+            f"{result.staleness_mean:.1f} (max {result.staleness_max})",
         )
     shown.caption = "tasks: workers + ps; plain PyTorch has as many threads as all workers together"
     return shown

@@ -30,7 +30,7 @@ def train_step(batch: list[torch.Tensor]) -> torch.Tensor:
     """One step on one batch: reduce over replicas, push, apply on the ps, pull."""
     optimizer.zero_grad()
     loss = F.cross_entropy(model(batch[0]), batch[1])
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     optimizer.step()
     return loss.detach()
 

@@ -136,7 +136,7 @@ def inspect(checkpoint: Annotated[str, typer.Argument(help="Its path.")]) -> Non
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(metavar="N", help="Global steps to train.")] = 2000,
+    steps: Annotated[int, typer.Option(metavar="N", help="Global steps to train.")] = 10_000,
     model_dir: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where to keep results; else a new directory.")
     ] = None,

@@ -105,7 +105,7 @@ class Lanes:
                 try:
                     self.exchange([Call(lane, messages.Goodbye(failure))])
                 except ParameterServerError as error:
-                    logger.debug("%s was told goodbye in vain: %s", lane.task, error)
+                    logger.debug("%s was told goodbye in vain: %s", lane.task, str(error))
         self.close()
 
     def close(self) -> None:

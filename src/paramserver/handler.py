@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,9 +60,9 @@ class RequestHandler:
             raise
         except ParameterServerError as error:
             session.reply(refused(error))
-        except Exception as error:  # a peer's nonsense, or a fault of ours, must not end anybody's session
+        except Exception as error:  # noqa: BLE001  # a peer's nonsense, or a fault of ours, must not end anybody's session
             what = f"{self._store.task} could not carry out a {type(request).__name__} of {session.task}"
-            logger.warning("%s", what, exc_info=True)
+            logger.warning("%s:\n%s", what, traceback.format_exc())  # as text: a kept record must not keep arenas
             session.reply(messages.Refused("refused", f"{what}: {type(error).__name__}: {error}"))
 
     def _push(self, session: Session, push: messages.Push) -> None:

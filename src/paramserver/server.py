@@ -137,7 +137,6 @@ class Server:
         for thread, close in connections.items():
             close()
             thread.join()
-        self._store.release()
 
     def request_stop(self) -> None:
         """Let `join` end soon. Does not block, so that a signal handler may call it."""
@@ -168,7 +167,7 @@ class Server:
                     with contextlib.closing(session):
                         self._converse(session)
         except ParameterServerError as error:
-            logger.warning("%s: %s", self.task, error)
+            logger.warning("%s: %s", self.task, str(error))  # as text: a kept record must not keep the session
         except Exception:  # one connection's end must not be the end of another's
             logger.exception("%s: a connection has failed", self.task)
         finally:

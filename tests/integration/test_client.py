@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from torch import nn
 
-import paramserver as ps
 from paramserver.arena import BLOCK, ArenaLayout, VariableSpec
+from paramserver.cluster import Role, TaskId
+from paramserver.distribute import connection
 from paramserver.errors import (
     CheckpointError,
     DeadlineError,
@@ -179,6 +179,7 @@ def test_a_refused_push_leaves_the_client_usable(cluster, parts):
 
 def test_a_ps_that_is_lost_is_named_and_the_other_hears_the_goodbye(cluster):
     client, _ = start(cluster)
+    worker = cluster.client("worker:0")
     cluster.servers[1].stop()
     for _ in range(2):
         with pytest.raises(UnavailableError, match="ps:1") as caught:
@@ -186,7 +187,7 @@ def test_a_ps_that_is_lost_is_named_and_the_other_hears_the_goodbye(cluster):
         assert caught.value.task == "ps:1"
     client.goodbye("ps:1 was lost")
     with pytest.raises(RefusedError, match=r"chief:0 failed.*ps:1 was lost"):
-        cluster.client("worker:0").await_ready(PATIENCE)
+        worker.await_ready(PATIENCE)
 
 
 def test_after_the_goodbye_a_client_says_so(cluster):
@@ -199,25 +200,27 @@ def test_after_the_goodbye_a_client_says_so(cluster):
             call()
 
 
-def test_a_lane_that_was_interrupted_is_closed_without_a_word(cluster):
-    client, _ = start(cluster)
-    lane = client.lanes.each()[0]
+@pytest.mark.parametrize("where", ["start", "finish"])
+def test_a_lane_that_was_interrupted_is_closed_without_a_word(where):
+    """The ps must not take the goodbye for the rest of a payload. It sees a chief that was lost, not one that left."""
+    with LocalCluster(ps=1, lane="tcp", grace=0) as cluster:
+        client = cluster.client("chief:0")
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+        def interrupt(*_):
+            raise KeyboardInterrupt
 
-    lane.start = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        client.push_pull(each("add"), WHOLE, counts=True)
-    client.goodbye()
-    assert cluster.client("worker:0").status()[0].joined == ("worker:0",)
+        setattr(client.lanes.each()[0], where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.status()
+        client.goodbye()
+        with pytest.raises(UnavailableError, match="chief:0 was lost"):
+            cluster.servers[0].join()
 
 
 def test_a_client_that_is_dropped_says_goodbye():
     with LocalCluster(ps=1, workers=1) as cluster:
-        strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
-        model = nn.Linear(2, 1)
-        strategy.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        del strategy, model
+        client = connection.to_cluster(cluster.spec, TaskId(Role.CHIEF, 0), PATIENCE)
+        assert client.status()[0].joined == ("chief:0",)
+        del client
         gc.collect()
         cluster.servers[0].join()

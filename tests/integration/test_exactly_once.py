@@ -30,8 +30,8 @@ def dial(request):
             return lanes[-1]
 
         yield dial
-        for lane in lanes:
-            lane.close()
+        while lanes:
+            lanes.pop().close()
 
 
 def ask(lane, request, outgoing=(), incoming=()):
@@ -89,15 +89,24 @@ def test_a_push_that_was_refused_may_be_repeated(dial):
     assert memory.values[0].tolist() == [-1] * 8
 
 
-def test_what_comes_before_the_variables_are_declared_is_refused(dial):
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), ()),
+        Push(1, 0, True, (Part(3, "add"),), ()),
+        Push(1, 0, True, (), (7,)),
+        messages.Pull((7,)),
+        messages.Share(),
+    ],
+)
+def test_what_comes_before_the_variables_are_declared_is_refused_and_changes_nothing(dial, request_):
     begin(dial("chief:0", "chief"))
     lane = dial("worker:0", "first")
-    for request in (Push(1, 0, True, (Part(0, "rule"),), ()), Push(2, 0, True, (), (0,)), messages.Pull((0,))):
-        answer = ask(lane, request)
-        if isinstance(answer, messages.Refused):
-            assert "worker:0" in answer.message
-    memory = begin(lane)
-    assert push(lane, 3).staleness <= 2
+    assert isinstance(ask(lane, request_), messages.Refused)
+    lane.close()
+    again = dial("worker:0", "second")
+    memory = begin(again)
+    assert push(again, 1).global_step == 1
     assert memory.values[0].tolist() == [-1] * 8
 
 

@@ -66,7 +66,7 @@ def test_the_job_and_the_index_may_be_left_out_where_there_is_one():
         ({"ps": ["a:1", "b:1"]}, None, None, ValueError, "explicit task_index"),
         ({"ps": ["a:1"]}, "ps", 1, ValueError, "index 1"),
         ({"ps": ["a:1"]}, "ps", -1, ValueError, "index -1"),
-        ({"ps": ["a:1"]}, "worker", 0, ValueError, "'worker'"),
+        ({"ps": ["a:1"]}, "worker", 0, ValueError, "worker:0 cannot serve"),
         ({"ps": ["a:1"], "worker": ["b:1"]}, "worker", 0, ValueError, "worker:0 cannot serve"),
         (["a:1"], "ps", 0, TypeError, "cluster"),
         (None, "ps", 0, TypeError, "cluster"),

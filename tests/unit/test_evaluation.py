@@ -62,7 +62,8 @@ def test_steps_limits_the_batches():
 
 
 def test_a_metric_gets_what_the_loss_computed_and_the_model_runs_once():
-    metric, of = Seen(), spec(eval_metrics={"seen": (metric := Seen())})
+    metric = Seen()
+    of = spec(eval_metrics={"seen": metric})
     assert run(of)["seen"] == 0.5
     assert metric.updates == [([[2.0]], [0.0]), ([[6.0]], [5.0])]
     assert of.model.calls == 2

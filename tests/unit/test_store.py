@@ -104,7 +104,6 @@ def test_what_cannot_be_created_is_refused_and_leaves_the_store_empty(allocate, 
         store.create(bad)
     store.create(MODEL)
     assert len(store.arenas) == len(MODEL)
-    store.release()
 
 
 # --- readiness

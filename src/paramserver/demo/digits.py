@@ -20,7 +20,7 @@ import paramserver as ps
 TEST_IMAGES = 297
 BATCH_SIZE = 32
 CLASSES = 10
-EVALUATIONS = 5
+CHECKPOINTS = 10
 
 
 def datasets() -> tuple[TensorDataset, TensorDataset]:
@@ -60,7 +60,7 @@ def main(model_dir: str, max_steps: int) -> None:
     config = ps.estimator.RunConfig(
         model_dir=model_dir,
         seed=1,
-        save_checkpoints_steps=max(max_steps // EVALUATIONS, 1),
+        save_checkpoints_steps=max(max_steps // CHECKPOINTS, 1),
         train_distribute=ps.ParameterServerStrategy(),
     )
     exporter = ps.estimator.FinalExporter("final")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -91,36 +90,30 @@ class RunProgress:
         return Group(bar, tasks)
 
     def summary(self) -> RenderableType:
-        """What came of the run."""
-        return Group(self._evaluation_table(), Text(), self._result_table())
+        """What came of the run, but for the `results`."""
+        return Group(Text("Evaluations on the test images", style="bold"), self._evaluation_table())
+
+    def results(self) -> list[tuple[str, str]]:
+        """Title and text of each result. Apart from `summary`, because a path must not be cut to fit a table."""
+        updates = [f"{name} {task.updates}" for name, task in self.tasks.items() if task.updates is not None]
+        found = [("global steps/s", f"{self.steps_per_second:,.0f}"), ("updates applied", ", ".join(updates))]
+        if self.evaluations:
+            found.insert(0, ("test accuracy", f"{self.evaluations[-1]['accuracy']:.3f}"))
+        counted = self.tasks.get("ps:0")
+        if counted and counted.mean_staleness is not None:
+            found.append(("staleness", f"mean {counted.mean_staleness:.2f}, largest {counted.largest_staleness}"))
+        return found + [(title, self.paths[key]) for key, title in SHOWN_PATHS.items() if key in self.paths]
 
     def _rate(self) -> str:
         rates = [task.steps_per_second for task in self.tasks.values() if task.steps_per_second]
         return f"{max(rates):,.0f} steps/s" if rates else ""
 
     def _evaluation_table(self) -> Table:
-        table = Table("step", "accuracy", "loss", title="Evaluations on the test images", title_justify="left")
+        table = Table("step", "accuracy", "loss")
         for column in table.columns:
             column.justify = "right"
         for metrics in self.evaluations:
             table.add_row(f"{metrics['global_step']:.0f}", f"{metrics['accuracy']:.3f}", f"{metrics['loss']:.4f}")
-        return table
-
-    def _result_table(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        if self.evaluations:
-            table.add_row("test accuracy", f"{self.evaluations[-1]['accuracy']:.3f}")
-        table.add_row("global steps/s", f"{self.steps_per_second:,.0f}")
-        updates = [f"{name} {task.updates}" for name, task in self.tasks.items() if task.updates is not None]
-        table.add_row("updates applied", ", ".join(updates))
-        counted = self.tasks.get("ps:0")
-        if counted and counted.mean_staleness is not None:
-            table.add_row("staleness", f"mean {counted.mean_staleness:.2f}, largest {counted.largest_staleness}")
-        for key, title in SHOWN_PATHS.items():
-            if key in self.paths:
-                table.add_row(title, _short(self.paths[key]))
         return table
 
 
@@ -132,9 +125,3 @@ def _staleness(task: TaskProgress) -> str:
     if task.mean_staleness is None:
         return ""
     return f"{task.mean_staleness:.2f} (max {task.largest_staleness})"
-
-
-def _short(path: str) -> str:
-    """Relative where that is shorter to read."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
 from paramserver.cluster.report import Report
+from paramserver.cluster.task import TaskId
 from paramserver.demo.progress import RunProgress, TaskProgress
 from paramserver.errors import ConfigError
 from paramserver.launch.local import launch
-from paramserver.launch.output import OutputLine
+from paramserver.launch.output import OutputLine, Printer
 from paramserver.launch.spec import LaunchOptions
 
 SCRIPT = Path(__file__).with_name("digits.py")
 KEPT_LINES = 200
+INTERRUPTED = 128 + signal.SIGINT
 TASKS = ("chief:0", "worker:0", "ps:0", "ps:1", "evaluator:0")
 
 
@@ -45,13 +48,12 @@ def run_demo(steps: int, model_dir: str | None = None, lane: str = "auto") -> in
     options = LaunchOptions(
         script=str(SCRIPT), args=(str(folder), str(steps)), ps=2, workers=2, evaluator=True, lane=lane
     )
-    console.print(f"Training on handwritten digits: chief, worker, two ps tasks, evaluator; model_dir {folder}")
+    console.print("Training on handwritten digits: chief, worker, two ps tasks and an evaluator")
     code = _watched(options, progress, lines, console)
     if code:
-        for line in lines:
-            console.print(f"{line.task or 'launch'} | {line.text}", markup=False, highlight=False)
+        _tell_failure(lines, code == INTERRUPTED)
     else:
-        console.print(progress.summary())
+        _tell_results(progress, console)
     return code
 
 
@@ -60,6 +62,22 @@ def _watched(options: LaunchOptions, progress: RunProgress, lines: deque[OutputL
         return launch(options, on_report=_printing(progress, console), on_output=lines.append)
     with Live(get_renderable=progress.live, console=console, transient=True, refresh_per_second=8):
         return launch(options, on_report=progress.take, on_output=lines.append)
+
+
+def _tell_results(progress: RunProgress, console: Console) -> None:
+    console.print(progress.summary())
+    results = progress.results()
+    width = max(len(title) for title, _ in results)
+    for title, text in results:
+        console.print(f"{title:<{width}}  {text}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _tell_failure(lines: Iterable[OutputLine], by_user: bool) -> None:
+    """What the tasks have printed; where the user has ended the run, only what the launcher has."""
+    show = Printer(TaskId.parse(task) for task in TASKS)
+    for line in lines:
+        if line.task is None or not by_user:
+            show(line)
 
 
 def _printing(progress: RunProgress, console: Console) -> Callable[[Report], None]:

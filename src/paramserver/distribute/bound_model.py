@@ -12,13 +12,14 @@ Rules
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import compress
 
 import torch
 
 from paramserver.arena import ALIGNMENT, DTYPES, VariableSpec, merge
 from paramserver.client import ParameterClient, PushResult
+from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.variables import ArenaPlan, Kind, Variable
 from paramserver.errors import ConfigError
 from paramserver.rules import rule_class, setting_names, settings
@@ -76,6 +77,11 @@ class TrainedArena(BoundArena):
     def bind(self) -> None:
         views = zip(self.plan.variables, self.plan.layout.views(self.values), self._gradient_views, strict=True)
         self._parameters = [_BoundParameter(variable, value, gradient) for variable, value, gradient in views]
+
+    def gradient_places(self) -> Iterator[GradientPlace]:
+        """Where each parameter's gradient belongs."""
+        for variable, view in zip(self.plan.variables, self._gradient_views, strict=True):
+            yield GradientPlace(variable.tensor, view)
 
     def parts(self) -> list[Part]:
         present = [parameter.has_gradient() for parameter in self._parameters]
@@ -194,6 +200,11 @@ class BoundModel:
             arena.bind()
             arena.pulled()
 
+    def gradient_places(self) -> dict[int, GradientPlace]:
+        """Where each parameter's gradient belongs, by the id of the parameter."""
+        trained = (arena for arena in self._each() if isinstance(arena, TrainedArena))
+        return {id(place.parameter): place for arena in trained for place in arena.gradient_places()}
+
     def step(self) -> PushResult:
         """Push the gradients and what buffers changed by, and pull fresh values: one message to each ps."""
         parts = [[part for arena in arenas for part in arena.parts()] for arenas in self._arenas]
@@ -231,7 +242,8 @@ def _land(spec: VariableSpec, view: torch.Tensor, parameter: torch.Tensor) -> No
             "use nn.Embedding(..., sparse=False)"
         )
     _same_kind(spec, parameter)
-    view.copy_(gradient.detach())
+    if gradient.data_ptr() != view.data_ptr():  # a large layer has computed it in its place
+        view.copy_(gradient.detach())
     parameter.grad = view
 
 

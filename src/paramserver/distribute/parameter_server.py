@@ -24,6 +24,7 @@ from paramserver.cluster import (
 )
 from paramserver.distribute import connection, variables
 from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.direct_gradients import make_direct
 from paramserver.distribute.input import DistributedDataset, InputContext
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
 from paramserver.distribute.strategy import Strategy, StrategyExtended
@@ -166,6 +167,7 @@ class ParameterServerStrategy(Strategy):
             client.join(layouts)
             bound = BoundModel(arenas, client.open(), optimizer.param_groups, client)
         bound.bind()
+        make_direct(model, bound.gradient_places())
         self._separate_random_streams()
         return model, PreparedOptimizer(optimizer, bound.step)
 

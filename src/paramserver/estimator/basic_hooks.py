@@ -368,6 +368,7 @@ class CheckpointSaverHook(TrainingHook):
         for listener in self.listeners:
             listener.before_save(session, step)
         path = session.save()
+        step = session.global_step  # other workers may have moved it until the checkpoint was begun
         _log.info("saved a checkpoint of step %d to %s", step, path)
         for listener in self.listeners:
             # All are told, also after the first that wants to stop.

@@ -202,12 +202,14 @@ class Estimator:
         path = checkpoint_path or self.latest_checkpoint()
         if path is None:
             raise ConfigError(f"export: there is no checkpoint in {self.model_dir}; train first")
+        values = read_values(path)
         Path(export_path).mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".export-", dir=export_path))
-        save_file(read_values(path), aside / WEIGHTS_FILE, metadata={"format": "pt"})
-        target = _free_timestamp(Path(export_path))
-        aside.chmod(0o755)
-        aside.rename(target)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=export_path) as aside:
+            folder = Path(aside, "model")
+            folder.mkdir()
+            save_file(values, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            target = _free_timestamp(Path(export_path))
+            folder.rename(target)
         return str(target)
 
     def __repr__(self) -> str:

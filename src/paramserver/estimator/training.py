@@ -106,7 +106,8 @@ def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
         strategy.close()  # it came too late to be of use, but nothing is wrong with it
         raise
     except BaseException as error:
-        strategy.close(failure=f"{type(error).__name__}: {error}")
+        in_cluster = strategy.task is not None  # else there is nobody to tell
+        strategy.close(failure=f"{type(error).__name__}: {error}" if in_cluster else "")
         raise
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from paramserver.arena import DTYPES, ArenaLayout, StoreMemory, VariableSpec
 from paramserver.errors import ModelMismatchError, RefusedError
@@ -64,7 +63,9 @@ class Store:
         with self._changed:
             if self.memory is None:
                 _check(self.task, layouts)
-                self.memory, self.arenas = self._make(layouts)
+                memory = self._allocate(layouts)
+                self.arenas = list(map(StoredArena, layouts, memory.values, memory.versions))
+                self.memory = memory  # last: until here it may fail, and the store be empty still
             return self.compare(layouts)
 
     def compare(self, layouts: Sequence[ArenaLayout]) -> StoreMemory:
@@ -90,13 +91,6 @@ class Store:
             raise RefusedError(f"{self.task} has no arena {index}; {len(self.arenas)} were declared", self.task)
         return self.arenas[index]
 
-    def _make(self, layouts: Sequence[ArenaLayout]) -> tuple[StoreMemory, list[StoredArena]]:
-        memory = self._allocate(layouts)
-        try:
-            return memory, list(map(StoredArena, layouts, memory.values, memory.versions))
-        except BaseException:
-            _release(memory)
-            raise
 
     @property
     def is_ready(self) -> bool:
@@ -138,12 +132,6 @@ class Store:
             self._closed = True
             self._changed.notify_all()
 
-    def release(self) -> None:
-        """Offer the memory to nobody any more, once no session is left. Idempotent."""
-        if self.memory is not None:
-            _release(self.memory)
-            self.memory = replace(self.memory, descriptor=None)
-
     # --- steps
 
     @property
@@ -181,11 +169,6 @@ class Store:
 
     def __repr__(self) -> str:
         return f"<Store of {self.task}: {len(self.arenas)} arenas, global step {self._global_step}>"
-
-
-def _release(memory: StoreMemory) -> None:
-    if memory.descriptor is not None:
-        os.close(memory.descriptor)
 
 
 def _check(task: str, layouts: Sequence[ArenaLayout]) -> None:

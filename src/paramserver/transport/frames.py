@@ -222,12 +222,10 @@ class FrameSocket:
         if self._is_closed:
             return UnavailableError(f"the connection to {self.task} was closed by this task already", self.task)
         if isinstance(error, BlockingIOError):
-            return UnavailableError(
-                f"{self.task} neither sent nor took anything for {self._timeout:g} s; is that process stopped?", self.task
-            )
-        return UnavailableError(
-            f"lost the connection to {self.task}: {error.strerror or error}; has that process died?", self.task
-        )
+            waited = f"{self.task} neither sent nor took anything for {self._timeout:g} s"
+            return UnavailableError(f"{waited}; is that process stopped?", self.task)
+        reason = error.strerror or error
+        return UnavailableError(f"lost the connection to {self.task}: {reason}; has that process died?", self.task)
 
 
 def _tune(connection: socket.socket) -> None:

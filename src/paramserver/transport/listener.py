@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import secrets
+import select
 import selectors
 import socket
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ from collections.abc import Iterator
 from paramserver.errors import UnavailableError
 from paramserver.transport import memory
 
+logger = logging.getLogger(__name__)
+
 BACKLOG = 1024
+RETRY_INTERVAL = 1.0
+"""Seconds before the next try where a connection cannot be taken for want of descriptors."""
 
 
 class Listener:
@@ -30,12 +35,12 @@ class Listener:
 
     def __init__(self, address: str, task: str, descriptor: int | None = None) -> None:
         self.is_closed = False
+        self._task = task
         self._sockets = [_listen(address, task) if descriptor is None else socket.socket(fileno=descriptor)]
-        self.local_socket = ""
-        if memory.can_share():
-            self.local_socket = f"paramserver-{secrets.token_hex(16)}"
-            self._sockets.append(_listen_locally(self.local_socket))
         self._port: int = self._sockets[0].getsockname()[1]
+        self.local_socket = f"paramserver-{secrets.token_hex(16)}" if memory.can_share() else ""
+        if self.local_socket:
+            self._sockets.append(_listen_locally(self.local_socket))
         self._wake: tuple[int, ...] = os.pipe()
 
     @property
@@ -52,12 +57,12 @@ class Listener:
             selector.register(self._wake[0], selectors.EVENT_READ)
             while not self.is_closed:
                 for key, _ in selector.select():
-                    if isinstance(key.fileobj, socket.socket):
-                        with contextlib.suppress(BlockingIOError, ConnectionError):  # it went away again
-                            yield key.fileobj.accept()[0]
+                    if isinstance(key.fileobj, socket.socket) and (connection := self._accept(key.fileobj)):
+                        yield connection
 
     def release(self) -> None:
         """Close the sockets, after `connections` has ended or where it never began. Idempotent."""
+        self.is_closed = True
         for listening in self._sockets:
             listening.close()
         self._sockets = []
@@ -71,24 +76,31 @@ class Listener:
             self.is_closed = True
             os.write(self._wake[1], b"\0")
 
+    def _accept(self, listening: socket.socket) -> socket.socket | None:
+        try:
+            return listening.accept()[0]
+        except (BlockingIOError, ConnectionError):  # it went away again
+            return None
+        except OSError as error:  # out of descriptors, most likely: others are served on, and may leave some
+            logger.warning("%s cannot take another connection: %s; raise the limit (ulimit -n)", self._task, error)
+            select.select([self._wake[0]], [], [], RETRY_INTERVAL)
+            return None
+
 
 def _listen(address: str, task: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host if _is_loopback(host) else "", int(port)))
-        listening.listen(BACKLOG)
+        return socket.create_server(
+            (host if _is_loopback(host) else "", int(port)), family=family, backlog=BACKLOG, dualstack_ipv6=False
+        )
     except OSError as error:
-        listening.close()
         raise UnavailableError(
-            f"{task} cannot listen on {address}: {error.strerror}; "
+            f"{task} cannot listen on {address}: {os.strerror(error.errno or 0)}; "
             "is another process using that port, or is the address in TF_CONFIG wrong?",
             task,
         ) from error
-    return listening
 
 
 def _listen_locally(name: str) -> socket.socket:

@@ -146,8 +146,7 @@ def store_memory(layouts: Sequence[ArenaLayout], file: SharedFile | None) -> Sto
     for layout in layouts:
         versions.append(counters[first : first + num_blocks(layout.size)])
         first += num_blocks(layout.size)
-    values = _carve(layouts, data, start=_versions_bytes(layouts))
-    return StoreMemory(values, versions, file)
+    return StoreMemory(_carve(layouts, data, start=_versions_bytes(layouts)), versions, file)
 
 
 def _versions_bytes(layouts: Sequence[ArenaLayout]) -> int:

@@ -89,7 +89,7 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
     return header
 
 
-def decode(body: bytes | memoryview, peer: str) -> AnyMessage:
+def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:
     """The message of a frame.
 
     Raises:

@@ -15,13 +15,13 @@ from paramserver.rules import Setting
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The root of all messages."""
+    """The root of all messages. Each subclass says ``frozen`` again for type checkers, which do not inherit it."""
 
 
 # --- the handshake ---------------------------------------------------------------------------------------------
 
 
-class Challenge(Message):
+class Challenge(Message, frozen=True):
     """A ps to whoever connects: who I am, prove who you are; and a shorter way, if you are on my host."""
 
     task: str
@@ -29,7 +29,7 @@ class Challenge(Message):
     local_socket: str
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """The answer to a challenge."""
 
     task: str
@@ -41,7 +41,7 @@ class Hello(Message):
     nonce: bytes
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """A ps has accepted the sender of Hello, and proves that it belongs to the run too."""
 
     proof: bytes
@@ -50,14 +50,14 @@ class Welcome(Message):
 # --- requests --------------------------------------------------------------------------------------------------
 
 
-class Declare(Message):
+class Declare(Message, frozen=True):
     """The arenas that this ps is to hold. The chief creates them; everyone else is compared with them."""
 
     arenas: tuple[ArenaLayout, ...]
     create: bool
 
 
-class Share(Message):
+class Share(Message, frozen=True):
     """Offers the worker's gradient memory (descriptors travel beside it) and asks for the ps's values."""
 
 
@@ -70,7 +70,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     settings: dict[str, Setting] | None = None
 
 
-class Push(Message):
+class Push(Message, frozen=True):
     """Gradients, and the wish to have fresh values back. Applied once, however often it arrives.
 
     The payload holds the parts' ranges, in order; the reply's payload holds the arenas of ``pull``, whole.
@@ -86,31 +86,31 @@ class Push(Message):
     pull: tuple[int, ...]
 
 
-class Pull(Message):
+class Pull(Message, frozen=True):
     """Asks for the values of whole arenas."""
 
     arenas: tuple[int, ...]
 
 
-class MarkReady(Message):
+class MarkReady(Message, frozen=True):
     """The chief has initialized or restored every variable."""
 
     global_step: int
 
 
-class AwaitReady(Message):
-    """Asks to be told when the chief has initialized the variables; answered after ``timeout`` seconds at the latest."""
+class AwaitReady(Message, frozen=True):
+    """Asks to be told when the chief has initialized the variables; answered within ``timeout`` seconds."""
 
     timeout: float
 
 
-class AwaitWorkers(Message):
+class AwaitWorkers(Message, frozen=True):
     """The chief asks who else still trains; answered when nobody does, or after ``timeout`` seconds."""
 
     timeout: float
 
 
-class Save(Message):
+class Save(Message, frozen=True):
     """Write this ps's shard of a checkpoint into a directory that both tasks see."""
 
     directory: str
@@ -118,17 +118,17 @@ class Save(Message):
     num_shards: int
 
 
-class Restore(Message):
+class Restore(Message, frozen=True):
     """Read this ps's variables and slots from a whole checkpoint."""
 
     directory: str
 
 
-class GetStatus(Message):
+class GetStatus(Message, frozen=True):
     """Asks what a ps holds and has done."""
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """The sender has finished (``failure`` empty) or cannot go on."""
 
     failure: str = ""
@@ -137,37 +137,37 @@ class Goodbye(Message):
 # --- replies ---------------------------------------------------------------------------------------------------
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """The request was carried out."""
 
 
-class Declared(Message):
+class Declared(Message, frozen=True):
     """The arenas exist and agree. ``ready``: they hold trained or initial values already."""
 
     ready: bool
 
 
-class Applied(Message):
+class Applied(Message, frozen=True):
     """A push was applied. ``staleness`` is the global step it met, less its local step."""
 
     global_step: int
     staleness: int
 
 
-class State(Message):
+class State(Message, frozen=True):
     """Whether the variables are initialized, and the global step."""
 
     ready: bool
     global_step: int
 
 
-class Remaining(Message):
+class Remaining(Message, frozen=True):
     """The other workers that are still connected."""
 
     tasks: tuple[str, ...]
 
 
-class Saved(Message):
+class Saved(Message, frozen=True):
     """The files of a shard, and which variable or slot lies in which."""
 
     weight_map: dict[str, str]
@@ -177,7 +177,7 @@ class Saved(Message):
     """Seconds for which pushes had to wait, at most."""
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     """What a ps holds and has done since it started."""
 
     task: str
@@ -191,7 +191,7 @@ class Status(Message):
     joined: tuple[str, ...]
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """A request was understood and refused. ``kind`` chooses the exception that the client raises."""
 
     kind: Literal["refused", "token", "model", "over", "checkpoint"]

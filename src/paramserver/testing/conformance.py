@@ -1,0 +1,420 @@
+"""A kit that checks any lane and its session: those of paramserver, and one of your own.
+
+A check is a function of a *maker*; it raises ``AssertionError`` and says what was expected. `LANE_CHECKS` hold for
+every pair, `CONNECTION_CHECKS` for those whose session waits for requests.
+
+Example:
+    >>> import contextlib
+    >>> from paramserver.transport.in_process import InProcessLane, InProcessSession
+    >>> @contextlib.contextmanager
+    ... def in_process():
+    ...     handlers = []
+    ...     session = InProcessSession("worker:0", "an incarnation")
+    ...     lane = InProcessLane("ps:0", session, lambda *request: handlers[0](*request))
+    ...     yield Pair(lane, session, lambda handle: contextlib.nullcontext(handlers.append(handle)))
+    >>> for check in LANE_CHECKS:
+    ...     check(in_process)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+
+from paramserver.arena import BLOCK, ArenaLayout, Range, StoreMemory, VariableSpec, pieces, tensor_bytes
+from paramserver.errors import UnavailableError
+from paramserver.transport import memory
+from paramserver.transport.lane import Lane, Piece, Session, WorkerMemory
+from paramserver.wire import messages
+from paramserver.wire.messages import Part, Reply, Request
+
+TIMEOUT = 30.0
+"""Seconds after which something that should have happened has not."""
+
+Handle = Callable[[Session, Request], None]
+
+
+class Pair(NamedTuple):
+    """The two ends of one connection.
+
+    Attributes:
+        lane: The worker's end.
+        session: The ps's end.
+        serve: A context in which a function carries out each request on the session, such as `serving`.
+    """
+
+    lane: Lane
+    session: Session
+    serve: Callable[[Handle], AbstractContextManager[None]]
+
+
+Maker = Callable[[], AbstractContextManager[Pair]]
+"""Yields a connected pair; closes both ends at its exit."""
+
+
+@contextlib.contextmanager
+def serving(session: Session, handle: Handle) -> Iterator[None]:
+    """Serve a session that waits for requests on a thread, which ends with this context, as does the session.
+
+    Raises:
+        Exception: What ``handle`` raised.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix=f"serves {session.task}") as pool:
+        served = pool.submit(_converse, session, handle)
+        try:
+            yield
+        finally:
+            session.close()
+            served.result(TIMEOUT)
+
+
+def _converse(session: Session, handle: Handle) -> None:
+    with contextlib.closing(session):
+        while (request := session.receive()) is not None:
+            handle(session, request)
+
+
+# --- both sides, as simple as can be -----------------------------------------------------------------------------
+
+
+class Shelf:
+    """A ps without rules: keeps what it is told, and writes down what arrives.
+
+    Attributes:
+        memory: What it holds.
+        arrived: Each piece of a gradient that was pushed, in order.
+        requests: Each request.
+        limit: How many pieces of a push it reads before it refuses it; None if it takes them all.
+    """
+
+    def __init__(self) -> None:
+        self.memory = StoreMemory([], [])
+        self.arrived: list[tuple[Piece, torch.Tensor]] = []
+        self.requests: list[Request] = []
+        self.limit: int | None = None
+        self._layouts: Sequence[ArenaLayout] = ()
+        self._lock = threading.Lock()
+
+    def handle(self, session: Session, request: Request) -> None:
+        """Carry out a request."""
+        self.requests.append(request)
+        match request:
+            case messages.Declare(arenas):
+                self._declare(session, arenas)
+            case messages.Push(parts=parts, pull=pull):
+                self._push(session, _pieces(self._layouts, parts), pull)
+            case messages.Pull(arenas):
+                session.reply(messages.State(True, 0), whole(self._layouts, arenas), self._read)
+            case messages.Goodbye(failure):
+                session.reply(messages.Refused("refused", failure))
+            case _:
+                session.reply(messages.Done())
+
+    def write(self, piece: Piece, values: torch.Tensor | float) -> None:
+        """Change a piece as a ps does: under a lock, the version odd meanwhile."""
+        versions, block = self.memory.versions[piece.arena], piece.start // BLOCK
+        with self._lock:
+            versions[block] += 1
+            self.memory.values[piece.arena][piece.start : piece.stop] = values
+            versions[block] += 1
+
+    def _declare(self, session: Session, layouts: Sequence[ArenaLayout]) -> None:
+        file = memory.SharedFile.create(memory.store_bytes(layouts)) if memory.can_share() else None
+        self._layouts, self.memory = layouts, memory.store_memory(layouts, file)
+        session.open(layouts, self.memory)
+        session.reply(messages.Declared(False))
+
+    def _push(self, session: Session, pushed: Sequence[Piece], pull: Sequence[int]) -> None:
+        for piece in pushed[: self.limit]:
+            self.arrived.append((piece, session.gradient(piece).clone()))
+        if self.limit is None:
+            session.reply(messages.Applied(1, 0), whole(self._layouts, pull), self._read)
+        elif pull:
+            session.reply(messages.State(True, 0), whole(self._layouts, pull), self._read)
+        else:
+            session.reply(messages.Refused("refused", "no more of this"))
+
+    def _read(self, piece: Piece, out: torch.Tensor) -> None:
+        with self._lock:
+            out.copy_(self.memory.values[piece.arena][piece.start : piece.stop])
+
+
+class Worker:
+    """A worker that has declared its arenas; the memory is its lane's."""
+
+    def __init__(self, lane: Lane, layouts: Sequence[ArenaLayout]) -> None:
+        self.lane = lane
+        self.layouts = layouts
+        expect(self.ask(messages.Declare(tuple(layouts), create=True)), messages.Declared(False))
+        self.memory: WorkerMemory = lane.open(layouts)
+        for index, (layout, gradient) in enumerate(zip(layouts, self.memory.gradients, strict=True)):
+            gradient.copy_(pattern(layout, seed=index))
+
+    def ask(self, request: Request) -> Reply:
+        """Send a request without a payload."""
+        self.lane.start(request)
+        return self.lane.finish()
+
+    def push(self, *parts: Part, pull: Sequence[int] = ()) -> Reply:
+        """Push parts and pull arenas."""
+        self.lane.start(messages.Push(1, 0, True, parts, tuple(pull)), _pieces(self.layouts, parts))
+        return self.lane.finish(whole(self.layouts, pull))
+
+    def pull(self, *arenas: int) -> Reply:
+        """Pull arenas."""
+        self.lane.start(messages.Pull(arenas))
+        return self.lane.finish(whole(self.layouts, arenas))
+
+
+def whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> list[Piece]:
+    """All pieces of some arenas."""
+    return [Piece(arena, start, stop) for arena in arenas for start, stop in layouts[arena].pieces]
+
+
+def pattern(layout: ArenaLayout, seed: int) -> torch.Tensor:
+    """Values in which every element can be told from its neighbours, where the dtype has so many."""
+    numbers = torch.arange(seed, seed + layout.size) % 97
+    return (numbers % 2 if layout.dtype == "bool" else numbers).to(layout.torch_dtype)
+
+
+def expect(got: object, expected: object) -> None:
+    """Raises AssertionError unless they are equal."""
+    if got != expected:
+        raise AssertionError(f"expected {expected!r}, got {got!r}")
+
+
+def expect_equal(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raises AssertionError unless two flat tensors hold the same bytes."""
+    if got.shape != expected.shape or tensor_bytes(got.clone()) != tensor_bytes(expected.clone()):
+        raise AssertionError(f"{what} did not arrive as it was: expected {expected}, got {got}")
+
+
+def _pieces(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:
+    return [
+        Piece(part.arena, start, stop)
+        for part in parts
+        for start, stop in (layouts[part.arena].pieces if part.ranges is None else pieces(part.ranges))
+    ]
+
+
+def _layout(dtype: str, *shapes: tuple[int, ...]) -> ArenaLayout:
+    variables = tuple(VariableSpec(f"{dtype}/{index}", shape, dtype) for index, shape in enumerate(shapes))
+    return ArenaLayout(dtype, None, variables)
+
+
+LARGE = (_layout("float32", (2, BLOCK), (7,)),)
+"""Three blocks, the last of them not full: more than the buffers of any connection hold."""
+
+MODELS: tuple[Sequence[ArenaLayout], ...] = (
+    (),
+    (_layout("float32", ()),),
+    (_layout("float32", (3, 2), (0, 4), (2,)), _layout("bfloat16", (5,)), _layout("int64", ()), _layout("bool", (9,))),
+    (_layout("float64", (0,)), _layout("uint8", (BLOCK + 1,))),
+    (*LARGE, _layout("float16", (3,))),
+)
+
+
+@contextlib.contextmanager
+def _at_work(maker: Maker, layouts: Sequence[ArenaLayout]) -> Iterator[tuple[Worker, Shelf]]:
+    with maker() as (lane, _, serve), serve((shelf := Shelf()).handle):
+        yield Worker(lane, layouts), shelf
+
+
+# --- what every lane does ------------------------------------------------------------------------------------------
+
+
+def check_whole_gradients_arrive(maker: Maker) -> None:
+    """Whatever the arenas are, all gradients arrive unchanged and in order."""
+    for layouts in MODELS:
+        with _at_work(maker, layouts) as (worker, shelf):
+            parts = [Part(arena, "assign") for arena in range(len(layouts))]
+            expect(worker.push(*parts), messages.Applied(1, 0))
+            _expect_arrived(worker, shelf, whole(layouts, range(len(layouts))))
+
+
+def check_partial_gradients_arrive(maker: Maker) -> None:
+    """Only the ranges that are named arrive, cut at the ends of blocks."""
+    ranges: tuple[Range, ...] = ((3, 10), (BLOCK - 1, BLOCK + 1), (2 * BLOCK + 5, 2 * BLOCK + 7))
+    with _at_work(maker, LARGE) as (worker, shelf):
+        expect(worker.push(Part(0, "assign", ranges)), messages.Applied(1, 0))
+        _expect_arrived(worker, shelf, [Piece(0, start, stop) for start, stop in pieces(ranges)])
+
+
+def check_values_come_back(maker: Maker) -> None:
+    """Whatever the arenas are, a pull brings what the ps holds now, and nothing of other arenas."""
+    for layouts in MODELS:
+        with _at_work(maker, layouts) as (worker, shelf):
+            for seed in (1, 2):
+                _fill(shelf, layouts, seed)
+                expect(worker.pull(*range(len(layouts))), messages.State(True, 0))
+                for layout, values in zip(layouts, worker.memory.values, strict=True):
+                    expect_equal(_variables(layout, values), _variables(layout, pattern(layout, seed)), "values")
+
+
+def check_a_push_brings_values(maker: Maker) -> None:
+    """The reply to a push carries the arenas that it asked for."""
+    with _at_work(maker, LARGE) as (worker, shelf):
+        _fill(shelf, LARGE, seed=5)
+        expect(worker.push(Part(0, "assign"), pull=[0]), messages.Applied(1, 0))
+        expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=5), "values")
+
+
+def check_a_refusal_leaves_the_lane_in_step(maker: Maker) -> None:
+    """A push may be refused in the middle of its payload; the next request is understood."""
+    with _at_work(maker, LARGE) as (worker, shelf):
+        for shelf.limit in (0, 1, 2):
+            expect(worker.push(Part(0, "assign")), messages.Refused("refused", "no more of this"))
+        shelf.limit = None
+        shelf.arrived.clear()
+        expect(worker.push(Part(0, "assign")), messages.Applied(1, 0))
+        _expect_arrived(worker, shelf, whole(LARGE, [0]))
+
+
+def check_an_unread_payload_is_dropped(maker: Maker) -> None:
+    """A ps that has had a push before answers it at once, with values; neither side waits for the other for ever."""
+    with _at_work(maker, LARGE) as (worker, shelf):
+        _fill(shelf, LARGE, seed=3)
+        shelf.limit = 0
+        expect(worker.push(Part(0, "assign"), pull=[0]), messages.State(True, 0))
+        expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=3), "values")
+
+
+def check_large_messages_arrive(maker: Maker) -> None:
+    """A message may be larger than any buffer, both ways."""
+    text = "long" * 100_000
+    with _at_work(maker, ()) as (worker, shelf):
+        expect(worker.ask(messages.Goodbye(text)), messages.Refused("refused", text))
+        expect(shelf.requests[-1], messages.Goodbye(text))
+
+
+def check_closing_twice_is_closing_once(maker: Maker) -> None:
+    """Both ends may be closed in any order, as often as one likes."""
+    with maker() as (lane, session, _):
+        for end in (lane, session, lane, session):
+            end.close()
+
+
+def _expect_arrived(worker: Worker, shelf: Shelf, expected: Sequence[Piece]) -> None:
+    expect([piece for piece, _ in shelf.arrived], list(expected))
+    for (arena, start, stop), gradient in shelf.arrived:
+        expect_equal(gradient, worker.memory.gradients[arena][start:stop], f"a gradient of arena {arena}")
+
+
+def _fill(shelf: Shelf, layouts: Sequence[ArenaLayout], seed: int) -> None:
+    for arena, start, stop in whole(layouts, range(len(layouts))):
+        shelf.write(Piece(arena, start, stop), pattern(layouts[arena], seed)[start:stop])
+
+
+def _variables(layout: ArenaLayout, values: torch.Tensor) -> torch.Tensor:
+    return torch.cat([view.flatten() for view in layout.views(values)])
+
+
+# --- what a connection does ----------------------------------------------------------------------------------------
+
+
+def check_a_block_is_of_one_version(maker: Maker) -> None:
+    """What is read of a block while it is being written, again and again, is never half old and half new."""
+    over = threading.Event()
+    with _at_work(maker, LARGE) as (worker, shelf), ThreadPoolExecutor(1) as pool:
+        written = pool.submit(_keep_writing, shelf, over)
+        try:
+            seen = _versions_seen(worker)
+        finally:
+            over.set()
+        if written.result(TIMEOUT) < len(seen) or len(seen) < 2:
+            raise AssertionError(f"nothing was written while it was read; versions seen: {sorted(seen)}")
+
+
+def _keep_writing(shelf: Shelf, over: threading.Event) -> int:
+    rounds = 0
+    while not over.wait(1e-4):
+        rounds += 1
+        for piece in whole(LARGE, [0]):
+            shelf.write(piece, float(rounds))
+    return rounds
+
+
+def _versions_seen(worker: Worker) -> set[float]:
+    seen = set()
+    for _ in range(100):
+        worker.pull(0)
+        for start, stop in LARGE[0].pieces:
+            smallest, largest = torch.aminmax(worker.memory.values[0][start:stop])
+            expect(smallest.item(), largest.item())
+            seen.add(largest.item())
+    return seen
+
+
+def check_the_end_of_a_worker_is_seen(maker: Maker) -> None:
+    """When the lane is closed, the session receives None."""
+    with maker() as (lane, session, _):
+        lane.close()
+        expect(session.receive(), None)
+
+
+def check_the_end_of_a_ps_is_seen(maker: Maker) -> None:
+    """When the session is closed, the lane raises UnavailableError that names the task."""
+    with maker() as (lane, session, _):
+        session.close()
+        _expect_unavailable(lane)
+
+
+def check_a_closed_lane_is_unavailable(maker: Maker) -> None:
+    """A request on a lane that was closed raises UnavailableError that names the task."""
+    with maker() as (lane, _, _):
+        lane.close()
+        _expect_unavailable(lane)
+
+
+def check_closing_wakes_receive(maker: Maker) -> None:
+    """A session that waits for a request receives None when another thread closes it."""
+    with maker() as (_, session, _), ThreadPoolExecutor(1) as pool:
+        entered = threading.Event()
+
+        def receive() -> Request | None:
+            entered.set()
+            return session.receive()
+
+        received = pool.submit(receive)
+        entered.wait(TIMEOUT)
+        session.close()
+        expect(received.result(TIMEOUT), None)
+
+
+def _expect_unavailable(lane: Lane) -> None:
+    try:
+        lane.start(messages.GetStatus())
+        reply = lane.finish()
+    except UnavailableError as error:
+        expect(error.task, lane.task)
+        expect(lane.task in str(error), True)
+    else:
+        raise AssertionError(f"expected UnavailableError naming {lane.task}, got {reply!r}")
+
+
+Check = Callable[[Maker], None]
+
+LANE_CHECKS: tuple[Check, ...] = (
+    check_whole_gradients_arrive,
+    check_partial_gradients_arrive,
+    check_values_come_back,
+    check_a_push_brings_values,
+    check_a_refusal_leaves_the_lane_in_step,
+    check_an_unread_payload_is_dropped,
+    check_large_messages_arrive,
+    check_closing_twice_is_closing_once,
+)
+
+CONNECTION_CHECKS: tuple[Check, ...] = (
+    check_a_block_is_of_one_version,
+    check_the_end_of_a_worker_is_seen,
+    check_the_end_of_a_ps_is_seen,
+    check_a_closed_lane_is_unavailable,
+    check_closing_wakes_receive,
+)

@@ -1,0 +1,99 @@
+"""After every test nothing is left: no thread, no child process, no socket, pipe or shared memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+DESCRIPTORS = Path("/proc/self/fd")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # looked at only
+PATIENCE = 2.0
+"""Seconds for a thread that is about to end to do so."""
+
+
+class Holdings(NamedTuple):
+    """What this process holds."""
+
+    threads: frozenset[threading.Thread]
+    descriptors: frozenset[str]
+    shared_memory: frozenset[str]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Fails a test that leaves something behind."""
+    before = _holdings()
+    yield
+    leaks = _leaks(before)
+    if leaks:
+        gc.collect()  # what only waits for the collector is no leak; collecting after every test would take minutes
+        leaks = _leaks(before)
+    assert not leaks, "left behind: " + "\n".join(leaks)
+
+
+def _holdings() -> Holdings:
+    links = (_target(entry) for entry in DESCRIPTORS.iterdir()) if DESCRIPTORS.exists() else ()
+    return Holdings(
+        threads=frozenset(threading.enumerate()),
+        descriptors=frozenset(link for link in links if link.startswith(("socket:", "pipe:", "/memfd:"))),
+        shared_memory=frozenset(map(str, SHARED_MEMORY.iterdir())) if SHARED_MEMORY.exists() else frozenset(),
+    )
+
+
+def _target(entry: Path) -> str:
+    try:
+        # With the inode, since all anonymous memory has the same name.
+        return f"{entry.readlink()} {entry.stat().st_ino}"
+    except OSError:  # closed meanwhile, such as the descriptor that lists the others
+        return ""
+
+
+def _leaks(before: Holdings) -> list[str]:
+    for thread in threading.enumerate():
+        if thread not in before.threads:
+            thread.join(PATIENCE)
+    after = _holdings()
+    leaks = [_shown(thread) for thread in after.threads - before.threads]
+    leaks += sorted(after.descriptors - before.descriptors)
+    leaks += [path for path in after.shared_memory - before.shared_memory if not _is_foreign(path)]
+    if _has_children():
+        leaks.append("a child process that nobody has waited for")
+    return leaks
+
+
+def _shown(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or 0)
+    stack = "".join(traceback.format_stack(frame)) if frame else ""
+    return f"{thread!r}\n{stack}"
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _is_foreign(path: str) -> bool:
+    """Whether another process of this machine uses a file in /dev/shm, so that it is none of ours."""
+    return any(
+        path in _maps(process)
+        for process in Path("/proc").iterdir()
+        if process.name.isdigit() and process.name != str(os.getpid())
+    )
+
+
+def _maps(process: Path) -> str:
+    try:
+        return (process / "maps").read_text()
+    except OSError:  # it has ended, or is somebody else's
+        return ""

@@ -1,0 +1,168 @@
+"""The Estimator over real processes: the example alone and as a cluster, and going on after everything was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "estimator.py"
+LAUNCH = (sys.executable, "-m", "paramserver", "launch")
+
+LINEAR = """
+import sys
+import torch
+import paramserver as ps
+
+def model_fn(mode):
+    model = torch.nn.Linear(3, 1)
+    return ps.estimator.EstimatorSpec(
+        mode, model=model, loss_fn=lambda model, x, y: (model(x)[:, 0] - y).square().mean(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
+
+def train_input():
+    while True:
+        x = torch.rand(8, 3)
+        yield x, x.sum(1)
+
+def eval_input():
+    return [(torch.ones(4, 3), torch.full((4,), 3.0))]
+
+def main(model_dir, max_steps, **options):
+    config = ps.estimator.RunConfig(
+        model_dir=model_dir, train_distribute=ps.ParameterServerStrategy(),
+        **({"save_checkpoints_steps": 50, "log_step_count_steps": None} | options))
+    ps.estimator.train_and_evaluate(
+        ps.estimator.Estimator(model_fn, config=config),
+        ps.estimator.TrainSpec(train_input, max_steps=max_steps),
+        ps.estimator.EvalSpec(eval_input, start_delay_secs=0, throttle_secs=0))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=150, check=False)
+
+
+def steps(model_dir: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in model_dir.glob("ckpt-*") if "tmp" not in path.name)
+
+
+def state(model_dir: Path) -> dict[str, object]:
+    return json.loads((model_dir / "checkpoint").read_text())
+
+
+@pytest.fixture
+def script(tmp_path: Path):
+    """Writes a program: the little model above, and some lines of the test's own."""
+
+    def write(*lines: str) -> Path:
+        path = tmp_path / "script.py"
+        path.write_text(LINEAR + "\n".join(lines))
+        return path
+
+    return write
+
+
+def test_the_example_runs_alone(tmp_path):
+    done = run(sys.executable, EXAMPLE, "--max-steps", "300", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("test accuracy 0.9")
+    assert done.stdout.endswith("at step 300\n")
+    assert (done.stderr, steps(tmp_path / "run")) == ("", [0, 300])
+
+
+def test_the_example_runs_as_a_cluster(tmp_path):
+    options = ("--ps", "2", "--workers", "2", "--evaluator")
+    done = run(*LAUNCH, *options, EXAMPLE, "--max-steps", "300", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = steps(tmp_path / "run")[-1]
+    assert 300 <= last <= 301
+    evaluated = [line for line in done.stderr.splitlines() if line.startswith("evaluator:0 | evaluated step 30")]
+    assert float(evaluated[-1].partition("accuracy = ")[2].partition(",")[0]) > 0.85
+    assert list((tmp_path / "run" / "export" / "final").glob("*/model.safetensors"))
+    assert state(tmp_path / "run")["finished"] is True
+    assert "Traceback" not in done.stderr
+
+
+def test_b05_only_the_chief_writes_into_model_dir(tmp_path, script):
+    path = script(
+        "import json, os",
+        "task = json.loads(os.environ['TF_CONFIG'])['task']",
+        "main(f\"{task['type']}-{task['index']}\", 60)",
+    )
+    done = run(*LAUNCH, "--workers", "2", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "chief-0").iterdir()} > {"checkpoint", "ckpt-0"}
+    assert not (tmp_path / "worker-0").exists()
+
+
+def test_t14_a_cluster_whose_run_is_over_ends_at_once(tmp_path, script):
+    """The chief has nothing to do and says so: workers learn it, and the ps tasks leave."""
+    path = script("main('run', 60)")
+    for _ in range(2):
+        done = run(*LAUNCH, "--ps", "2", "--workers", "3", path, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "training is skipped" in done.stderr
+    assert "failed" not in done.stderr
+    assert "stopping it" not in done.stderr
+
+
+def test_everything_is_killed_and_training_goes_on_from_the_last_checkpoint(tmp_path, script):
+    endless = script("main('run', 10**9, keep_checkpoint_max=3)")
+    with started(*LAUNCH, "--ps", "2", "--workers", "2", endless, cwd=tmp_path) as process:
+        saved = 0
+        for line in process.stderr:
+            saved += "saved a checkpoint" in line
+            if saved == 4:
+                break
+        assert saved == 4
+        kill_all(process.pid)
+    reached = steps(tmp_path / "run")[-1]
+    assert reached >= 100
+    last = state(tmp_path / "run")["latest"]
+
+    done = run(*LAUNCH, "--workers", "2", script(f"main('run', {reached + 120})"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"chief:0 | chief:0 restores run/{last}" in done.stderr
+    assert steps(tmp_path / "run")[-1] >= reached + 120
+    assert not list((tmp_path / "run").glob("*.tmp-*"))
+
+
+@contextlib.contextmanager
+def started(*command: str | Path, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def kill_all(launcher: int) -> None:
+    """SIGKILL for a launcher and all that it has started, without a chance for any of them to tidy up."""
+    family = [launcher, *descendants(launcher)]
+    assert len(family) > 4
+    handles = [os.pidfd_open(pid) for pid in family]
+    for handle in handles:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
+
+
+def descendants(pid: int) -> list[int]:
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        children += map(int, (task / "children").read_text().split())
+    return [found for child in children for found in (child, *descendants(child))]

@@ -1,0 +1,262 @@
+"""Bad input and faults of a run, as the user sees them: one clear error, a code that is not zero, and an end.
+
+Programs are run through ``paramserver launch`` and ``paramserver server``, so that it is the command line that is
+tested. Nobody's traceback is shown but that of the user's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
+
+PARAMSERVER = (sys.executable, "-m", "paramserver")
+
+PROGRAM = """
+import json, math, os, sys
+import torch
+import paramserver as ps
+
+TASK = json.loads(os.environ["TF_CONFIG"])["task"]
+ME = f"{TASK['type']}:{TASK['index']}"
+WIDTH = 3
+
+def model_fn(mode):
+    model = torch.nn.Linear(WIDTH, 1)
+    return ps.estimator.EstimatorSpec(
+        mode, model=model, loss_fn=lambda model, x, y: (model(x)[:, 0] - y).square().mean(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
+
+def train_input():
+    while True:
+        x = torch.rand(8, WIDTH)
+        yield x, x.sum(1)
+
+def main(model_dir="run", max_steps=60, **options):
+    options = {"save_checkpoints_steps": 50, "log_step_count_steps": None} | options
+    config = ps.estimator.RunConfig(
+        model_dir=model_dir, train_distribute=ps.ParameterServerStrategy(), **options)
+    ps.estimator.train_and_evaluate(
+        ps.estimator.Estimator(model_fn, config=config),
+        ps.estimator.TrainSpec(train_input, max_steps=max_steps),
+        ps.estimator.EvalSpec(train_input, steps=2, start_delay_secs=0))
+"""
+
+
+class Outcome:
+    """What a command printed to stderr, and how it ended."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
+        self.code = done.returncode
+        self.lines = done.stderr.splitlines()
+        self.text = done.stderr
+
+    def of(self, task: str) -> list[str]:
+        """The lines of a task, without its name."""
+        return [line.removeprefix(f"{task} | ") for line in self.lines if line.startswith(f"{task} | ")]
+
+    def errors(self, task: str) -> list[str]:
+        return [line for line in self.of(task) if line.startswith("error: ")]
+
+    @property
+    def has_traceback(self) -> bool:
+        return "Traceback" in self.text
+
+
+def run(*arguments: str | Path, cwd: Path, **env: str) -> Outcome:
+    command = [*PARAMSERVER, *map(str, arguments)]
+    surroundings = os.environ | env
+    return Outcome(
+        subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=100, check=False)
+    )
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs the program above, with some lines of the test's own, as a chief, a worker and a ps."""
+
+    def launch(*lines: str, workers: int = 2, **env: str) -> Outcome:
+        script = tmp_path / "script.py"
+        script.write_text(PROGRAM + "\n".join(lines))
+        return run("launch", "--workers", str(workers), script, cwd=tmp_path, **env)
+
+    return launch
+
+
+# --- who is where
+
+
+TASK = {"type": "ps", "index": 0}
+CLUSTER = {"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]}
+
+
+@pytest.mark.parametrize(
+    ("tf_config", "message"),
+    [
+        ("{not json", "TF_CONFIG"),
+        (json.dumps([1]), "TF_CONFIG"),
+        (json.dumps({"task": TASK}), "cluster"),
+        (json.dumps({"cluster": {"chief": ["a:1"]}, "task": TASK}), "ps"),
+        (json.dumps({"cluster": CLUSTER, "task": {"type": "ps", "index": 7}}), "7"),
+        (json.dumps({"cluster": CLUSTER, "task": {"type": "cook", "index": 0}}), "cook"),
+        (json.dumps({"cluster": CLUSTER, "task": {"type": "chief", "index": 0}}), "chief"),
+    ],
+)
+def test_a_server_that_cannot_know_who_it_is_says_so(tmp_path, tf_config, message):
+    outcome = run("server", cwd=tmp_path, TF_CONFIG=tf_config)
+    assert (outcome.code, len(outcome.lines)) == (1, 1), outcome.text
+    assert outcome.lines[0].startswith("error: ")
+    assert message in outcome.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("tf_config", "message"),
+    [
+        ("{not json", "TF_CONFIG"),
+        (json.dumps({"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "chief", "index": 0}}), "ps"),
+        (json.dumps({"cluster": CLUSTER, "task": {"type": "worker", "index": 0}}), "worker"),
+        (json.dumps({"cluster": CLUSTER, "task": {"type": "chief", "index": 3}}), "3"),
+    ],
+)
+def test_a_script_that_cannot_know_who_it_is_says_so(launch, tf_config, message):
+    env = f"os.environ['TF_CONFIG'] = {tf_config!r}"
+    outcome = launch(env, "main()", workers=1)
+    assert outcome.code == 1
+    assert not outcome.has_traceback, outcome.text
+    assert len(outcome.errors("chief:0")) == 1
+    assert message in outcome.errors("chief:0")[0]
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        tf_config = json.dumps({"cluster": {"chief": ["127.0.0.1:0"], "ps": [address]}, "task": TASK})
+        outcome = run("server", cwd=tmp_path, TF_CONFIG=tf_config)
+    assert (outcome.code, len(outcome.lines)) == (1, 1), outcome.text
+    assert address in outcome.lines[0]
+
+
+def test_a_ps_that_never_comes_up_is_named(launch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        cluster = {"chief": ["127.0.0.1:0"], "ps": [address]}
+        env = f"os.environ['TF_CONFIG'] = {json.dumps({'cluster': cluster, 'task': {'type': 'chief', 'index': 0}})!r}"
+        outcome = launch(env, "main(session_creation_timeout_secs=1)", workers=1)
+    assert outcome.code == 1
+    assert not outcome.has_traceback, outcome.text
+    (error,) = outcome.errors("chief:0")
+    assert "ps:0" in error
+    assert "1 s" in error
+
+
+def test_a_wrong_token_is_refused(launch):
+    outcome = launch("if ME == 'worker:0':", "    os.environ['PARAMSERVER_TOKEN'] = 'wrong'", "main()")
+    assert outcome.code == 1
+    assert not outcome.has_traceback, outcome.text
+    (error,) = outcome.errors("worker:0")
+    assert "token" in error
+    assert outcome.errors("chief:0") == []
+
+
+# --- what the user's own code does
+
+
+def test_a_nan_loss_of_the_chief_ends_the_run(launch):
+    outcome = launch(
+        "def train_input():",
+        "    yield torch.ones(8, WIDTH), torch.ones(8)",
+        "    yield torch.full((8, WIDTH), math.nan), torch.ones(8)",
+        "main()",
+        workers=1,
+    )
+    assert outcome.code == 1
+    assert not outcome.has_traceback, outcome.text
+    (error,) = outcome.errors("chief:0")
+    assert "the loss of chief:0 is NaN at global step 1" in error
+
+
+@pytest.mark.parametrize("function", ["model_fn", "train_input"])
+def test_an_exception_of_the_chief_reaches_the_user_and_ends_the_run(launch, function):
+    outcome = launch(
+        f"original = {function}",
+        f"def {function}({'mode' if function == 'model_fn' else ''}):",
+        "    if ME == 'chief:0':",
+        "        raise LookupError('no such file')",
+        f"    return original({'mode' if function == 'model_fn' else ''})",
+        "main()",
+    )
+    assert outcome.code == 1
+    assert outcome.of("chief:0")[-1] == "LookupError: no such file"
+    assert "Traceback (most recent call last):" not in outcome.of("worker:0") + outcome.of("ps:0")
+    assert "the run was stopped" in outcome.lines[-1]
+
+
+@pytest.mark.parametrize("function", ["model_fn", "train_input"])
+def test_an_exception_of_a_worker_reaches_the_user_and_the_others_go_on(launch, function, tmp_path):
+    outcome = launch(
+        f"original = {function}",
+        f"def {function}({'mode' if function == 'model_fn' else ''}):",
+        "    if ME == 'worker:0':",
+        "        raise LookupError('no such file')",
+        f"    return original({'mode' if function == 'model_fn' else ''})",
+        "main()",
+    )
+    assert outcome.code == 1
+    assert outcome.of("worker:0")[-1] == "LookupError: no such file"
+    assert (tmp_path / "run" / "ckpt-60").is_dir()
+    assert "Traceback (most recent call last):" not in outcome.of("chief:0") + outcome.of("ps:0")
+
+
+# --- checkpoints and model_dir
+
+
+def _cut_short(checkpoint: Path) -> None:
+    file = next(checkpoint.glob("model-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def _without_index(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").unlink()
+
+
+def _as_it_was(checkpoint: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "lines", "message"),
+    [
+        (_cut_short, (), "was it cut short?"),
+        (_without_index, (), "is cut short: it has no model.safetensors.index.json"),
+        (_as_it_was, ("WIDTH = 4",), "does it belong to another model?"),
+    ],
+    ids=["cut short", "no index", "another model"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_one_error(launch, tmp_path, damage, lines, message):
+    assert launch("main()", workers=1).code == 0
+    damage(tmp_path / "run" / "ckpt-60")
+    outcome = launch(*lines, "main(max_steps=100)", workers=1)
+    assert outcome.code == 1
+    assert not outcome.has_traceback, outcome.text
+    (error,) = outcome.errors("chief:0")
+    assert message in error
+    assert "ckpt-60" in error
+    assert (tmp_path / "run" / "ckpt-60").is_dir()
+
+
+def test_a_model_dir_that_cannot_be_written_is_named(launch, tmp_path):
+    (tmp_path / "file").write_text("")
+    outcome = launch("main('file/run')")
+    assert outcome.code == 1
+    assert not outcome.has_traceback, outcome.text
+    (error,) = outcome.errors("chief:0")
+    assert "file/run" in error
+    assert "cannot be written" in error

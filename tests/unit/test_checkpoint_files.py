@@ -1,0 +1,71 @@
+"""The files of a checkpoint: the index, the tensors, and what is said when they are damaged."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paramserver.checkpoint_files import VALUES_INDEX, read_index, read_shapes, read_tensors, write_index
+from paramserver.errors import CheckpointError
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_file({name: TENSORS[name] for name in "ab"}, tmp_path / "one.safetensors")
+    save_file({"n": TENSORS["n"]}, tmp_path / "two.safetensors")
+    write_index(
+        tmp_path / VALUES_INDEX, {"a": "one.safetensors", "n": "two.safetensors", "b": "one.safetensors"}, step=7
+    )
+    return tmp_path
+
+
+def test_an_index_is_as_hugging_face_has_it(folder):
+    index = json.loads((folder / VALUES_INDEX).read_text())
+    assert index["metadata"] == {"step": 7}
+    assert index["weight_map"] == read_index(folder / VALUES_INDEX)
+
+
+def test_tensors_come_back(folder):
+    found = dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_shapes_are_read_without_values(folder):
+    shapes = read_shapes(folder, read_index(folder / VALUES_INDEX))
+    assert sorted(shapes) == [("a", "float32", (2, 3)), ("b", "bfloat16", (2,)), ("n", "int64", ())]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"metadata": {}}', b"\xff\xfe"]
+)
+def test_what_is_no_index_is_refused(tmp_path, text):
+    path = tmp_path / VALUES_INDEX
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointError, match=f"{path} is no index of a checkpoint") as caught:
+        read_index(path)
+    assert caught.value.path == str(path)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 4, 40, -1])
+@pytest.mark.parametrize("read", [read_tensors, read_shapes])
+def test_a_file_that_is_cut_short_is_named(folder, kept_bytes, read):
+    file = folder / "one.safetensors"
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    with pytest.raises(CheckpointError, match=f"{file} cannot be read: .*; was it cut short"):
+        list(read(folder, {"a": "one.safetensors"}))
+
+
+@pytest.mark.parametrize("weight_map", [{"missing": "one.safetensors"}, {"a": "gone.safetensors"}])
+def test_what_an_index_promises_and_nobody_has_is_an_error(folder, weight_map):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        list(read_tensors(folder, weight_map))
+
+
+def test_an_index_that_cannot_be_written_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="writing the index .* failed"):
+        write_index(tmp_path / "no folder" / VALUES_INDEX, {})

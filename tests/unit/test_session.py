@@ -1,0 +1,107 @@
+"""A training session: what it restores and saves, and what it tells the model_dir."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from paramserver import ParameterServerStrategy, SimpleClusterResolver
+from paramserver.cluster import ClusterSpec
+from paramserver.cluster.report import Reporter
+from paramserver.errors import ConfigError
+from paramserver.estimator import EstimatorSpec, ModeKeys, RunConfig
+from paramserver.estimator.checkpoint_state import read_state
+from paramserver.estimator.session import Session
+
+
+def make(tmp_path, max_steps=None):
+    model = nn.Linear(2, 1)
+    spec = EstimatorSpec(
+        ModeKeys.TRAIN,
+        model=model,
+        loss_fn=lambda model, features, labels: (model(features) - labels).square().mean(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    strategy = ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
+    return Session(strategy, spec, RunConfig(model_dir=str(tmp_path)), max_steps, Reporter("chief:0", None))
+
+
+def batches(value=1.0):
+    return itertools.repeat((torch.full((4, 2), value), torch.zeros(4, 1)))
+
+
+def test_a_step_gives_the_loss_the_global_step_and_the_staleness(tmp_path):
+    session = make(tmp_path)
+    values = session.step(batches())
+    assert (values.global_step, values.staleness) == (1, 0)
+    assert not values.loss.requires_grad
+    session.close()
+
+
+def test_the_input_ends_with_stop_iteration(tmp_path):
+    session = make(tmp_path)
+    with pytest.raises(StopIteration):
+        session.step(iter([]))
+    session.close()
+
+
+def test_a_loss_that_is_nan_is_not_pushed(tmp_path):
+    session = make(tmp_path)
+    before = [parameter.clone() for parameter in session.model.parameters()]
+    values = session.step(batches(math.nan))
+    assert math.isnan(values.loss)
+    assert session.global_step == 0
+    assert all(map(torch.equal, before, session.model.parameters()))
+    session.close()
+
+
+def test_it_ends_at_max_steps(tmp_path):
+    session = make(tmp_path, max_steps=2)
+    steps = 0
+    while not session.should_stop():
+        session.step(batches())
+        steps += 1
+    assert steps == 2
+    session.close()
+
+
+def test_a_step_is_saved_once(tmp_path):
+    session = make(tmp_path)
+    session.step(batches())
+    path = session.save()
+    written = Path(path).stat().st_mtime_ns
+    assert session.save() == path
+    assert Path(path).stat().st_mtime_ns == written
+    session.close()
+
+
+def test_leftovers_are_cleared_away(tmp_path):
+    (tmp_path / "ckpt-3.tmp-abcd1234").mkdir()
+    make(tmp_path).close()
+    assert not list(tmp_path.glob("ckpt-*"))
+
+
+def test_the_end_is_written_into_model_dir(tmp_path):
+    session = make(tmp_path)
+    assert read_state(str(tmp_path)).finished is False
+    session.finish()
+    session.close()
+    assert read_state(str(tmp_path)).finished is True
+
+
+def test_w08_only_the_chief_saves(tmp_path):
+    session = make(tmp_path)
+    session.is_chief = False
+    with pytest.raises(ConfigError, match="cannot write a checkpoint, only the chief can"):
+        session.save()
+    session.close()
+    assert not list(tmp_path.glob("ckpt-*"))
+
+
+def test_it_shows_where_it_is(tmp_path):
+    session = make(tmp_path)
+    assert repr(session) == f"<Session of chief:0 at global step 0 in {tmp_path}>"
+    session.close()

@@ -1,0 +1,365 @@
+"""The loop of one task: the order of hooks (N01, N02), resuming, schedules, and train_and_evaluate in one process."""
+
+import copy
+import itertools
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from paramserver import ParameterServerStrategy, SimpleClusterResolver
+from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
+from paramserver.cluster import ClusterSpec
+from paramserver.errors import ConfigError
+from paramserver.estimator import (
+    Estimator,
+    EstimatorSpec,
+    EvalSpec,
+    FinalExporter,
+    RunConfig,
+    TrainingHook,
+    TrainSpec,
+    train_and_evaluate,
+)
+from paramserver.estimator.checkpoint import read_values
+from paramserver.estimator.schedule import Schedule
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+
+
+def squared_error(model, features, labels):
+    return ((model(features)[:, 0] - labels) ** 2).mean()
+
+
+def net():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.05)
+
+
+def steady(optimizer):
+    return None
+
+
+def cosine(optimizer):
+    return lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+
+
+def one_cycle(optimizer):
+    return lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12)
+
+
+def warm_up(optimizer):
+    parts = [lr_scheduler.LinearLR(optimizer, total_iters=4), lr_scheduler.StepLR(optimizer, 3)]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[4])
+
+
+SCHEDULES = [steady, cosine, one_cycle, warm_up]
+
+
+def building(schedule):
+    def model_fn(mode):
+        model = net()
+        optimizer = adam(model.parameters())
+        return EstimatorSpec(
+            mode, model=model, loss_fn=squared_error, optimizer=optimizer, scheduler=schedule(optimizer)
+        )
+
+    return model_fn
+
+
+def batches(start=0):
+    for index in itertools.count(start):
+        generator = torch.Generator().manual_seed(index)
+        features = torch.rand(4, 3, generator=generator)
+        yield features, features.sum(1)
+
+
+def make(model_dir, schedule=steady, **config):
+    options = {"save_checkpoints_steps": 100, "log_step_count_steps": None} | config
+    return Estimator(building(schedule), str(model_dir), RunConfig(**options))
+
+
+# --- resuming
+
+
+def plain(schedule, steps):
+    """What PyTorch makes of it by itself."""
+    model = net()
+    optimizer = adam(model.parameters())
+    scheduler = schedule(optimizer)
+    for features, labels in itertools.islice(batches(), steps):
+        optimizer.zero_grad()
+        squared_error(model, features, labels).backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+    return model.state_dict()
+
+
+def contents(checkpoint):
+    """Values and slots."""
+    return read_values(checkpoint) | dict(read_tensors(Path(checkpoint), read_index(Path(checkpoint, SLOTS_INDEX))))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_resumed_training_equals_an_uninterrupted_one_and_plain_pytorch(tmp_path, schedule):
+    """Values, buffers, Adam's slots and the schedule all go on where they were."""
+    whole = make(tmp_path / "whole", schedule).train(batches, max_steps=12)
+    parts = make(tmp_path / "parts", schedule)
+    for end in (5, 6, 12):
+        start = 0 if parts.latest_checkpoint() is None else int(parts.latest_checkpoint().rpartition("-")[2])
+        parts.train(lambda start=start: batches(start), max_steps=end)
+    ours, theirs = contents(parts.latest_checkpoint()), contents(whole.latest_checkpoint())
+    assert "0.weight/exp_avg_sq" in ours
+    assert ours.keys() == theirs.keys()
+    for name, value in {**theirs, **plain(schedule, 12)}.items():
+        torch.testing.assert_close(ours[name], value)  # to rounding: a flat update is vectorised at other places
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path):
+    def shuffled():
+        features = torch.rand(32, 3)
+        return torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(features, features.sum(1)), batch_size=4, shuffle=True
+        )
+
+    first, second = (make(tmp_path / name, seed=1).train(shuffled) for name in "ab")
+    ours, theirs = read_values(first.latest_checkpoint()), read_values(second.latest_checkpoint())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Counted(lr_scheduler.LambdaLR):
+    """A rate that says how often it was stepped."""
+
+    def __init__(self):
+        super().__init__(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), lambda step: 1.0 + step)
+
+    @property
+    def rate(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+
+def test_a_schedule_follows_the_steps_of_all_workers():
+    scheduler = Counted()
+    schedule = Schedule(scheduler, None)
+    schedule.resume(3)
+    assert scheduler.rate == 4
+    schedule.follow(7)
+    schedule.follow(6)  # never back
+    assert scheduler.rate == 8
+
+
+def test_a_schedule_ends_with_the_training():
+    """The last updates of other workers lead beyond max_steps, where some schedulers refuse to go."""
+    scheduler = Counted()
+    Schedule(scheduler, 10).resume(12)
+    assert scheduler.rate == 11
+
+
+def test_resuming_a_schedule_warns_of_nothing_and_hides_nothing_else():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        Schedule(Counted(), None).resume(3)
+        warnings.warn("another", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["another"]
+
+
+# --- hooks
+
+
+class Recorder(TrainingHook):
+    """Writes down its calls."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def begin(self):
+        self.log.append(f"{self.name} begin")
+
+    def after_create_session(self, session):
+        self.log.append(f"{self.name} created")
+
+    def after_run(self, context, values):
+        self.log.append(f"{self.name} step {values.global_step}")
+
+    def end(self, session):
+        self.log.append(f"{self.name} end")
+
+
+def test_n01_q12_the_order_of_hooks(tmp_path):
+    log = []
+
+    def model_fn(mode):
+        spec = building(steady)(mode)
+        return EstimatorSpec(
+            mode,
+            model=spec.model,
+            loss_fn=spec.loss_fn,
+            optimizer=spec.optimizer,
+            training_hooks=[Recorder("spec", log)],
+            training_chief_hooks=[Recorder("chief", log)],
+        )
+
+    Estimator(model_fn, str(tmp_path)).train(batches, steps=1, hooks=[Recorder("user", log)])
+    moments = ("begin", "created", "step 1", "end")
+    assert log == [f"{name} {moment}" for moment in moments for name in ("chief", "user", "spec")]
+
+
+def test_n02_a_hook_that_stops_ends_the_training_cleanly(tmp_path):
+    log = []
+
+    class Stop(Recorder):
+        def after_run(self, context, values):
+            context.request_stop()
+
+    estimator = make(tmp_path).train(batches, max_steps=50, hooks=[Stop("stop", log)])
+    assert log == ["stop begin", "stop created", "stop end"]
+    assert estimator.latest_checkpoint().endswith("ckpt-1")
+
+
+def test_n02_end_is_not_called_after_an_error(tmp_path):
+    log = []
+
+    def broken():
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        make(tmp_path).train(broken, hooks=[Recorder("user", log)])
+    assert "user end" not in log
+
+
+def test_q11_the_loss_is_logged_and_written(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    make(tmp_path, log_step_count_steps=2, save_summary_steps=2).train(batches, steps=5)
+    lines = [message for message in caplog.messages if message.startswith("loss = ")]
+    assert [line.partition("step = ")[2].split()[0] for line in lines] == ["1", "3", "5"]
+    assert list(Path(tmp_path).glob("events.out.tfevents.*"))
+
+
+# --- train_and_evaluate in one process
+
+
+class Specs:
+    """What train_and_evaluate gets, and which steps were evaluated."""
+
+    def __init__(self, tmp_path, *, max_steps=10, throttle_secs=0, save_steps=4, data=batches):
+        self.estimator = make(tmp_path / "run", save_checkpoints_steps=save_steps)
+        self.evaluated = []
+        evaluate = self.estimator.evaluate
+
+        def recorded(*args, **options):
+            self.evaluated.append(int(options["checkpoint_path"].rpartition("-")[2]))
+            return evaluate(*args, **options)
+
+        self.estimator.evaluate = recorded
+        self.train_spec = TrainSpec(data, max_steps=max_steps)
+        self.eval_spec = EvalSpec(
+            batches, steps=2, throttle_secs=throttle_secs, exporters=FinalExporter("final")
+        )
+
+    def run(self):
+        return train_and_evaluate(self.estimator, self.train_spec, self.eval_spec)
+
+
+@pytest.mark.parametrize("position", [2, 0, 1])
+def test_t04_types_are_checked_first(tmp_path, position):
+    specs = Specs(tmp_path)
+    arguments = [specs.estimator, specs.train_spec, specs.eval_spec]
+    arguments[position] = "wrong"
+    names = ("estimator", "train_spec", "eval_spec")
+    with pytest.raises(TypeError, match=f"train_and_evaluate: {names[position]}: expected .*, got a str"):
+        train_and_evaluate(*arguments)
+
+
+def test_t06_t07_without_a_cluster_it_trains_evaluates_and_returns(tmp_path):
+    specs = Specs(tmp_path)
+    metrics, exports = specs.run()
+    assert metrics["global_step"] == 10
+    assert set(metrics) == {"loss", "global_step"}
+    assert [Path(path).parent for path in exports] == [Path(specs.estimator.model_dir, "export", "final")]
+
+
+def test_v28_every_save_but_the_first_is_evaluated(tmp_path):
+    specs = Specs(tmp_path)
+    specs.run()
+    assert specs.evaluated == [4, 8, 10]
+
+
+def test_v28_the_throttle_skips_saves_but_not_the_last(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    specs = Specs(tmp_path, throttle_secs=600)
+    specs.run()
+    assert specs.evaluated == [10]
+    assert caplog.text.count("is not evaluated") == 3
+
+
+def test_v28_an_input_that_ends_is_evaluated_and_exported_at_its_end(tmp_path):
+    """Also where the last step was saved, and so evaluated, before anyone knew that it was the last."""
+    specs = Specs(tmp_path, max_steps=None, data=lambda: itertools.islice(batches(), 8))
+    metrics, exports = specs.run()
+    assert specs.evaluated == [4, 8]
+    assert metrics["global_step"] == 8
+    assert all(exports)
+
+
+def test_v29_without_checkpoints_there_is_nothing_to_evaluate(tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoints are saved"):
+        Specs(tmp_path, save_steps=None).run()
+
+
+def test_t14_a_finished_run_is_only_evaluated(tmp_path):
+    Specs(tmp_path).run()
+    again = Specs(tmp_path)
+    metrics, _ = again.run()
+    assert again.evaluated == [10]
+    assert metrics["global_step"] == 10
+
+
+def test_an_evaluation_does_not_change_the_training(tmp_path):
+    evaluated, alone = Specs(tmp_path / "a"), make(tmp_path / "b").train(batches, max_steps=10)
+    evaluated.run()
+    ours = read_values(evaluated.estimator.latest_checkpoint())
+    theirs = read_values(alone.latest_checkpoint())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_strategy_of_the_users_own_is_used(tmp_path):
+    strategy = ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
+    make(tmp_path, train_distribute=strategy).train(batches, steps=2)
+    assert strategy.global_step == 2
+
+
+def test_another_strategy_is_refused(tmp_path):
+    class Other:
+        def scope(self):
+            raise AssertionError
+
+    with pytest.raises(ConfigError, match="train_distribute: expected a ParameterServerStrategy, got a Other"):
+        make(tmp_path, train_distribute=Other()).train(batches, steps=2)
+
+
+@pytest.mark.parametrize("task", [{"type": "evaluator", "index": 1}])
+def test_t05_there_is_one_evaluator(tmp_path, monkeypatch, task):
+    cluster = {"chief": ["a:1"], "ps": ["b:1"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
+    with pytest.raises(ConfigError, match="only be one evaluator task, and this one is evaluator:1"):
+        Specs(tmp_path).run()
+
+
+def test_specs_are_not_changed(tmp_path):
+    specs = Specs(tmp_path)
+    before = copy.copy(vars(specs.eval_spec)), copy.copy(vars(specs.train_spec))
+    specs.run()
+    assert (vars(specs.eval_spec), vars(specs.train_spec)) == before
