@@ -5,7 +5,7 @@ paramserver launch --ps 2 --workers 2 examples/own_loop.py           two ps, a c
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

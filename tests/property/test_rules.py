@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from paramserver.store.block_rule import BlockRule
 from paramserver.rules import RULES, describe
+from paramserver.store.block_rule import BlockRule
 
 # Of each kind: no state, a lazy buffer, eager state, scalars that are a product or a function of the step.
 CASES = {

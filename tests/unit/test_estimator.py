@@ -215,7 +215,7 @@ def test_the_input_ends_the_training(tmp_path):
 
 
 def test_q11_empty_input_is_warned_of(tmp_path, caplog):
-    make(tmp_path).train(lambda: [])
+    make(tmp_path).train(list)
     assert "training made no steps" in caplog.text
 
 

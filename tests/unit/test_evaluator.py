@@ -56,7 +56,7 @@ class Run:
 
     def follow(self, max_steps=None, run_id="", **spec):
         options = {"start_delay_secs": 0, "throttle_secs": 0} | spec
-        evaluator = Evaluator(self, EvalSpec(lambda: [], **options), max_steps, Reporter("evaluator:0", None))
+        evaluator = Evaluator(self, EvalSpec(list, **options), max_steps, Reporter("evaluator:0", None))
         evaluator.follow(run_id, wait=self.wait, clock=lambda: self.now)
         return evaluator
 

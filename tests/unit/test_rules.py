@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from paramserver.errors import ConfigError, UnsupportedOptimizerError
-from paramserver.store.block_rule import BlockRule
 from paramserver.rules import RULES, Rule, Setting, describe, setting_names, settings
+from paramserver.store.block_rule import BlockRule
 
 Kwargs = dict[str, Any]  # arguments of a torch optimizer, which torch checks
 

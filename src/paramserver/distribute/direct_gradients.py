@@ -64,7 +64,7 @@ def make_direct(model: nn.Module, places: dict[int, GradientPlace]) -> None:
 def _forward(module: nn.Linear, place: GradientPlace, features: Tensor) -> Tensor:
     if module.weight is not place.parameter or not torch.is_grad_enabled() or _is_special():
         return F.linear(features, module.weight, module.bias)
-    output: Tensor = _DirectLinear.apply(features, module.weight, module.bias, place)
+    output: Tensor = _DirectLinear.apply(features, module.weight, module.bias, place)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -80,13 +80,13 @@ class _DirectLinear(torch.autograd.Function):
     """``F.linear`` with a place for the gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, place: GradientPlace) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, place: GradientPlace) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.place = place
         return F.linear(features, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # noqa: ANN401
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         features, weight = ctx.saved_tensors
         needs_features, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])

@@ -72,13 +72,12 @@ class ParameterServerStrategy(Strategy):
             self.task = validate_cluster(self.cluster, self._resolver.task_type, self._resolver.task_id)
         self._placement = variable_placement or RoundRobin()
         self._timeout = session_creation_timeout
-        self._extended = ParameterServerExtended(self)
         self.client: ParameterClient | None = None
         logger.info("%r", self)
 
     @property
     def extended(self) -> StrategyExtended:
-        return self._extended
+        return ParameterServerExtended(self)  # not kept: a circle would hold connections until a collection
 
     @property
     def cluster_resolver(self) -> ClusterResolver:

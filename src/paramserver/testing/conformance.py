@@ -63,7 +63,7 @@ def serving(session: Session, handle: Handle) -> Iterator[None]:
     """Serve a session that waits for requests on a thread, which ends with this context, as does the session.
 
     Raises:
-        Exception: What ``handle`` raised.
+        Exception: What ``handle`` raised, unless the connection was lost, which the lane sees as well.
     """
     with ThreadPoolExecutor(1, thread_name_prefix=f"serves {session.task}") as pool:
         served = pool.submit(_converse, session, handle)
@@ -75,7 +75,7 @@ def serving(session: Session, handle: Handle) -> Iterator[None]:
 
 
 def _converse(session: Session, handle: Handle) -> None:
-    with contextlib.closing(session):
+    with contextlib.closing(session), contextlib.suppress(UnavailableError):
         while (request := session.receive()) is not None:
             handle(session, request)
 
