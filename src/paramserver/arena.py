@@ -27,7 +27,7 @@ from paramserver.errors import ConfigError
 from paramserver.rules import Rule
 
 ALIGNMENT = 64
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)

@@ -112,6 +112,8 @@ class RequestHandler:
 
     def _await_ready(self, session: Session, request: messages.AwaitReady) -> None:
         ready = self._store.await_ready(_bounded(request.timeout))
+        if not ready:
+            self._roster.check_going_on(session.task)
         session.reply(messages.State(ready, self._store.global_step))
 
     def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:

@@ -7,13 +7,12 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from paramserver.arena import ArenaLayout, StoreMemory
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
-from paramserver.errors import ConfigError, ParameterServerError, RemoteProtocolError, UnavailableError
+from paramserver.errors import ConfigError, ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
 from paramserver.handler import RequestHandler
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
@@ -30,17 +29,6 @@ logger = logging.getLogger(__name__)
 GRACE = 60.0
 """Seconds that a ps waits for workers that it never saw, and for a chief that was lost, when all others are done."""
 REPORT_INTERVAL = 0.5
-
-
-def allocate_shared(layouts: Sequence[ArenaLayout]) -> StoreMemory:
-    """Memory that workers of the same host can map, where the platform has it."""
-    file = memory.SharedFile.create(memory.store_bytes(layouts)) if memory.can_share() else None
-    return memory.store_memory(layouts, file)
-
-
-def allocate_private(layouts: Sequence[ArenaLayout]) -> StoreMemory:
-    """Memory of this process alone."""
-    return memory.store_memory(layouts, None)
 
 
 class Server:
@@ -82,7 +70,7 @@ class Server:
             incarnation=new_incarnation(),
         )
         self._grace = grace
-        self._store = Store(str(self.task), allocate_shared)
+        self._store = Store(str(self.task), memory.shared_store_memory)
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
         self._roster = Roster(workers[0] if workers else "", workers)
         self._handler = RequestHandler(self._store, self._roster)
@@ -156,8 +144,9 @@ class Server:
                 target=self._serve, args=(connection,), name=f"{self.task} serves", daemon=True
             )
             with self._lock:
+                self._forget_ended()
                 self._open[thread] = partial(_hang_up, connection)
-            thread.start()
+                thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -171,8 +160,12 @@ class Server:
         except Exception:  # one connection's end must not be the end of another's
             logger.exception("%s: a connection has failed", self.task)
         finally:
-            with self._lock:
-                del self._open[threading.current_thread()]
+            with self._lock:  # the thread stays known, so that `stop` waits until it has let go of all memory
+                self._open[threading.current_thread()] = _nothing
+
+    def _forget_ended(self) -> None:
+        for thread in [thread for thread in self._open if not thread.is_alive()]:
+            del self._open[thread]
 
     def _accept_session(self, connection: socket.socket) -> Session | None:
         try:
@@ -191,6 +184,8 @@ class Server:
         except ParameterServerError as error:
             session.receive()
             session.reply(refused(error))
+            if isinstance(error, RunOverError):
+                self._roster.leave(session.task)  # it was expected, has heard the news, and need not be waited for
             return
         try:
             while (request := session.receive()) is not None:
@@ -225,7 +220,7 @@ def play_in_process() -> InProcessLane:
     task = str(TaskId(Role.PS, 0))
     me = str(TaskId(Role.CHIEF, 0))
     roster = Roster(me, [me])
-    handler = RequestHandler(Store(task, allocate_private), roster)
+    handler = RequestHandler(Store(task, memory.private_store_memory), roster)
     return InProcessLane(task, InProcessSession(me, new_incarnation()), handler.handle)
 
 
@@ -277,6 +272,10 @@ def _which_task(cluster: ClusterSpec, job_name: str | None, task_index: int | No
         raise ConfigError(f"{job_name}:{task_index} cannot serve: only ps tasks listen, all others connect to them")
     cluster.task_address(job_name, task_index)
     return TaskId(Role.PS, task_index)
+
+
+def _nothing() -> None:
+    """How to close what is closed."""
 
 
 def _hang_up(connection: socket.socket) -> None:

@@ -243,7 +243,7 @@ class Blunt:
 def sharing():
     """A worker that is to pass its memory, and what comes of it on the ps."""
     with shared() as (lane, session, _), ThreadPoolExecutor(1) as pool:
-        session.open(LARGE, memory.store_memory(LARGE, memory.SharedFile.create(memory.store_bytes(LARGE))))
+        session.open(LARGE, memory.shared_store_memory(LARGE))
         received = pool.submit(session.receive)
         lane._frames.send(messages.Share())
         assert lane._frames.receive() == messages.Done()
@@ -320,7 +320,7 @@ def test_without_shared_files_the_platform_says_so(monkeypatch):
 
 @pytest.mark.parametrize("layouts", conformance.MODELS)
 def test_memory_is_divided_without_overlap(layouts):
-    held = memory.store_memory(layouts, None)
+    held = memory.private_store_memory(layouts)
     for index, values in enumerate(held.values):
         values.fill_(index % 2)
     assert all((versions == 0).all() for versions in held.versions)

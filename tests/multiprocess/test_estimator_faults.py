@@ -241,7 +241,8 @@ def _as_it_was(checkpoint: Path) -> None:
     ids=["cut short", "no index", "another model"],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_error(launch, tmp_path, damage, lines, message):
-    assert launch("main()", workers=1).code == 0
+    first = launch("main()", workers=1)
+    assert first.code == 0, first.text
     damage(tmp_path / "run" / "ckpt-60")
     outcome = launch(*lines, "main(max_steps=100)", workers=1)
     assert outcome.code == 1

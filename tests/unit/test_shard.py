@@ -10,9 +10,9 @@ from torch import nn
 from paramserver.arena import BLOCK, ArenaLayout, VariableSpec
 from paramserver.errors import CheckpointError
 from paramserver.rules import describe
-from paramserver.server import allocate_private
 from paramserver.store.shard import SLOTS_INDEX, VALUES_INDEX, read_shard, write_shard
 from paramserver.store.store import Store
+from paramserver.transport.memory import private_store_memory
 
 ADAM = describe(torch.optim.Adam([torch.zeros(1)]), 0)
 ADAGRAD = describe(torch.optim.Adagrad([torch.zeros(1)]), 0)
@@ -28,7 +28,7 @@ COUNTS = layout({"1.num_batches_tracked": ()}, rule=None, dtype="int64")
 
 def place(count, shapes=SHAPES, rule=ADAM):
     """Stores that hold the variables round robin, the one counter on the last."""
-    stores = [Store(f"ps:{index}", allocate_private) for index in range(count)]
+    stores = [Store(f"ps:{index}", private_store_memory) for index in range(count)]
     for index, store in enumerate(stores):
         mine = dict(list(shapes.items())[index::count])
         arenas = [layout(mine, rule)] if mine else []
@@ -135,7 +135,7 @@ def test_what_was_written_is_told(tmp_path):
 
 
 def test_a_store_without_variables_writes_no_file(tmp_path):
-    store = Store("ps:3", allocate_private)
+    store = Store("ps:3", private_store_memory)
     store.create([])
     assert write_shard(store, str(tmp_path), 0, 1).weight_map == {}
     assert list(tmp_path.iterdir()) == []

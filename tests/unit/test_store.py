@@ -8,8 +8,8 @@ import torch
 from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.errors import ConfigError, ModelMismatchError, RefusedError
 from paramserver.rules import Rule, describe
-from paramserver.server import allocate_private, allocate_shared
 from paramserver.store.store import Store
+from paramserver.transport.memory import private_store_memory, shared_store_memory
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=0.5), 0)
 ADAM = describe(torch.optim.Adam([torch.zeros(1)]), 0)
@@ -24,7 +24,7 @@ MODEL = [layout(("w", (3, 2)), ("b", (2,))), layout(("steps", ()), rule=None, dt
 
 @pytest.fixture
 def store():
-    return Store("ps:1", allocate_private)
+    return Store("ps:1", private_store_memory)
 
 
 def test_creating_gives_zeros_in_the_memory_that_is_offered(store):
@@ -97,7 +97,7 @@ def test_comparing_with_nothing_is_refused(store):
         ([layout(("n", (2,)), dtype="int64")], "'n'.*int64.*SGD"),
     ],
 )
-@pytest.mark.parametrize("allocate", [allocate_private, allocate_shared])
+@pytest.mark.parametrize("allocate", [private_store_memory, shared_store_memory])
 def test_what_cannot_be_created_is_refused_and_leaves_the_store_empty(allocate, bad, words):
     store = Store("ps:1", allocate)
     with pytest.raises((RefusedError, ConfigError), match=words):

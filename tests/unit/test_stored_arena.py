@@ -7,8 +7,8 @@ import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, VariableSpec
 from paramserver.rules import describe
-from paramserver.server import allocate_private
 from paramserver.store.stored_arena import StoredArena, variable_slots
+from paramserver.transport.memory import private_store_memory
 
 ADAM = describe(torch.optim.Adam([torch.zeros(1)], lr=0.5), 0)
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=0.5), 0)
@@ -16,7 +16,7 @@ SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=0.5), 0)
 
 def arena_of(*sizes, rule=SGD, dtype="float32"):
     layout = ArenaLayout(dtype, rule, tuple(VariableSpec(f"v{i}", (size,), dtype) for i, size in enumerate(sizes)))
-    memory = allocate_private([layout])
+    memory = private_store_memory([layout])
     return StoredArena(layout, memory.values[0], memory.versions[0]), memory.versions[0]
 
 

@@ -252,3 +252,12 @@ def test_the_global_step_counts_steps() -> None:
     for step in range(1, 4):
         optimizer.step()
         assert (runner.global_step, optimizer.last_push) == (step, (step, 0))
+
+
+def test_the_values_of_several_dtypes_can_be_saved(tmp_path):
+    """One storage with views of several dtypes is what torch.save refuses."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    ps.ParameterServerStrategy().prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())

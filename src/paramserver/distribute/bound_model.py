@@ -48,7 +48,7 @@ class BoundArena:
             view.copy_(variable.tensor.detach())
 
     def bind(self) -> None:
-        """From now on the tensors' values are the value memory, which is fresh."""
+        """From now on the tensors' values are the value memory."""
         for variable, view in zip(self.plan.variables, self.plan.layout.views(self.values), strict=True):
             variable.tensor.data = view
 
@@ -195,9 +195,10 @@ class BoundModel:
 
     def bind(self) -> None:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
+        for arena in self._each():
+            arena.bind()  # before the values come, so that the model's own are gone by then
         self._client.pull([[arena.plan.index for arena in arenas] for arenas in self._arenas])
         for arena in self._each():
-            arena.bind()
             arena.pulled()
 
     def gradient_places(self) -> dict[int, GradientPlace]:

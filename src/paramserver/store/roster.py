@@ -60,11 +60,15 @@ class Roster:
         with self._changed:
             if task not in self._presence:
                 raise RefusedError(f"{task} does not take part in this run; its workers are {self}", task)
-            if self._presence.get(self.chief) is Presence.LEFT:
-                raise RunOverError(f"{task} came after the end: {self.chief} has finished the run")
+            self.check_going_on(task)
             self._presence[task] = Presence.JOINED
             self._connections[task] = self._connections.get(task, 0) + 1
             self._changed.notify_all()
+
+    def check_going_on(self, task: str) -> None:
+        """Raises RunOverError if there is nothing to do for ``task`` any more, because the chief has finished."""
+        if self._presence.get(self.chief) is Presence.LEFT:
+            raise RunOverError(f"{task} came after the end: {self.chief} has finished the run")
 
     def leave(self, task: str) -> None:
         """A worker has said goodbye."""

@@ -125,8 +125,7 @@ class Shelf:
             versions[block] += 1
 
     def _declare(self, session: Session, layouts: Sequence[ArenaLayout]) -> None:
-        file = memory.SharedFile.create(memory.store_bytes(layouts)) if memory.can_share() else None
-        self._layouts, self.memory = layouts, memory.store_memory(layouts, file)
+        self._layouts, self.memory = layouts, memory.shared_store_memory(layouts)
         session.open(layouts, self.memory)
         session.reply(messages.Declared(False))
 
@@ -208,8 +207,8 @@ def _layout(dtype: str, *shapes: tuple[int, ...]) -> ArenaLayout:
     return ArenaLayout(dtype, None, variables)
 
 
-LARGE = (_layout("float32", (2, BLOCK), (7,)),)
-"""Three blocks, the last of them not full: more than the buffers of any connection hold."""
+LARGE = (_layout("float32", (4, BLOCK), (7,)),)
+"""Five blocks, the last of them not full: more than the buffers of any connection hold."""
 
 MODELS: tuple[Sequence[ArenaLayout], ...] = (
     (),

@@ -49,9 +49,7 @@ class InProcessLane(Lane):
 
     name = "in process"
 
-    def __init__(
-        self, task: str, session: InProcessSession, handle: Callable[[Session, Request], None]
-    ) -> None:
+    def __init__(self, task: str, session: InProcessSession, handle: Callable[[Session, Request], None]) -> None:
         self.task = task
         self._session = session
         self._handle = handle

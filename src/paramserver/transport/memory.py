@@ -138,15 +138,32 @@ def store_bytes(layouts: Sequence[ArenaLayout]) -> int:
     return _place(layouts, start=_versions_bytes(layouts))[1]
 
 
-def store_memory(layouts: Sequence[ArenaLayout], file: SharedFile | None) -> StoreMemory:
-    """Values and versions of the arenas of a ps, in ``file`` or in private memory."""
-    data = torch.zeros(store_bytes(layouts), dtype=torch.uint8) if file is None else file.data
-    counters = data.numpy()[: _versions_bytes(layouts)].view(np.uint64)
+def store_memory(layouts: Sequence[ArenaLayout], file: SharedFile) -> StoreMemory:
+    """Values and versions of the arenas of a ps, in ``file``."""
+    counters = file.data.numpy()[: _versions_bytes(layouts)].view(np.uint64)
     versions, first = [], 0
     for layout in layouts:
         versions.append(counters[first : first + num_blocks(layout.size)])
         first += num_blocks(layout.size)
-    return StoreMemory(_carve(layouts, data, start=_versions_bytes(layouts)), versions, file)
+    return StoreMemory(_carve(layouts, file.data, start=_versions_bytes(layouts)), versions, file)
+
+
+def shared_store_memory(layouts: Sequence[ArenaLayout]) -> StoreMemory:
+    """The same in a new file, which workers of this host can map; in private memory where there are no such files."""
+    if not can_share():
+        return private_store_memory(layouts)
+    return store_memory(layouts, SharedFile.create(store_bytes(layouts)))
+
+
+def private_store_memory(layouts: Sequence[ArenaLayout]) -> StoreMemory:
+    """The same in memory of this process.
+
+    Each arena is a tensor of its own, so that a program can save the values that are views into it.
+    """
+    return StoreMemory(
+        [torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+        [np.zeros(num_blocks(layout.size), dtype=np.uint64) for layout in layouts],
+    )
 
 
 def _versions_bytes(layouts: Sequence[ArenaLayout]) -> int:

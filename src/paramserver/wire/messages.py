@@ -199,8 +199,6 @@ class Refused(Message, frozen=True):
     subject: str = ""
 
 
-Request = (
-    Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | GetStatus | Goodbye
-)
+Request = Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | GetStatus | Goodbye
 Reply = Done | Declared | Applied | State | Remaining | Saved | Status | Refused
 AnyMessage = Challenge | Hello | Welcome | Request | Reply

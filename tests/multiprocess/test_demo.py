@@ -1,0 +1,89 @@
+"""``paramserver demo`` as a user has it: five processes, a summary, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
+
+DEMO = (sys.executable, "-m", "paramserver", "demo")
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+@pytest.fixture
+def mark() -> Iterator[dict[str, str]]:
+    """An environment that every process of a run inherits; in the end, none of them may be left."""
+    mark = uuid.uuid4().hex
+    yield {**os.environ, "PARAMSERVER_TEST_MARK": mark, "COLUMNS": "80"}
+    assert _processes_with(mark.encode()) == []
+
+
+def _processes_with(text: bytes) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if text in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+def test_the_demo_trains_and_says_what_came_of_it(tmp_path, mark):
+    folder = tmp_path / "a folder with quite a long name" / "and another one in it" / "run"
+    command = [*DEMO, "--steps", "2000", "--model-dir", str(folder)]
+    done = subprocess.run(command, env=mark, capture_output=True, text=True, timeout=150, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = dict(re.findall(r"^(\S+(?: \S+)*)  +(\S.*)$", done.stdout, re.MULTILINE))
+    assert float(results["test accuracy"]) >= 0.95
+    assert float(results["global steps/s"].replace(",", "")) > 0
+    updates = dict(re.findall(r"(ps:\d) (\d+)", results["updates applied"]))
+    assert all(int(updates[task]) >= 2000 for task in ("ps:0", "ps:1"))
+    assert re.fullmatch(r"mean \d+\.\d\d, largest \d+", results["staleness"])
+    assert Path(results["last checkpoint"], "model.safetensors.index.json").is_file()
+    assert list(Path(results["TensorBoard files"]).glob("events.out.tfevents.*"))
+    assert Path(results["exported model"], "model.safetensors").is_file()
+    assert "Evaluations on the test images\n" in done.stdout
+    assert re.search(r"│ +20\d\d │ +0\.9\d\d │", done.stdout)
+
+
+def test_ctrl_c_ends_everything_and_gives_the_terminal_back(tmp_path, mark):
+    ours, theirs = os.openpty()
+    command = [*DEMO, "--steps", "1000000000", "--model-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=mark, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    try:
+        screen = _until(ours, b"training")
+        process.send_signal(signal.SIGINT)
+        screen += _until(ours, None)
+        assert process.wait(timeout=10) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    end = screen[screen.rindex(SHOW_CURSOR) :]
+    assert b"stopping the run (SIGINT)" in end
+    assert b"Traceback" not in screen
+
+
+def _until(terminal: int, text: bytes | None) -> bytes:
+    """What is shown until a text appears, or, without one, until nobody holds the terminal any more."""
+    seen = b""
+    while text is None or text not in seen:
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:  # Linux's way of saying that the other side is closed
+            data = b""
+        if not data:
+            assert text is None, seen.decode()
+            break
+        seen += data
+    return seen
