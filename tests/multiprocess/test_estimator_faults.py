@@ -18,16 +18,16 @@ import pytest
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
-PARAMSERVER = (sys.executable, "-m", "paramserver")
-
 PROGRAM = """
 import json, math, os, sys
 import torch
 import paramserver as ps
 
-TASK = json.loads(os.environ["TF_CONFIG"])["task"]
-ME = f"{TASK['type']}:{TASK['index']}"
 WIDTH = 3
+
+def is_me(task):
+    me = json.loads(os.environ["TF_CONFIG"])["task"]
+    return task == f"{me['type']}:{me['index']}"
 
 def model_fn(mode):
     model = torch.nn.Linear(WIDTH, 1)
@@ -71,12 +71,24 @@ class Outcome:
         return "Traceback" in self.text
 
 
-def run(*arguments: str | Path, cwd: Path, **env: str) -> Outcome:
-    command = [*PARAMSERVER, *map(str, arguments)]
+def run(*arguments: str | Path, cwd: Path, module: str = "paramserver", **env: str) -> Outcome:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     surroundings = os.environ | env
     return Outcome(
         subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=100, check=False)
     )
+
+
+@pytest.fixture
+def run_alone(tmp_path: Path) -> Callable[..., Outcome]:
+    """Runs the program above as the one task that ``tf_config`` names."""
+
+    def run_alone(tf_config: str, *lines: str) -> Outcome:
+        script = tmp_path / "script.py"
+        script.write_text(PROGRAM + "\n".join(lines))
+        return run(script, cwd=tmp_path, module="paramserver.launch.task", TF_CONFIG=tf_config)
+
+    return run_alone
 
 
 @pytest.fixture
@@ -126,13 +138,11 @@ def test_a_server_that_cannot_know_who_it_is_says_so(tmp_path, tf_config, messag
         (json.dumps({"cluster": CLUSTER, "task": {"type": "chief", "index": 3}}), "3"),
     ],
 )
-def test_a_script_that_cannot_know_who_it_is_says_so(launch, tf_config, message):
-    env = f"os.environ['TF_CONFIG'] = {tf_config!r}"
-    outcome = launch(env, "main()", workers=1)
-    assert outcome.code == 1
-    assert not outcome.has_traceback, outcome.text
-    assert len(outcome.errors("chief:0")) == 1
-    assert message in outcome.errors("chief:0")[0]
+def test_a_script_that_cannot_know_who_it_is_says_so(run_alone, tf_config, message):
+    outcome = run_alone(tf_config, "main()")
+    assert (outcome.code, len(outcome.lines)) == (1, 1), outcome.text
+    assert outcome.lines[0].startswith("error: ")
+    assert message in outcome.lines[0]
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):
@@ -144,26 +154,16 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     assert address in outcome.lines[0]
 
 
-def test_a_ps_that_never_comes_up_is_named(launch):
+def test_a_ps_that_never_comes_up_is_named(run_alone):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"127.0.0.1:{silent.getsockname()[1]}"
-        cluster = {"chief": ["127.0.0.1:0"], "ps": [address]}
-        env = f"os.environ['TF_CONFIG'] = {json.dumps({'cluster': cluster, 'task': {'type': 'chief', 'index': 0}})!r}"
-        outcome = launch(env, "main(session_creation_timeout_secs=1)", workers=1)
+        cluster = {"chief": ["127.0.0.1:0"], "ps": [f"127.0.0.1:{silent.getsockname()[1]}"]}
+        tf_config = json.dumps({"cluster": cluster, "task": {"type": "chief", "index": 0}})
+        outcome = run_alone(tf_config, "main(session_creation_timeout_secs=1)")
     assert outcome.code == 1
     assert not outcome.has_traceback, outcome.text
-    (error,) = outcome.errors("chief:0")
+    (error,) = (line for line in outcome.lines if line.startswith("error: "))
     assert "ps:0" in error
     assert "1 s" in error
-
-
-def test_a_wrong_token_is_refused(launch):
-    outcome = launch("if ME == 'worker:0':", "    os.environ['PARAMSERVER_TOKEN'] = 'wrong'", "main()")
-    assert outcome.code == 1
-    assert not outcome.has_traceback, outcome.text
-    (error,) = outcome.errors("worker:0")
-    assert "token" in error
-    assert outcome.errors("chief:0") == []
 
 
 # --- what the user's own code does
@@ -188,7 +188,7 @@ def test_an_exception_of_the_chief_reaches_the_user_and_ends_the_run(launch, fun
     outcome = launch(
         f"original = {function}",
         f"def {function}({'mode' if function == 'model_fn' else ''}):",
-        "    if ME == 'chief:0':",
+        "    if is_me('chief:0'):",
         "        raise LookupError('no such file')",
         f"    return original({'mode' if function == 'model_fn' else ''})",
         "main()",
@@ -199,20 +199,31 @@ def test_an_exception_of_the_chief_reaches_the_user_and_ends_the_run(launch, fun
     assert "the run was stopped" in outcome.lines[-1]
 
 
-@pytest.mark.parametrize("function", ["model_fn", "train_input"])
-def test_an_exception_of_a_worker_reaches_the_user_and_the_others_go_on(launch, function, tmp_path):
+def test_faults_of_workers_reach_the_user_and_the_others_go_on(launch, tmp_path):
+    """A wrong token, an exception in model_fn and one in input_fn."""
     outcome = launch(
-        f"original = {function}",
-        f"def {function}({'mode' if function == 'model_fn' else ''}):",
-        "    if ME == 'worker:0':",
+        "build, data = model_fn, train_input",
+        "def model_fn(mode):",
+        "    if is_me('worker:1'):",
+        "        raise LookupError('no such model')",
+        "    return build(mode)",
+        "def train_input():",
+        "    if is_me('worker:2'):",
         "        raise LookupError('no such file')",
-        f"    return original({'mode' if function == 'model_fn' else ''})",
+        "    return data()",
+        "if is_me('worker:0'):",
+        "    os.environ['PARAMSERVER_TOKEN'] = 'wrong'",
         "main()",
+        workers=4,
     )
     assert outcome.code == 1
-    assert outcome.of("worker:0")[-1] == "LookupError: no such file"
-    assert (tmp_path / "run" / "ckpt-60").is_dir()
-    assert "Traceback (most recent call last):" not in outcome.of("chief:0") + outcome.of("ps:0")
+    (refused,) = outcome.errors("worker:0")
+    assert "token" in refused
+    assert outcome.of("worker:1")[-1] == "LookupError: no such model"
+    assert outcome.of("worker:2")[-1] == "LookupError: no such file"
+    assert list((tmp_path / "run").glob("ckpt-6*"))
+    healthy = [*outcome.of("chief:0"), *outcome.of("ps:0"), *outcome.of("worker:0")]
+    assert "Traceback (most recent call last):" not in healthy
 
 
 # --- checkpoints and model_dir

@@ -199,9 +199,10 @@ class ParameterServerStrategy(Strategy):
     def __repr__(self) -> str:
         if self.task is None:
             return "<ParameterServerStrategy in one process>"
+        jobs = ", ".join(f"{self.cluster.num_tasks(job)} {job}" for job in self.cluster.jobs)
         return (
-            f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {self.cluster}, "
-            f"{self.num_ps} ps, computing on {', '.join(self.extended.worker_devices)}>"
+            f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {jobs}; "
+            f"computing on {', '.join(self.extended.worker_devices)}, variables on /job:ps>"
         )
 
     def _check_can_prepare(self) -> None:
