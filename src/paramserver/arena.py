@@ -100,6 +100,15 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
             (start, start + variable.size) for start, variable in zip(self.offsets, self.variables, strict=True)
         )
 
+    def gap_end(self, stop: int) -> int:
+        """Where the gap behind a variable that ends at ``stop`` ends: where the next one may begin.
+
+        >>> ArenaLayout("float32", None, (VariableSpec("b", (2,), "float32"), VariableSpec("c", (), "float32"))).gap_end(2)
+        16
+        """
+        step = ALIGNMENT // self.itemsize
+        return min(-(-stop // step) * step, self.size)
+
     @cached_property
     def pieces(self) -> tuple[Range, ...]:
         """The whole arena, block by block."""

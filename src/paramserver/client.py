@@ -136,6 +136,7 @@ class ParameterClient:
         self.lanes = Lanes(lanes)
         self._layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
         self._sequence = 0
+        self._local_step = 0  # what staleness is counted from: the step of the values that are here
         self.global_step = 0
 
     # --- start
@@ -182,7 +183,7 @@ class ParameterClient:
     def mark_ready(self, global_step: int) -> None:
         """The chief has initialized the variables: let the others begin."""
         self._ask_all(messages.MarkReady(global_step), messages.Done)
-        self.global_step = global_step
+        self._arrived(global_step)
 
     # --- steps
 
@@ -200,14 +201,14 @@ class ParameterClient:
         calls = [
             Call(
                 lane,
-                messages.Push(self._sequence, self.global_step, counts, tuple(ps_parts), tuple(ps_pull)),
+                messages.Push(self._sequence, self._local_step, counts, tuple(ps_parts), tuple(ps_pull)),
                 _outgoing(layouts, ps_parts),
                 _whole(layouts, ps_pull),
             )
             for lane, layouts, ps_parts, ps_pull in zip(self.lanes.each(), self._layouts, parts, pull, strict=True)
         ]
         first = self._exchange(calls, messages.Applied)[0]
-        self.global_step = first.global_step
+        self._arrived(first.global_step)
         return PushResult(first.global_step, first.staleness)
 
     def pull(self, arenas: Sequence[Sequence[int]]) -> int:
@@ -216,7 +217,7 @@ class ParameterClient:
             Call(lane, messages.Pull(tuple(wanted)), (), _whole(layouts, wanted))
             for lane, layouts, wanted in zip(self.lanes.each(), self._layouts, arenas, strict=True)
         ]
-        self.global_step = self._exchange(calls, messages.State)[0].global_step
+        self._arrived(self._exchange(calls, messages.State)[0].global_step)
         return self.global_step
 
     def read_global_step(self) -> int:
@@ -270,6 +271,10 @@ class ParameterClient:
 
     def __repr__(self) -> str:
         return f"<ParameterClient of {self.lanes} at global step {self.global_step}>"
+
+    def _arrived(self, global_step: int) -> None:
+        """Values of this step are here."""
+        self.global_step = self._local_step = global_step
 
     def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> bool:
         self._layouts = list(layouts)

@@ -83,6 +83,7 @@ def test_a_worker_sees_what_the_chief_wrote_and_how_stale_it_is(cluster):
     assert theirs[0].values[0].tolist() == [-1] * 4
     assert worker.push_pull(NOTHING, WHOLE, counts=True) == (3, 0)
     assert chief.read_global_step() == 3
+    assert chief.push_pull(NOTHING, WHOLE, counts=True) == (4, 2), "asking for the step brings no values"
 
 
 def test_four_workers_at_once_lose_nothing(cluster):

@@ -149,3 +149,15 @@ def test_slot_bytes_count_all_blocks():
     assert arena.slots_bytes == 0
     push(arena, torch.ones(BLOCK + 4))
     assert arena.slots_bytes == 2 * 4 * (BLOCK + 4) + 2 * 4
+
+
+def test_after_a_restore_one_update_serves_all_variables_again():
+    """The gaps between variables have slots too; without them no two variables would be neighbours."""
+    arena, _ = arena_of(10, 3, 21, rule=ADAM)
+    push(arena, torch.ones(arena.layout.size))
+    _, runs = arena.snapshot()
+    other, _ = arena_of(10, 3, 21, rule=ADAM)
+    for span in other.layout.ranges:
+        other.load_slots(span, dict(variable_slots(span, runs)))
+    other.join_runs()
+    assert "1 runs" in repr(other._rules[0])

@@ -11,8 +11,7 @@ Rules
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 
 import torch
@@ -116,13 +115,14 @@ class _BoundParameter:
         if gradient is None:
             return False
         if gradient is not self._gradient:
-            _land(self._spec, self._gradient, self.tensor)
+            _same_kind(self._spec, self.tensor)
+            _lander(self._spec, self._gradient)(self.tensor)
         return True
 
     def _call_when_whole(self) -> None:
         frozen = not self.tensor.requires_grad  # torch refuses the hook then, and would call it if trained later
         self.tensor.requires_grad_(True)
-        land = functools.partial(_land, self._spec, self._gradient)
+        land = _lander(self._spec, self._gradient)
         self.tensor.register_post_accumulate_grad_hook(land)  # type: ignore[no-untyped-call]  # torch has no type
         self.tensor.requires_grad_(not frozen)
 
@@ -232,20 +232,26 @@ def _bound(plan: ArenaPlan, memory: WorkerMemory, groups: Sequence[dict[str, obj
             return BoundArena(plan, memory)
 
 
-def _land(spec: VariableSpec, view: torch.Tensor, parameter: torch.Tensor) -> None:
-    """Put a parameter's gradient into its place. Called by autograd as soon as the gradient is whole."""
-    gradient = parameter.grad
-    if gradient is None or gradient is view:
-        return
-    if gradient.layout is not torch.strided:
-        raise NotImplementedError(
-            f"variable {spec.name!r} got a sparse gradient, which cannot be pushed to a ps; "
-            "use nn.Embedding(..., sparse=False)"
-        )
-    _same_kind(spec, parameter)
-    if gradient.data_ptr() != view.data_ptr():  # a large layer has computed it in its place
-        view.copy_(gradient.detach())
-    parameter.grad = view
+def _lander(spec: VariableSpec, view: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """What puts a parameter's gradient into its place; autograd calls it as soon as the gradient is whole."""
+    address = view.data_ptr()
+
+    def land(parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient is view:
+            return
+        if gradient.layout is not torch.strided:
+            raise NotImplementedError(
+                f"variable {spec.name!r} got a sparse gradient, which cannot be pushed to a ps; "
+                "use nn.Embedding(..., sparse=False)"
+            )
+        if gradient.dtype is not view.dtype:
+            _same_kind(spec, parameter)
+        if gradient.data_ptr() != address:  # else a large layer has computed it in its place
+            view.copy_(gradient.detach() if gradient.requires_grad else gradient)
+        parameter.grad = view
+
+    return land
 
 
 def _bring_home(variable: Variable, module: torch.nn.Module) -> None:

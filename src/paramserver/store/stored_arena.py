@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from paramserver.arena import BLOCK, ArenaLayout, Range, num_blocks, pieces
 from paramserver.rules import RULES, Setting, setting_names
@@ -118,7 +119,11 @@ class StoredArena:
         """
         if not self._rules:
             raise ValueError("no optimizer of this model updates it")
-        for start, stop in pieces([span]):
+        # With the gap behind it, or else gaps without slots would keep neighbours apart for ever; see `join_runs`.
+        end = self.layout.gap_end(span[1])
+        gap = end - span[1]
+        state = {name: F.pad(slot, (0, gap)) if slot.ndim and gap else slot for name, slot in state.items()}
+        for start, stop in pieces([(span[0], end)]):
             block = start // BLOCK
             part = {
                 name: slot if slot.ndim == 0 else slot[start - span[0] : stop - span[0]]
