@@ -110,7 +110,7 @@ def test_what_is_nowhere_done(module: str) -> None:
     assert not imports(MODULES[module]) & {"pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal"}
 
 
-@pytest.mark.parametrize("module", MODULES.keys() - {"paramserver.cluster.environment"})
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"paramserver.cluster.environment"}))
 def test_the_environment_is_read_in_one_place(module: str) -> None:
     names = {ast.unparse(node) for node in code(MODULES[module]) if isinstance(node, ast.Attribute)}
     assert not names & {"os.environ", "os.getenv", "os.putenv"}
