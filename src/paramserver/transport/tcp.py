@@ -29,7 +29,8 @@ class TcpLane(Lane):
 
     def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
         self._memory = WorkerMemory(
-            values=[_flat(layout) for layout in layouts], gradients=[_flat(layout) for layout in layouts]
+            values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+            gradients=[torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts],
         )
         return self._memory
 
@@ -101,7 +102,3 @@ def expect_reply(frames: FrameSocket) -> Reply:
     if reply is None:
         raise UnavailableError(f"{frames.task} closed the connection instead of answering; has it died?", frames.task)
     return reply  # type: ignore[return-value]  # the client checks for the reply that it expects
-
-
-def _flat(layout: ArenaLayout) -> torch.Tensor:
-    return torch.zeros(layout.size, dtype=layout.torch_dtype)
