@@ -103,7 +103,8 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
     def gap_end(self, stop: int) -> int:
         """Where the gap behind a variable that ends at ``stop`` ends: where the next one may begin.
 
-        >>> ArenaLayout("float32", None, (VariableSpec("b", (2,), "float32"), VariableSpec("c", (), "float32"))).gap_end(2)
+        >>> one, other = VariableSpec("b", (2,), "float32"), VariableSpec("c", (), "float32")
+        >>> ArenaLayout("float32", None, (one, other)).gap_end(2)
         16
         """
         step = ALIGNMENT // self.itemsize

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE = 1 << 18
+LARGE = 1 << 20
 """Bytes of a weight from which it pays: below, the copy is cheaper than a Python function in the backward."""
 
 
