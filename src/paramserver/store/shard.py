@@ -10,28 +10,20 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from paramserver.arena import VariableSpec, pieces
+from paramserver.arena import Range, VariableSpec, pieces
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, read_index, read_tensors
 from paramserver.errors import CheckpointError
 from paramserver.store.store import Store
 from paramserver.store.stored_arena import StoredArena, variable_slots
-
-VALUES_INDEX = "model.safetensors.index.json"
-SLOTS_INDEX = "optimizer.safetensors.index.json"
-
-
-class _Index(msgspec.Struct):
-    """What is read of an index: which file holds each tensor."""
-
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,65 +83,51 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     return dict.fromkeys(tensors, path.name)
 
 
+class _Place(NamedTuple):
+    """Where a variable lies in a store."""
+
+    arena: StoredArena
+    spec: VariableSpec
+    span: Range
+
+
 def read_shard(store: Store, directory: str) -> None:
     """Read the variables and slots that a store holds from a whole checkpoint of any number of shards.
 
     Raises:
         CheckpointError: If the checkpoint is cut short, or belongs to another model or optimizer.
     """
-    weight_map = read_index(Path(directory) / VALUES_INDEX)
-    slot_map = read_index(Path(directory) / SLOTS_INDEX)
-    wanted = {variable.name: arena for arena in store.arenas for variable in arena.layout.variables}
-    missing = next((name for name in wanted if name not in weight_map), None)
+    folder = Path(directory)
+    weight_map = read_index(folder / VALUES_INDEX)
+    slot_map = read_index(folder / SLOTS_INDEX)
+    places = _places(store)
+    missing = next((name for name in places if name not in weight_map), None)
     if missing is not None:
         raise CheckpointError(
             f"checkpoint {directory} has no variable {missing!r}; does it belong to another model?", directory
         )
-    for path, names in _by_file(directory, {name: weight_map[name] for name in wanted}):
-        for name, tensor in _tensors(path, names):
-            _restore_value(wanted[name], name, tensor, directory)
-    _restore_slots(wanted, slot_map, directory)
+    for name, tensor in read_tensors(folder, {name: weight_map[name] for name in places}):
+        _restore_value(places[name], tensor, directory)
+    _restore_slots(places, slot_map, folder)
+    for arena in store.arenas:
+        arena.join_runs()
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, by an index.
-
-    Raises:
-        CheckpointError: If the index is missing or is none.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint: {error}", str(path)) from error
+def _places(store: Store) -> dict[str, _Place]:
+    return {
+        spec.name: _Place(arena, spec, span)
+        for arena in store.arenas
+        for spec, span in zip(arena.layout.variables, arena.layout.ranges, strict=True)
+    }
 
 
-def _by_file(directory: str, weight_map: Mapping[str, str]) -> Iterator[tuple[Path, list[str]]]:
-    files: dict[str, list[str]] = defaultdict(list)
-    for name, file in weight_map.items():
-        files[file].append(name)
-    for file, names in files.items():
-        yield Path(directory) / file, names
-
-
-def _tensors(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            for name in names:
-                yield name, file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+def _restore_value(place: _Place, tensor: torch.Tensor, directory: str) -> None:
+    arena, spec, span = place
+    found = VariableSpec(spec.name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    if found != spec:
         raise CheckpointError(
-            f"checkpoint file {path} cannot be read: {error}; was it cut short?", str(path)
-        ) from error
-
-
-def _restore_value(arena: StoredArena, name: str, tensor: torch.Tensor, directory: str) -> None:
-    index = next(i for i, variable in enumerate(arena.layout.variables) if variable.name == name)
-    variable, span = arena.layout.variables[index], arena.layout.ranges[index]
-    found = VariableSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-    if found != variable:
-        raise CheckpointError(
-            f"checkpoint {directory}: variable {name!r} is {found.dtype}{list(found.shape)}, "
-            f"this model has {variable.dtype}{list(variable.shape)}; does it belong to another model?",
+            f"checkpoint {directory}: variable {spec.name!r} is {found.dtype}{list(found.shape)}, "
+            f"this model has {spec.dtype}{list(spec.shape)}; does it belong to another model?",
             directory,
         )
     flat = tensor.flatten()
@@ -157,30 +135,18 @@ def _restore_value(arena: StoredArena, name: str, tensor: torch.Tensor, director
         arena.apply("assign", (start, stop), flat[start - span[0] : stop - span[0]], None)
 
 
-def _restore_slots(wanted: Mapping[str, StoredArena], slot_map: Mapping[str, str], directory: str) -> None:
-    mine = {key: file for key, file in slot_map.items() if key.rpartition("/")[0] in wanted}
+def _restore_slots(places: Mapping[str, _Place], slot_map: Mapping[str, str], folder: Path) -> None:
+    mine = {key: file for key, file in slot_map.items() if key.rpartition("/")[0] in places}
     states: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for path, keys in _by_file(directory, mine):
-        for key, tensor in _tensors(path, keys):
-            variable, _, slot = key.rpartition("/")
-            states[variable][slot] = tensor.flatten() if tensor.ndim else tensor
+    for key, tensor in read_tensors(folder, mine):
+        variable, _, slot = key.rpartition("/")
+        states[variable][slot] = tensor.flatten() if tensor.ndim else tensor
     for name, state in states.items():
-        _load_slots(wanted[name], name, state, directory)
-    for arena in {id(arena): arena for arena in wanted.values()}.values():
-        arena.join_runs()
-
-
-def _load_slots(arena: StoredArena, name: str, state: dict[str, torch.Tensor], directory: str) -> None:
-    span = next(
-        span
-        for variable, span in zip(arena.layout.variables, arena.layout.ranges, strict=True)
-        if variable.name == name
-    )
-    try:
-        arena.load_slots(span, state)
-    except ValueError as error:
-        raise CheckpointError(
-            f"checkpoint {directory}: the optimizer state of {name!r} does not fit: {error}; "
-            "was it written with another optimizer?",
-            directory,
-        ) from error
+        try:
+            places[name].arena.load_slots(places[name].span, state)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {folder}: the optimizer state of {name!r} does not fit: {error}; "
+                "was it written with another optimizer?",
+                str(folder),
+            ) from error
