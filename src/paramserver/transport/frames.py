@@ -17,6 +17,7 @@ from paramserver.wire.messages import AnyMessage, Message
 
 RECEIVE_BYTES = 64 << 10
 MAX_VECTORS = 512
+NOTHING = memoryview(b"")
 
 DEAD_HOST_TIMEOUT = 90
 """Seconds after which a host that answers nothing at all, not even the kernel's own questions, counts as lost."""
@@ -77,9 +78,9 @@ class FrameSocket:
         """Bytes of a payload that was announced by `announce`, or bytes outside of any frame."""
         self._call(self._socket.sendall, view)
 
-    def announce(self, message: Message, payload_bytes: int) -> None:
-        """The head of a frame whose payload follows in several `send_raw`."""
-        self._call(self._socket.sendall, codec.encode(message, payload_bytes))
+    def announce(self, message: Message, payload_bytes: int, first: memoryview = NOTHING) -> None:
+        """The head of a frame and the first bytes of its payload, whose rest follows in several `send_raw`."""
+        self._send_vectors([memoryview(codec.encode(message, payload_bytes)), first])
 
     def receive(self) -> AnyMessage | None:
         """The next message; None at the end of the stream, or once `close` was called.

@@ -79,11 +79,16 @@ class TcpSession(Session):
         if read is None or not pieces:
             self._frames.send(reply)
             return
-        self._frames.announce(reply, sum(self._nbytes(piece) for piece in pieces))
+        announced = False
         for piece in pieces:
             target = self._scratch_for(piece)
             read(piece, target)
-            self._frames.send_raw(tensor_bytes(target))
+            if announced:
+                self._frames.send_raw(tensor_bytes(target))
+            else:  # together, so that the worker is woken once for a small model
+                announced = True
+                total = sum(self._nbytes(piece) for piece in pieces)
+                self._frames.announce(reply, total, tensor_bytes(target))
 
     def close(self) -> None:
         self._frames.close()
