@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
-
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
 from paramserver.errors import ConfigError, ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
@@ -151,7 +149,6 @@ class Server:
                 thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        torch.set_grad_enabled(False)  # of this thread: switching it for every update costs more than asking
         try:
             with contextlib.closing(connection):
                 session = self._accept_session(connection)

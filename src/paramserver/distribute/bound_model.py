@@ -95,7 +95,7 @@ class TrainedArena(BoundArena):
 class _BoundParameter:
     """A parameter, and the views that its values and its gradient lie in."""
 
-    __slots__ = ("_address", "_gradient", "_spec", "_value", "tensor")
+    __slots__ = ("_address", "_gradient", "_land", "_spec", "_value", "tensor")
 
     def __init__(self, variable: Variable, value: torch.Tensor, gradient: torch.Tensor) -> None:
         self.tensor = variable.tensor
@@ -104,6 +104,7 @@ class _BoundParameter:
         self._gradient = gradient
         self.tensor.data = value
         self._address = self.tensor.data_ptr()
+        self._land = _lander(self._spec, self._gradient)
         self._call_when_whole()
 
     def has_gradient(self) -> bool:
@@ -116,14 +117,13 @@ class _BoundParameter:
             return False
         if gradient is not self._gradient:
             _same_kind(self._spec, self.tensor)
-            _lander(self._spec, self._gradient)(self.tensor)
+            self._land(self.tensor)
         return True
 
     def _call_when_whole(self) -> None:
         frozen = not self.tensor.requires_grad  # torch refuses the hook then, and would call it if trained later
         self.tensor.requires_grad_(True)
-        land = _lander(self._spec, self._gradient)
-        self.tensor.register_post_accumulate_grad_hook(land)  # type: ignore[no-untyped-call]  # torch has no type
+        self.tensor.register_post_accumulate_grad_hook(self._land)  # type: ignore[no-untyped-call]  # torch has no type
         self.tensor.requires_grad_(not frozen)
 
 

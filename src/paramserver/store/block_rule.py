@@ -92,9 +92,6 @@ class BlockRule:
             )
         if settings != self._settings:
             self._adopt(settings)
-        if len(self._runs) == 1 and stop - start == len(self._values):
-            self._update(self._runs, [gradient])  # the common case, in as little Python as can be
-            return
         first, last = self._cut(start, stop)
         runs = self._runs[first:last]
         if len(runs) == 1:
@@ -172,10 +169,7 @@ class BlockRule:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         try:
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    self._step(self._optimizer)
-            else:
+            with torch.no_grad():
                 self._step(self._optimizer)
         finally:
             for parameter in parameters:

@@ -25,9 +25,6 @@ from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
 from paramserver.wire.refusals import raised
 
-MAX_KEPT_VIEWS = 4096
-"""A push asks for the same pieces every time, so their views are kept; up to as many as a sane peer has."""
-
 TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
 
@@ -131,7 +128,6 @@ class SharedMemorySession(Session):
         self._layouts: Sequence[ArenaLayout] = ()
         self._memory = StoreMemory([], [])
         self._gradients: list[torch.Tensor] = []
-        self._pieces: dict[Piece, torch.Tensor] = {}
 
     def receive(self) -> Request | None:
         request = self._frames.receive()
@@ -145,14 +141,9 @@ class SharedMemorySession(Session):
         self._memory = memory
 
     def gradient(self, piece: Piece) -> torch.Tensor:
-        view = self._pieces.get(piece)
-        if view is None:
-            if piece.arena >= len(self._gradients):
-                raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
-            view = self._gradients[piece.arena][piece.start : piece.stop]
-            if len(self._pieces) < MAX_KEPT_VIEWS:
-                self._pieces[piece] = view
-        return view
+        if piece.arena >= len(self._gradients):
+            raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
+        return self._gradients[piece.arena][piece.start : piece.stop]
 
     def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
         self._frames.send(reply)

@@ -79,22 +79,23 @@ class TcpSession(Session):
         if read is None or not pieces:
             self._frames.send(reply)
             return
-        announced = False
-        for piece in pieces:
-            target = self._scratch_for(piece)
-            read(piece, target)
-            if announced:
-                self._frames.send_raw(tensor_bytes(target))
-            else:  # together, so that the worker is woken once for a small model
-                announced = True
-                total = sum(self._nbytes(piece) for piece in pieces)
-                self._frames.announce(reply, total, tensor_bytes(target))
+        first, *others = pieces
+        total = sum(self._nbytes(piece) for piece in pieces)
+        # Together, so that the worker is woken once for a small model.
+        self._frames.announce(reply, total, self._values(first, read))
+        for piece in others:
+            self._frames.send_raw(self._values(piece, read))
 
     def close(self) -> None:
         self._frames.close()
 
     def _nbytes(self, piece: Piece) -> int:
         return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
+
+    def _values(self, piece: Piece, read: ReadPiece) -> memoryview:
+        target = self._scratch_for(piece)
+        read(piece, target)
+        return tensor_bytes(target)
 
     def _scratch_for(self, piece: Piece) -> torch.Tensor:
         values = self._scratch[: self._nbytes(piece)]
