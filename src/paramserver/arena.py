@@ -37,12 +37,27 @@ DTYPES: dict[str, torch.dtype] = {
 Range = tuple[int, int]
 
 
+class Shard(msgspec.Struct, frozen=True, array_like=True):
+    """Which rows of a partitioned variable a part of it holds: ``[start, start + rows of the part)``."""
+
+    variable: str
+    """The name of the whole variable."""
+    index: int
+    start: int
+    rows: int
+    """Rows of the whole variable."""
+
+
 class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A named state: what has to be equal on every worker that shares it."""
+    """A named state: what has to be equal on every worker that shares it.
+
+    A part of a partitioned variable is a variable like others, called ``NAME/part_I``; ``shard`` says what of.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    shard: Shard | None = None
 
     @property
     def size(self) -> int:

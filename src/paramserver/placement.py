@@ -7,23 +7,26 @@ without asking anybody.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 
 from paramserver.arena import VariableSpec
 from paramserver.errors import ConfigError
 
+Place = Callable[[VariableSpec], int]
+"""The ps for the next variable. Called once for each, in creation order; it may remember what it was called with."""
+
 
 class Placement(abc.ABC):
-    """Chooses a ps for each variable of a model."""
+    """A policy that chooses a ps for each variable."""
 
     @abc.abstractmethod
-    def place(self, variables: Sequence[VariableSpec], num_ps: int) -> list[int]:
-        """The index of a ps for each variable, in order.
+    def start(self, num_ps: int) -> Place:
+        """Begin to place variables, for one strategy.
 
-        Deterministic: the same variables in the same order give the same places in every process.
+        Deterministic: the same variables in the same order go to the same places in every process.
 
         Args:
-            variables: The variables in creation order.
             num_ps: How many ps tasks there are, at least 1.
         """
 
@@ -31,12 +34,13 @@ class Placement(abc.ABC):
 class RoundRobin(Placement):
     """Each variable goes to the next ps, as in the original. Balances the number of variables, not their bytes.
 
-    >>> variables = [VariableSpec(name, (), "float32") for name in "nxz"]
-    >>> RoundRobin().place(variables, num_ps=2)
+    >>> place = RoundRobin().start(num_ps=2)
+    >>> [place(VariableSpec(name, (), "float32")) for name in "nxz"]
     [0, 1, 0]
     """
 
-    def place(self, variables: Sequence[VariableSpec], num_ps: int) -> list[int]:
+    def start(self, num_ps: int) -> Place:
         if num_ps < 1:
-            raise ConfigError(f"placing {len(variables)} variables: expected at least one ps, got {num_ps}")
-        return [index % num_ps for index in range(len(variables))]
+            raise ConfigError(f"placing variables: expected at least one ps, got {num_ps}")
+        turns = itertools.cycle(range(num_ps))
+        return lambda variable: next(turns)

@@ -1,47 +1,152 @@
-"""Which strategy is in effect, for each thread."""
+"""Which strategy is in effect, and in which of its contexts: what each thread is in the middle of.
+
+Rules
+    * A thread is in the default context, in the *cross-replica* context of a strategy (its scope), or in the context
+      of one *replica*. A new thread starts in the default context (X10).
+    * An *update* is a part of the cross-replica context, with a device.
+    * Contexts of different strategies do not mix (X04, X08).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from paramserver.distribute.replica_context import ReplicaContext
     from paramserver.distribute.strategy import Strategy
 
 
-class _Entered(threading.local):
-    strategy: Strategy | None = None
+class Frame(NamedTuple):
+    """One context that a thread has entered.
+
+    Attributes:
+        strategy: Whose it is.
+        replica: The replica, None in the cross-replica context.
+        update_device: The device of the variable that is being updated, None outside of updates.
+    """
+
+    strategy: Strategy
+    replica: ReplicaContext | None = None
+    update_device: str | None = None
 
 
-_entered = _Entered()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.has_base = False  # whether the first frame was put there by `set_base` rather than by a `with`
 
 
-def get_strategy() -> Strategy | None:
-    """The strategy whose scope this thread is in, None outside of any."""
-    return _entered.strategy
+_thread = _Thread()
 
 
-def has_strategy() -> bool:
-    """Whether this thread is inside a strategy's scope."""
-    return _entered.strategy is not None
+def current() -> Frame | None:
+    """The innermost context of this thread, None for the default context."""
+    return _thread.frames[-1] if _thread.frames else None
 
 
 @contextlib.contextmanager
-def entered(strategy: Strategy) -> Iterator[Strategy]:
-    """Put a strategy into effect. Entering it again inside its own scope is allowed.
+def entered(frame: Frame) -> Iterator[None]:
+    """Put a context on top for a ``with`` block.
 
     Raises:
-        RuntimeError: Inside the scope of another strategy.
+        RuntimeError: On leaving, if contexts are left in another order than they were entered in (X11).
     """
-    outer = _entered.strategy
-    if outer is not None and outer is not strategy:
-        raise RuntimeError(
-            f"Mixing different strategies: {strategy!r} was entered inside the scope of {outer!r}; leave that first"
-        )
-    _entered.strategy = strategy
+    frames = _thread.frames
+    frames.append(frame)
     try:
-        yield strategy
+        yield
     finally:
-        _entered.strategy = outer
+        if not frames or frames[-1] is not frame:
+            raise RuntimeError(
+                f"scope nesting error: the scope of {frame.strategy!r} is left before one that was entered inside it; "
+                "leave them in the opposite order"
+            )
+        frames.pop()
+
+
+@contextlib.contextmanager
+def scope(strategy: Strategy) -> Iterator[Strategy]:
+    """The cross-replica context of a strategy. Entering it again inside itself is allowed (X03).
+
+    Raises:
+        RuntimeError: Inside the scope of another strategy (X04), or inside a replica (X05).
+    """
+    _check_cross_replica(strategy, "scope()")
+    with entered(Frame(strategy)):
+        yield strategy
+
+
+@contextlib.contextmanager
+def cross_replica(strategy: Strategy, call: str) -> Iterator[None]:
+    """For a call that belongs to the cross-replica context, and is allowed without any scope (X07).
+
+    Args:
+        strategy: Whose call it is.
+        call: What is called, for messages.
+
+    Raises:
+        RuntimeError: Inside a replica (X06), or inside the scope of another strategy (X08).
+    """
+    _check_cross_replica(strategy, call)
+    if _thread.frames:
+        yield
+    else:
+        with entered(Frame(strategy)):
+            yield
+
+
+def check_scope(strategy: Strategy, call: str) -> None:
+    """Raises RuntimeError unless this thread is in a context of ``strategy`` (X08)."""
+    frame = current()
+    if frame is None:
+        raise RuntimeError(f"{call}: Need to be inside `with strategy.scope():` of {strategy!r}")
+    _check_same(strategy, frame, call)
+
+
+def set_base(strategy: Strategy | None) -> None:
+    """Enter a strategy's scope until this is called again; None leaves it (X09).
+
+    Raises:
+        RuntimeError: Inside a ``with`` block of a scope.
+    """
+    if len(_thread.frames) > _thread.has_base:
+        raise RuntimeError(
+            "set_strategy: this thread is inside a `with strategy.scope():`; leave it first, or nest scopes instead"
+        )
+    _thread.frames[:] = [Frame(strategy)] if strategy is not None else []
+    _thread.has_base = strategy is not None
+
+
+def in_cross_replica_context() -> bool:
+    """Whether this thread is in the cross-replica context of a strategy."""
+    frame = current()
+    return frame is not None and frame.replica is None
+
+
+def get_update_replica_id() -> str | None:
+    """The device of the variable that this thread is updating, None outside of updates (U08)."""
+    frame = current()
+    return frame.update_device if frame else None
+
+
+def _check_cross_replica(strategy: Strategy, call: str) -> None:
+    frame = current()
+    if frame is None:
+        return
+    _check_same(strategy, frame, call)
+    if frame.replica is not None:
+        raise RuntimeError(
+            f"{call} requires being in cross-replica context, and was called inside replica "
+            f"{frame.replica.replica_id_in_sync_group}; use get_replica_context().merge_call()"
+        )
+
+
+def _check_same(strategy: Strategy, frame: Frame, call: str) -> None:
+    if frame.strategy is not strategy:
+        raise RuntimeError(
+            f"Mixing different strategies: {call} of {strategy!r} was called inside the scope of {frame.strategy!r}; "
+            "leave that first"
+        )

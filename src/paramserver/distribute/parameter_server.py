@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from paramserver.arena import VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.cluster import (
     ClusterResolver,
@@ -24,8 +25,9 @@ from paramserver.cluster import (
 )
 from paramserver.distribute import connection, variables
 from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.devices import Device, DeviceChoice
 from paramserver.distribute.direct_gradients import make_direct
-from paramserver.distribute.input import DistributedDataset, InputContext
+from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
 from paramserver.distribute.strategy import Strategy, StrategyExtended
 from paramserver.errors import ConfigError, RunOverError
@@ -35,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 SESSION_CREATION_TIMEOUT = 7200.0
 
-T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -62,17 +63,41 @@ class ParameterServerStrategy(Strategy):
         self,
         cluster_resolver: ClusterResolver | None = None,
         *,
+        compute_devices: Sequence[str] | None = None,
+        parameter_device: str | None = None,
         variable_placement: Placement | None = None,
         session_creation_timeout: float = SESSION_CREATION_TIMEOUT,
     ) -> None:
         self._resolver = cluster_resolver or TFConfigClusterResolver()
-        self.cluster: ClusterSpec = self._resolver.cluster_spec()
-        self.task: TaskId | None = None
-        if self.cluster:
-            self.task = validate_cluster(self.cluster, self._resolver.task_type, self._resolver.task_id)
+        self._devices = DeviceChoice.of(self._resolver, compute_devices, parameter_device)
         self._placement = variable_placement or RoundRobin()
         self._timeout = session_creation_timeout
+        self._enter_cluster(self._resolver.cluster_spec(), self._resolver.task_type, self._resolver.task_id)
+
+    def configure(self, cluster_spec: object = None, task_type: str | None = None, task_id: int | None = None) -> None:
+        """Make a strategy that was built for one process a part of a cluster (C20). Does nothing without a cluster.
+
+        Args:
+            cluster_spec: The cluster, as a ClusterSpec or what one is made from.
+            task_type: The role of this task in it.
+            task_id: Its index.
+
+        Raises:
+            ValueError: If the cluster or this task's place in it cannot work (C04 to C11).
+            RuntimeError: If the strategy has connected to ps tasks already.
+        """
+        if not cluster_spec:
+            return
+        if self.client is not None:
+            raise RuntimeError(f"configure: {self!r} has variables on parameter servers already; configure it before")
+        self._enter_cluster(ClusterSpec(cluster_spec), task_type, task_id)  # type: ignore[arg-type]  # checked there
+
+    def _enter_cluster(self, cluster: ClusterSpec, task_type: str | None, task_id: int | None) -> None:
+        self.task: TaskId | None = validate_cluster(cluster, task_type, task_id) if cluster else None
+        self.cluster = cluster
         self.client: ParameterClient | None = None
+        self._has_prepared = False
+        self._place = self._placement.start(self.num_ps)
         logger.info("%r", self)
 
     @property
@@ -82,6 +107,20 @@ class ParameterServerStrategy(Strategy):
     @property
     def cluster_resolver(self) -> ClusterResolver:
         return self._resolver
+
+    @property
+    def compute_devices(self) -> tuple[Device, ...]:
+        """The devices of this worker that compute, one for each replica (C13, C17)."""
+        return self._devices.of_task(self.task)
+
+    @property
+    def parameter_device(self) -> Device:
+        """Where the variables lie without a cluster (C17, C18)."""
+        return self._devices.parameter
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        return len(self._devices.compute)
 
     @property
     def is_chief(self) -> bool:
@@ -101,7 +140,7 @@ class ParameterServerStrategy(Strategy):
             ValueError: On a task that does not train.
         """
         if self.task is None:
-            return InputContext()
+            return InputContext(num_replicas_in_sync=self.num_replicas_in_sync)
         return InputContext(
             num_input_pipelines=worker_count(self.cluster, self.task.role),
             input_pipeline_id=id_in_cluster(self.cluster, *self.task),
@@ -153,9 +192,9 @@ class ParameterServerStrategy(Strategy):
         self._check_can_prepare()
         check_fresh(optimizer)
         limit = self._timeout if timeout is None else timeout
-        arenas = variables.plan(variables.collect(model, optimizer), optimizer, self._placement, self.num_ps)
+        arenas = variables.plan(variables.collect(model, optimizer), optimizer, self._place, self.num_ps)
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
-        client = self._connect(limit)
+        client = self.connect(limit)
         if self.is_chief:
             is_ready = client.create(layouts)
             bound = BoundModel(arenas, client.open(), optimizer.param_groups, client)
@@ -170,11 +209,27 @@ class ParameterServerStrategy(Strategy):
         self._separate_random_streams()
         return model, PreparedOptimizer(optimizer, bound.step)
 
-    def distribute_dataset(self, dataset: Iterable[T]) -> DistributedDataset[T]:
-        context = self.input_context
-        if context.num_input_pipelines > 1:
-            logger.info("%s: this worker reads the whole dataset, in an order of its own", context)
-        return super().distribute_dataset(dataset)
+    def connect(self, timeout: float | None = None) -> ParameterClient:
+        """The client of the ps tasks; connects when it is first asked for. Blocks until all ps tasks are up.
+
+        Args:
+            timeout: Seconds to wait for them, in all; the strategy's by default.
+
+        Raises:
+            ConfigError: On a task that does not train.
+            DeadlineError: If a ps is not up in time.
+        """
+        if self.client is None:
+            if self.task is None:
+                self.client = connection.in_process()
+            else:
+                self._check_trains("connecting to the ps tasks")
+                limit = self._timeout if timeout is None else timeout
+                self.client = connection.to_cluster(self.cluster, self.task, limit)
+        return self.client
+
+    def place(self, variable: VariableSpec) -> int:
+        return self._place(variable)
 
     def leave_unstarted(self) -> None:
         """Say goodbye to the ps tasks without training: for a task that finds its work done already.
@@ -186,7 +241,7 @@ class ParameterServerStrategy(Strategy):
         """
         if self.task is not None and self.client is None:
             with contextlib.suppress(RunOverError):  # the chief was faster to leave
-                self._connect(self._timeout).goodbye()
+                self.connect().goodbye()
 
     def close(self, failure: str = "") -> None:
         """Say goodbye to the ps tasks: this task has finished, or why it cannot go on. Idempotent.
@@ -206,22 +261,19 @@ class ParameterServerStrategy(Strategy):
         )
 
     def _check_can_prepare(self) -> None:
-        if self.task is None:
-            return
-        if not self.task.role.trains:
+        self._check_trains("prepare")
+        if self._has_prepared and self.task is not None:
+            raise ConfigError("prepare: this strategy has prepared a model already; a run trains one model")
+        if self._has_prepared:
+            self.client = None  # the next model has a ps of its own
+        self._has_prepared = True
+
+    def _check_trains(self, what: str) -> None:
+        if self.task is not None and not self.task.role.trains:
             raise ConfigError(
-                f"prepare: this task is {self.task}, which does not train; "
+                f"{what}: this task is {self.task}, which does not train; "
                 "a ps runs 'paramserver server' or Server(...).join(), an evaluator reads checkpoints"
             )
-        if self.client is not None:
-            raise ConfigError("prepare: this strategy has prepared a model already; a run trains one model")
-
-    def _connect(self, timeout: float) -> ParameterClient:
-        if self.task is None:
-            self.client = connection.in_process()
-        else:
-            self.client = connection.to_cluster(self.cluster, self.task, timeout)
-        return self.client
 
     def _separate_random_streams(self) -> None:
         index = id_in_cluster(self.cluster, *self.task) if self.task else 0
@@ -232,31 +284,17 @@ class ParameterServerStrategy(Strategy):
 class ParameterServerExtended(StrategyExtended):
     """See `StrategyExtended`; C13, C15, C17."""
 
-    def __init__(self, strategy: ParameterServerStrategy) -> None:
-        self._strategy = strategy
+    _strategy: ParameterServerStrategy
 
     @property
     def worker_devices(self) -> tuple[str, ...]:
-        task = self._strategy.task
-        return (f"/job:{task.role}/task:{task.index}/device:CPU:0" if task else "/device:CPU:0",)
+        return tuple(map(str, self._strategy.compute_devices))
 
     @property
     def parameter_devices(self) -> tuple[str, ...]:
         if self._strategy.task is None:
-            return ("/device:CPU:0",)
+            return (str(self._strategy.parameter_device),)
         return tuple(f"/job:ps/task:{task.index}" for task in self._strategy.cluster.tasks(Role.PS))
-
-    @property
-    def should_init(self) -> bool:
-        return self._strategy.is_chief
-
-    @property
-    def should_checkpoint(self) -> bool:
-        return self._strategy.is_chief
-
-    @property
-    def should_save_summary(self) -> bool:
-        return self._strategy.is_chief
 
 
 def _initial_values(client: ParameterClient, bound: BoundModel) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from paramserver.distribute.strategy import Strategy
 
 
 class ReduceOp(enum.Enum):
@@ -35,20 +37,29 @@ class ReduceOp(enum.Enum):
             raise ValueError(f"reduce: unknown op {op!r}; expected 'sum' or 'mean'") from None
 
 
-def reduce(op: str | ReduceOp, value: torch.Tensor, axis: int | Sequence[int] | None) -> torch.Tensor:
-    """One replica's value, combined over ``axis``."""
-    combine = torch.sum if ReduceOp.parse(op) is ReduceOp.SUM else torch.mean
-    if axis is None:
-        return value
-    value = torch.as_tensor(value)
-    return combine(value, dim=_axes(axis, value.dim()))
+Destinations = Any
+"""A device's name, a variable, a tensor or a distributed value: where the result is to be."""
 
 
-def _axes(axis: int | Sequence[int], rank: int) -> list[int]:
-    axes = [axis] if isinstance(axis, int) else axis
-    if not isinstance(axes, (list, tuple)) or not all(isinstance(a, int) for a in axes):
-        raise TypeError(f"reduce: axis must be an int or a list or tuple of ints, got {axis!r}")
-    for a in axes:
-        if not -rank <= a < rank:
-            raise ValueError(f"reduce: axis {a} is out of range for value with rank {rank}")
-    return list(axes)
+def reduce(strategy: Strategy, op: str | ReduceOp, value: Any, axis: int | Sequence[int] | None) -> Any:
+    raise NotImplementedError
+
+
+def reduce_to(strategy: Strategy, op: str | ReduceOp, value: Any, destinations: Destinations) -> Any:
+    raise NotImplementedError
+
+
+def batch_reduce_to(strategy: Strategy, op: str | ReduceOp, pairs: Sequence[tuple[Any, Destinations]]) -> list[Any]:
+    raise NotImplementedError
+
+
+def broadcast_to(strategy: Strategy, value: Any, destinations: Destinations) -> Any:
+    raise NotImplementedError
+
+
+def gather(strategy: Strategy, value: Any, axis: int) -> Any:
+    raise NotImplementedError
+
+
+def gather_to(strategy: Strategy, value: Any, destinations: Destinations, axis: int) -> Any:
+    raise NotImplementedError

@@ -1,27 +1,194 @@
-"""What every strategy offers to a program; the kinds differ in where variables live."""
+"""What every strategy offers to a program; the kinds differ in where variables live.
+
+What needs more than a line stands in modules of its own: `replica_threads` runs functions on replicas, `reduction`
+combines values, `updating` changes variables, `input` deals batches.
+"""
 
 from __future__ import annotations
 
 import abc
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
+from paramserver.arena import VariableSpec
+from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterResolver
-from paramserver.distribute import context, reduction
-from paramserver.distribute.input import DistributedDataset
+from paramserver.distribute import context, reduction, replica_threads, updating, values
+from paramserver.distribute.input import dataset as input_dataset
+from paramserver.distribute.input.context import InputContext, ValueContext
+from paramserver.distribute.input.dataset import DistributedDataset, DistributedIterator
+from paramserver.distribute.input.options import InputOptions
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer
-from paramserver.distribute.reduction import ReduceOp
+from paramserver.distribute.reduction import Destinations, ReduceOp
+from paramserver.distribute.values import PerReplica
+
+if TYPE_CHECKING:
+    from paramserver.distribute.variable import Variable
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 
+class Strategy(abc.ABC):
+    """How a program is distributed. Entered with ``with strategy.scope():``."""
+
+    @property
+    @abc.abstractmethod
+    def extended(self) -> StrategyExtended:
+        """What libraries ask of a strategy."""
+
+    @property
+    @abc.abstractmethod
+    def cluster_resolver(self) -> ClusterResolver | None:
+        """Where the strategy learnt of its cluster."""
+
+    @property
+    @abc.abstractmethod
+    def is_chief(self) -> bool:
+        """Whether this task initializes, checkpoints and writes summaries."""
+
+    @property
+    @abc.abstractmethod
+    def input_context(self) -> InputContext:
+        """Which part of the input this task reads.
+
+        Raises:
+            ValueError: On a task that does not train.
+        """
+
+    @abc.abstractmethod
+    def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
+        """Put a model's variables onto parameter servers. See the strategies for what blocks and what is raised."""
+
+    @abc.abstractmethod
+    def connect(self) -> ParameterClient:
+        """The client of the ps tasks; connects to them when it is first asked for. Blocks for as long as that takes.
+
+        Raises:
+            RuntimeError: If the strategy has no ps tasks.
+            DeadlineError: If a ps is not up in time.
+        """
+
+    @abc.abstractmethod
+    def place(self, variable: VariableSpec) -> int:
+        """The index of the ps for the next variable that is created; every call counts as a creation."""
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """The replicas of this worker, whose gradients become one update (W06)."""
+        return len(self.extended.worker_devices)
+
+    # --- running
+
+    def scope(self) -> contextlib.AbstractContextManager[Strategy]:
+        """Put this strategy into effect for a ``with`` block.
+
+        Raises:
+            RuntimeError: On entering, inside the scope of another strategy or inside a replica.
+        """
+        return context.scope(self)
+
+    def run(self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Call ``fn`` on each replica of this worker. Blocks until all have returned.
+
+        Distributed values among the arguments are taken apart, so that each replica gets its own.
+
+        Returns:
+            What the replicas returned, leaf by leaf: with one replica as it is, with several as `PerReplica`, but for
+            leaves that are the same object on all of them.
+
+        Raises:
+            ValueError: If ``args`` is neither a list nor a tuple.
+            RuntimeError: Inside a replica.
+        """
+        return self.extended.call_for_each_replica(fn, args, kwargs)
+
+    def activate(self, replica: int) -> None:
+        """Called before a replica has its turn: what a model holds is that replica's from now on."""
+
+    # --- values
+
+    def reduce(self, op: str | ReduceOp, value: Any, axis: int | Sequence[int] | None = None) -> Any:
+        """Combine a value of all replicas of this worker into one.
+
+        Args:
+            op: ``"sum"`` or ``"mean"``, in any case, or a `ReduceOp`.
+            value: What `run` returned.
+            axis: Axes to combine inside each replica as well; None combines across replicas only.
+
+        Raises:
+            ValueError: If the op is unknown or an axis is out of range.
+            TypeError: If ``op`` is no op or ``axis`` no axis.
+            RuntimeError: Inside a replica.
+        """
+        return reduction.reduce(self, op, value, axis)
+
+    def gather(self, value: Any, axis: int) -> Any:
+        """Concatenate a value of all replicas along ``axis``, in the order of the replicas.
+
+        Raises:
+            NotImplementedError: For sparse tensors.
+            RuntimeError: Inside a replica, where `ReplicaContext.all_gather` does it.
+        """
+        return reduction.gather(self, value, axis)
+
+    def local_results(self, value: Any) -> tuple[Any, ...]:
+        """A value's components by replica; of a plain value that value alone."""
+        return values.local_results(value)
+
+    # --- input
+
+    def distribute_dataset(
+        self, dataset: Iterable[Any], options: InputOptions | None = None
+    ) -> DistributedDataset[Any]:
+        """The batches of a dataset for this worker's replicas; see `input.dataset`.
+
+        Raises:
+            ValueError: On a task that does not train, or for a dataset that cannot be divided among the replicas.
+        """
+        return input_dataset.distribute_dataset(self, dataset, options)
+
+    def distribute_datasets_from_function(
+        self, fn: Callable[[InputContext], Iterable[Any]], options: InputOptions | None = None
+    ) -> DistributedDataset[Any]:
+        """The batches that a function's dataset gives, one for each replica in turn; see `input.dataset`."""
+        return input_dataset.distribute_datasets_from_function(self, fn, options)
+
+    def distribute_values_from_function(self, fn: Callable[[ValueContext], T]) -> PerReplica[T] | T:
+        """A value for each replica, by a function that is called for one after the other (I16)."""
+        return input_dataset.distribute_values_from_function(self, fn)
+
+    def make_dataset_iterator(self, dataset: Iterable[Any]) -> DistributedIterator[Any]:
+        """An iterator over a dataset whose batches are divided among the replicas; see `input.dataset`."""
+        return input_dataset.make_dataset_iterator(self, dataset)
+
+    def make_input_fn_iterator(
+        self, input_fn: Callable[[InputContext], Any], replication_mode: str = "PER_WORKER"
+    ) -> DistributedIterator[Any]:
+        """An iterator over what a function gives, one element for each replica in turn; see `input.dataset`."""
+        return input_dataset.make_input_fn_iterator(self, input_fn, replication_mode)
+
+    def make_numpy_dataset(self, arrays: Any) -> Any:
+        """A dataset of the rows of a nest of arrays, which stay on this host; see `input.dataset`."""
+        return input_dataset.make_numpy_dataset(self, arrays)
+
+    def __copy__(self) -> NoReturn:
+        raise RuntimeError(f"Must only deepcopy {self!r}: a shallow copy would share what belongs to one strategy")
+
+
 class StrategyExtended(abc.ABC):
-    """What libraries ask of a strategy, beyond what programs do. Names as in tf.distribute."""
+    """What libraries ask of a strategy, beyond what programs do. Names as in tf.distribute.
+
+    Args:
+        strategy: Whose it is.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
 
     @property
     @abc.abstractmethod
@@ -39,88 +206,96 @@ class StrategyExtended(abc.ABC):
         return tuple((device,) for device in self.worker_devices)
 
     @property
-    @abc.abstractmethod
     def should_init(self) -> bool:
         """Whether this task initializes or restores the variables."""
+        return self._strategy.is_chief
 
     @property
-    @abc.abstractmethod
     def should_checkpoint(self) -> bool:
         """Whether this task saves checkpoints."""
+        return self._strategy.is_chief
 
     @property
-    @abc.abstractmethod
     def should_save_summary(self) -> bool:
         """Whether this task writes summaries."""
+        return self._strategy.is_chief
 
     @property
     def between_graph(self) -> bool:
         """Every worker runs the same program by itself: always true here (W01)."""
         return True
 
+    # --- replicas
 
-class Strategy(abc.ABC):
-    """How a program is distributed. Entered with ``with strategy.scope():``."""
-
-    @property
-    @abc.abstractmethod
-    def extended(self) -> StrategyExtended:
-        """What libraries ask of a strategy."""
-
-    @property
-    @abc.abstractmethod
-    def cluster_resolver(self) -> ClusterResolver | None:
-        """Where the strategy learnt of its cluster."""
-
-    @abc.abstractmethod
-    def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
-        """Put a model's variables onto parameter servers. See the strategies for what blocks and what is raised."""
-
-    @property
-    def num_replicas_in_sync(self) -> int:
-        """The replicas of this worker, whose gradients become one update (W06)."""
-        return len(self.extended.worker_devices)
-
-    def scope(self) -> contextlib.AbstractContextManager[Strategy]:
-        """Put this strategy into effect for a ``with`` block.
-
-        Raises:
-            RuntimeError: On entering, inside the scope of another strategy.
-        """
-        return context.entered(self)
-
-    def run(self, fn: Callable[..., T], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> T:
-        """Call ``fn`` on each replica of this worker and return what it returns.
-
-        Raises:
-            ValueError: If ``args`` is neither a list nor a tuple.
-        """
+    def call_for_each_replica(
+        self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """`Strategy.run`, by its other name."""
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"run: positional args must be a list or tuple, got {type(args).__name__}")
-        with self.scope():
-            return fn(*args, **(kwargs or {}))
+        with context.cross_replica(self._strategy, "run"):
+            return replica_threads.call_for_each_replica(
+                self._strategy, fn, args, kwargs or {}, self._strategy.activate
+            )
 
-    def reduce(self, op: str | ReduceOp, value: torch.Tensor, axis: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Combine a value of all replicas of this worker into one.
+    # --- values
 
-        Args:
-            op: ``"sum"`` or ``"mean"``, in any case, or a `ReduceOp`.
-            value: What `run` returned.
-            axis: Axes to combine inside each replica as well; None combines across replicas only.
+    def reduce_to(self, op: str | ReduceOp, value: Any, destinations: Destinations) -> Any:
+        """Combine a value of all replicas into one at ``destinations``; see `reduction.reduce_to`."""
+        return reduction.reduce_to(self._strategy, op, value, destinations)
 
-        Raises:
-            ValueError: If the op is unknown or an axis is out of range.
-            TypeError: If ``op`` is no op or ``axis`` no axis.
-        """
-        return reduction.reduce(op, value, axis)
+    def batch_reduce_to(self, op: str | ReduceOp, pairs: Sequence[tuple[Any, Destinations]]) -> list[Any]:
+        """`reduce_to` of several pairs of a value and its destinations (D14)."""
+        return reduction.batch_reduce_to(self._strategy, op, pairs)
 
-    def distribute_dataset(self, dataset: Iterable[T]) -> DistributedDataset[T]:
-        """The batches of a dataset for this worker.
+    def broadcast_to(self, value: Any, destinations: Destinations) -> Any:
+        """A value on all destinations; see `reduction.broadcast_to`."""
+        return reduction.broadcast_to(self._strategy, value, destinations)
 
-        Every worker sees the whole dataset, in its own order where it is shuffled: `prepare` has given every worker a
-        random stream of its own. ``dataset`` is a DataLoader or any iterable of batches; it is not changed.
+    def gather_to(self, value: Any, destinations: Destinations, axis: int) -> Any:
+        """`Strategy.gather`, with the result at ``destinations``."""
+        return reduction.gather_to(self._strategy, value, destinations, axis)
 
-        Raises:
-            ValueError: On a task that does not train.
-        """
-        return DistributedDataset(dataset)
+    # --- variables
+
+    def update(
+        self,
+        variable: Any,
+        fn: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        group: bool = True,
+    ) -> Any:
+        """Call ``fn(variable, *args, **kwargs)`` to change a variable; see `updating.update`."""
+        return updating.update(self._strategy, variable, fn, args, kwargs or {}, group)
+
+    def update_non_slot(
+        self,
+        colocate_with: Any,
+        fn: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        group: bool = True,
+    ) -> Any:
+        """Call ``fn(*args, **kwargs)`` once, on a variable's device; see `updating.update_non_slot`."""
+        return updating.update_non_slot(self._strategy, colocate_with, fn, args, kwargs or {}, group)
+
+    def read_var(self, variable: Variable) -> torch.Tensor:
+        """The present value of a variable, a copy (A11)."""
+        return updating.read_var(variable)
+
+    def value_container(self, value: Any) -> Any:
+        """The variable that a program knows for one that an update function was given (A10)."""
+        return updating.value_container(value)
+
+    def non_slot_devices(self, variables: Iterable[Variable]) -> Variable:
+        """The variable beside which state of no variable lives: the one of the smallest name (U07)."""
+        return updating.non_slot_devices(variables)
+
+    def colocate_vars_with(self, variable: Variable) -> contextlib.AbstractContextManager[None]:
+        """Variables that are created in the ``with`` block go to this variable's ps (P04, P05)."""
+        return updating.colocate_vars_with(self._strategy, variable)
+
+    def variable_created_in_scope(self, variable: Variable) -> bool:
+        """Whether a variable was created in this strategy's scope (X12)."""
+        return getattr(variable, "strategy", None) is self._strategy

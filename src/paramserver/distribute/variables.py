@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from paramserver.arena import ArenaLayout, VariableSpec, dtype_name
 from paramserver.errors import ConfigError
-from paramserver.placement import Placement
+from paramserver.placement import Place
 from paramserver.rules import Rule, describe
 
 
@@ -121,15 +121,14 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn
 
 
 def plan(
-    variables: Sequence[Variable], optimizer: torch.optim.Optimizer | None, placement: Placement, num_ps: int
+    variables: Sequence[Variable], optimizer: torch.optim.Optimizer | None, place: Place, num_ps: int
 ) -> list[list[ArenaPlan]]:
     """The arenas of each ps: one for each dtype, optimizer group and kind that it holds variables of."""
     rules = [describe(optimizer, group) for group in range(len(optimizer.param_groups))] if optimizer else []
-    places = placement.place([variable.spec for variable in variables], num_ps)
     together: list[dict[tuple[str, int, Kind], list[Variable]]] = [{} for _ in range(num_ps)]
-    for variable, place in zip(variables, places, strict=True):
+    for variable in variables:
         key = (variable.spec.dtype, variable.group, variable.kind)
-        together[place].setdefault(key, []).append(variable)
+        together[place(variable.spec)].setdefault(key, []).append(variable)
     return [
         [_arena(members, rules, ps, index) for index, members in enumerate(arenas.values())]
         for ps, arenas in enumerate(together)

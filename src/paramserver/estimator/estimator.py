@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from paramserver.cluster import Role, SimpleClusterResolver
 from paramserver.cluster.spec import ClusterSpec
-from paramserver.distribute.input import InputContext
+from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError
 from paramserver.estimator import evaluation, training

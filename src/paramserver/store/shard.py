@@ -57,7 +57,7 @@ def write_shard(store: Store, directory: str, shard: int, num_shards: int) -> Wr
 def _snapshot(store: Store) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     values: dict[str, torch.Tensor] = {}
     slots: dict[str, torch.Tensor] = {}
-    for arena in store.arenas:
+    for arena in store.held:
         flat, runs = arena.snapshot()
         for variable, view, span in zip(
             arena.layout.variables, arena.layout.views(flat), arena.layout.ranges, strict=True
@@ -109,14 +109,14 @@ def read_shard(store: Store, directory: str) -> None:
     for name, tensor in read_tensors(folder, {name: weight_map[name] for name in places}):
         _restore_value(places[name], tensor, directory)
     _restore_slots(places, slot_map, folder)
-    for arena in store.arenas:
+    for arena in store.held:
         arena.join_runs()
 
 
 def _places(store: Store) -> dict[str, _Place]:
     return {
         spec.name: _Place(arena, spec, span)
-        for arena in store.arenas
+        for arena in store.held
         for spec, span in zip(arena.layout.variables, arena.layout.ranges, strict=True)
     }
 

@@ -91,6 +91,10 @@ class Store:
             raise RefusedError(f"{self.task} has no arena {index}; {len(self.arenas)} were declared", self.task)
         return self.arenas[index]
 
+    @property
+    def held(self) -> Sequence[StoredArena]:
+        """All that a checkpoint holds."""
+        return self.arenas
 
     @property
     def is_ready(self) -> bool:

@@ -1,12 +1,8 @@
-"""The input of a worker."""
+"""What an input function is told of the worker, and a value function of the replica, that it is called for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,19 +36,17 @@ class InputContext:
         return f"input pipeline {self.input_pipeline_id} of {self.num_input_pipelines}"
 
 
-class DistributedDataset(Generic[T]):
-    """Iterates over a dataset's batches. Each iteration begins anew."""
+@dataclass(frozen=True)
+class ValueContext:
+    """Which replica a value is made for (I16).
 
-    def __init__(self, dataset: Iterable[T]) -> None:
-        self._dataset = dataset
+    Attributes:
+        replica_id_in_sync_group: The replica, from 0.
+        num_replicas_in_sync: Replicas of this worker.
+    """
 
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._dataset)
+    replica_id_in_sync_group: int = 0
+    num_replicas_in_sync: int = 1
 
-    def __len__(self) -> int:
-        """The number of batches.
-
-        Raises:
-            TypeError: If the dataset does not know it.
-        """
-        return len(self._dataset)  # type: ignore[arg-type]  # it says so itself if it has none
+    def __str__(self) -> str:
+        return f"replica {self.replica_id_in_sync_group} of {self.num_replicas_in_sync}"

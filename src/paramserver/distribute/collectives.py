@@ -1,0 +1,1 @@
+"""What replicas combine among themselves, with gradients."""

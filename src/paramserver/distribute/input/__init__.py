@@ -1,0 +1,1 @@
+"""The input of a worker: batches for its replicas."""

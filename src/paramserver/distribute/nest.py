@@ -1,0 +1,86 @@
+"""Nested structures: lists, tuples, named tuples and dicts, with anything else as their leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def is_nest(structure: object) -> bool:
+    """Whether it is taken apart; everything else is a leaf, also a ``torch.Size``.
+
+    >>> is_nest({"a": 1}), is_nest((1, 2)), is_nest("text")
+    (True, True, False)
+    """
+    return isinstance(structure, (list, dict)) or type(structure) is tuple or _is_named_tuple(structure)
+
+
+def map_leaves(fn: Callable[..., Any], *structures: Any) -> Any:
+    """A structure like the first one, whose leaves are ``fn`` of all structures' leaves.
+
+    A structure in which nothing changes is returned itself.
+
+    >>> map_leaves(lambda a, b: a + b, {"x": [1, 2]}, {"x": [10, 20]})
+    {'x': [11, 22]}
+
+    Raises:
+        AssertionError: If the structures differ, naming both (E06).
+    """
+    first = structures[0]
+    if not is_nest(first):
+        for other in structures[1:]:
+            if is_nest(other):
+                raise AssertionError(_differ("a leaf and a structure", first, other))
+        return fn(*structures)
+    for other in structures[1:]:
+        _check_alike(first, other)
+    if isinstance(first, dict):
+        return _rebuilt(first, {key: map_leaves(fn, *(each[key] for each in structures)) for key in first})
+    return _rebuilt(first, [map_leaves(fn, *each) for each in zip(*structures, strict=True)])
+
+
+def leaves(structure: Any) -> list[Any]:
+    """All leaves, in order.
+
+    >>> leaves([1, {"a": 2, "b": (3,)}])
+    [1, 2, 3]
+    """
+    found: list[Any] = []
+    map_leaves(found.append, structure)
+    return found
+
+
+def _rebuilt(like: Any, values: Any) -> Any:
+    if isinstance(like, dict):
+        if all(values[key] is like[key] for key in like):
+            return like
+        rebuilt = copy.copy(like)  # keeps the order of the keys, and what a subclass has beside them
+        rebuilt.update(values)
+        return rebuilt
+    if all(value is old for value, old in zip(values, like, strict=True)):
+        return like
+    return type(like)(*values) if _is_named_tuple(like) else type(like)(values)
+
+
+def _check_alike(one: Any, other: Any) -> None:
+    if type(one) is not type(other):
+        raise AssertionError(_differ("different types", one, other))
+    if len(one) != len(other):
+        raise AssertionError(_differ("different lengths", one, other))
+    if isinstance(one, dict) and one.keys() != other.keys():
+        raise AssertionError(_differ("different keys", one, other))
+
+
+def _differ(how: str, one: Any, other: Any) -> str:
+    return f"structures of replicas have {how}: {_shown(one)} and {_shown(other)}"
+
+
+def _shown(structure: Any) -> str:
+    if isinstance(structure, dict):
+        return f"{type(structure).__name__} with keys {sorted(map(str, structure))}"
+    return f"{type(structure).__name__} of length {len(structure)}" if is_nest(structure) else repr(structure)
+
+
+def _is_named_tuple(structure: object) -> bool:
+    return isinstance(structure, tuple) and isinstance(getattr(structure, "_fields", None), Sequence)

@@ -1,0 +1,83 @@
+"""What a function that runs on a replica knows of it, and how it asks for something to be done for all replicas."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paramserver.distribute import context
+from paramserver.distribute.context import Frame
+
+if TYPE_CHECKING:
+    from paramserver.distribute.strategy import Strategy
+
+
+class ReplicaContext:
+    """One replica of a strategy, while a function runs on it. Entered by `Strategy.run`, or with ``with``.
+
+    Args:
+        strategy: The strategy.
+        replica_id_in_sync_group: Which of its replicas, from 0; an int, a tensor of one, or None if unknown.
+
+    Raises:
+        ValueError: If the id is none of these.
+    """
+
+    def __init__(self, strategy: Strategy, replica_id_in_sync_group: int | torch.Tensor | None) -> None:
+        known = replica_id_in_sync_group
+        if known is not None and (isinstance(known, bool) or not isinstance(known, (int, torch.Tensor))):
+            raise ValueError(
+                f"ReplicaContext: replica_id_in_sync_group must be an int, a tensor or None, got {known!r}"
+            )
+        self.strategy = strategy
+        self.replica_id_in_sync_group = known
+        self._entered = contextlib.ExitStack()
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """The replicas of this worker."""
+        return self.strategy.num_replicas_in_sync
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices of this replica."""
+        return (self.strategy.extended.worker_devices[int(self.replica_id_in_sync_group or 0)],)
+
+    def merge_call(self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Call ``fn(strategy, *args, **kwargs)`` once for all replicas, in cross-replica context (E07).
+
+        Blocks until every replica has come to its ``merge_call``. What differs between the replicas' arguments reaches
+        ``fn`` as `PerReplica`; of what it returns, each replica gets its own.
+
+        Raises:
+            RuntimeError: If this is not the replica that the thread is in (E10), or the replicas call it a different
+                number of times (E08).
+        """
+        self._check_current("merge_call")
+        return self._merge(fn, tuple(args), dict(kwargs or {}))
+
+    def _check_current(self, call: str) -> None:
+        frame = context.current()
+        if frame is None or frame.replica is None:
+            raise RuntimeError(f"{call}: Need to be inside call_for_each_replica(), or run()")
+        if frame.replica is not self:
+            raise RuntimeError(
+                f"{call}: Mismatching ReplicaContext: {self!r} is not {frame.replica!r}, which this thread is in"
+            )
+
+    def _merge(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with context.entered(Frame(self.strategy)):
+            return fn(self.strategy, *args, **kwargs)
+
+    def __enter__(self) -> ReplicaContext:
+        self._entered.enter_context(context.entered(Frame(self.strategy, self)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.close()
+
+    def __repr__(self) -> str:
+        return f"<ReplicaContext {self.replica_id_in_sync_group} of {self.num_replicas_in_sync} of {self.strategy!r}>"
