@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch
+
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
 from paramserver.errors import ConfigError, ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
@@ -215,12 +217,16 @@ def run_standard_server() -> None:
         server.join()
 
 
-def play_in_process() -> InProcessLane:
-    """A ps inside this process, for a run without a cluster: its store, reached by function calls."""
+def play_in_process(device: torch.device | str = "cpu") -> InProcessLane:
+    """A ps inside this process, for a run without a cluster: its store, reached by function calls.
+
+    Args:
+        device: Where its variables lie.
+    """
     task = str(TaskId(Role.PS, 0))
     me = str(TaskId(Role.CHIEF, 0))
     roster = Roster(me, [me])
-    handler = RequestHandler(Store(task, memory.private_store_memory), roster)
+    handler = RequestHandler(Store(task, partial(memory.private_store_memory, device=device)), roster)
     return InProcessLane(task, InProcessSession(me, new_incarnation()), handler.handle)
 
 

@@ -733,7 +733,7 @@ def test_a_second_prepare_in_a_cluster_is_refused() -> None:
         model = net()
         strategy.prepare(model, optim.SGD(model.parameters(), lr=0.1))
         again = net()
-        with pytest.raises(ps.errors.ConfigError, match="has prepared a model already; a run trains one model"):
+        with pytest.raises(ps.errors.ConfigError, match="has prepared a model already, and a run trains one"):
             strategy.prepare(again, optim.SGD(again.parameters(), lr=0.1))
 
 

@@ -13,6 +13,8 @@ from torch import nn, optim
 from paramserver.arena import ArenaLayout
 from paramserver.client import PushResult
 from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.reduction import ReduceOp
+from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import collect, plan
 from paramserver.placement import RoundRobin
 from paramserver.transport.lane import WorkerMemory
@@ -43,10 +45,11 @@ class Client:
         return 0
 
 
-def bind(model: nn.Module, optimizer: optim.Optimizer) -> tuple[BoundModel, Any]:
-    arenas = plan(collect(model, optimizer), optimizer, RoundRobin(), num_ps=1)
+def bind(model: nn.Module, *optimizers: optim.Optimizer) -> tuple[BoundModel, Any]:
+    arenas = plan(collect(model, optimizers), optimizers, RoundRobin().start(1), num_ps=1)
     client: Any = Client([arena.layout for arena in arenas[0]])
-    bound = BoundModel(arenas, [client.memory], optimizer.param_groups, client)
+    tensors = ReplicaTensors(model, [torch.device("cpu")])
+    bound = BoundModel(arenas, [client.memory], optimizers, tensors, ReduceOp.MEAN, client)
     bound.assign()
     bound.bind()
     return bound, client
@@ -135,13 +138,7 @@ class Buffers(nn.Module):
 def buffers() -> tuple[Any, BoundModel, Any]:
     """Buffers at [0, 3) and [16, 17)."""
     model = Buffers()
-    unused = optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    arenas = plan(collect(model, None), None, RoundRobin(), num_ps=1)
-    client: Any = Client([arena.layout for arena in arenas[0]])
-    bound = BoundModel(arenas, [client.memory], unused.param_groups, client)
-    bound.assign()
-    bound.bind()
-    return model, bound, client
+    return model, *bind(model)
 
 
 def test_a_buffer_that_did_not_change_is_not_pushed() -> None:

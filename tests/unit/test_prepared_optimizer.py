@@ -18,14 +18,17 @@ from paramserver.errors import ConfigError
 
 
 class Pusher:
-    """Counts pushes instead of making any."""
+    """A model that counts pushes instead of making any."""
 
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self) -> PushResult:
+    def step(self, owner: int) -> PushResult:
         self.count += 1
-        return PushResult(self.count, 0)
+        return PushResult(self.count, owner)
+
+    def on_each_replica(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (parameter,)
 
 
 @pytest.fixture

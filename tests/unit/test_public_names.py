@@ -12,20 +12,32 @@ import pytest
 import paramserver as ps
 
 PUBLIC = [
+    "CentralStorageStrategy",
     "ClusterSpec",
     "InputContext",
+    "InputOptions",
+    "Mirrored",
     "ParameterServerStrategy",
+    "PerReplica",
     "ReduceOp",
+    "ReplicaContext",
     "Server",
     "SimpleClusterResolver",
     "TFConfigClusterResolver",
     "UnionClusterResolver",
+    "ValueContext",
+    "Variable",
+    "VariableAggregation",
     "__version__",
     "errors",
     "estimator",
+    "get_replica_context",
     "get_strategy",
     "has_strategy",
+    "in_cross_replica_context",
+    "in_replica_context",
     "placement",
+    "set_strategy",
 ]
 
 WITHOUT_SIDE_EFFECTS = """

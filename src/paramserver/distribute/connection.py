@@ -7,6 +7,8 @@ import sys
 import time
 import weakref
 
+import torch
+
 from paramserver.client import Lanes, ParameterClient
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
 from paramserver.server import play_in_process
@@ -14,9 +16,9 @@ from paramserver.transport.handshake import Identity, connect, new_incarnation
 from paramserver.transport.lane import Lane
 
 
-def in_process() -> ParameterClient:
-    """A client of a ps that is played in this process."""
-    return ParameterClient([play_in_process()])
+def in_process(device: torch.device) -> ParameterClient:
+    """A client of a ps that is played in this process, its variables on ``device``."""
+    return ParameterClient([play_in_process(device)])
 
 
 def to_cluster(

@@ -88,6 +88,9 @@ class _DefaultStrategy(Strategy):
     def place(self, variable: VariableSpec) -> int:
         raise _outside(f"variable {variable.name!r}")
 
+    def activate(self, replica: int) -> None:
+        """There is one only."""
+
     def __repr__(self) -> str:
         return "<the default strategy: one replica>"
 

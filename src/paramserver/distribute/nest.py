@@ -16,10 +16,15 @@ def is_nest(structure: object) -> bool:
     return isinstance(structure, (list, dict)) or type(structure) is tuple or _is_named_tuple(structure)
 
 
-def map_leaves(fn: Callable[..., Any], *structures: Any) -> Any:
+def map_leaves(fn: Callable[..., Any], *structures: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """A structure like the first one, whose leaves are ``fn`` of all structures' leaves.
 
     A structure in which nothing changes is returned itself.
+
+    Args:
+        fn: Takes as many leaves as there are structures.
+        structures: All alike.
+        is_leaf: Says of a part of the first structure that it is a leaf, though it could be taken apart.
 
     >>> map_leaves(lambda a, b: a + b, {"x": [1, 2]}, {"x": [10, 20]})
     {'x': [11, 22]}
@@ -28,6 +33,8 @@ def map_leaves(fn: Callable[..., Any], *structures: Any) -> Any:
         AssertionError: If the structures differ, naming both (E06).
     """
     first = structures[0]
+    if is_leaf is not None and is_leaf(first):
+        return fn(*structures)
     if not is_nest(first):
         for other in structures[1:]:
             if is_nest(other):
@@ -36,8 +43,9 @@ def map_leaves(fn: Callable[..., Any], *structures: Any) -> Any:
     for other in structures[1:]:
         _check_alike(first, other)
     if isinstance(first, dict):
-        return _rebuilt(first, {key: map_leaves(fn, *(each[key] for each in structures)) for key in first})
-    return _rebuilt(first, [map_leaves(fn, *each) for each in zip(*structures, strict=True)])
+        changed = {key: map_leaves(fn, *(each[key] for each in structures), is_leaf=is_leaf) for key in first}
+        return _rebuilt(first, changed)
+    return _rebuilt(first, [map_leaves(fn, *each, is_leaf=is_leaf) for each in zip(*structures, strict=True)])
 
 
 def leaves(structure: Any) -> list[Any]:

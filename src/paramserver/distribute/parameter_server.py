@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
 
-from paramserver.arena import VariableSpec
+from paramserver.arena import ArenaLayout, Range, VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.cluster import (
     ClusterResolver,
@@ -29,9 +30,11 @@ from paramserver.distribute.devices import Device, DeviceChoice
 from paramserver.distribute.direct_gradients import make_direct
 from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
+from paramserver.distribute.reduction import ReduceOp
+from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.strategy import Strategy, StrategyExtended
 from paramserver.errors import ConfigError, RunOverError
-from paramserver.placement import Placement, RoundRobin
+from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,15 @@ class ParameterServerStrategy(Strategy):
 
     Args:
         cluster_resolver: Says who is where; by default TF_CONFIG does (C01). An empty cluster means one process.
-        variable_placement: Which ps holds which variable; round robin by default.
+        compute_devices: A replica runs on each; by default all GPUs of this worker, or the CPU where there are none.
+            ``cpu:0``, ``cpu:1`` and so on are logical devices: replicas that share the CPU.
+        parameter_device: Where the variables lie without a cluster; by default the one compute device, or the CPU if
+            there are several.
+        variable_placement: Which ps holds which variable: a policy of `paramserver.placement`, or a function of a
+            variable and the number of ps tasks; round robin by default.
+        variable_partitioner: Which variables are divided by rows among ps tasks, and into how many parts: one of
+            `paramserver.placement`, or a function of a shape and a dtype; none by default. A worker needs memory for
+            the values and gradients of a divided parameter once more.
         session_creation_timeout: Seconds to wait for the ps tasks to come up and for the chief to initialize.
 
     Raises:
@@ -65,12 +76,14 @@ class ParameterServerStrategy(Strategy):
         *,
         compute_devices: Sequence[str] | None = None,
         parameter_device: str | None = None,
-        variable_placement: Placement | None = None,
+        variable_placement: Placement | Callable[[VariableSpec, int], int] | None = None,
+        variable_partitioner: Partitioner | None = None,
         session_creation_timeout: float = SESSION_CREATION_TIMEOUT,
     ) -> None:
         self._resolver = cluster_resolver or TFConfigClusterResolver()
         self._devices = DeviceChoice.of(self._resolver, compute_devices, parameter_device)
-        self._placement = variable_placement or RoundRobin()
+        self._placement = as_placement(variable_placement)
+        self._partitioner = variable_partitioner
         self._timeout = session_creation_timeout
         self._enter_cluster(self._resolver.cluster_spec(), self._resolver.task_type, self._resolver.task_id)
 
@@ -97,6 +110,7 @@ class ParameterServerStrategy(Strategy):
         self.cluster = cluster
         self.client: ParameterClient | None = None
         self._has_prepared = False
+        self._models: weakref.WeakSet[BoundModel] = weakref.WeakSet()
         self._place = self._placement.start(self.num_ps)
         logger.info("%r", self)
 
@@ -152,7 +166,23 @@ class ParameterServerStrategy(Strategy):
         """Updates of the model, as this worker last heard of them."""
         return self.client.global_step if self.client else 0
 
-    def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
+    @overload
+    def prepare(
+        self, model: M, optimizer: torch.optim.Optimizer, *, gradient_reduction: str | ReduceOp = ...
+    ) -> tuple[M, PreparedOptimizer]: ...
+
+    @overload
+    def prepare(
+        self, model: M, optimizer: Sequence[torch.optim.Optimizer], *, gradient_reduction: str | ReduceOp = ...
+    ) -> tuple[M, tuple[PreparedOptimizer, ...]]: ...
+
+    def prepare(
+        self,
+        model: M,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        gradient_reduction: str | ReduceOp = ReduceOp.MEAN,
+    ) -> tuple[M, PreparedOptimizer | tuple[PreparedOptimizer, ...]]:
         """Put the model's variables onto the ps tasks and bind the model to them.
 
         The chief's initial values become everyone's. The model is the same object afterwards, its parameters in
@@ -163,51 +193,81 @@ class ParameterServerStrategy(Strategy):
         From then on a parameter changes by its optimizer only: values that a program writes into it (as
         ``load_state_dict`` does) are lost with the next step where the ps tasks are others, so write them before.
 
+        With several replicas each has parameters and buffers of its own in the model's modules while it runs, and
+        ``optimizer.step()`` makes one update of all their gradients.
+
+        Args:
+            model: Its tensors are moved to the compute devices.
+            optimizer: Holds parameters of the model; or several, which may hold different ones. The first one's steps
+                are what the global step counts.
+            gradient_reduction: How the replicas' gradients become one: their ``"mean"``, which fits a loss that is the
+                mean over a batch, or their ``"sum"``.
+
+        Returns:
+            The model, and what stands for the optimizer: several of them, if a sequence was given.
+
         Raises:
             ConfigError: On a task that does not train, or for a model or optimizer that cannot be distributed.
             DeadlineError: If a ps or the chief is not up in time.
             ModelMismatchError: If this worker's model differs from the chief's.
             RunOverError: If the run has ended already.
         """
-        return self.prepare_from(model, optimizer, initialize=_initial_values)
+        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        prepared = self.prepare_from(
+            model, optimizers, initialize=_initial_values, gradient_reduction=ReduceOp.parse(gradient_reduction)
+        )
+        return model, prepared[0] if isinstance(optimizer, torch.optim.Optimizer) else prepared
 
     def prepare_from(
         self,
-        model: M,
-        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
         *,
         initialize: Callable[[ParameterClient, BoundModel], int],
+        gradient_reduction: ReduceOp = ReduceOp.MEAN,
         timeout: float | None = None,
         on_wait: Callable[[float], None] = lambda _: None,
-    ) -> tuple[M, PreparedOptimizer]:
+    ) -> tuple[PreparedOptimizer, ...]:
         """`prepare`, with the chief's way to give the variables their first values.
 
         Args:
             model: As for `prepare`.
-            optimizer: As for `prepare`.
+            optimizers: As for `prepare`.
             initialize: Fills the variables of the ps tasks and returns the global step that they belong to.
+            gradient_reduction: As for `prepare`.
             timeout: Seconds to wait in all; the strategy's by default.
             on_wait: Called about every second while the chief is waited for.
         """
         self._check_can_prepare()
-        check_fresh(optimizer)
+        for optimizer in optimizers:
+            check_fresh(optimizer)
         limit = self._timeout if timeout is None else timeout
-        arenas = variables.plan(variables.collect(model, optimizer), optimizer, self._place, self.num_ps)
+        arenas = variables.plan(
+            variables.collect(model, optimizers), optimizers, self._place, self.num_ps, self.row_ranges
+        )
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
+        tensors = ReplicaTensors(model, [device.torch_device for device in self.compute_devices])
         client = self.connect(limit)
-        if self.is_chief:
-            is_ready = client.create(layouts)
-            bound = BoundModel(arenas, client.open(), optimizer.param_groups, client)
-            if not is_ready:
-                client.mark_ready(initialize(client, bound))
-        else:
-            client.await_ready(limit, on_wait)
-            client.join(layouts)
-            bound = BoundModel(arenas, client.open(), optimizer.param_groups, client)
+        is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
+        bound = BoundModel(arenas, client.open(), optimizers, tensors, gradient_reduction, client)
+        if not is_ready:
+            client.mark_ready(initialize(client, bound))
         bound.bind()
         make_direct(model, bound.gradient_places())
+        self._models.add(bound)
         self._separate_random_streams()
-        return model, PreparedOptimizer(optimizer, bound.step)
+        return tuple(
+            PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync)
+            for owner, optimizer in enumerate(optimizers)
+        )
+
+    def activate(self, replica: int) -> None:
+        for model in self._models:
+            model.activate(replica)
+
+    def row_ranges(self, variable: VariableSpec) -> list[Range]:
+        """The rows of a variable that lie apart, by the strategy's partitioner; none for one that stays whole."""
+        return row_ranges(self._partitioner, variable) if self._partitioner else []
 
     def connect(self, timeout: float | None = None) -> ParameterClient:
         """The client of the ps tasks; connects when it is first asked for. Blocks until all ps tasks are up.
@@ -221,7 +281,7 @@ class ParameterServerStrategy(Strategy):
         """
         if self.client is None:
             if self.task is None:
-                self.client = connection.in_process()
+                self.client = connection.in_process(self.parameter_device.torch_device)
             else:
                 self._check_trains("connecting to the ps tasks")
                 limit = self._timeout if timeout is None else timeout
@@ -263,7 +323,10 @@ class ParameterServerStrategy(Strategy):
     def _check_can_prepare(self) -> None:
         self._check_trains("prepare")
         if self._has_prepared and self.task is not None:
-            raise ConfigError("prepare: this strategy has prepared a model already; a run trains one model")
+            raise ConfigError(
+                "prepare: this strategy has prepared a model already, and a run trains one; "
+                "put several models into one nn.ModuleDict, with an optimizer for each"
+            )
         if self._has_prepared:
             self.client = None  # the next model has a ps of its own
         self._has_prepared = True
@@ -274,6 +337,17 @@ class ParameterServerStrategy(Strategy):
                 f"{what}: this task is {self.task}, which does not train; "
                 "a ps runs 'paramserver server' or Server(...).join(), an evaluator reads checkpoints"
             )
+
+    def _join(
+        self,
+        client: ParameterClient,
+        layouts: Sequence[Sequence[ArenaLayout]],
+        timeout: float,
+        on_wait: Callable[[float], None],
+    ) -> bool:
+        client.await_ready(timeout, on_wait)
+        client.join(layouts)
+        return True
 
     def _separate_random_streams(self) -> None:
         index = id_in_cluster(self.cluster, *self.task) if self.task else 0

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from paramserver.client import PushResult
+from paramserver.distribute import context
+from paramserver.distribute.replica_context import ReplicaContext
 from paramserver.errors import ConfigError
+
+
+class Prepared(Protocol):
+    """What an optimizer asks of the model that was prepared with it."""
+
+    def step(self, owner: int) -> PushResult:
+        """Push the gradients of all replicas and pull fresh values."""
+
+    def on_each_replica(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Every replica's tensor in the place of the first one's ``parameter``."""
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
@@ -20,9 +32,14 @@ class PreparedOptimizer(torch.optim.Optimizer):
     hooks work whether they were given that one or this one. Optimizer state lives on the parameter servers and is
     saved by their checkpoints: ``state`` is empty here, and ``state_dict()`` holds the param groups only.
 
+    With several replicas, `step` belongs into the function that runs on them, as computing the gradients does: it
+    waits for all of them, and their gradients become one update (U09).
+
     Args:
         optimizer: The user's optimizer; not changed.
-        push: Pushes gradients and pulls values.
+        model: What it updates.
+        owner: Which of the model's optimizers it is.
+        num_replicas: How many replicas the model has.
 
     Attributes:
         last_push: What came of the last `step`: the global step and the staleness; None before the first.
@@ -31,13 +48,17 @@ class PreparedOptimizer(torch.optim.Optimizer):
         ConfigError: If the optimizer has state already, which would be lost.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, push: Callable[[], PushResult]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: Prepared, owner: int = 0, num_replicas: int = 1
+    ) -> None:
         # The groups, defaults and registered hooks are the user's optimizer's own, so its constructor is not run.
         self.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
         self.state = defaultdict(dict)
         self.last_push: PushResult | None = None
         self._original = optimizer
-        self._push = push
+        self._model = model
+        self._owner = owner
+        self._num_replicas = num_replicas
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients to the parameter servers, which apply them, and pull fresh values. Blocks.
@@ -50,6 +71,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
         Raises:
             UnavailableError: If a ps is lost; the message names it.
+            RuntimeError: With several replicas, outside of them (U10).
         """
         if self._has_step_hooks():
             return _step_with_hooks(self, closure)
@@ -59,13 +81,15 @@ class PreparedOptimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; see ``torch.optim.Optimizer.zero_grad``."""
-        if not set_to_none:
+        """Forget the gradients of the replica that this is called on, outside of replicas those of all of them."""
+        if self._num_replicas > 1:
+            self._zero_replicas(set_to_none)
+        elif set_to_none:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        else:
             super().zero_grad(set_to_none=False)
-            return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the param groups' settings, such as learning rates, from what ``state_dict()`` returned.
@@ -101,9 +125,30 @@ class PreparedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.last_push = self._push()
+        self.last_push = self._model.step(self._owner) if self._num_replicas == 1 else self._merged_step()
         self._original._opt_called = True  # type: ignore[attr-defined]  # schedulers look whether a step was taken
         return loss
+
+    def _merged_step(self) -> PushResult:
+        replica = _this_replica()
+        if replica is None:
+            raise RuntimeError(
+                f"optimizer.step: this worker has {self._num_replicas} replicas, and each has gradients of its own; "
+                "call it inside the function that strategy.run() runs on them"
+            )
+        push: PushResult = replica.merge_call(lambda _: self._model.step(self._owner))
+        return push
+
+    def _zero_replicas(self, set_to_none: bool) -> None:
+        replica = _this_replica()
+        which = slice(None) if replica is None else slice(replica.index, replica.index + 1)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                for each in self._model.on_each_replica(parameter)[which]:
+                    if set_to_none or each.grad is None:
+                        each.grad = None
+                    else:
+                        each.grad.zero_()
 
     def _has_step_hooks(self) -> bool:
         return bool(
@@ -112,6 +157,11 @@ class PreparedOptimizer(torch.optim.Optimizer):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         )
+
+
+def _this_replica() -> ReplicaContext | None:
+    frame = context.current()
+    return frame.replica if frame else None
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(PreparedOptimizer._step)

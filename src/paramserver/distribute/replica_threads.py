@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -54,9 +55,7 @@ def call_for_each_replica(
         replica = ReplicaContext(strategy, 0)
         with context.entered(Frame(strategy, replica)):
             return fn(*inputs[0][0], **inputs[0][1])
-    replicas = [
-        _Replica(strategy, index, lambda own=own: fn(*own[0], **own[1])) for index, own in enumerate(inputs)
-    ]
+    replicas = [_Replica(strategy, index, partial(fn, *own, **named)) for index, (own, named) in enumerate(inputs)]
     with _leaving_first(activate), _ended(replicas):
         while True:
             for index, replica in enumerate(replicas):

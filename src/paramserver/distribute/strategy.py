@@ -107,6 +107,7 @@ class Strategy(abc.ABC):
         """
         return self.extended.call_for_each_replica(fn, args, kwargs)
 
+    @abc.abstractmethod
     def activate(self, replica: int) -> None:
         """Called before a replica has its turn: what a model holds is that replica's from now on."""
 

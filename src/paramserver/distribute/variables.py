@@ -14,17 +14,21 @@ Rules
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from paramserver.arena import ArenaLayout, VariableSpec, dtype_name
+from paramserver.arena import ArenaLayout, Range, Shard, VariableSpec, dtype_name
 from paramserver.errors import ConfigError
 from paramserver.placement import Place
 from paramserver.rules import Rule, describe
+
+
+RowRanges = Callable[[VariableSpec], Sequence[Range]]
+"""The ranges of rows that a variable is divided into; none or one for a variable that stays whole."""
 
 
 class Kind(enum.Enum):
@@ -58,32 +62,50 @@ class Variable:
 
 
 @dataclass(frozen=True)
+class Member:
+    """What lies in an arena: a variable, or the rows of a partitioned one that its ps holds.
+
+    Attributes:
+        variable: The whole variable.
+        spec: What the ps knows it by.
+        rows: Which of its rows, None for all of a variable that is not partitioned.
+    """
+
+    variable: Variable
+    spec: VariableSpec
+    rows: Range | None = None
+
+
+@dataclass(frozen=True)
 class ArenaPlan:
     """One arena: what lies in it and where it is."""
 
     layout: ArenaLayout
-    variables: tuple[Variable, ...]
+    members: tuple[Member, ...]
     ps: int
     index: int
 
     @property
     def kind(self) -> Kind:
         """How its variables change."""
-        return self.variables[0].kind
+        return self.members[0].variable.kind
 
     @property
     def group(self) -> int:
         """The index of their optimizer group, -1 if they have none."""
-        return self.variables[0].group
+        return self.members[0].variable.group
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Variable]:
+def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Variable]:
     """The variables of a model, in creation order: parameters first, then buffers.
 
+    Param groups are counted through all optimizers.
+
     Raises:
-        ConfigError: If the optimizer holds a parameter that is not the model's, or a tensor cannot live on a ps.
+        ConfigError: If an optimizer holds a parameter that is not the model's or another one's, or a tensor cannot live
+            on a ps.
     """
-    groups = _groups(optimizer)
+    groups = _groups(optimizers)
     variables: dict[int, Variable] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         kind, group = _change(parameter, groups)
@@ -121,30 +143,78 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn
 
 
 def plan(
-    variables: Sequence[Variable], optimizer: torch.optim.Optimizer | None, place: Place, num_ps: int
+    variables: Sequence[Variable],
+    optimizers: Sequence[torch.optim.Optimizer],
+    place: Place,
+    num_ps: int,
+    row_ranges: RowRanges = lambda _: [],
 ) -> list[list[ArenaPlan]]:
-    """The arenas of each ps: one for each dtype, optimizer group and kind that it holds variables of."""
-    rules = [describe(optimizer, group) for group in range(len(optimizer.param_groups))] if optimizer else []
-    together: list[dict[tuple[str, int, Kind], list[Variable]]] = [{} for _ in range(num_ps)]
+    """The arenas of each ps: one for each dtype, optimizer group and kind that it holds variables of.
+
+    Args:
+        variables: What `collect` found.
+        optimizers: Whose param groups the variables belong to.
+        place: The ps for the next variable, or part of one.
+        num_ps: How many ps tasks there are.
+        row_ranges: The parts of a parameter that an optimizer holds; none for one that stays whole.
+    """
+    rules = [describe(optimizer, group) for optimizer in optimizers for group in range(len(optimizer.param_groups))]
+    together: list[dict[tuple[str, int, Kind], list[Member]]] = [{} for _ in range(num_ps)]
     for variable in variables:
         key = (variable.spec.dtype, variable.group, variable.kind)
-        together[place(variable.spec)].setdefault(key, []).append(variable)
+        for member in _members(variable, row_ranges):
+            together[place(member.spec)].setdefault(key, []).append(member)
     return [
         [_arena(members, rules, ps, index) for index, members in enumerate(arenas.values())]
         for ps, arenas in enumerate(together)
     ]
 
 
-def _arena(members: list[Variable], rules: list[Rule], ps: int, index: int) -> ArenaPlan:
+def part_specs(spec: VariableSpec, ranges: Sequence[Range]) -> list[VariableSpec]:
+    """What the ps tasks know the parts of a partitioned variable by.
+
+    >>> spec = VariableSpec("table", (5, 2), "float32")
+    >>> [(part.name, part.shape) for part in part_specs(spec, [(0, 3), (3, 5)])]
+    [('table/part_0', (3, 2)), ('table/part_1', (2, 2))]
+    """
+    rows, *rest = spec.shape
+    return [
+        VariableSpec(
+            f"{spec.name}/part_{index}",
+            (stop - start, *rest),
+            spec.dtype,
+            Shard(variable=spec.name, index=index, start=start, rows=rows),
+        )
+        for index, (start, stop) in enumerate(ranges)
+    ]
+
+
+def _members(variable: Variable, row_ranges: RowRanges) -> list[Member]:
+    ranges = row_ranges(variable.spec) if variable.group >= 0 else []
+    if len(ranges) < 2:
+        return [Member(variable, variable.spec)]
+    specs = part_specs(variable.spec, ranges)
+    return [Member(variable, spec, rows) for spec, rows in zip(specs, ranges, strict=True)]
+
+
+def _arena(members: list[Member], rules: list[Rule], ps: int, index: int) -> ArenaPlan:
     first = members[0]
-    rule = rules[first.group] if first.group >= 0 else None
+    rule = rules[first.variable.group] if first.variable.group >= 0 else None
     layout = ArenaLayout(first.spec.dtype, rule, tuple(member.spec for member in members))
     return ArenaPlan(layout, tuple(members), ps, index)
 
 
-def _groups(optimizer: torch.optim.Optimizer | None) -> dict[int, int]:
-    groups = optimizer.param_groups if optimizer else []
-    return {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
+def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, int]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    found: dict[int, int] = {}
+    for index, group in enumerate(groups):
+        for parameter in group["params"]:
+            if found.setdefault(id(parameter), index) != index:
+                raise ConfigError(
+                    f"prepare: a parameter of shape {list(parameter.shape)} is held by two optimizers; "
+                    "every parameter has one update rule, give it to one of them"
+                )
+    return found
 
 
 def _change(parameter: torch.Tensor, groups: dict[int, int]) -> tuple[Kind, int]:
@@ -161,10 +231,6 @@ def _spec(name: str, tensor: torch.Tensor) -> VariableSpec:
         raise ConfigError(
             f"prepare: {name!r} is on the meta device and has no values; "
             'call model.to_empty(device="cpu") and initialize it first'
-        )
-    if tensor.device.type != "cpu":
-        raise ConfigError(
-            f"prepare: {name!r} is on {tensor.device}; parameters are trained on the CPU, call model.cpu() first"
         )
     if tensor.layout is not torch.strided:
         raise ConfigError(f"prepare: {name!r} is a sparse tensor ({tensor.layout}), and a ps holds dense ones")

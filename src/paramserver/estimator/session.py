@@ -15,6 +15,7 @@ from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
 from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.variables import aliases
 from paramserver.errors import ConfigError
 from paramserver.estimator.calling import Batch, as_loss
@@ -68,9 +69,10 @@ class Session:
         if self.is_chief:
             self._manager.remove_leftovers()
             self._manager.mark_started(self._run_id)
-        self.model, self.optimizer = strategy.prepare_from(
+        self.model = spec.model
+        (self.optimizer,) = strategy.prepare_from(
             spec.model,
-            spec.optimizer,
+            [spec.optimizer],
             initialize=self._initialize,
             timeout=config.session_creation_timeout_secs,
             on_wait=self._waiting,
@@ -88,23 +90,24 @@ class Session:
         return self._max_steps is not None and self.global_step >= self._max_steps
 
     def step(self, batches: Iterator[Batch]) -> RunValues:
-        """One step on the next batch. A loss that is NaN is not pushed, so that it cannot spoil the model of others.
+        """One step on the next batch of each replica; its loss is their mean.
+
+        A loss that is NaN is not pushed, so that it cannot spoil the model of others.
 
         Raises:
             StopIteration: If the input is at its end.
             UnavailableError: If a ps is lost.
         """
-        features, labels = next(batches)
         self.optimizer.zero_grad()
-        loss = self._strategy.run(self._loss, args=(features, labels))
+        losses = self._strategy.run(self._loss, args=next(batches))
+        loss = self._strategy.reduce(ReduceOp.MEAN, losses).detach()
         if math.isnan(loss.item()):
-            return RunValues(loss.detach(), self.global_step, 0)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self.optimizer.step()
+            return RunValues(loss, self.global_step, 0)
+        self._strategy.run(self._update, args=(losses,))
         push = self.optimizer.last_push
         assert push is not None  # noqa: S101  # a step was just made
         self._schedule.follow(push.global_step)
-        return RunValues(loss.detach(), push.global_step, push.staleness)
+        return RunValues(loss, push.global_step, push.staleness)
 
     def save(self) -> str:
         """Write a checkpoint of the present global step, unless there is one; its path. Blocks.
@@ -159,6 +162,10 @@ class Session:
     def _loss(self, features: Any, labels: Any) -> torch.Tensor:
         assert self._spec.loss_fn is not None  # noqa: S101  # EstimatorSpec has checked it
         return as_loss(self._spec.loss_fn(self.model, features, labels))
+
+    def _update(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self.optimizer.step()
 
     def _waiting(self, seconds: float) -> None:
         self._reporter.tell(state="waiting for the chief")

@@ -55,7 +55,7 @@ class InProcessLane(Lane):
         self._handle = handle
 
     def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
-        self._session.gradients = [torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts]
+        self._session.gradients = list(map(torch.zeros_like, self._session.memory.values))
         return WorkerMemory(self._session.memory.values, self._session.gradients, direct=True)
 
     def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:

@@ -155,13 +155,13 @@ def shared_store_memory(layouts: Sequence[ArenaLayout]) -> StoreMemory:
     return store_memory(layouts, SharedFile.create(store_bytes(layouts)))
 
 
-def private_store_memory(layouts: Sequence[ArenaLayout]) -> StoreMemory:
-    """The same in memory of this process.
+def private_store_memory(layouts: Sequence[ArenaLayout], device: torch.device | str = "cpu") -> StoreMemory:
+    """The same in memory of this process, on a device of it.
 
     Each arena is a tensor of its own, so that a program can save the values that are views into it.
     """
     return StoreMemory(
-        [torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+        [torch.zeros(layout.size, dtype=layout.torch_dtype, device=device) for layout in layouts],
         [np.zeros(num_blocks(layout.size), dtype=np.uint64) for layout in layouts],
     )
 

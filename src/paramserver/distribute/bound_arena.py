@@ -1,0 +1,224 @@
+"""One arena of a model: its tensors on every replica, bound to the memory that the lanes read and write.
+
+Rules
+    * *Home* is the device of the memory. A replica that computes there uses the memory of the values itself; one
+      elsewhere has a flat block of its own, which is copied as a whole.
+    * The first replica, if it is at home, has its gradients in the memory that is pushed. Every other one has a flat
+      block of gradients where it computes; they are added up on the first one's device, and the sum comes home in one
+      copy.
+    * A gradient that some replica lacks counts as zero; one that all lack is not pushed.
+    * A buffer becomes the mean of the replicas' (an integer one: the first replica's), as for a moving average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import compress
+
+import torch
+
+from paramserver.arena import ALIGNMENT, merge
+from paramserver.distribute import bound_parameter
+from paramserver.distribute.bound_parameter import BoundParameter, same_kind
+from paramserver.distribute.direct_gradients import GradientPlace
+from paramserver.distribute.replica_tensors import ReplicaTensors, keep_buffer
+from paramserver.distribute.variables import ArenaPlan
+from paramserver.rules import rule_class, setting_names, settings
+from paramserver.transport.lane import WorkerMemory
+from paramserver.wire.messages import Part
+
+class BoundArena:
+    """The tensors of one arena, bound to its memory. As it is: values that no step changes.
+
+    Args:
+        plan: What lies in the arena.
+        memory: The memory of the ps that holds it.
+        tensors: The replicas' tensors.
+    """
+
+    def __init__(self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors) -> None:
+        self.plan = plan
+        self.values = memory.values[plan.index]
+        self.gradients = memory.gradients[plan.index]
+        self.is_direct = memory.direct
+        self._tensors = tensors
+        self._home = self.values.device
+        self._replica_values: list[torch.Tensor] = []
+
+    def offer_values(self) -> None:
+        """Lay the tensors' present values into the gradient memory, to be assigned."""
+        for member, view in zip(self.plan.members, self.plan.layout.views(self.gradients), strict=True):
+            tensor = member.variable.tensor.detach()
+            view.copy_(tensor if member.rows is None else tensor[slice(*member.rows)])
+
+    def bind(self) -> None:
+        """From now on the tensors' values are the value memory, or blocks that are copied from it."""
+        for replica, device in enumerate(self._tensors.devices):
+            block = self._values_for(replica, device)
+            self._replica_values.append(block)
+            self._bind_replica(replica, block)
+
+    def parts(self) -> list[Part]:
+        """What a step pushes of this arena."""
+        for member in self.plan.members:
+            variable = member.variable
+            if variable.module is not None:
+                name = variable.spec.name.rpartition(".")[2]
+                same_kind(variable.spec, variable.module._buffers[name])
+                keep_buffer(variable.module, name, variable.tensor)
+        return []
+
+    def pulled(self) -> None:
+        """The value memory is fresh."""
+        for block in self._replica_values:
+            if block is not self.values:
+                block.copy_(self.values, non_blocking=True)
+
+    def _values_for(self, replica: int, device: torch.device) -> torch.Tensor:
+        return self.values if device == self._home else torch.empty_like(self.values, device=device)
+
+    def _bind_replica(self, replica: int, block: torch.Tensor) -> None:
+        for member, view in zip(self.plan.members, self.plan.layout.views(block), strict=True):
+            self._tensors.of(member.variable.tensor)[replica].data = view
+
+
+class TrainedArena(BoundArena):
+    """Parameters of one optimizer group.
+
+    Args:
+        plan: As for `BoundArena`.
+        memory: As for `BoundArena`.
+        tensors: As for `BoundArena`.
+        group: The param group; read for every push.
+        mean: Whether the replicas' gradients are averaged; else they are added up.
+    """
+
+    def __init__(
+        self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors, group: dict[str, object], mean: bool
+    ) -> None:
+        super().__init__(plan, memory, tensors)
+        assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
+        self._group = group
+        self._setting_names = setting_names(rule_class(plan.layout.rule))
+        self._gap = ALIGNMENT // plan.layout.itemsize - 1
+        self._weight = 1 / len(tensors.devices) if mean else 1.0
+        self._replica_gradients: list[torch.Tensor] = []
+        self._parameters: list[list[BoundParameter]] = []
+        self._copied: list[BoundParameter] = []
+
+    def gradient_places(self) -> Iterator[GradientPlace]:
+        """Where each whole parameter's gradient belongs, on the first replica."""
+        for member, view in zip(self.plan.members, self.plan.layout.views(self._replica_gradients[0]), strict=True):
+            if member.rows is None:
+                yield GradientPlace(member.variable.tensor, view)
+
+    def parts(self) -> list[Part]:
+        present = self._present()
+        if not any(present):
+            return []
+        # The lane writes values behind autograd's back: a graph that was built on the old ones must not go unnoticed.
+        for parameters in self._parameters:
+            torch.autograd.graph.increment_version([each.tensor for each in compress(parameters, present)])
+        ranges = None if all(present) else merge(list(compress(self.plan.layout.ranges, present)), self._gap)
+        if len(self._replica_gradients) > 1 or self._replica_gradients[0] is not self.gradients:
+            for start, stop in ranges or [(0, self.plan.layout.size)]:
+                self._reduce(start, stop)
+        return [Part(self.plan.index, "rule", ranges, settings(self._group, self._setting_names))]
+
+    def pulled(self) -> None:
+        super().pulled()
+        for parameter in self._copied:
+            parameter.pulled()
+
+    def _bind_replica(self, replica: int, block: torch.Tensor) -> None:
+        is_home = replica == 0 and block.device == self._home
+        gradients = self.gradients if is_home else torch.zeros_like(block)
+        views = zip(
+            self.plan.members, self.plan.layout.views(block), self.plan.layout.views(gradients), strict=True
+        )
+        bound = [
+            bound_parameter.bind(member, self._tensors.of(member.variable.tensor)[replica], value, gradient)
+            for member, value, gradient in views
+        ]
+        self._replica_gradients.append(gradients)
+        self._parameters.append(bound)
+        self._copied.extend(
+            parameter
+            for parameter, member in zip(bound, self.plan.members, strict=True)
+            if member.rows is not None and (replica == 0 or block is not self.values)  # else they share their memory
+        )
+
+    def _present(self) -> list[bool]:
+        """Which parameters have a gradient; each is in its place then, on every replica."""
+        has = [[parameter.has_gradient() for parameter in parameters] for parameters in self._parameters]
+        if len(has) == 1:
+            return has[0]
+        present = list(map(any, zip(*has, strict=True)))
+        for own, gradients in zip(has, self._replica_gradients, strict=True):
+            for (start, stop), is_here, is_anywhere in zip(self.plan.layout.ranges, own, present, strict=True):
+                if is_anywhere and not is_here:
+                    gradients[start:stop].zero_()
+        return present
+
+    def _reduce(self, start: int, stop: int) -> None:
+        """The weighted sum of all replicas' gradients, in the memory that is pushed."""
+        first, *others = (gradients[start:stop] for gradients in self._replica_gradients)
+        if self._weight != 1:
+            first.mul_(self._weight)  # before the sum, which could overflow in half precision
+        for other in others:
+            first.add_(other.to(first.device, non_blocking=True), alpha=self._weight)
+        if self._replica_gradients[0] is not self.gradients:
+            self.gradients[start:stop].copy_(first)
+
+
+class CountedArena(BoundArena):
+    """Buffers that are changed by adding. Between steps the gradient memory holds what the values were at the last."""
+
+    def parts(self) -> list[Part]:
+        super().parts()
+        self._average()
+        if self.is_direct:
+            return []
+        moved = self.values != self.gradients
+        if not moved.any():
+            return []
+        torch.sub(self.values, self.gradients, out=self.gradients)
+        self.gradients.masked_fill_(moved.logical_not_(), 0)  # infinity less itself would not be zero
+        if self.gradients.isfinite().all():
+            return [Part(self.plan.index, "add")]
+        return self._parts_of_infinite_moves()
+
+    def pulled(self) -> None:
+        super().pulled()
+        if not self.is_direct:
+            self.gradients.copy_(self.values)
+
+    def _values_for(self, replica: int, device: torch.device) -> torch.Tensor:
+        is_home = replica == 0 and device == self._home
+        return self.values if is_home else torch.empty_like(self.values, device=device)
+
+    def _average(self) -> None:
+        """Make the memory's values those that all replicas together have come to."""
+        first, *others = self._replica_values
+        if first is not self.values:
+            self.values.copy_(first)
+        if not self.values.is_floating_point():
+            return
+        home = self.values
+        moves = [torch.where(other == home, 0, other - home) for other in (each.to(self._home) for each in others)]
+        for move in moves:
+            home.add_(move, alpha=1 / len(self._replica_values))
+
+    def _parts_of_infinite_moves(self) -> list[Part]:
+        index, layout = self.plan.index, self.plan.layout
+        views = layout.views(self.gradients)
+        finite = [bool(view.isfinite().all()) for view in views]
+        for view, value, is_finite in zip(views, layout.views(self.values), finite, strict=True):
+            if not is_finite:
+                view.copy_(value)
+        assigned = compress(layout.ranges, (not is_finite for is_finite in finite))
+        return [
+            Part(index, "add", tuple(compress(layout.ranges, finite))),
+            Part(index, "assign", tuple(assigned)),
+        ]
+

@@ -1,0 +1,148 @@
+"""One parameter of one replica, and its place in the memory that is pushed and pulled.
+
+Rules
+    * A whole parameter's values and gradient *are* the memory: autograd writes each gradient, and a hook puts it into
+      its place as soon as it is whole, so that no second copy of the gradients is ever alive.
+    * Of a partitioned parameter the rows lie in the memories of several ps tasks, and a module needs them in one piece:
+      it keeps memory of its own, and each part is copied into its place and back.
+    * What a program puts in the place of a gradient or of ``parameter.data`` is brought home when the next step begins.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+
+import torch
+
+from paramserver.arena import DTYPES, VariableSpec
+from paramserver.distribute.variables import Member
+from paramserver.errors import ConfigError
+
+
+class BoundParameter(abc.ABC):
+    """A parameter, or a part of one, in an arena.
+
+    Attributes:
+        tensor: The whole parameter.
+    """
+
+    tensor: torch.Tensor
+
+    @abc.abstractmethod
+    def has_gradient(self) -> bool:
+        """Whether there is one; then it is in its place."""
+
+    @abc.abstractmethod
+    def pulled(self) -> None:
+        """The memory of its values is fresh."""
+
+
+def bind(member: Member, tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> BoundParameter:
+    """Bind a replica's tensor to its views of values and gradients."""
+    if member.rows is None:
+        return _WholeParameter(member.spec, tensor, value, gradient)
+    return _PartOfParameter(member, tensor, value, gradient)
+
+
+class _WholeParameter(BoundParameter):
+    """The views themselves are the parameter's data and gradient."""
+
+    __slots__ = ("_address", "_gradient", "_land", "_spec", "_value", "tensor")
+
+    def __init__(
+        self, spec: VariableSpec, tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        self.tensor = tensor
+        self._spec = spec
+        self._value = value
+        self._gradient = gradient
+        self.tensor.data = value
+        self._address = self.tensor.data_ptr()
+        self._land = _lander(self._spec, self._gradient)
+        self._call_when_whole()
+
+    def has_gradient(self) -> bool:
+        if self.tensor.data_ptr() != self._address:
+            self._value.copy_(same_kind(self._spec, self.tensor).detach())
+            self.tensor.data = self._value
+        gradient = self.tensor.grad
+        if gradient is None:
+            return False
+        if gradient is not self._gradient:
+            same_kind(self._spec, self.tensor)
+            self._land(self.tensor)
+        return True
+
+    def pulled(self) -> None:
+        """The memory is the parameter."""
+
+    def _call_when_whole(self) -> None:
+        frozen = not self.tensor.requires_grad  # torch refuses the hook then, and would call it if trained later
+        self.tensor.requires_grad_(True)
+        self.tensor.register_post_accumulate_grad_hook(self._land)  # type: ignore[no-untyped-call]  # torch has no type
+        self.tensor.requires_grad_(not frozen)
+
+
+class _PartOfParameter(BoundParameter):
+    """Rows of a parameter that has its memory to itself."""
+
+    def __init__(self, member: Member, tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        assert member.rows is not None  # noqa: S101  # a part has rows
+        self.tensor = tensor
+        self._spec = member.variable.spec
+        self._rows = slice(*member.rows)
+        self._value = value
+        self._gradient = gradient
+
+    def has_gradient(self) -> bool:
+        gradient = same_kind(self._spec, self.tensor).grad
+        if gradient is None:
+            return False
+        _check_dense(self._spec, gradient)
+        self._gradient.copy_(gradient.detach()[self._rows])
+        return True
+
+    def pulled(self) -> None:
+        self.tensor.detach()[self._rows].copy_(self._value)
+
+
+def same_kind(spec: VariableSpec, found: torch.Tensor | None) -> torch.Tensor:
+    """What was found in the place of a variable.
+
+    Raises:
+        ConfigError: If it is nothing, or of another shape or dtype.
+    """
+    if found is None or found.shape != spec.shape or found.dtype is not DTYPES[spec.dtype]:
+        got = "nothing" if found is None else f"{str(found.dtype).removeprefix('torch.')}{list(found.shape)}"
+        raise ConfigError(
+            f"variable {spec.name!r} is {spec.dtype}{list(spec.shape)} on its ps, and the model has {got} in its "
+            "place; a variable keeps its shape and dtype after prepare, convert the model before"
+        )
+    return found
+
+
+def _lander(spec: VariableSpec, view: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """What puts a parameter's gradient into its place; autograd calls it as soon as the gradient is whole."""
+    address = view.data_ptr()
+
+    def land(parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient is view:
+            return
+        _check_dense(spec, gradient)
+        if gradient.dtype is not view.dtype:
+            same_kind(spec, parameter)
+        if gradient.data_ptr() != address:  # else a large layer has computed it in its place
+            view.copy_(gradient.detach() if gradient.requires_grad else gradient)
+        parameter.grad = view
+
+    return land
+
+
+def _check_dense(spec: VariableSpec, gradient: torch.Tensor) -> None:
+    if gradient.layout is not torch.strided:
+        raise NotImplementedError(
+            f"variable {spec.name!r} got a sparse gradient, which cannot be pushed to a ps; "
+            "use nn.Embedding(..., sparse=False)"
+        )

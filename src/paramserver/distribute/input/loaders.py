@@ -1,0 +1,108 @@
+"""DataLoaders that load a part of what another one loads, in an order that can be repeated."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+if TYPE_CHECKING:
+    from paramserver.distribute.input.sources import Seed, Shard
+
+
+class PlacedSampler(Sampler[Any]):
+    """The indices that a loader loads, by batches if it makes batches: those of a shard, in an epoch, from a position.
+
+    Where the loader's batches are made of a sampler's indices in turn, every worker takes every n-th index and makes
+    batches of those; where the program samples whole batches, every worker takes every n-th batch.
+
+    Args:
+        loader: Whose indices.
+        shard: Which of them.
+        seed: What samplers that are random draw from; None leaves them as they are.
+    """
+
+    def __init__(self, loader: DataLoader[Any], shard: Shard, seed: Seed | None) -> None:
+        sampler = _index_sampler(loader)
+        self._batch_sampler = sampler if type(sampler) is BatchSampler else None
+        self._drawn: Iterable[Any] = sampler if self._batch_sampler is None else self._batch_sampler.sampler
+        self._shard = shard
+        self._seed = seed
+        self._epoch = self._skip = 0
+
+    def place(self, epoch: int, skip: int) -> None:
+        """Where iterations that begin from now on are: in which epoch, and how many batches behind its start."""
+        self._epoch, self._skip = epoch, skip
+
+    def __iter__(self) -> Iterator[Any]:
+        drawn = _seeded(self._drawn, self._seed, self._epoch)
+        own = itertools.islice(iter(drawn), self._shard.index, None, self._shard.count)
+        made = own if self._batch_sampler is None else iter(self._batches(own))
+        return itertools.islice(made, self._skip, None)
+
+    def __len__(self) -> int:
+        own = range(self._shard.length(len(cast(Sized, self._drawn))))
+        return len(own) if self._batch_sampler is None else len(self._batches(own))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same place has the same indices again."""
+        return self._seed is not None or not _is_random(self._drawn)
+
+    def _batches(self, indices: Iterable[int]) -> BatchSampler:
+        assert self._batch_sampler is not None  # noqa: S101  # the callers have checked it
+        return BatchSampler(indices, self._batch_sampler.batch_size, self._batch_sampler.drop_last)
+
+
+def rebuilt(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
+    """A loader like another one, with its own sampler: of batches where the other makes batches, else of items."""
+    batching: dict[str, Any] = (
+        {"batch_size": None, "sampler": sampler} if loader.batch_sampler is None else {"batch_sampler": sampler}
+    )
+    return DataLoader(
+        loader.dataset,
+        **batching,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        pin_memory_device=loader.pin_memory_device,
+        in_order=loader.in_order,
+    )
+
+
+def shuffles(loader: DataLoader[Any]) -> bool:
+    """Whether a loader's order is random.
+
+    >>> shuffles(DataLoader(range(3))), shuffles(DataLoader(range(3), shuffle=True))
+    (False, True)
+    """
+    return _is_random(getattr(_index_sampler(loader), "sampler", None)) or _is_random(_index_sampler(loader))
+
+
+def _index_sampler(loader: DataLoader[Any]) -> Iterable[Any]:
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def _is_random(sampler: object) -> bool:
+    return hasattr(sampler, "generator")  # torch's word, in all samplers of its own that draw
+
+
+def _seeded(sampler: Iterable[Any], seed: Seed | None, epoch: int) -> Iterable[Any]:
+    """A sampler that draws the order of an epoch; the given one if it draws nothing, or from nothing of ours."""
+    if seed is None or not _is_random(sampler):
+        return sampler
+    mixed = np.random.SeedSequence((seed.value, epoch, seed.stream)).generate_state(1, np.uint64)
+    twin = copy.copy(sampler)
+    twin.generator = torch.Generator().manual_seed(int(mixed[0]))  # type: ignore[attr-defined]  # it has one
+    return twin
