@@ -116,22 +116,47 @@ def server() -> None:
 def inspect(checkpoint: Annotated[str, typer.Argument(help="Its path.")]) -> None:
     """Show the variables of a checkpoint.
 
-    Prints its global step and each variable's type, shape, number of shards and size.
+    Prints its global step and each variable's type, shape and size.
     """
     from paramserver.estimator.checkpoint import inspect_checkpoint
 
     found = inspect_checkpoint(checkpoint)
     table = Table("variable", "dtype", "shape")
-    table.add_column("shards", justify="right")
     table.add_column("size", justify="right")
-    for name, dtype, shape, shards, num_bytes in found.variables:
+    for name, dtype, shape, num_bytes in found.variables:
         extent = " x ".join(map(str, shape)) or "scalar"
-        table.add_row(name, str(dtype).removeprefix("torch."), extent, str(shards), decimal(num_bytes))
+        table.add_row(name, str(dtype).removeprefix("torch."), extent, decimal(num_bytes))
     table.columns[0].overflow = "fold"  # a name that is cut is a name that cannot be used
     console = Console(highlight=False, markup=False)
     console.print(f"{found.path}: step {found.step}", soft_wrap=True)
     console.print(table)
     console.print(f"slots: {', '.join(found.slots) or 'none'}")
+
+
+@app.command()
+def status(
+    addresses: Annotated[
+        list[str] | None, typer.Argument(help="host:port of each; else the ps tasks of TF_CONFIG.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long to try to reach them, in all.")
+    ] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what parameter servers hold and do.
+
+    Asks those of a run that is going on, whose PARAMSERVER_TOKEN must be set. Load is the size of the values,
+    relative to the mean of the tasks shown; staleness counts updates of others.
+    """
+    from paramserver import status as run_status
+
+    statuses = run_status.ask(run_status.find_targets(addresses or ()), timeout)
+    if as_json:
+        typer.echo(run_status.as_json(statuses))
+        return
+    console = Console(highlight=False, markup=False)
+    console.print(run_status.as_table(statuses))
+    console.print(f"global step: {statuses[0].global_step:,}")
 
 
 @app.command()

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Literal, NamedTuple, TypeVar
 
-from paramserver.arena import ArenaLayout, pieces
-from paramserver.errors import DeadlineError, LocalProtocolError, ParameterServerError, RemoteProtocolError
+import torch
+
+from paramserver.arena import DTYPES, ArenaLayout, Range, VariableSpec, pieces
+from paramserver.errors import (
+    ConfigError,
+    DeadlineError,
+    LocalProtocolError,
+    ParameterServerError,
+    RemoteProtocolError,
+)
 from paramserver.transport.lane import Lane, Piece, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
 from paramserver.wire.refusals import raised
+from paramserver.wire.values import packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +146,7 @@ class ParameterClient:
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self.lanes = Lanes(lanes)
         self._layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
+        self._variables: set[str] = set()
         self._sequence = 0
         self._local_step = 0  # what staleness is counted from: the step of the values that are here
         self.global_step = 0
@@ -156,17 +168,10 @@ class ParameterClient:
             DeadlineError: If it has not by then.
             RefusedError: If the chief failed.
         """
-        started, waited = time.monotonic(), 0.0
+        started = time.monotonic()
         for lane in self.lanes.each():
-            while not self._ask(lane, messages.AwaitReady(_interval(timeout - waited)), messages.State).ready:
-                waited = time.monotonic() - started
-                if waited >= timeout:
-                    raise DeadlineError(
-                        f"the chief has not initialized the variables on {lane.task} within {timeout:g} s; "
-                        "is it running? (session_creation_timeout_secs)",
-                        timeout,
-                    )
-                on_wait(waited)
+            failing = f"the chief has not initialized the variables on {lane.task}"
+            self._await(lane, messages.AwaitReady, started, timeout, failing, on_wait)
 
     def join(self, layouts: Sequence[Sequence[ArenaLayout]]) -> None:
         """Every other worker declares the arenas it expects.
@@ -225,6 +230,85 @@ class ParameterClient:
         self.global_step = self._ask(self.lanes.each()[0], messages.Pull(()), messages.State).global_step
         return self.global_step
 
+    # --- variables of the program's own
+
+    def unique_name(self, name: str) -> str:
+        """A name that no variable of this client has: ``name``, or else ``name_1``, ``name_2`` and so on.
+
+        It counts as taken from now on. The same calls in the same order give the same names on every worker.
+        """
+        taken = self._variables | _names(self._layouts)
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        unique = next(each for each in itertools.chain([name], numbered) if each not in taken)
+        self._variables.add(unique)
+        return unique
+
+    def create_variable(self, ps: int, variable: VariableSpec, values: torch.Tensor) -> None:
+        """The chief makes a variable on a ps, with its first values; one that is there already keeps what it has.
+
+        Nobody else sees it before it has all of them.
+
+        Args:
+            ps: The index of the ps.
+            variable: What to make; its name is one of `unique_name`.
+            values: Its values, flat.
+
+        Raises:
+            ModelMismatchError: If it is there already, with another shape or dtype.
+        """
+        lane = self.lanes.each()[ps]
+        for start, stop in list(pieces([(0, variable.size)])) or [(0, 0)]:
+            request = messages.CreateVariable(variable, start, packed(values[start:stop]))
+            if self._ask(lane, request, messages.Declared).ready:
+                break
+
+    def await_variable(
+        self, ps: int, variable: VariableSpec, timeout: float, on_wait: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """Every other worker waits until the chief has made a variable.
+
+        Args:
+            ps: The index of the ps.
+            variable: What is expected there.
+            timeout: Seconds to wait for.
+            on_wait: Called about every second with the seconds that were waited so far.
+
+        Raises:
+            DeadlineError: If it is not there by then.
+            ModelMismatchError: If it has another shape or dtype.
+            RefusedError: If the chief failed.
+            RunOverError: If the chief has finished without making it.
+        """
+        lane = self.lanes.each()[ps]
+        failing = f"the chief has not created variable {variable.name!r} on {lane.task}"
+        self._await(lane, partial(messages.AwaitVariable, variable), time.monotonic(), timeout, failing, on_wait)
+
+    def read_variable(self, ps: int, variable: VariableSpec, span: Range) -> torch.Tensor:
+        """Elements ``[start, stop)`` of a variable, flat. What lies in one block is of one version."""
+        lane = self.lanes.each()[ps]
+        values = torch.empty(span[1] - span[0], dtype=DTYPES[variable.dtype], device="cpu")
+        for start, stop in pieces([span]):
+            reply = self._ask(lane, messages.ReadVariable(variable.name, start, stop), messages.Values)
+            _fill(values[start - span[0] : stop - span[0]], reply, lane)
+        return values
+
+    def update_variable(
+        self, ps: int, variable: VariableSpec, operation: Literal["assign", "add"], values: torch.Tensor
+    ) -> torch.Tensor:
+        """Assign or add to a whole variable, once; what this very update has made of it, flat.
+
+        Atomic for each block of elements: a variable of more than `arena.BLOCK` may meet another worker's in between.
+        """
+        lane = self.lanes.each()[ps]
+        result = torch.empty_like(values)
+        for start, stop in pieces([(0, variable.size)]):
+            self._sequence += 1
+            request = messages.UpdateVariable(
+                self._sequence, variable.name, operation, start, packed(values[start:stop])
+            )
+            _fill(result[start:stop], self._ask(lane, request, messages.Values), lane)
+        return result
+
     # --- the chief's duties
 
     def save(self, directory: str) -> list[messages.Saved]:
@@ -276,7 +360,30 @@ class ParameterClient:
         """Values of this step are here."""
         self.global_step = self._local_step = global_step
 
+    def _await(
+        self,
+        lane: Lane,
+        request: Callable[[float], messages.Request],
+        started: float,
+        timeout: float,
+        failing: str,
+        on_wait: Callable[[float], None],
+    ) -> None:
+        waited = 0.0
+        while not self._ask(lane, request(_interval(timeout - waited)), messages.State).ready:
+            waited = time.monotonic() - started
+            if waited >= timeout:
+                raise DeadlineError(
+                    f"{failing} within {timeout:g} s; is it running? (session_creation_timeout_secs)", timeout
+                )
+            on_wait(waited)
+
     def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> bool:
+        for name in sorted(self._variables & _names(layouts)):
+            raise ConfigError(
+                f"variable {name!r} of the model: a ps.Variable of that name was created before, and a checkpoint "
+                "could not hold both; give that one another name"
+            )
         self._layouts = list(layouts)
         calls = [
             Call(lane, messages.Declare(tuple(ps_layouts), create))
@@ -305,6 +412,24 @@ def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Pie
 
 def _whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> list[Piece]:
     return [Piece(arena, start, stop) for arena in arenas for start, stop in layouts[arena].pieces]
+
+
+def _names(layouts: Sequence[Sequence[ArenaLayout]]) -> set[str]:
+    """The variables of a model, those that are partitioned by the name of the whole."""
+    return {
+        variable.shard.variable if variable.shard else variable.name
+        for ps_layouts in layouts
+        for layout in ps_layouts
+        for variable in layout.variables
+    }
+
+
+def _fill(out: torch.Tensor, reply: messages.Values, lane: Lane) -> None:
+    if len(reply.values) != out.nbytes:
+        raise RemoteProtocolError(
+            f"{lane.task} was expected to send {out.nbytes} bytes of a variable, and sent {len(reply.values)}"
+        )
+    out.copy_(unpacked(reply.values, out.dtype))
 
 
 def _expect(lane: Lane, reply: messages.Reply, expected: type[R]) -> R:

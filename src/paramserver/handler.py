@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from paramserver.arena import pieces
+from paramserver.arena import DTYPES, pieces
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
 from paramserver.store import shard
 from paramserver.store.roster import Roster
@@ -18,6 +18,7 @@ from paramserver.store.stored_arena import StoredArena
 from paramserver.transport.lane import Piece, Session
 from paramserver.wire import messages
 from paramserver.wire.refusals import refused
+from paramserver.wire.values import packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ class RequestHandler:
             messages.AwaitWorkers: self._await_workers,
             messages.Save: self._save,
             messages.Restore: self._restore,
+            messages.CreateVariable: self._create_variable,
+            messages.AwaitVariable: self._await_variable,
+            messages.ReadVariable: self._read_variable,
+            messages.UpdateVariable: self._update_variable,
             messages.GetStatus: self._status,
             messages.Goodbye: self._goodbye,
         }
@@ -128,13 +133,49 @@ class RequestHandler:
         shard.read_shard(self._store, restore.directory)
         session.reply(messages.Done())
 
+    def _create_variable(self, session: Session, request: messages.CreateVariable) -> None:
+        self._store.check_alive()
+        values = self._unpacked(request.values, request.variable.name, request.variable.dtype)
+        session.reply(messages.Declared(self._store.create_variable(request.variable, request.start, values)))
+
+    def _await_variable(self, session: Session, request: messages.AwaitVariable) -> None:
+        is_there = self._store.await_variable(request.variable, _bounded(request.timeout))
+        if not is_there:
+            self._roster.check_going_on(session.task)
+        session.reply(messages.State(is_there, self._store.global_step))
+
+    def _read_variable(self, session: Session, request: messages.ReadVariable) -> None:
+        self._store.check_alive()
+        arena, piece = self._store.variable(request.variable), (request.start, request.stop)
+        self._store.check_piece(arena, piece)
+        session.reply(messages.Values(packed(arena.copy(piece))))
+
+    def _update_variable(self, session: Session, request: messages.UpdateVariable) -> None:
+        self._store.check_alive()
+        arena = self._store.variable(request.variable)
+        source = self._unpacked(request.values, request.variable, arena.layout.dtype)
+        piece = (request.start, request.start + len(source))
+        self._store.check_piece(arena, piece)
+        if self._store.is_new(session.incarnation, request.sequence):
+            result = arena.update(request.operation, piece, source)
+        else:
+            result = arena.copy(piece)
+        session.reply(messages.Values(packed(result)))
+
+    def _unpacked(self, data: bytes, variable: str, dtype: str) -> torch.Tensor:
+        try:
+            return unpacked(data, DTYPES[dtype])
+        except (KeyError, ValueError) as error:
+            task = self._store.task
+            raise RefusedError(f"variable {variable!r} on {task}: values of {dtype} refused: {error}", task) from error
+
     def _status(self, session: Session, request: messages.GetStatus) -> None:
         session.reply(self.status())
 
     def status(self) -> messages.Status:
         """What the store holds and has done."""
         statistics = self._store.statistics()
-        arenas = self._store.arenas
+        arenas = self._store.held
         return messages.Status(
             task=self._store.task,
             num_variables=sum(len(arena.layout.variables) for arena in arenas),

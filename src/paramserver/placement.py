@@ -119,7 +119,7 @@ class Greedy(Placement):
 
     def _load(self, variable: VariableSpec) -> float:
         load: object = self._load_fn(variable)
-        if not isinstance(load, numbers.Real) or not 0 <= load < math.inf:
+        if not isinstance(load, numbers.Real) or not 0 <= float(load) < math.inf:
             raise ConfigError(f"Greedy: load_fn of {variable.name!r}: expected a number from 0 on, got {load!r}")
         return float(load)
 

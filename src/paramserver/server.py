@@ -19,7 +19,7 @@ from paramserver.handler import RequestHandler
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
 from paramserver.transport import memory
-from paramserver.transport.handshake import Identity, accept, new_incarnation
+from paramserver.transport.handshake import OBSERVER, Identity, accept, new_incarnation
 from paramserver.transport.in_process import InProcessLane, InProcessSession
 from paramserver.transport.lane import Session
 from paramserver.transport.listener import Listener
@@ -180,6 +180,9 @@ class Server:
         return session
 
     def _converse(self, session: Session) -> None:
+        if session.task == OBSERVER:
+            self._observe(session)
+            return
         try:
             self._store.check_alive()  # comes first: a run that has failed is over as well
             self._roster.join(session.task)
@@ -198,6 +201,17 @@ class Server:
             raise
         finally:
             self._roster.disconnect(session.task)
+
+    def _observe(self, session: Session) -> None:
+        """Tell somebody who takes no part in the run how it stands; nobody waits for them, and they change nothing."""
+        while (request := session.receive()) is not None:
+            if isinstance(request, messages.GetStatus):
+                self._handler.handle(session, request)
+            else:
+                what = f"{type(request).__name__} of {session.task}"
+                session.reply(
+                    messages.Refused("refused", f"{self.task} refused {what}: an observer may only ask for the status")
+                )
 
 
 def run_standard_server() -> None:

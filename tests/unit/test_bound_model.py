@@ -48,7 +48,7 @@ class Client:
 def bind(model: nn.Module, *optimizers: optim.Optimizer) -> tuple[BoundModel, Any]:
     arenas = plan(collect(model, optimizers), optimizers, RoundRobin().start(1), num_ps=1)
     client: Any = Client([arena.layout for arena in arenas[0]])
-    tensors = ReplicaTensors(model, [torch.device("cpu")])
+    tensors = ReplicaTensors(model, optimizers, [torch.device("cpu")])
     bound = BoundModel(arenas, [client.memory], optimizers, tensors, ReduceOp.MEAN, client)
     bound.assign()
     bound.bind()

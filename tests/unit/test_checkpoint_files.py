@@ -1,12 +1,29 @@
 """The files of a checkpoint: the index, the tensors, and what is said when they are damaged."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import unquote
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from paramserver.checkpoint_files import VALUES_INDEX, read_index, read_shapes, read_tensors, write_index
+from paramserver.arena import DTYPES
+from paramserver.checkpoint_files import (
+    VALUES_INDEX,
+    Maps,
+    Rows,
+    merge,
+    read_index,
+    read_shapes,
+    read_tensors,
+    rows_files,
+    stored_tensors,
+    write_index,
+    write_rows,
+    write_tensors,
+)
 from paramserver.errors import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}
@@ -69,3 +86,130 @@ def test_what_an_index_promises_and_nobody_has_is_an_error(folder, weight_map):
 def test_an_index_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="writing the index .* failed"):
         write_index(tmp_path / "no folder" / VALUES_INDEX, {})
+
+
+# --- rows
+
+
+WHOLE = {
+    "w": torch.arange(30.0).view(10, 3),
+    "w/flags": torch.arange(10) % 3 == 0,
+    "w/half": torch.arange(20).view(10, 2).bfloat16(),
+    "w/step": torch.tensor(7, dtype=torch.int64),
+}
+
+
+def rows_of(start, stop):
+    """What the task that holds the rows ``[start, stop)`` has of all; the first one has the scalar."""
+    return {
+        name: Rows(tuple(tensor.shape), start, tensor[start:stop])
+        if tensor.ndim
+        else Rows((), 0, tensor.reshape(1)[: int(start == 0)])
+        for name, tensor in WHOLE.items()
+    }
+
+
+def check(path):
+    found = load_file(path)
+    assert found.keys() == WHOLE.keys()
+    for name, tensor in WHOLE.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("order", [[(0, 10)], [(0, 4), (4, 10)], [(7, 10), (3, 7), (0, 3), (3, 7)]])
+def test_b06_rows_of_several_make_one_tensor(tmp_path, order):
+    for rows in order:
+        write_rows(tmp_path / "w.safetensors", rows_of(*rows))
+    check(tmp_path / "w.safetensors")
+
+
+def test_b06_rows_may_be_written_at_the_same_time(tmp_path):
+    parts = [rows_of(row, row + 1) for row in range(10)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in pool.map(lambda part: write_rows(tmp_path / "w.safetensors", part), parts):
+            pass
+    check(tmp_path / "w.safetensors")
+
+
+def test_a_write_that_is_done_in_part_goes_on(tmp_path, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda file, content, offset: pwrite(file, content[:7], offset))
+    write_rows(tmp_path / "w.safetensors", rows_of(0, 10))
+    check(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_a_ps_can_be_written_by_rows(tmp_path, dtype):
+    tensor = torch.arange(4).to(DTYPES[dtype])
+    write_rows(tmp_path / "t.safetensors", {"t": Rows((4,), 0, tensor)})
+    assert torch.equal(load_file(tmp_path / "t.safetensors")["t"], tensor)
+    assert list(read_shapes(tmp_path, {"t": "t.safetensors"})) == [("t", dtype, (4,))]
+
+
+def test_each_tensor_is_aligned_for_its_dtype(tmp_path):
+    write_rows(tmp_path / "w.safetensors", rows_of(0, 10))
+    content = (tmp_path / "w.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert {
+        name: entry["data_offsets"][0] % WHOLE[name].element_size() for name, entry in header.items()
+    } == dict.fromkeys(WHOLE, 0)
+
+
+def test_some_rows_are_read_without_the_others(tmp_path):
+    save_file({name: WHOLE[name] for name in ("w", "w/step")}, tmp_path / "w.safetensors")
+    found = {
+        tensor.name: tensor.read((4, 6))
+        for tensor in stored_tensors(tmp_path, dict.fromkeys(("w", "w/step"), "w.safetensors"))
+    }
+    assert torch.equal(found["w"], WHOLE["w"][4:6])
+    assert found["w/step"] == 7
+
+
+def test_no_tensors_make_no_file(tmp_path):
+    write_tensors(tmp_path / "none.safetensors", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [write_rows, write_tensors])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, write):
+    content = rows_of(0, 10) if write is write_rows else WHOLE
+    with pytest.raises(
+        CheckpointError, match="writing the checkpoint file .*w.safetensors failed: .*model_dir"
+    ) as caught:
+        write(tmp_path / "no folder" / "w.safetensors", content)
+    assert caught.value.path == str(tmp_path / "no folder" / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["w", "a/b.c", "größe", "..", "a b", "%2F", "00001-of-00002", "A*?"])
+def test_names_of_files_are_of_one_variable_only(name):
+    for prefix, file in zip(("model", "optimizer"), rows_files(name), strict=True):
+        stem = file.removeprefix(f"{prefix}-").removesuffix(".safetensors")
+        assert unquote(stem) == name
+        assert not set("/-*?") & set(stem)
+
+
+# --- what several have written
+
+
+ONE = Maps({"t": "t.values", "b": "1"}, {"t/m": "t.slots", "t/v": "t.slots", "b/m": "s1"})
+
+
+def test_b06_equal_entries_are_one():
+    other = Maps({"t": "t.values", "c": "2"}, {"t/m": "t.slots", "t/v": "t.slots"})
+    assert merge([ONE, other]) == Maps({"t": "t.values", "b": "1", "c": "2"}, dict(ONE.slot_map))
+
+
+@pytest.mark.parametrize("slots", [{}, {"t/m": "t.slots"}, {"t/m": "t.slots", "t/v": "t.slots", "t/x": "t.slots"}])
+@pytest.mark.parametrize("turn", [1, -1])
+def test_b06_slots_that_not_all_parts_have_do_not_count(slots, turn):
+    assert merge([ONE, Maps({"t": "t.values"}, slots)][::turn]).slot_map == {"b/m": "s1"}
+
+
+def test_two_variables_of_one_name_are_an_error():
+    with pytest.raises(CheckpointError, match="two variables called 'b'.*another name") as caught:
+        merge([ONE, Maps({"b": "2"}, {})])
+    assert caught.value.path == "2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
     return calls
 
 
-@pytest.mark.parametrize("command", [[], ["launch"], ["server"], ["inspect"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["launch"], ["server"], ["inspect"], ["status"], ["demo"]])
 def test_help_fits_in_80_columns(command: list[str]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     assert max(map(len, result.output.splitlines())) <= 80
-    assert "..." not in result.output.replace("[ARGS]...", "").replace("args...", "").replace("[args]...", "")
+    assert "..." not in re.sub(r"(?i)\[?(args|addresses)\]?\.\.\.", "", result.output)
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    result = invoke("status", "localhost")
+    assert isinstance(result.exception, ConfigError)
+    assert "'localhost' is no address" in str(result.exception)
 
 
 def test_options_of_launch_reach_it_and_its_exit_code_is_ours(
@@ -86,6 +93,7 @@ def test_a_dry_run_shows_all_tasks_and_starts_none(
         (("launch", "--nonsense", "x.py"), "No such option: --nonsense"),
         (("launch", "--ps", "two", "x.py"), "Invalid value for '--ps'"),
         (("launch",), "Missing argument"),
+        (("status", "--timeout", "-1", "a:1"), "Invalid value for '--timeout'"),
         (("lunch",), "No such command 'lunch'"),
     ],
 )
@@ -152,7 +160,7 @@ def test_inspect_shows_a_table_that_fits_and_cuts_no_name(monkeypatch: pytest.Mo
     found = SimpleNamespace(
         path="run/checkpoint-200",
         step=200,
-        variables=[(name, "torch.float32", (1024, 64), 3, 262144), ("scale", "float64", (), 1, 8)],
+        variables=[(name, "torch.float32", (1024, 64), 262144), ("scale", "float64", (), 8)],
         slots=["exp_avg", "exp_avg_sq"],
     )
     replace_module(monkeypatch, "paramserver.estimator", __path__=[])
@@ -163,8 +171,8 @@ def test_inspect_shows_a_table_that_fits_and_cuts_no_name(monkeypatch: pytest.Mo
     assert "slots: exp_avg, exp_avg_sq" in result.output
     rows = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
     assert "".join(row[1].strip() for row in rows) == name + "scale"
-    assert [cell.strip() for cell in rows[0][2:6]] == ["float32", "1024 x 64", "3", "262.1 kB"]
-    assert [cell.strip() for cell in rows[-1][2:6]] == ["float64", "scalar", "1", "8 bytes"]
+    assert [cell.strip() for cell in rows[0][2:5]] == ["float32", "1024 x 64", "262.1 kB"]
+    assert [cell.strip() for cell in rows[-1][2:5]] == ["float64", "scalar", "8 bytes"]
     assert max(map(len, result.output.splitlines())) <= 80
 
 

@@ -5,10 +5,13 @@ import tracemalloc
 
 import msgspec
 import pytest
+import torch
 
+from paramserver.arena import BLOCK, DTYPES
 from paramserver.errors import LocalProtocolError, RemoteProtocolError
 from paramserver.wire import codec
 from paramserver.wire.messages import Done, Goodbye
+from paramserver.wire.values import packed, unpacked
 
 PEER = "worker:3"
 
@@ -76,3 +79,25 @@ def test_nonsense_is_refused_without_taking_memory(body):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_values_in_a_message_are_those_that_were_packed(dtype):
+    values = torch.arange(7).to(dtype)
+    for each in (values, values[::2], values[3:3], values[:1].expand(4)):
+        back = unpacked(packed(each), dtype)
+        assert back.dtype is dtype
+        assert torch.equal(back, each)
+        back.zero_()
+    assert torch.equal(values, torch.arange(7).to(dtype))
+
+
+@pytest.mark.parametrize("data", [b"1", b"12345", b"1234567"])
+def test_a_part_of_an_element_is_none(data):
+    with pytest.raises(ValueError, match=f"{len(data)} bytes are no whole number of elements of 4 bytes"):
+        unpacked(data, torch.float32)
+
+
+def test_a_block_of_values_fits_into_a_message():
+    largest = BLOCK * max(dtype.itemsize for dtype in DTYPES.values())
+    assert largest < codec.MAX_MESSAGE_BYTES // 2

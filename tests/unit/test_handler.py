@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paramserver import handler
-from paramserver.arena import ArenaLayout, VariableSpec
+from paramserver.arena import BLOCK, ArenaLayout, VariableSpec
 from paramserver.errors import RemoteProtocolError, UnavailableError
 from paramserver.handler import RequestHandler
 from paramserver.rules import describe
@@ -14,6 +14,7 @@ from paramserver.transport.in_process import InProcessSession
 from paramserver.transport.memory import private_store_memory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Push
+from paramserver.wire.values import packed
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=0.5), 0)
 MODEL = (
@@ -198,3 +199,109 @@ def test_t14_a_worker_that_waits_for_a_chief_with_nothing_to_do_is_told(ps):
     ps.ask(messages.Goodbye())
     answer = ps.ask(messages.AwaitReady(0.0), worker)
     assert answer == messages.Refused("over", "worker:0 came after the end: chief:0 has finished the run")
+
+
+# --- variables of the program's own
+
+TABLE = VariableSpec("table", (2, 2), "float32")
+LARGE = VariableSpec("large", (2 * BLOCK,), "int8")
+
+
+@pytest.fixture
+def table(ps):
+    """A ps that holds `TABLE`, of ones."""
+    assert ps.ask(create(TABLE, torch.ones(4))) == messages.Declared(ready=True)
+    return ps
+
+
+def create(variable, values, start=0):
+    return messages.CreateVariable(variable, start, packed(values))
+
+
+def update(sequence, values, start=0, operation="add", name="table"):
+    return messages.UpdateVariable(sequence, name, operation, start, packed(values))
+
+
+def values(*elements):
+    return messages.Values(packed(torch.tensor(elements, dtype=torch.float32)))
+
+
+def test_w09_a_ps_carries_out_assignments_and_answers_with_what_they_made(table):
+    assert table.ask(update(1, torch.arange(4.0))) == values(1, 2, 3, 4)
+    assert table.ask(update(2, torch.zeros(2), start=1, operation="assign")) == values(0, 0)
+    assert table.ask(messages.ReadVariable("table", 0, 4)) == values(1, 0, 0, 4)
+    assert table.ask(messages.ReadVariable("table", 2, 3)) == values(0)
+
+
+def test_a_repeated_assignment_is_answered_and_not_carried_out_again(table):
+    """Its number is one of those of pushes."""
+    worker = table.session("worker:0")
+    ones = torch.ones(4)
+    assert [table.ask(update(1, ones)) for _ in range(3)] == [values(2, 2, 2, 2)] * 3
+    assert table.ask(update(1, ones), worker) == values(3, 3, 3, 3)
+    assert table.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), ())) == messages.Applied(0, 0)
+    assert table.ask(update(2, ones)) == values(4, 4, 4, 4)
+
+
+def test_a_worker_waits_for_a_variable_and_is_told_of_the_global_step(table):
+    table.ask(messages.MarkReady(7))
+    assert table.ask(messages.AwaitVariable(TABLE, 60.0)) == messages.State(True, 7)
+    assert table.ask(messages.AwaitVariable(LARGE, 0.0)) == messages.State(False, 7)
+    refusal = table.ask(messages.AwaitVariable(VariableSpec("table", (4,), "float32"), 60.0))
+    assert (refusal.kind, refusal.subject) == ("model", "table")
+
+
+def test_a_worker_that_waits_for_a_variable_of_a_chief_that_has_finished_is_told(ps):
+    worker = ps.session("worker:0")
+    ps.ask(messages.Goodbye())
+    assert ps.ask(messages.AwaitVariable(TABLE, 0.0), worker).kind == "over"
+
+
+def test_a_large_variable_comes_block_by_block(ps):
+    block = torch.ones(BLOCK, dtype=torch.int8)
+    assert ps.ask(create(LARGE, block)) == messages.Declared(ready=False)
+    assert ps.ask(create(LARGE, block, BLOCK)) == messages.Declared(ready=True)
+    assert ps.ask(update(1, block, BLOCK, name="large")) == messages.Values(packed(2 * block))
+    assert ps.ask(messages.ReadVariable("large", BLOCK - 1, BLOCK)) == messages.Values(b"\1")
+
+
+def test_status_counts_variables_of_the_programs_own(table):
+    status = table.ask(messages.GetStatus())
+    assert (status.num_variables, status.values_bytes) == (4, MODEL[0].nbytes + 8 + 16)
+
+
+def test_a12_a_checkpoint_holds_variables_of_the_programs_own(table, tmp_path):
+    assert set(table.ask(messages.Save(str(tmp_path), 0, 1)).weight_map) == {"w", "b", "n", "table"}
+
+
+VARIABLE_NONSENSE = {
+    "an update of what is not there": update(1, torch.ones(1), name="chair"),
+    "a read of what is not there": messages.ReadVariable("chair", 0, 1),
+    "elements beyond the end": update(1, torch.ones(5)),
+    "elements before the start": update(1, torch.ones(1), start=-1),
+    "no elements": update(1, torch.ones(0)),
+    "a read beyond the end": messages.ReadVariable("table", 0, 10**9),
+    "a read that runs backwards": messages.ReadVariable("table", 3, 1),
+    "a broken element": messages.UpdateVariable(1, "table", "add", 0, b"123"),
+    "another shape": create(VariableSpec("table", (4,), "float32"), torch.ones(4)),
+    "another dtype": create(VariableSpec("table", (2, 2), "int32"), torch.ones(4, dtype=torch.int32)),
+    "a dtype that is none": messages.CreateVariable(VariableSpec("c", (), "complex64"), 0, b"12345678"),
+    "more than there is memory": create(VariableSpec("huge", (1 << 60,), "float64"), torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("request_", VARIABLE_NONSENSE.values(), ids=VARIABLE_NONSENSE)
+def test_nonsense_about_variables_is_refused_and_changes_nothing(table, request_):
+    refusal = table.ask(request_)
+    assert isinstance(refusal, messages.Refused)
+    assert "ps:1" in refusal.message
+    assert list(table.store.variables) == ["table"]
+    assert table.ask(update(1, torch.ones(4))) == values(2, 2, 2, 2)
+
+
+def test_a_failed_chief_is_told_to_those_that_use_variables(table):
+    worker = table.session("worker:0")
+    table.ask(messages.Goodbye("ValueError: no data"))
+    read, wait = messages.ReadVariable("table", 0, 4), messages.AwaitVariable(TABLE, 60.0)
+    for request in (update(1, torch.ones(4)), read, wait):
+        assert "no data" in table.ask(request, worker).message

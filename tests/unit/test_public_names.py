@@ -96,7 +96,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_names_are_the_ones_of_their_homes() -> None:
-    from paramserver.distribute import context
+    from paramserver.distribute import current
 
-    assert ps.get_strategy is context.get_strategy
-    assert ps.has_strategy is context.has_strategy
+    assert ps.get_strategy is current.get_strategy
+    assert ps.has_strategy is current.has_strategy

@@ -66,7 +66,7 @@ def test_who_comes_after_the_end_is_told_that_the_run_is_over():
         roster.join(SECOND)
 
 
-@pytest.mark.parametrize("stranger", ["worker:2", "evaluator:0", "ps:0", ""])
+@pytest.mark.parametrize("stranger", ["worker:2", "evaluator:0", "ps:0", "observer:0", ""])
 def test_who_is_no_worker_of_the_run_is_refused(stranger):
     with pytest.raises(RefusedError, match="does not take part") as caught:
         play("").join(stranger)

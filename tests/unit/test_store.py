@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from paramserver.arena import ArenaLayout, VariableSpec
+from paramserver.arena import BLOCK, DTYPES, ArenaLayout, VariableSpec
 from paramserver.errors import ConfigError, ModelMismatchError, RefusedError
 from paramserver.rules import Rule, describe
 from paramserver.store.store import Store
@@ -157,3 +157,100 @@ def test_a_new_store_has_no_staleness(store):
 def test_a_push_is_new_once_for_each_incarnation(store):
     seen = [store.is_new(*push) for push in [("a", 1), ("a", 1), ("b", 1), ("a", 3), ("a", 2), ("a", 4)]]
     assert seen == [True, False, True, True, False, True]
+
+
+# --- variables of the program's own
+
+TABLE = VariableSpec("table", (3, 2), "float32")
+LARGE = VariableSpec("large", (BLOCK + 2,), "int8")
+
+
+def test_a_variable_is_made_with_its_values(store):
+    assert not store.await_variable(TABLE, timeout=0)
+    assert store.create_variable(TABLE, 0, torch.arange(6.0))
+    assert store.await_variable(TABLE, timeout=60)
+    assert store.variable("table").values.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_variable_that_is_there_keeps_its_values(store):
+    store.create_variable(TABLE, 0, torch.arange(6.0))
+    assert store.create_variable(TABLE, 0, torch.zeros(6))
+    assert store.variable("table").values.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_large_variable_is_there_when_its_last_block_has_come(store):
+    assert not store.create_variable(LARGE, 0, torch.ones(BLOCK, dtype=torch.int8))
+    assert not store.await_variable(LARGE, timeout=0)
+    with pytest.raises(RefusedError, match="ps:1 holds no variable 'large'"):
+        store.variable("large")
+    assert store.held == []
+    assert store.create_variable(LARGE, BLOCK, torch.full((2,), 2, dtype=torch.int8))
+    assert store.variable("large").values.sum() == BLOCK + 4
+
+
+def test_a_chief_that_starts_again_begins_a_large_variable_again(store):
+    store.create_variable(LARGE, 0, torch.ones(BLOCK, dtype=torch.int8))
+    assert not store.create_variable(LARGE, 0, torch.zeros(BLOCK, dtype=torch.int8))
+    assert store.create_variable(LARGE, BLOCK, torch.zeros(2, dtype=torch.int8))
+    assert not store.variable("large").values.any()
+
+
+@pytest.mark.parametrize(
+    ("variable", "start", "count", "words"),
+    [
+        (LARGE, BLOCK, 2, "a later block of variable 'large' first"),
+        (LARGE, 0, BLOCK + 2, r"'large' on ps:1: \[0, 524290\) is no piece of one block"),
+        (TABLE, 0, 7, r"\[0, 7\) is no piece of one block of its 6 elements"),
+        (TABLE, 0, 0, r"\[0, 0\) is no piece"),
+        (TABLE, -1, 1, "a later block"),
+        (VariableSpec("c", (1,), "complex64"), 0, 1, "'c'.*complex64"),
+        (VariableSpec("n", (-1,), "int8"), 0, 1, r"'n'.*\[-1\]"),
+    ],
+)
+def test_a_variable_that_cannot_be_made_is_refused(store, variable, start, count, words):
+    dtype = DTYPES.get(variable.dtype, torch.int8)
+    with pytest.raises(RefusedError, match=words):
+        store.create_variable(variable, start, torch.zeros(count, dtype=dtype))
+    assert not store.variables
+
+
+def test_a_variable_of_no_elements_is_one(store):
+    nothing = VariableSpec("nothing", (0, 3), "float32")
+    assert store.create_variable(nothing, 0, torch.empty(0))
+    assert store.await_variable(nothing, timeout=60)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 3), "float32"), ((3, 2), "float64"), ((), "float32")])
+def test_another_variable_of_that_name_is_refused(store, shape, dtype):
+    store.create_variable(TABLE, 0, torch.arange(6.0))
+    other = VariableSpec("table", shape, dtype)
+    for call in (lambda: store.create_variable(other, 0, torch.zeros(1)), lambda: store.await_variable(other, 60)):
+        with pytest.raises(ModelMismatchError) as caught:
+            call()
+        assert caught.value.variable == "table"
+        for word in ("ps:1", "float32[3, 2]", f"{dtype}{list(shape)}"):
+            assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("act", ["create", "close"])
+def test_a_wait_for_a_variable_ends_when_it_is_made_or_the_store_closed(store, act):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(store.await_variable(TABLE, timeout=60)))
+    thread.start()
+    store.create_variable(TABLE, 0, torch.zeros(6)) if act == "create" else store.close()
+    thread.join(30)
+    assert answers == [act == "create"]
+
+
+def test_a_wait_for_a_variable_of_a_failed_run_is_refused(store):
+    store.fail("chief:0 failed: no data")
+    with pytest.raises(RefusedError, match="no data"):
+        store.await_variable(TABLE, timeout=60)
+
+
+def test_a12_variables_are_held_beside_the_models_arenas_and_do_not_move_them(store):
+    store.create_variable(TABLE, 0, torch.zeros(6))
+    store.create(MODEL)
+    assert [arena.layout for arena in store.arenas] == MODEL
+    assert [spec.name for arena in store.held for spec in arena.layout.variables] == ["w", "b", "steps", "table"]
+    store.compare(MODEL)

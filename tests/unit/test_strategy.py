@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from typing import Any
 
 import pytest
@@ -147,12 +146,6 @@ def test_nothing_that_is_passed_in_is_changed() -> None:
 # --- scope and run
 
 
-def test_outside_of_any_scope() -> None:
-    """X01, as far as there is no default strategy."""
-    assert ps.get_strategy() is None
-    assert ps.has_strategy() is False
-
-
 def test_inside_a_scope_and_inside_it_again() -> None:
     """X02, X03."""
     entered = ps.ParameterServerStrategy()
@@ -173,16 +166,6 @@ def test_strategies_do_not_mix() -> None:
         with pytest.raises(RuntimeError, match="Mixing different strategies"):
             other.run(lambda: None)
         assert ps.get_strategy() is one
-
-
-def test_a_scope_belongs_to_its_thread() -> None:
-    """X10."""
-    found: list[Any] = []
-    with ps.ParameterServerStrategy().scope():
-        thread = threading.Thread(target=lambda: found.append(ps.get_strategy()))
-        thread.start()
-        thread.join()
-    assert found == [None]
 
 
 def test_a_scope_is_left_by_an_exception() -> None:

@@ -3,11 +3,12 @@
 Rules
     * *Home* is the device of the memory. A replica that computes there uses the memory of the values itself; one
       elsewhere has a flat block of its own, which is copied as a whole.
-    * The first replica, if it is at home, has its gradients in the memory that is pushed. Every other one has a flat
-      block of gradients where it computes; they are added up on the first one's device, and the sum comes home in one
-      copy.
+    * A single replica at home has its gradients in the memory that is pushed. Otherwise each has a flat block of
+      gradients where it computes, which no step changes, so that gradients can be kept over steps; they are added up
+      on the first one's device, block by block, into the memory that is pushed.
     * A gradient that some replica lacks counts as zero; one that all lack is not pushed.
-    * A buffer becomes the mean of the replicas' (an integer one: the first replica's), as for a moving average.
+    * Each replica has buffers of its own. With a step, they become the mean of the replicas' (integers: the first
+      replica's), as for a moving average; boolean ones stay as they are.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from itertools import compress
 
 import torch
 
-from paramserver.arena import ALIGNMENT, merge
+from paramserver.arena import ALIGNMENT, merge, pieces
 from paramserver.distribute import bound_parameter
 from paramserver.distribute.bound_parameter import BoundParameter, same_kind
 from paramserver.distribute.direct_gradients import GradientPlace
-from paramserver.distribute.replica_tensors import ReplicaTensors, keep_buffer
+from paramserver.distribute.replica_tensors import ReplicaTensors, kept
 from paramserver.distribute.variables import ArenaPlan
 from paramserver.rules import rule_class, setting_names, settings
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
+
 
 class BoundArena:
     """The tensors of one arena, bound to its memory. As it is: values that no step changes.
@@ -64,8 +66,8 @@ class BoundArena:
             variable = member.variable
             if variable.module is not None:
                 name = variable.spec.name.rpartition(".")[2]
-                same_kind(variable.spec, variable.module._buffers[name])
-                keep_buffer(variable.module, name, variable.tensor)
+                found = same_kind(variable.spec, variable.module._buffers[name])
+                variable.module._buffers[name] = kept(variable.tensor, found)
         return []
 
     def pulled(self) -> None:
@@ -75,7 +77,9 @@ class BoundArena:
                 block.copy_(self.values, non_blocking=True)
 
     def _values_for(self, replica: int, device: torch.device) -> torch.Tensor:
-        return self.values if device == self._home else torch.empty_like(self.values, device=device)
+        holds_buffers = any(member.variable.module is not None for member in self.plan.members)
+        is_home = device == self._home and (replica == 0 or not holds_buffers)
+        return self.values if is_home else torch.empty_like(self.values, device=device)
 
     def _bind_replica(self, replica: int, block: torch.Tensor) -> None:
         for member, view in zip(self.plan.members, self.plan.layout.views(block), strict=True):
@@ -120,8 +124,8 @@ class TrainedArena(BoundArena):
         for parameters in self._parameters:
             torch.autograd.graph.increment_version([each.tensor for each in compress(parameters, present)])
         ranges = None if all(present) else merge(list(compress(self.plan.layout.ranges, present)), self._gap)
-        if len(self._replica_gradients) > 1 or self._replica_gradients[0] is not self.gradients:
-            for start, stop in ranges or [(0, self.plan.layout.size)]:
+        if self._replica_gradients[0] is not self.gradients:
+            for start, stop in pieces(ranges or [(0, self.plan.layout.size)]):
                 self._reduce(start, stop)
         return [Part(self.plan.index, "rule", ranges, settings(self._group, self._setting_names))]
 
@@ -131,8 +135,8 @@ class TrainedArena(BoundArena):
             parameter.pulled()
 
     def _bind_replica(self, replica: int, block: torch.Tensor) -> None:
-        is_home = replica == 0 and block.device == self._home
-        gradients = self.gradients if is_home else torch.zeros_like(block)
+        is_only_one = len(self._tensors.devices) == 1 and block is self.values
+        gradients = self.gradients if is_only_one else torch.zeros_like(block)
         views = zip(
             self.plan.members, self.plan.layout.views(block), self.plan.layout.views(gradients), strict=True
         )
@@ -145,7 +149,7 @@ class TrainedArena(BoundArena):
         self._copied.extend(
             parameter
             for parameter, member in zip(bound, self.plan.members, strict=True)
-            if member.rows is not None and (replica == 0 or block is not self.values)  # else they share their memory
+            if member.rows is not None and (replica == 0 or not _share(parameter.tensor, member.variable.tensor))
         )
 
     def _present(self) -> list[bool]:
@@ -161,14 +165,12 @@ class TrainedArena(BoundArena):
         return present
 
     def _reduce(self, start: int, stop: int) -> None:
-        """The weighted sum of all replicas' gradients, in the memory that is pushed."""
+        """The weighted sum of all replicas' gradients, into the memory that is pushed."""
         first, *others = (gradients[start:stop] for gradients in self._replica_gradients)
-        if self._weight != 1:
-            first.mul_(self._weight)  # before the sum, which could overflow in half precision
+        total = first * self._weight  # before the sum, which could overflow in half precision
         for other in others:
-            first.add_(other.to(first.device, non_blocking=True), alpha=self._weight)
-        if self._replica_gradients[0] is not self.gradients:
-            self.gradients[start:stop].copy_(first)
+            total.add_(other.to(first.device, non_blocking=True), alpha=self._weight)
+        self.gradients[start:stop].copy_(total)
 
 
 class CountedArena(BoundArena):
@@ -193,10 +195,6 @@ class CountedArena(BoundArena):
         if not self.is_direct:
             self.gradients.copy_(self.values)
 
-    def _values_for(self, replica: int, device: torch.device) -> torch.Tensor:
-        is_home = replica == 0 and device == self._home
-        return self.values if is_home else torch.empty_like(self.values, device=device)
-
     def _average(self) -> None:
         """Make the memory's values those that all replicas together have come to."""
         first, *others = self._replica_values
@@ -204,10 +202,9 @@ class CountedArena(BoundArena):
             self.values.copy_(first)
         if not self.values.is_floating_point():
             return
-        home = self.values
-        moves = [torch.where(other == home, 0, other - home) for other in (each.to(self._home) for each in others)]
+        moves = [(other.to(self._home) - self.values).nan_to_num_(0, 0, 0) for other in others]  # infinities stay
         for move in moves:
-            home.add_(move, alpha=1 / len(self._replica_values))
+            self.values.add_(move, alpha=1 / len(self._replica_values))
 
     def _parts_of_infinite_moves(self) -> list[Part]:
         index, layout = self.plan.index, self.plan.layout
@@ -222,3 +219,7 @@ class CountedArena(BoundArena):
             Part(index, "assign", tuple(assigned)),
         ]
 
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether their values are the same memory."""
+    return one.device == other.device and one.data_ptr() == other.data_ptr()

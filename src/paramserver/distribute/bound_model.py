@@ -96,9 +96,10 @@ class BoundModel:
             for always, ps_parts in zip(step.always_pulled, parts, strict=True)
         ]
         result = self._client.push_pull(parts, pulled, counts=owner == 0)
-        for arenas in step.arenas:
+        for arenas, indices in zip(step.arenas, pulled, strict=True):
             for arena in arenas:
-                arena.pulled()
+                if arena.plan.index in indices:
+                    arena.pulled()
         return result
 
     def activate(self, replica: int) -> None:

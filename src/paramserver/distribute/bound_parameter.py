@@ -27,6 +27,7 @@ class BoundParameter(abc.ABC):
         tensor: The whole parameter.
     """
 
+    __slots__ = ()
     tensor: torch.Tensor
 
     @abc.abstractmethod
@@ -92,11 +93,16 @@ class _PartOfParameter(BoundParameter):
         self.tensor = tensor
         self._spec = member.variable.spec
         self._rows = slice(*member.rows)
+        self._whole = tensor.detach()
         self._value = value
         self._gradient = gradient
 
     def has_gradient(self) -> bool:
-        gradient = same_kind(self._spec, self.tensor).grad
+        found = same_kind(self._spec, self.tensor)
+        if found.data_ptr() != self._whole.data_ptr():
+            self._whole.copy_(found.detach())
+            self.tensor.data = self._whole
+        gradient = self.tensor.grad
         if gradient is None:
             return False
         _check_dense(self._spec, gradient)
@@ -104,7 +110,7 @@ class _PartOfParameter(BoundParameter):
         return True
 
     def pulled(self) -> None:
-        self.tensor.detach()[self._rows].copy_(self._value)
+        self._whole[self._rows].copy_(self._value)
 
 
 def same_kind(spec: VariableSpec, found: torch.Tensor | None) -> torch.Tensor:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paramserver.distribute import context
+from paramserver.distribute.combining import as_tensor, check_gatherable, concatenate
 from paramserver.distribute.context import Frame
 from paramserver.distribute.nest import leaves, map_leaves
-from paramserver.distribute.reduction import TO_ONE_DEVICE, ReduceOp, as_tensor, check_gatherable, concatenate
+from paramserver.distribute.reduction import TO_ONE_DEVICE, ReduceOp
 from paramserver.distribute.values import local_results, regroup
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def all_gather(replica: ReplicaContext, nest: Any, axis: int) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Given:
-    """What one replica brings into a merge. No nest: what is the same object on all replicas counts for each of them."""
+    """What one replica brings into a merge: no nest, so that an object that all replicas give counts for each."""
 
     nest: Any
     how: ReduceOp | int
@@ -67,7 +68,7 @@ class _Gathered:
 
 
 class _AllReduce(torch.autograd.Function):
-    """A sum of all replicas, used by all replicas: its gradient is the sum of their gradients; a mean, likewise (D20)."""
+    """A sum of all replicas, used by all: its gradient is the sum of their gradients; a mean, likewise (D20)."""
 
     @staticmethod
     def forward(ctx: Any, replica: ReplicaContext, op: ReduceOp, nest: Any, *_: torch.Tensor) -> tuple[Any, ...]:
@@ -111,7 +112,7 @@ def _gather_for_each(_: Strategy, given: Any) -> Any:
 
 
 def _reduced(op: ReduceOp, *tensors: torch.Tensor) -> Any:
-    reduced = TO_ONE_DEVICE.combine(op, list(tensors), len(tensors), (tensors[0].device,))
+    reduced = TO_ONE_DEVICE.combine(op, tensors, (tensors[0].device,))
     return regroup([reduced.to(tensor.device, copy=True) for tensor in tensors])
 
 
@@ -119,10 +120,7 @@ def _gathered(axis: int, *tensors: torch.Tensor) -> Any:
     gathered = concatenate(tensors, axis, tensors[0].device)
     starts = [sum(tensor.shape[axis] for tensor in tensors[:index]) for index in range(len(tensors))]
     return regroup(
-        [
-            _Gathered(gathered.to(tensor.device, copy=True), start)
-            for tensor, start in zip(tensors, starts, strict=True)
-        ]
+        [_Gathered(gathered.to(tensor.device, copy=True), start) for tensor, start in zip(tensors, starts, strict=True)]
     )
 
 

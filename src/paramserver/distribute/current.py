@@ -12,11 +12,12 @@ from torch import nn
 from paramserver.arena import VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.distribute import context
-from paramserver.distribute.input.context import InputContext
+from paramserver.distribute.input.context import InputContext, ValueContext
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer
 from paramserver.distribute.replica_context import ReplicaContext
 from paramserver.distribute.strategy import Strategy, StrategyExtended
 
+T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -87,6 +88,9 @@ class _DefaultStrategy(Strategy):
 
     def place(self, variable: VariableSpec) -> int:
         raise _outside(f"variable {variable.name!r}")
+
+    def distribute_values_from_function(self, fn: Callable[[ValueContext], T]) -> T:
+        return fn(ValueContext())
 
     def activate(self, replica: int) -> None:
         """There is one only."""

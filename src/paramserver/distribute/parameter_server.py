@@ -246,7 +246,7 @@ class ParameterServerStrategy(Strategy):
             variables.collect(model, optimizers), optimizers, self._place, self.num_ps, self.row_ranges
         )
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
-        tensors = ReplicaTensors(model, [device.torch_device for device in self.compute_devices])
+        tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
         bound = BoundModel(arenas, client.open(), optimizers, tensors, gradient_reduction, client)

@@ -82,9 +82,9 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the replica that this is called on, outside of replicas those of all of them."""
-        if self._num_replicas > 1:
-            self._zero_replicas(set_to_none)
-        elif set_to_none:
+        if self._num_replicas > 1 and _this_replica() is None:
+            self._forget_other_replicas()
+        if set_to_none:
             for group in self.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
@@ -139,16 +139,11 @@ class PreparedOptimizer(torch.optim.Optimizer):
         push: PushResult = replica.merge_call(lambda _: self._model.step(self._owner))
         return push
 
-    def _zero_replicas(self, set_to_none: bool) -> None:
-        replica = _this_replica()
-        which = slice(None) if replica is None else slice(replica.index, replica.index + 1)
+    def _forget_other_replicas(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
-                for each in self._model.on_each_replica(parameter)[which]:
-                    if set_to_none or each.grad is None:
-                        each.grad = None
-                    else:
-                        each.grad.zero_()
+                for other in self._model.on_each_replica(parameter)[1:]:
+                    other.grad = None
 
     def _has_step_hooks(self) -> bool:
         return bool(

@@ -4,9 +4,7 @@ Rules
     * The values of the replicas are moved to the first one's device and accumulated there, then the one result is moved
       to its destination: gradients on a GPU are summed on the GPU and copied to the host once.
     * What there is only one of is not reduced: it keeps its type, and may come back as the very same object.
-    * Numbers count as tensors, truth values as 0 and 1. A mean of integers is a float, as with ``/``.
-    * Sparse (COO) tensors stay sparse: their indices and values are concatenated, and an index that is there twice means
-      the sum of both (D13).
+    * A mean of integers is a float, as with ``/``.
     * A nest is reduced leaf by leaf.
 """
 
@@ -15,7 +13,6 @@ from __future__ import annotations
 import enum
 import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from paramserver.cluster import parse_role
 from paramserver.distribute import context
+from paramserver.distribute.combining import NUMBERS, add_all, as_axes, as_tensor, concatenate, sum_inside
+from paramserver.distribute.destinations import Destinations as Destinations
+from paramserver.distribute.destinations import Places, places, places_for, put
 from paramserver.distribute.devices import Device
 from paramserver.distribute.nest import map_leaves
 from paramserver.distribute.values import DistributedValues, Mirrored, PerReplica, local_results
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from paramserver.distribute.strategy import Strategy
 
 logger = logging.getLogger(__name__)
-
-NUMBERS = (bool, int, float, complex, np.generic, np.ndarray)
 
 
 class ReduceOp(enum.Enum):
@@ -64,18 +61,13 @@ class ReduceOp(enum.Enum):
             raise ValueError(f"reduce: unknown op {op!r}; expected 'sum' or 'mean'") from None
 
 
-Destinations = Any
-"""Where a result is to be: a device or its name, or a variable, a tensor or a distributed value, which mean the devices
-that they are on. None means torch's default device, the host unless a program sets another."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReductionToOneDevice:
     """Combines values by moving all of them to one device and accumulating them there. Thread-safe.
 
     Args:
         reduce_to_device: That device; None for the one that the first value is on.
-        accumulation_fn: Makes one tensor of a list of tensors on that device; None for `add_all`.
+        accumulation_fn: Makes one tensor of a list of tensors on that device; None for `combining.add_all`.
 
     Raises:
         ValueError: If ``reduce_to_device`` names no device.
@@ -96,7 +88,7 @@ class ReductionToOneDevice:
 
         Args:
             op: Sum, or the sum divided by the number of components.
-            value: Tensors ``[...]`` of one shape, or numbers. A single one is not accumulated, but moved.
+            value: Tensors ``[...]`` of one shape, or numbers. A single one is not accumulated, but moved (D11).
             destinations: Where the result is to be.
 
         Returns:
@@ -104,12 +96,10 @@ class ReductionToOneDevice:
 
         Raises:
             ValueError: If the op is unknown, the destinations are none, or the shapes differ.
+            AssertionError: If the destinations are a list or a tuple.
             TypeError: If a component is neither a tensor nor a number.
         """
-        parsed, places = ReduceOp.parse(op), _places(_devices(destinations))
-        if len(value.values) == 1:
-            return _put(value.values[0], places)
-        return self.combine(parsed, list(map(as_tensor, value.values)), len(value.values), places)
+        return self.combine(ReduceOp.parse(op), value.values, places(destinations))
 
     def batch_reduce(
         self, op: str | ReduceOp, pairs: Sequence[tuple[DistributedValues[Any], Destinations]]
@@ -117,19 +107,19 @@ class ReductionToOneDevice:
         """`reduce` of several pairs of a value and its destinations, in their order."""
         return [self.reduce(op, value, destinations) for value, destinations in pairs]
 
-    def combine(
-        self, op: ReduceOp, tensors: list[torch.Tensor], count: int, places: tuple[torch.device, ...]
-    ) -> Any:
-        """Accumulate tensors and put the result in its places; for MEAN it is divided by ``count`` first."""
-        total = self.total(tensors)
-        logger.debug("reduce to %s, then broadcast to %s", total.device, ", ".join(map(str, places)))
-        return _put(total if op is ReduceOp.SUM else total / count, places)
+    def combine(self, op: ReduceOp, values: Sequence[Any], at: Places) -> Any:
+        """`reduce`, of components, where the destinations are known as devices."""
+        if len(values) == 1:
+            return put(values[0], at)
+        return self.accumulate(op, list(map(as_tensor, values)), len(values), at)
 
-    def total(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """One tensor of several, on the device of this reduction."""
+    def accumulate(self, op: ReduceOp, tensors: list[torch.Tensor], count: int, at: Places) -> Any:
+        """One or more tensors into one, which for MEAN is divided by ``count``."""
         named = self.reduce_to_device
         device = tensors[0].device if named is None else Device.parse(named).torch_device
-        return (self.accumulation_fn or add_all)([tensor.to(device) for tensor in tensors])
+        logger.debug("reduce to %s, then broadcast to %s", device, ", ".join(map(str, at)))
+        total = (self.accumulation_fn or add_all)([tensor.to(device) for tensor in tensors])
+        return put(total if op is ReduceOp.SUM else total / count, at)
 
 
 TO_ONE_DEVICE = ReductionToOneDevice()
@@ -138,8 +128,8 @@ TO_ONE_DEVICE = ReductionToOneDevice()
 def reduce(strategy: Strategy, op: str | ReduceOp, value: Any, axis: int | Sequence[int] | None = None) -> Any:
     """Combine a value of all replicas into one, on torch's default device. Blocks while it is copied there.
 
-    With an axis, SUM adds up inside each replica as well, and MEAN divides the sum of all by the number of all: replicas
-    with batches of different sizes count by their sizes (D04).
+    With an axis, SUM adds up inside each replica as well, and MEAN divides the sum of all by the number of all:
+    replicas with batches of different sizes count by their sizes (D04).
 
     Args:
         strategy: Whose replicas.
@@ -164,8 +154,8 @@ def reduce(strategy: Strategy, op: str | ReduceOp, value: Any, axis: int | Seque
     tensor(4.)
     """
     with context.cross_replica(strategy, "reduce"):
-        parsed, axes = ReduceOp.parse(op), _checked_axes(axis)
-        return map_leaves(functools.partial(_reduced, strategy, parsed, axes, _places(_devices(None))), value)
+        parsed, axes = ReduceOp.parse(op), as_axes(axis)
+        return map_leaves(lambda leaf: _reduced(strategy, parsed, leaf, axes, places(None)), value)
 
 
 def reduce_to(strategy: Strategy, op: str | ReduceOp, value: Any, destinations: Destinations) -> Any:
@@ -180,8 +170,8 @@ def reduce_to(strategy: Strategy, op: str | ReduceOp, value: Any, destinations: 
         destinations: A device's name, or a variable, tensor or distributed value whose devices are meant.
 
     Returns:
-        A tensor at a single destination, `Mirrored` at several; of a nest a nest of that. Places on one device share one
-        tensor.
+        A tensor at a single destination, `Mirrored` at several, where places on one device share one tensor; of a nest
+        a nest of these.
 
     Raises:
         ValueError: As `reduce`, or if the destinations are none, or of another worker (D16).
@@ -229,11 +219,11 @@ def broadcast_to(strategy: Strategy, value: Any, destinations: Destinations) -> 
             raise AssertionError("broadcast_to: destinations must not be None; pass '' for all compute devices")
         everywhere = isinstance(destinations, str) and not destinations
         named = PerReplica(strategy.extended.worker_devices) if everywhere else destinations
-        places = _own_places(strategy, named, "broadcast_to")
+        at = places_for(strategy, named, "broadcast_to")
         if isinstance(value, (int, float, complex)):
             return value
         tensor = as_tensor(value)
-        return Mirrored([tensor.to(place) for place in places])
+        return Mirrored([tensor.to(place) for place in at])
 
 
 def gather(strategy: Strategy, value: Any, axis: int) -> Any:
@@ -274,106 +264,14 @@ def gather_to(strategy: Strategy, value: Any, destinations: Destinations, axis: 
     return _gathered(strategy, value, destinations, axis, "gather_to")
 
 
-# --- arithmetic
-
-
-def as_tensor(value: Any) -> torch.Tensor:
-    """A replica's value as a tensor.
-
-    Raises:
-        TypeError: If it is neither a tensor nor a number.
-    """
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, NUMBERS):
-        return torch.tensor(value)
-    raise TypeError(f"a value of a replica must be a tensor or a number to be combined with others, got {value!r}")
-
-
-def add_all(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors ``[...]`` on one device; of sparse ones by concatenation, without merging duplicates.
-
-    >>> add_all([torch.ones(2), torch.ones(2)])
-    tensor([2., 2.])
-
-    Raises:
-        ValueError: If their shapes differ, or some are sparse and some are not.
-    """
-    first = tensors[0]
-    if any(tensor.shape != first.shape for tensor in tensors):
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-        raise ValueError(
-            f"reduce: the values of the replicas must have one shape, got {shapes}; "
-            "combine what differs in size with axis=, or with gather"
-        )
-    if any(tensor.layout is not first.layout for tensor in tensors):
-        raise ValueError("reduce: some replicas have a sparse value and some a dense one; expected one kind")
-    if first.layout is torch.sparse_coo:
-        return first if len(tensors) == 1 else _concatenated_sparse(tensors)
-    # True + True is True to torch, where 2 is meant.
-    return functools.reduce(torch.add, tensors[1:], first.long() if first.dtype is torch.bool else first)
-
-
-def concatenate(values: Sequence[Any], axis: int, device: torch.device) -> torch.Tensor:
-    """Dense tensors one after the other on one device.
-
-    Raises:
-        NotImplementedError: For sparse tensors.
-        ValueError: For tensors without axes, an axis out of range, or shapes that differ in other axes.
-        TypeError: If the axis is no int, or a value neither a tensor nor a number.
-    """
-    tensors = [as_tensor(value) for value in values]
-    for tensor in tensors:
-        check_gatherable(tensor, axis)
-    others = {(*tensor.shape[:axis], *tensor.shape[axis:][1:]) for tensor in tensors}
-    if len(others) > 1:
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-        raise ValueError(f"gather: shapes may differ along axis {axis} only, got {shapes}")
-    return torch.cat([tensor.to(device) for tensor in tensors], axis)
-
-
-def check_gatherable(tensor: torch.Tensor, axis: int) -> None:
-    """Raises what `concatenate` does for a tensor that cannot be gathered along ``axis``."""
-    if tensor.layout is not torch.strided:
-        raise NotImplementedError("gather: sparse tensors are not supported; gather their indices and values instead")
-    if not tensor.ndim:
-        raise ValueError("gather: a tensor without axes cannot be concatenated; expected one of rank 1 or more")
-    _in_rank(tensor, _checked_axes(axis))
-
-
-def _concatenated_sparse(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.sparse_coo_tensor(
-        torch.cat([tensor._indices() for tensor in tensors], dim=1),
-        torch.cat([tensor._values() for tensor in tensors]),
-        tensors[0].shape,
-        check_invariants=False,  # each of them was checked, or not, when it was made
-    )
-
-
-# --- leaf by leaf
-
-
-def _reduced(
-    strategy: Strategy, op: ReduceOp, axes: tuple[int, ...], places: tuple[torch.device, ...], leaf: Any
-) -> Any:
+def _reduced(strategy: Strategy, op: ReduceOp, leaf: Any, axes: tuple[int, ...], at: Places) -> Any:
     if not isinstance(leaf, DistributedValues):
         _check_same_for_all(strategy, op, leaf)
     values = local_results(leaf)
-    if not axes and len(values) == 1:
-        return _put(values[0], places)
-    tensors = list(map(as_tensor, values))
     if not axes:
-        return TO_ONE_DEVICE.combine(op, tensors, len(tensors), places)
-    sums, counts = zip(*(_reduced_inside(tensor, axes) for tensor in tensors), strict=True)
-    return TO_ONE_DEVICE.combine(op, list(sums), sum(counts), places)
-
-
-def _reduced_inside(tensor: torch.Tensor, axes: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-    """The sum over axes, and how many values of the tensor are in each of its values."""
-    if tensor.layout is not torch.strided:
-        raise NotImplementedError("reduce: an axis of a sparse tensor cannot be combined; pass axis=None")
-    inside = _in_rank(tensor, axes)
-    return tensor.sum(inside), math.prod(tensor.shape[axis] for axis in inside)
+        return TO_ONE_DEVICE.combine(op, values, at)
+    sums, counts = zip(*(sum_inside(as_tensor(value), axes) for value in values), strict=True)
+    return TO_ONE_DEVICE.accumulate(op, list(sums), sum(counts), at)
 
 
 def _check_same_for_all(strategy: Strategy, op: ReduceOp, value: Any) -> None:
@@ -382,8 +280,8 @@ def _check_same_for_all(strategy: Strategy, op: ReduceOp, value: Any) -> None:
     if op is ReduceOp.MEAN or count == 1 or (isinstance(value, NUMBERS) and not np.any(value)):
         return
     raise ValueError(
-        f"reduce: {value!r} is no PerReplica but the same for all {count} replicas, and cannot be reduced with the given "
-        "reduce op SUM; pass what run() returned for each replica, or use MEAN"
+        f"reduce: {value!r} is no PerReplica but the same for all {count} replicas, and cannot be reduced with the "
+        "given reduce op SUM; pass what run() returned for each replica, or use MEAN"
     )
 
 
@@ -395,10 +293,10 @@ def _batch_reduced(
         for pair in pairs:
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"{call}: expected pairs (value, destinations), got {pair!r}")
-        places = [_own_places(strategy, destinations, call) for _, destinations in pairs]
+        at = [places_for(strategy, destinations, call) for _, destinations in pairs]
         return [
-            map_leaves(functools.partial(_reduced, strategy, parsed, (), own), value)
-            for (value, _), own in zip(pairs, places, strict=True)
+            map_leaves(functools.partial(_reduced, strategy, parsed, axes=(), at=own), value)
+            for (value, _), own in zip(pairs, at, strict=True)
         ]
 
 
@@ -410,90 +308,11 @@ def _gathered(strategy: Strategy, value: Any, destinations: Destinations, axis: 
             "use get_replica_context().all_gather(), which gives every replica the result"
         )
     with context.cross_replica(strategy, call):
-        places = _own_places(strategy, destinations, call)
-        return map_leaves(
-            lambda leaf: _put(concatenate(leaf.values, axis, places[0]), places)
-            if isinstance(leaf, DistributedValues)
-            else leaf,
-            value,
-        )
+        at = places_for(strategy, destinations, call)
+        return map_leaves(lambda leaf: _joined(leaf, axis, at), value)
 
 
-# --- axes
-
-
-def _checked_axes(axis: Any) -> tuple[int, ...]:
-    axes = () if axis is None else tuple(axis) if isinstance(axis, (list, tuple)) else (axis,)
-    if not all(isinstance(each, int) and not isinstance(each, bool) for each in axes):
-        raise TypeError(f"axis must be an int or a list or tuple of ints, got {axis!r}")
-    return axes
-
-
-def _in_rank(tensor: torch.Tensor, axes: tuple[int, ...]) -> tuple[int, ...]:
-    rank = tensor.ndim
-    for axis in axes:
-        if not -rank <= axis < rank:
-            raise ValueError(f"axis {axis} is out of range for value with rank {rank}")
-    counted = tuple(axis % rank for axis in axes)
-    if len(set(counted)) < len(counted):
-        raise ValueError(f"axis {axes} names an axis of a value with rank {rank} twice")
-    return counted
-
-
-# --- destinations
-
-
-def _put(value: Any, places: tuple[torch.device, ...]) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value  # a number has no device
-    return value.to(places[0]) if len(places) == 1 else Mirrored([value.to(place) for place in places])
-
-
-def _own_places(strategy: Strategy, destinations: Destinations, call: str) -> tuple[torch.device, ...]:
-    devices = _devices(destinations)
-    for device in devices:
-        if isinstance(device, Device) and device.job:
-            _check_is_no_other_worker(strategy, device, call)
-    return _places(devices)
-
-
-def _check_is_no_other_worker(strategy: Strategy, device: Device, call: str) -> None:
-    own = Device.parse(strategy.extended.worker_devices[0])
-    if own.job and device.is_remote(own.job, own.task) and parse_role(device.job).trains:
-        raise ValueError(
-            f"{call}: Cannot reduce to another worker: {device} is not of this task, /job:{own.job}/task:{own.task}; "
-            "reduce to a device of this task or to a ps"
-        )
-
-
-def _devices(destinations: Destinations) -> tuple[Device | torch.device, ...]:
-    if destinations is None:
-        return (torch.get_default_device(),)
-    if isinstance(destinations, (list, tuple)):
-        raise AssertionError(
-            f"destinations must not be a {type(destinations).__name__}: got {destinations!r}; "
-            "pass a distributed value for several"
-        )
-    if isinstance(destinations, str) and not destinations:
-        raise ValueError("destinations can not be empty: expected the name of a device, such as 'cpu:0'")
-    return tuple(map(_device, local_results(destinations)))
-
-
-def _device(destination: Any) -> Device:
-    is_name = isinstance(destination, (str, torch.device, Device))
-    device = destination if is_name else getattr(destination, "device", None)
-    is_known = is_name or isinstance(destination, torch.Tensor) or hasattr(destination, "assign")
-    if not is_known or device is None:
-        raise ValueError(
-            "destinations must be one of: the name of a device, a variable, a tensor, a distributed value; "
-            f"got {destination!r}"
-        )
-    return Device.parse(device)
-
-
-def _places(devices: tuple[Device | torch.device, ...]) -> tuple[torch.device, ...]:
-    return tuple(device if isinstance(device, torch.device) else _place(device) for device in devices)
-
-
-def _place(device: Device) -> torch.device:
-    return torch.device("cpu") if device.job == "ps" else device.torch_device
+def _joined(leaf: Any, axis: int, at: Places) -> Any:
+    if not isinstance(leaf, DistributedValues):
+        return leaf
+    return put(concatenate(list(map(as_tensor, leaf.values)), axis, at[0]), at)

@@ -57,7 +57,9 @@ class ReplicaContext:
         """The devices of this replica."""
         return (self.strategy.extended.worker_devices[self.index],)
 
-    def merge_call(self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def merge_call(
+        self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         """Call ``fn(strategy, *args, **kwargs)`` once for all replicas, in cross-replica context (E07).
 
         Blocks until every replica has come to its ``merge_call``. What differs between the replicas' arguments reaches

@@ -1,13 +1,15 @@
 """The tensors that a model's modules hold, for each replica of a worker.
 
 A model has one set of modules and, for each replica, a set of parameters and buffers; before a replica has its turn,
-its own are put into the modules. So whatever a program does with the model (call it, read a weight, clip gradients)
-it does with those of the replica that it runs on.
+its own are put into the modules and into the optimizers' param groups. So whatever a program does with the model or an
+optimizer (call it, read a weight, clip gradients) it does with what belongs to the replica that it runs on.
 
 Rules
     * The first replica's tensors are the ones that the model came with; the others' are made here.
-    * A parameter of another replica follows the first one's ``requires_grad``.
-    * What a module puts in the place of a buffer is taken over into the replica's own when its turn ends.
+    * A parameter of another replica follows the first one's ``requires_grad`` and hooks.
+    * Gradients of the first replica that a program removes outside of replicas are removed on all of them.
+    * What a module puts in the place of a buffer is taken over into the replica's own when its turn ends; of another
+      shape or dtype, it becomes the replica's own itself.
 """
 
 from __future__ import annotations
@@ -24,37 +26,53 @@ class ReplicaTensors:
     Args:
         model: Its tensors are moved to the first replica's device; its modules are changed when another replica is
             activated.
+        optimizers: Their param groups are changed likewise.
         devices: Where each replica computes.
     """
 
-    def __init__(self, model: nn.Module, devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], devices: Sequence[torch.device]
+    ) -> None:
         self.devices = tuple(devices)
         self._active = 0
         self._sets: dict[int, tuple[torch.Tensor, ...]] = {}
         self._parameters = [
             (module, name, self._set_of(parameter)) for module, name, parameter in _own_parameters(model)
         ]
-        self._buffers = [(module, name, self._set_of(buffer)) for module, name, buffer in _own_buffers(model)]
+        self._buffers = [(module, name, self._places_of(buffer)) for module, name, buffer in _own_buffers(model)]
+        self._groups = [
+            (group["params"], [self._set_of(parameter) for parameter in group["params"]])
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+        ]
+        self._with_gradient: list[tuple[torch.Tensor, ...]] = []
         if len(self.devices) == 1:
-            self._parameters, self._buffers = [], []  # nothing will ever be exchanged
+            self._parameters, self._buffers, self._groups = [], [], []  # nothing will ever be exchanged
 
     def of(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Every replica's tensor in the place of the first one's ``tensor``."""
         return self._sets.get(id(tensor), (tensor,))
 
     def activate(self, replica: int) -> None:
-        """Put a replica's tensors into the modules."""
+        """Put a replica's tensors into the modules and param groups. Called also where they are there already."""
         if replica == self._active:
+            self._remove_gradients()
             return
         for module, name, tensors in self._parameters:
             tensor, first = tensors[replica], tensors[0]
             if tensor.requires_grad is not first.requires_grad:
                 tensor.requires_grad_(first.requires_grad)
+            if tensor._backward_hooks is not first._backward_hooks:
+                tensor._backward_hooks = first._backward_hooks
             _put(module, name, tensor)
-        for module, name, tensors in self._buffers:
-            keep_buffer(module, name, tensors[self._active])
-            module._buffers[name] = tensors[replica]
+        for module, name, places in self._buffers:
+            places[self._active] = kept(places[self._active], module._buffers.get(name))
+            module._buffers[name] = places[replica]
+        for parameters, sets in self._groups:
+            parameters[:] = [tensors[replica] for tensors in sets]
         self._active = replica
+        if replica == 0:
+            self._note_gradients()
 
     def __repr__(self) -> str:
         return f"<ReplicaTensors: {len(self._sets)} tensors on {len(self.devices)} replicas, {self._active} is active>"
@@ -67,21 +85,35 @@ class ReplicaTensors:
             self._sets[id(first)] = (first, *others)
         return self._sets[id(first)]
 
+    def _places_of(self, buffer: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """What is in a buffer's place on each replica; a program may put something there later."""
+        return [None] * len(self.devices) if buffer is None else list(self._set_of(buffer))
 
-def keep_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> None:
-    """Where a module has put another tensor in a buffer's place, take over its values and put the buffer back.
+    def _note_gradients(self) -> None:
+        self._with_gradient = [tensors for _, _, tensors in self._parameters if tensors[0].grad is not None]
+
+    def _remove_gradients(self) -> None:
+        removed = [tensors for tensors in self._with_gradient if tensors[0].grad is None]
+        if removed and len(removed) == len(self._with_gradient):  # then also those that the first replica never had
+            removed = [tensors for _, _, tensors in self._parameters]
+        for _, *others in removed:
+            for tensor in others:
+                tensor.grad = None
+        self._with_gradient = []
+
+
+def kept(buffer: torch.Tensor | None, found: torch.Tensor | None) -> torch.Tensor | None:
+    """What is to stay in a buffer's place: the buffer with the values of what was found there, if that is its like.
 
     Args:
-        module: Whose buffer it is.
-        name: Its name there.
-        buffer: What is to be in the place; the tensor that is there instead has its shape and dtype.
+        buffer: What was put there.
+        found: What is there now.
     """
-    found = module._buffers[name]
-    if found is not buffer:
-        if found is None or found.shape != buffer.shape:
-            return  # a buffer of another shape is refused with its name by the next step
-        buffer.copy_(found.detach())
-        module._buffers[name] = buffer
+    if found is buffer or found is None or buffer is None:
+        return found
+    if found.shape != buffer.shape or found.dtype is not buffer.dtype:
+        return found
+    return buffer.copy_(found.detach())
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
@@ -91,11 +123,10 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Te
                 yield module, name, parameter
 
 
-def _own_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+def _own_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield module, name, buffer
+            yield module, name, buffer
 
 
 def _copy_for(first: torch.Tensor, device: torch.device) -> torch.Tensor:

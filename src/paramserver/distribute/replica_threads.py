@@ -117,6 +117,7 @@ class _Replica(ReplicaContext):
             self._turn.release()
             self._thread.join()
         self._error = None  # it holds frames that hold this: a circle
+        self.result = None  # its graph may hold this, for the backward of a collective: another one
 
     def _go_on(self) -> None:
         if self._thread.ident is None:
@@ -178,7 +179,8 @@ def _merge(strategy: Strategy, replicas: Sequence[_Replica]) -> None:
         raise RuntimeError(
             "run: the replicas made a different number of replica_context().merge_call() calls: "
             f"{', '.join(done)} had returned when the others came to one; every replica must make the same calls "
-            "(also optimizer.step() and the assignment of an aggregated variable are such calls)"
+            "(also optimizer.step(), the assignment of an aggregated variable, all_reduce, all_gather and backward "
+            "through these two are such calls)"
         )
     first = calls[0]
     assert first is not None  # noqa: S101  # just checked

@@ -17,17 +17,22 @@ from torch import nn
 from paramserver.arena import VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterResolver
-from paramserver.distribute import context, reduction, replica_threads, updating, values
+from paramserver.distribute import context, reduction, replica_threads, updating, values, variable_creation
+from paramserver.distribute.input import arrays as input_arrays
+from paramserver.distribute.input import context as input_context
 from paramserver.distribute.input import dataset as input_dataset
+from paramserver.distribute.input import iterators as input_iterators
+from paramserver.distribute.input.arrays import ArrayDataset
 from paramserver.distribute.input.context import InputContext, ValueContext
-from paramserver.distribute.input.dataset import DistributedDataset, DistributedIterator
+from paramserver.distribute.input.dataset import DistributedDataset
+from paramserver.distribute.input.iterators import DistributedIterator
 from paramserver.distribute.input.options import InputOptions
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer
 from paramserver.distribute.reduction import Destinations, ReduceOp
 from paramserver.distribute.values import PerReplica
 
 if TYPE_CHECKING:
-    from paramserver.distribute.variable import Variable
+    from paramserver.distribute.variable import Variable, VariableOptions
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -161,21 +166,21 @@ class Strategy(abc.ABC):
 
     def distribute_values_from_function(self, fn: Callable[[ValueContext], T]) -> PerReplica[T] | T:
         """A value for each replica, by a function that is called for one after the other (I16)."""
-        return input_dataset.distribute_values_from_function(self, fn)
+        return input_context.distribute_values_from_function(self, fn)
 
     def make_dataset_iterator(self, dataset: Iterable[Any]) -> DistributedIterator[Any]:
-        """An iterator over a dataset whose batches are divided among the replicas; see `input.dataset`."""
-        return input_dataset.make_dataset_iterator(self, dataset)
+        """An iterator over a dataset whose batches are divided among the replicas; see `input.iterators`."""
+        return input_iterators.make_dataset_iterator(self, dataset)
 
     def make_input_fn_iterator(
         self, input_fn: Callable[[InputContext], Any], replication_mode: str = "PER_WORKER"
     ) -> DistributedIterator[Any]:
-        """An iterator over what a function gives, one element for each replica in turn; see `input.dataset`."""
-        return input_dataset.make_input_fn_iterator(self, input_fn, replication_mode)
+        """An iterator over what a function gives, one element for each replica in turn; see `input.iterators`."""
+        return input_iterators.make_input_fn_iterator(self, input_fn, replication_mode)
 
-    def make_numpy_dataset(self, arrays: Any) -> Any:
-        """A dataset of the rows of a nest of arrays, which stay on this host; see `input.dataset`."""
-        return input_dataset.make_numpy_dataset(self, arrays)
+    def make_numpy_dataset(self, arrays: Any) -> ArrayDataset:
+        """A dataset of the rows of a nest of arrays, which stay on this host; see `input.arrays`."""
+        return input_arrays.make_numpy_dataset(self, arrays)
 
     def __copy__(self) -> NoReturn:
         raise RuntimeError(f"Must only deepcopy {self!r}: a shallow copy would share what belongs to one strategy")
@@ -239,6 +244,14 @@ class StrategyExtended(abc.ABC):
                 self._strategy, fn, args, kwargs or {}, self._strategy.activate
             )
 
+    def run_steps_on_iterator(self, fn: Callable[..., Any], iterator: object, iterations: int = 1) -> NoReturn:
+        """Several steps in one call: not offered, as in the original (I18).
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("run_steps_on_iterator: call strategy.run(fn, args=(batch,)) for each batch instead")
+
     # --- values
 
     def reduce_to(self, op: str | ReduceOp, value: Any, destinations: Destinations) -> Any:
@@ -258,6 +271,10 @@ class StrategyExtended(abc.ABC):
         return reduction.gather_to(self._strategy, value, destinations, axis)
 
     # --- variables
+
+    def create_variable(self, options: VariableOptions) -> Variable:
+        """What `Variable` does in this strategy's scope, which says of which kind it is and where it lies."""
+        return variable_creation.create(self._strategy, options)
 
     def update(
         self,

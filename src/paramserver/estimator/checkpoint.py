@@ -1,7 +1,8 @@
 """A whole checkpoint: the ps tasks write the shards, the chief the indexes; anyone can read it.
 
 A checkpoint is a folder of plain safetensors files. ``model.safetensors.index.json`` has the form that Hugging Face's
-tools read; ``optimizer.safetensors.index.json`` does the same for optimizer state.
+tools read; ``optimizer.safetensors.index.json`` does the same for optimizer state. Each variable is one tensor, also
+one that was partitioned.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from paramserver.arena import DTYPES
 from paramserver.checkpoint_files import (
     SLOTS_INDEX,
     VALUES_INDEX,
+    Maps,
+    merge,
     read_index,
     read_shapes,
     read_tensors,
@@ -42,15 +45,16 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
     folder = manager.temporary_path(step)
     saved = client.save(str(Path(folder).absolute()))
     total = sum(shard.nbytes for shard in saved)
-    slots = {key: file for shard in saved for key, file in shard.slot_map.items()}
-    values = {name: file for shard in saved for name, file in shard.weight_map.items()}
-    write_index(Path(folder, SLOTS_INDEX), slots, global_step=step)
-    write_index(Path(folder, VALUES_INDEX), values, total_size=total, global_step=step, aliases=aliases)
+    weight_map, slot_map = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
+    write_index(Path(folder, SLOTS_INDEX), slot_map, global_step=step)
+    write_index(Path(folder, VALUES_INDEX), weight_map, total_size=total, global_step=step, aliases=aliases)
     return manager.publish(folder, step)
 
 
 def load_model(model: nn.Module, checkpoint_path: str) -> None:
     """Fill a plain module with the values of a checkpoint, in place.
+
+    What the checkpoint holds beside them, such as a program's own variables, is left alone.
 
     Raises:
         CheckpointError: If the checkpoint is cut short or belongs to another model.
@@ -63,7 +67,7 @@ def load_model(model: nn.Module, checkpoint_path: str) -> None:
         if source in values:
             values.setdefault(name, values[source])
     try:
-        model.load_state_dict(values)
+        model.load_state_dict({name: value for name, value in values.items() if name in expected})
     except RuntimeError as error:
         raise CheckpointError(
             f"checkpoint {checkpoint_path} does not fit the model: {error}; does it belong to another model?",
@@ -87,13 +91,13 @@ class CheckpointInfo:
     Attributes:
         path: The folder.
         step: The global step in its name.
-        variables: Name, dtype, shape, number of shards and bytes of each variable.
+        variables: Name, dtype, shape and bytes of each variable; one that was partitioned is one.
         slots: The names of the optimizer's slots.
     """
 
     path: str
     step: int
-    variables: list[tuple[str, str, tuple[int, ...], int, int]]
+    variables: list[tuple[str, str, tuple[int, ...], int]]
     slots: list[str]
 
 
@@ -112,8 +116,8 @@ def inspect_checkpoint(checkpoint_path: str) -> CheckpointInfo:
     )
 
 
-def _described(path: Path) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+def _described(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     return [
-        (name, dtype, shape, 1, math.prod(shape) * DTYPES[dtype].itemsize)
+        (name, dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize)
         for name, dtype, shape in read_shapes(path, read_index(path / VALUES_INDEX))
     ]

@@ -138,7 +138,7 @@ class Estimator:
             strategy,
             self._config,
             lambda: self._build(ModeKeys.TRAIN),
-            lambda: self._open(input_fn, ModeKeys.TRAIN, strategy.input_context, strategy),
+            lambda: self._training_input(input_fn, strategy),
             hooks=as_tuple(hooks, TrainingHook, "train: hooks"),
             saving_listeners=as_tuple(saving_listeners, CheckpointSaverListener, "train: saving_listeners"),
             steps=steps,
@@ -180,7 +180,7 @@ class Estimator:
             if self._config.seed is not None:
                 torch.manual_seed(self._config.seed)
             spec = self._filled(path)
-            batches = self._open(input_fn, ModeKeys.EVAL, InputContext(), None)
+            batches = batches_of(self._call(input_fn, ModeKeys.EVAL, InputContext()), _name(input_fn))
             results = evaluation.evaluate(spec, batches, steps, session, (*own_hooks, *spec.evaluation_hooks))
         results["global_step"] = session.global_step
         self._write_summary(name, results)
@@ -232,16 +232,16 @@ class Estimator:
             load_model(spec.model, checkpoint)
         return spec
 
-    def _open(
-        self,
-        input_fn: Callable[..., object],
-        mode: ModeKeys,
-        context: InputContext,
-        strategy: ParameterServerStrategy | None,
-    ) -> Iterator[Batch]:
+    def _training_input(self, input_fn: Callable[..., Any], strategy: ParameterServerStrategy) -> Iterator[Batch]:
+        """What the input_fn gives, a batch for each replica in turn."""
+        data = strategy.distribute_datasets_from_function(
+            lambda context: self._call(input_fn, ModeKeys.TRAIN, context)
+        )
+        return batches_of(data, _name(input_fn))
+
+    def _call(self, input_fn: Callable[..., Any], mode: ModeKeys, context: InputContext) -> Any:
         offered = {"mode": mode, "params": self.params, "config": self._config, "input_context": context}
-        batches = batches_of(call_with_named(input_fn, offered), getattr(input_fn, "__name__", "input_fn"))
-        return iter(strategy.distribute_dataset(batches)) if strategy else batches
+        return call_with_named(input_fn, offered)
 
     def _write_summary(self, name: str | None, results: Mapping[str, float]) -> None:
         writer = SummaryWriter(str(Path(self.model_dir, f"eval_{name}" if name else "eval")))
@@ -268,6 +268,10 @@ def _with_model_dir(config: RunConfig, model_dir: str | None) -> RunConfig:
         chosen = tempfile.mkdtemp(prefix="paramserver-")
         logger.warning("no model_dir is set: this run writes to the temporary folder %s", chosen)
     return config.replace(model_dir=str(chosen))
+
+
+def _name(input_fn: Callable[..., object]) -> str:
+    return getattr(input_fn, "__name__", "input_fn")
 
 
 def _parameter_server(strategy: object) -> ParameterServerStrategy:

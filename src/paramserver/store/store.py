@@ -6,7 +6,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from paramserver.arena import DTYPES, ArenaLayout, StoreMemory, VariableSpec
+import numpy as np
+import torch
+
+from paramserver.arena import DTYPES, ArenaLayout, Range, StoreMemory, VariableSpec, num_blocks
 from paramserver.errors import ModelMismatchError, RefusedError
 from paramserver.store.stored_arena import StoredArena
 
@@ -36,13 +39,21 @@ class Store:
     Args:
         task: The ps, for messages.
         allocate: Makes the memory for the arenas, shared or private.
+
+    Attributes:
+        task: The ps.
+        arenas: What the model's variables lie in, by index.
+        variables: The variables of the program's own by name, each in an arena of itself.
+        memory: The memory of the model's arenas, None before there are any.
     """
 
     def __init__(self, task: str, allocate: Allocate) -> None:
         self.task = task
         self.arenas: list[StoredArena] = []
+        self.variables: dict[str, StoredArena] = {}
         self.memory: StoreMemory | None = None
         self._allocate = allocate
+        self._incomplete: dict[str, StoredArena] = {}
         self._changed = threading.Condition()
         self._ready = False
         self._closed = False
@@ -94,7 +105,8 @@ class Store:
     @property
     def held(self) -> Sequence[StoredArena]:
         """All that a checkpoint holds."""
-        return self.arenas
+        with self._changed:
+            return [*self.arenas, *self.variables.values()]
 
     @property
     def is_ready(self) -> bool:
@@ -136,6 +148,90 @@ class Store:
             self._closed = True
             self._changed.notify_all()
 
+    # --- variables of the program's own
+
+    def create_variable(self, variable: VariableSpec, start: int, values: torch.Tensor) -> bool:
+        """Make a variable, or go on filling one; whether it is complete, so that everyone can use it.
+
+        A variable that is complete keeps its values: a chief that starts again finds it as it was.
+
+        Args:
+            variable: What to make.
+            start: The first element of ``values``; 0 begins to make it.
+            values: Its values from there on, of one block.
+
+        Raises:
+            ModelMismatchError: If it is there, with another shape or dtype.
+            RefusedError: If no ps can hold it, or the values are no block of it.
+        """
+        with self._changed:
+            if self._is_complete(variable):
+                return True
+            if start == 0:
+                self._incomplete[variable.name] = self._new_variable(variable)
+            arena, stop = self._incomplete.get(variable.name), start + len(values)
+            if arena is None or arena.layout.variables != (variable,):
+                raise RefusedError(f"{self.task} was sent a later block of variable {variable.name!r} first", self.task)
+            if variable.size:
+                self.check_piece(arena, (start, stop))
+                arena.update("assign", (start, stop), values)
+            if stop == variable.size:
+                self.variables[variable.name] = self._incomplete.pop(variable.name)
+                self._changed.notify_all()
+            return stop == variable.size
+
+    def await_variable(self, variable: VariableSpec, timeout: float) -> bool:
+        """Wait until the chief has made a variable, for at most ``timeout`` seconds, or for `close`; whether it has.
+
+        Raises:
+            ModelMismatchError: If it has another shape or dtype.
+            RefusedError: If the run has failed meanwhile.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: variable.name in self.variables or self._failure or self._closed, timeout)
+            self.check_alive()
+            return self._is_complete(variable)
+
+    def variable(self, name: str) -> StoredArena:
+        """The arena of one variable.
+
+        Raises:
+            RefusedError: If there is none of that name, or it is not complete.
+        """
+        arena = self.variables.get(name)
+        if arena is None:
+            raise RefusedError(f"{self.task} holds no variable {name!r}; the chief creates it", self.task)
+        return arena
+
+    def check_piece(self, arena: StoredArena, piece: Range) -> None:
+        """Raises RefusedError unless these are elements of one block of a variable."""
+        try:
+            arena.check_piece(piece)
+        except ValueError as error:
+            name = arena.layout.variables[0].name
+            raise RefusedError(f"variable {name!r} on {self.task}: {error}", self.task) from error
+
+    def _is_complete(self, variable: VariableSpec) -> bool:
+        arena = self.variables.get(variable.name)
+        if arena is None:
+            return False
+        (held,) = arena.layout.variables
+        if held != variable:
+            raise ModelMismatchError(
+                f"variable {variable.name!r} on {self.task} is {_shown(held)}, as the chief has created it, and this "
+                f"worker's is {_shown(variable)}; every worker must create the same variables in the same order",
+                self.task,
+                variable.name,
+            )
+        return True
+
+    def _new_variable(self, variable: VariableSpec) -> StoredArena:
+        layout = ArenaLayout(variable.dtype, None, (variable,))
+        _check(self.task, [layout])
+        # In private memory: values come and go in messages, and each shared memory would take a descriptor.
+        values = torch.zeros(layout.size, dtype=layout.torch_dtype, device="cpu")
+        return StoredArena(layout, values, np.zeros(num_blocks(layout.size), dtype=np.uint64))
+
     # --- steps
 
     @property
@@ -172,7 +268,10 @@ class Store:
             )
 
     def __repr__(self) -> str:
-        return f"<Store of {self.task}: {len(self.arenas)} arenas, global step {self._global_step}>"
+        return (
+            f"<Store of {self.task}: {len(self.arenas)} arenas, {len(self.variables)} variables of the program's own, "
+            f"global step {self._global_step}>"
+        )
 
 
 def _check(task: str, layouts: Sequence[ArenaLayout]) -> None:

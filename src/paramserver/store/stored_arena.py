@@ -84,11 +84,36 @@ class StoredArena:
             finally:
                 self._versions[block] += 1
 
+    def check_piece(self, piece: Range) -> None:
+        """Raises ValueError unless these are elements of one block."""
+        start, stop = piece
+        if not 0 <= start < stop <= self.layout.size or start // BLOCK != (stop - 1) // BLOCK:
+            raise ValueError(f"[{start}, {stop}) is no piece of one block of its {self.layout.size} elements")
+
+    def update(self, operation: Literal["assign", "add"], piece: Range, source: torch.Tensor) -> torch.Tensor:
+        """Assign or add to a piece as `apply` does; a copy of what this very update has made of it."""
+        start, stop = piece
+        values = self.values[start:stop]
+        block = start // BLOCK
+        with self._locks[block]:
+            self._versions[block] += 1
+            try:
+                (values.copy_ if operation == "assign" else values.add_)(source)
+            finally:
+                self._versions[block] += 1
+            return values.clone()
+
     def read(self, piece: Range, out: torch.Tensor) -> None:
         """Copy a piece into ``out``, whole."""
         start, stop = piece
         with self._locks[start // BLOCK]:
             out.copy_(self.values[start:stop])
+
+    def copy(self, piece: Range) -> torch.Tensor:
+        """A copy of a piece, whole."""
+        start, stop = piece
+        with self._locks[start // BLOCK]:
+            return self.values[start:stop].clone()
 
     @property
     def slots_bytes(self) -> int:

@@ -33,6 +33,8 @@ HANDSHAKE_TIMEOUT = 30.0
 """Seconds that a ps waits for each word of somebody who connects."""
 REQUEST_TIMEOUT = 600.0
 """Seconds after which a ps that does not answer a request counts as lost. The longest are to write or read a shard."""
+OBSERVER = "observer:0"
+"""Who takes no part in a run and asks how it stands. Any number of processes may say so at once."""
 RETRY_INTERVAL = 0.1
 SHORTEST_WAIT = 0.01
 _NONCE_BYTES = 16
@@ -61,10 +63,10 @@ def new_incarnation() -> str:
 # --- the worker's side -----------------------------------------------------------------------------------------
 
 
-def connect(address: str, peer: str, me: Identity, *, lane: str, timeout: float) -> Lane:
+def connect(address: str, peer: str | None, me: Identity, *, lane: str, timeout: float) -> Lane:
     """Connect to the ps ``peer`` at ``address`` (``host:port``), trying again until it is up.
 
-    Blocks for at most about ``timeout`` seconds.
+    Blocks for at most about ``timeout`` seconds. Without a ``peer``, whichever ps is there is the right one.
 
     Raises:
         DeadlineError: If the ps does not come up in time.
@@ -73,7 +75,9 @@ def connect(address: str, peer: str, me: Identity, *, lane: str, timeout: float)
         RemoteProtocolError: If something else answers, or another version.
         UnavailableError: If the ps goes away after its challenge.
     """
-    frames, challenge = _reach(address, peer, timeout)
+    frames, challenge = _reach(address, peer or "the ps", timeout)
+    if peer is None:
+        frames.task = peer = challenge.task
     try:
         if lane == "auto" and challenge.local_socket and (local := _dial_local(challenge.local_socket, peer)):
             frames.close()

@@ -1,7 +1,8 @@
 """What tasks say to each other: a closed union of typed structs.
 
-Tensors do not stand in messages: a message says which pieces of which arenas its payload holds, and the payload
-follows it as raw bytes (or lies in shared memory already).
+The tensors of a model do not stand in messages: a message says which pieces of which arenas its payload holds, and the
+payload follows it as raw bytes (or lies in shared memory already). The variables of a program's own are few and mostly
+small: their values stand in the messages, one block of elements at most in each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from paramserver.arena import ArenaLayout, Range
+from paramserver.arena import ArenaLayout, Range, VariableSpec
 from paramserver.rules import Setting
 
 
@@ -124,6 +125,46 @@ class Restore(Message, frozen=True):
     directory: str
 
 
+class CreateVariable(Message, frozen=True):
+    """The chief makes a variable of the program's own, and sends its first values block by block, the first one first.
+
+    It is there for everyone once the last block has come; a variable that is there already keeps its values.
+    """
+
+    variable: VariableSpec
+    start: int
+    values: bytes
+
+
+class AwaitVariable(Message, frozen=True):
+    """Asks to be told when the chief has made a variable; answered within ``timeout`` seconds."""
+
+    variable: VariableSpec
+    timeout: float
+
+
+class ReadVariable(Message, frozen=True):
+    """Asks for the elements ``[start, stop)`` of a variable, which lie in one block."""
+
+    variable: str
+    start: int
+    stop: int
+
+
+class UpdateVariable(Message, frozen=True):
+    """Assigns or adds to elements of one block of a variable, from ``start`` on. Answered with what they are then.
+
+    Applied once, however often it arrives.
+    """
+
+    sequence: int
+    """Counts as the one of `Push`, with which it shares the numbers."""
+    variable: str
+    operation: Literal["assign", "add"]
+    start: int
+    values: bytes
+
+
 class GetStatus(Message, frozen=True):
     """Asks what a ps holds and has done."""
 
@@ -159,6 +200,12 @@ class State(Message, frozen=True):
 
     ready: bool
     global_step: int
+
+
+class Values(Message, frozen=True):
+    """Elements of a variable of the program's own."""
+
+    values: bytes
 
 
 class Remaining(Message, frozen=True):
@@ -199,6 +246,10 @@ class Refused(Message, frozen=True):
     subject: str = ""
 
 
-Request = Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | GetStatus | Goodbye
-Reply = Done | Declared | Applied | State | Remaining | Saved | Status | Refused
+VariableRequest = CreateVariable | AwaitVariable | ReadVariable | UpdateVariable
+Request = (
+    Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | VariableRequest | GetStatus
+    | Goodbye
+)  # fmt: skip
+Reply = Done | Declared | Applied | State | Values | Remaining | Saved | Status | Refused
 AnyMessage = Challenge | Hello | Welcome | Request | Reply

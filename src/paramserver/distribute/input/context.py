@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from paramserver.distribute import context
+from paramserver.distribute.values import PerReplica
+
+if TYPE_CHECKING:
+    from paramserver.distribute.strategy import Strategy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,3 +60,18 @@ class ValueContext:
 
     def __str__(self) -> str:
         return f"replica {self.replica_id_in_sync_group} of {self.num_replicas_in_sync}"
+
+
+def distribute_values_from_function(strategy: Strategy, fn: Callable[[ValueContext], T]) -> PerReplica[T]:
+    """A value for each replica, also if there is one replica or all values are equal (I16).
+
+    Args:
+        strategy: Whose replicas.
+        fn: Called for one replica after the other, in order.
+
+    Raises:
+        RuntimeError: Inside a replica, or inside the scope of another strategy.
+    """
+    with context.cross_replica(strategy, "distribute_values_from_function"):
+        count = strategy.num_replicas_in_sync
+        return PerReplica([fn(ValueContext(replica, count)) for replica in range(count)])

@@ -1,67 +1,251 @@
-"""Datasets of batches, dealt to the replicas of a worker."""
+"""Datasets whose batches are dealt to the replicas of a worker, and that remember how far they were gone through."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from paramserver.distribute.input.context import InputContext, ValueContext
-from paramserver.distribute.input.options import InputOptions
-from paramserver.distribute.values import PerReplica
+from paramserver.distribute import context
+from paramserver.distribute.input.context import InputContext
+from paramserver.distribute.input.dealing import Dealing, dealing_to, places
+from paramserver.distribute.input.options import InputOptions, InputReplicationMode
+from paramserver.distribute.input.share import WHOLE, Seed, Share
+from paramserver.distribute.input.sources import Source, has_examples, source_of
+from paramserver.errors import ConfigError
 
 if TYPE_CHECKING:
     from paramserver.distribute.strategy import Strategy
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
-class DistributedDataset(Generic[T]):
-    """Iterates over a dataset's batches. Each iteration begins anew."""
+@dataclass
+class Position:
+    """How far an iteration has come.
 
-    def __init__(self, dataset: Iterable[T]) -> None:
-        self._dataset = dataset
+    Attributes:
+        epoch: How many were begun before it.
+        batches: How many batches it has taken from the dataset.
+        has_begun: False for one that is still to come.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    has_begun: bool = False
+
+
+class DistributedDataset(Generic[T]):
+    """Iterates over what the replicas of this worker get of a dataset; each iteration is an epoch and begins anew.
+
+    With one replica a batch is the dataset's own, unchanged. With several it has the same structure, and each leaf is a
+    `PerReplica`, which `Strategy.run` takes apart. Iterating blocks as the dataset does. A dataset that is an iterator
+    itself, such as a generator, can be gone through once. Not thread-safe.
+
+    To go on after a restart, save `state_dict` with the model, load it into a dataset made in the same way, and run the
+    epochs that are left:
+
+    >>> import paramserver as ps
+    >>> batches = ps.CentralStorageStrategy(["cpu:0"]).distribute_dataset([10, 20, 30])
+    >>> next(iter(batches)), batches.state_dict()
+    (10, {'epoch': 0, 'batches': 1})
+    >>> restarted = ps.CentralStorageStrategy(["cpu:0"]).distribute_dataset([10, 20, 30])
+    >>> restarted.load_state_dict({'epoch': 0, 'batches': 1})
+    >>> [list(restarted) for epoch in range(restarted.epoch, 2)]
+    [[20, 30], [10, 20, 30]]
+
+    Args:
+        source: Gives the batches.
+        dealing: Makes of them what the replicas get.
+    """
+
+    def __init__(self, source: Source, dealing: Dealing) -> None:
+        self._source = source
+        self._dealing = dealing
+        self._position = Position()
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self._dataset)
+        position = self._next_position()
+        skip, position.has_begun = position.batches, True
+        self._position = position
+        return self._dealing.deal(self._counted(self._source.begin(position.epoch, skip), position))
 
     def __len__(self) -> int:
-        """The number of batches.
+        """How often the replicas get something in an epoch; with several replicas, at most.
 
         Raises:
             TypeError: If the dataset does not know it.
         """
-        return len(self._dataset)  # type: ignore[arg-type]  # it says so itself if it has none
+        return self._dealing.length(len(self._source))
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that is gone through, or the next one after its end; from 0."""
+        return self._position.epoch
 
-class DistributedIterator(Generic[T]):
-    """Deals elements to replicas."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last iteration is: ``epoch`` and how many ``batches`` of the dataset it has taken.
+
+        In the middle of an epoch, also the state of a dataset that has a ``state_dict`` itself (as torchdata's
+        StatefulDataLoader and Hugging Face's streams have), as ``dataset``. All else is two ints.
+        """
+        state: dict[str, Any] = {"epoch": self._position.epoch, "batches": self._position.batches}
+        own = self._source.state() if self._position.batches else None
+        return state if own is None else {**state, "dataset": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where a state was saved.
+
+        Batches that were taken are not loaded again where a ``DataLoader`` reads a map-style dataset, or the dataset
+        has a state of its own; else they are drawn and dropped. A ``DataLoader`` that shuffles needs
+        ``InputOptions(seed=...)`` to find its order again; without it the epoch begins anew, which is logged. A sampler
+        with ``set_epoch`` is to be told `epoch` by the program, as without restarts.
+
+        Raises:
+            ConfigError: If it is no such state, or holds that of a dataset of another kind.
+        """
+        position = _position(state)
+        if "dataset" in state:
+            self._source.restore(state["dataset"])
+        elif position.batches and not self._source.repeats:
+            logger.warning(
+                "epoch %d begins anew, though %d of its batches were taken before: the DataLoader shuffles in another "
+                "order now; to go on in the middle of an epoch, set InputOptions(seed=...)",
+                position.epoch,
+                position.batches,
+            )
+            position.batches = 0
+        self._position = position
+
+    def __repr__(self) -> str:
+        return f"<DistributedDataset in epoch {self._position.epoch}, {self._position.batches} batches taken>"
+
+    def _next_position(self) -> Position:
+        last = self._position
+        return Position(last.epoch + 1) if last.has_begun else last
+
+    def _counted(self, batches: Iterator[Any], position: Position) -> Iterator[Any]:
+        for batch in batches:
+            position.batches += 1
+            yield batch
+        if self._position is position:
+            self._position = Position(position.epoch + 1)
 
 
 def distribute_dataset(
     strategy: Strategy, dataset: Iterable[Any], options: InputOptions | None
 ) -> DistributedDataset[Any]:
-    return DistributedDataset(dataset)
+    """The batches of a dataset, each divided among the replicas of this worker (I07).
+
+    Args:
+        strategy: Whose replicas.
+        dataset: Of *global* batches: a torch DataLoader, with all its settings; a map-style Dataset or IterableDataset
+            of batches, of torch or in the torch format of Hugging Face; any other iterable of batches. A batch is a
+            nest of tensors, arrays or lists ``[rows, ...]``; with one replica it can be anything. Not changed.
+        options: How; by default every worker reads the whole dataset (I08).
+
+    Returns:
+        What to iterate over. Of several replicas the first ones get a row more where the rows do not go round, so that
+        a mean over replicas weighs rows of uneven batches a little differently; a batch of fewer rows than replicas is
+        left out, since an empty batch has no mean loss. Avoid both with ``drop_last=True``.
+
+    Raises:
+        NotImplementedError: For the PER_REPLICA mode (R02, H03).
+        ValueError: On a task that does not train (I14), for what is no dataset or cannot be sharded, and for examples
+            that several replicas would have to divide, when the first batch is drawn at the latest.
+        RuntimeError: Inside a replica, or inside the scope of another strategy.
+    """
+    chosen = _checked(options, "distribute_dataset")
+    with context.cross_replica(strategy, "distribute_dataset"):
+        own = strategy.input_context
+        if own.num_replicas_in_sync > 1 and has_examples(dataset):
+            raise ConfigError(
+                f"distribute_dataset: the items of a {type(dataset).__name__} are examples, which cannot be divided "
+                f"among {own.num_replicas_in_sync} replicas; batch them first: wrap it in a torch DataLoader with a "
+                "batch_size (of None, if the items are batches)"
+            )
+        source = source_of(dataset, _share(chosen, own), _seed(chosen, own))
+        _say_what_is_read(chosen, own)
+        return DistributedDataset(source, dealing_to(places(strategy, chosen.prefetch), is_global=True))
 
 
 def distribute_datasets_from_function(
     strategy: Strategy, fn: Callable[[InputContext], Iterable[Any]], options: InputOptions | None
 ) -> DistributedDataset[Any]:
-    raise NotImplementedError
+    """The batches of the dataset that a function makes for this worker, each for one replica (I09).
+
+    Args:
+        strategy: Whose replicas.
+        fn: Called once, here, with what this worker is to read; returns a dataset of *per-replica* batches, of any
+            kind that `distribute_dataset` takes.
+        options: How; sharding is the function's.
+
+    Returns:
+        What to iterate over. With R replicas, R batches that follow each other are dealt at a time; a last group that
+        is short is dropped (I06).
+
+    Raises:
+        NotImplementedError: For the PER_REPLICA mode (R03, H03).
+        ValueError: On a task that does not train (I14), for sharding in the options, or if ``fn`` returns no dataset.
+        RuntimeError: Inside a replica, or inside the scope of another strategy.
+    """
+    chosen = _checked(options, "distribute_datasets_from_function")
+    if chosen.sharding != "none":
+        raise ConfigError(
+            f"distribute_datasets_from_function: sharding={chosen.sharding!r} is for distribute_dataset; here the "
+            "function reads the part that its InputContext names"
+        )
+    with context.cross_replica(strategy, "distribute_datasets_from_function"):
+        own = strategy.input_context
+        source = source_of(fn(own), WHOLE, _seed(chosen, own))
+        return DistributedDataset(source, dealing_to(places(strategy, chosen.prefetch), is_global=False))
 
 
-def distribute_values_from_function(strategy: Strategy, fn: Callable[[ValueContext], T]) -> PerReplica[T]:
-    raise NotImplementedError
+def _checked(options: InputOptions | None, call: str) -> InputOptions:
+    chosen = options or InputOptions()
+    if not isinstance(chosen, InputOptions):
+        raise ConfigError(f"{call}: options: expected InputOptions, got a {type(chosen).__name__}")
+    if chosen.replication_mode is InputReplicationMode.PER_REPLICA:
+        raise NotImplementedError(
+            f"{call}: replication_mode PER_REPLICA is not supported: the replicas of a worker share its input; "
+            "use PER_WORKER, and distribute_datasets_from_function for batches of a replica's size"
+        )
+    return chosen
 
 
-def make_dataset_iterator(strategy: Strategy, dataset: Iterable[Any]) -> DistributedIterator[Any]:
-    raise NotImplementedError
+def _share(options: InputOptions, own: InputContext) -> Share:
+    return WHOLE if options.sharding == "none" else Share(own.input_pipeline_id, own.num_input_pipelines)
 
 
-def make_input_fn_iterator(
-    strategy: Strategy, input_fn: Callable[[InputContext], Any], replication_mode: str
-) -> DistributedIterator[Any]:
-    raise NotImplementedError
+def _seed(options: InputOptions, own: InputContext) -> Seed | None:
+    if options.sharding == "static":
+        return Seed(options.seed or 0)  # of one stream: parts of one order
+    return None if options.seed is None else Seed(options.seed, own.input_pipeline_id)
 
 
-def make_numpy_dataset(strategy: Strategy, arrays: Any) -> Any:
-    raise NotImplementedError
+def _say_what_is_read(options: InputOptions, own: InputContext) -> None:
+    if own.num_input_pipelines == 1:
+        return
+    if options.sharding == "static":
+        logger.info("%s: this worker reads a part of the dataset of its own", own)
+    else:
+        logger.info(
+            "%s: this worker reads the whole dataset, in an order of its own; "
+            "InputOptions(sharding='static') gives each worker a part",
+            own,
+        )
+
+
+def _position(state: dict[str, Any]) -> Position:
+    def count(name: str) -> int:
+        found = state.get(name) if isinstance(state, dict) else None
+        if type(found) is not int or found < 0:
+            raise ConfigError(
+                f"load_state_dict: expected what state_dict() returned, with {name!r} an int from 0 on, got {state!r}"
+            )
+        return found
+
+    return Position(count("epoch"), count("batches"))

@@ -5,34 +5,33 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-if TYPE_CHECKING:
-    from paramserver.distribute.input.sources import Seed, Shard
+from paramserver.distribute.input.share import Seed, Share
 
 
 class PlacedSampler(Sampler[Any]):
-    """The indices that a loader loads, by batches if it makes batches: those of a shard, in an epoch, from a position.
+    """The indices that a loader loads, by batches if it makes batches: those of a share, in an epoch, from a position.
 
     Where the loader's batches are made of a sampler's indices in turn, every worker takes every n-th index and makes
     batches of those; where the program samples whole batches, every worker takes every n-th batch.
 
     Args:
         loader: Whose indices.
-        shard: Which of them.
+        share: Which of them.
         seed: What samplers that are random draw from; None leaves them as they are.
     """
 
-    def __init__(self, loader: DataLoader[Any], shard: Shard, seed: Seed | None) -> None:
+    def __init__(self, loader: DataLoader[Any], share: Share, seed: Seed | None) -> None:
         sampler = _index_sampler(loader)
         self._batch_sampler = sampler if type(sampler) is BatchSampler else None
-        self._drawn: Iterable[Any] = sampler if self._batch_sampler is None else self._batch_sampler.sampler
-        self._shard = shard
-        self._seed = seed
+        self._drawn = _drawn(loader)
+        self._share = share
+        self._seed = seed if _is_random(self._drawn) else None
         self._epoch = self._skip = 0
 
     def place(self, epoch: int, skip: int) -> None:
@@ -40,19 +39,19 @@ class PlacedSampler(Sampler[Any]):
         self._epoch, self._skip = epoch, skip
 
     def __iter__(self) -> Iterator[Any]:
-        drawn = _seeded(self._drawn, self._seed, self._epoch)
-        own = itertools.islice(iter(drawn), self._shard.index, None, self._shard.count)
+        drawn = self._drawn if self._seed is None else _seeded(self._drawn, self._seed, self._epoch)
+        own = itertools.islice(iter(drawn), self._share.index, None, self._share.count)
         made = own if self._batch_sampler is None else iter(self._batches(own))
         return itertools.islice(made, self._skip, None)
 
     def __len__(self) -> int:
-        own = range(self._shard.length(len(cast(Sized, self._drawn))))
+        own = range(self._share.length(len(cast(Sized, self._drawn))))
         return len(own) if self._batch_sampler is None else len(self._batches(own))
 
     @property
-    def repeats(self) -> bool:
-        """Whether the same place has the same indices again."""
-        return self._seed is not None or not _is_random(self._drawn)
+    def is_seeded(self) -> bool:
+        """Whether it draws an order of ours, which is the same in the same epoch."""
+        return self._seed is not None
 
     def _batches(self, indices: Iterable[int]) -> BatchSampler:
         assert self._batch_sampler is not None  # noqa: S101  # the callers have checked it
@@ -87,7 +86,17 @@ def shuffles(loader: DataLoader[Any]) -> bool:
     >>> shuffles(DataLoader(range(3))), shuffles(DataLoader(range(3), shuffle=True))
     (False, True)
     """
-    return _is_random(getattr(_index_sampler(loader), "sampler", None)) or _is_random(_index_sampler(loader))
+    return _is_random(_index_sampler(loader)) or _is_random(getattr(_index_sampler(loader), "sampler", None))
+
+
+def can_seed(loader: DataLoader[Any]) -> bool:
+    """Whether a `PlacedSampler` finds in it what draws."""
+    return type(loader) is DataLoader and _is_random(_drawn(loader))
+
+
+def _drawn(loader: DataLoader[Any]) -> Iterable[Any]:
+    sampler = _index_sampler(loader)
+    return sampler.sampler if type(sampler) is BatchSampler else sampler
 
 
 def _index_sampler(loader: DataLoader[Any]) -> Iterable[Any]:
@@ -98,10 +107,7 @@ def _is_random(sampler: object) -> bool:
     return hasattr(sampler, "generator")  # torch's word, in all samplers of its own that draw
 
 
-def _seeded(sampler: Iterable[Any], seed: Seed | None, epoch: int) -> Iterable[Any]:
-    """A sampler that draws the order of an epoch; the given one if it draws nothing, or from nothing of ours."""
-    if seed is None or not _is_random(sampler):
-        return sampler
+def _seeded(sampler: Iterable[Any], seed: Seed, epoch: int) -> Iterable[Any]:
     mixed = np.random.SeedSequence((seed.value, epoch, seed.stream)).generate_state(1, np.uint64)
     twin = copy.copy(sampler)
     twin.generator = torch.Generator().manual_seed(int(mixed[0]))  # type: ignore[attr-defined]  # it has one

@@ -1,10 +1,11 @@
 """Datasets of any kind, gone through once an epoch: this worker's share of them, from a position on.
 
 Rules
-    * A source takes every ``count``-th of the batches that its dataset gives, from the ``index``-th on: a *shard*.
-    * A position is how many batches of the shard were taken. What comes before it is skipped without loading it where
+    * A source takes every ``count``-th of the batches that its dataset gives, from the ``index``-th on: a *share*.
+    * A position is how many batches of the share were taken. What comes before it is skipped without loading it where
       the dataset can be indexed, else it is drawn and dropped.
-    * The dataset belongs to the caller, and is not changed; one with a state of its own is asked to load it.
+    * The dataset belongs to the caller, and is not changed; one with a state of its own is asked to load it, and told
+      the epoch if it has a word for that.
 """
 
 from __future__ import annotations
@@ -12,34 +13,13 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from paramserver.distribute.input.loaders import PlacedSampler, rebuilt, shuffles
+from paramserver.distribute.input.loaders import PlacedSampler, can_seed, rebuilt, shuffles
+from paramserver.distribute.input.share import WHOLE, Seed, Share
 from paramserver.errors import ConfigError
-
-
-class Shard(NamedTuple):
-    """Which part of a dataset a worker reads: every ``count``-th, from the ``index``-th on."""
-
-    index: int = 0
-    count: int = 1
-
-    def length(self, total: int) -> int:
-        """How many of ``total`` there are in it.
-
-        >>> Shard(0, 2).length(5), Shard(1, 2).length(5)
-        (3, 2)
-        """
-        return len(range(self.index, total, self.count))
-
-
-class Seed(NamedTuple):
-    """What an order is drawn from, beside the epoch. Workers of the same ``stream`` draw the same."""
-
-    value: int
-    stream: int = 0
 
 
 @runtime_checkable
@@ -89,23 +69,24 @@ class Source(abc.ABC):
         )
 
 
-def source_of(dataset: Any, shard: Shard = Shard(), seed: Seed | None = None) -> Source:  # noqa: B008  # immutable
+def source_of(dataset: Any, share: Share = WHOLE, seed: Seed | None = None) -> Source:
     """What reads a dataset: a DataLoader, a Dataset or any other iterable of batches.
 
     Raises:
         ConfigError: If it is none of these, or shuffles in a way that cannot be sharded.
     """
-    if isinstance(dataset, DataLoader) and not isinstance(dataset.dataset, IterableDataset):
-        if type(dataset) is DataLoader:
-            return LoaderSource(dataset, shard, seed)
-        _check_order(dataset, shard)
+    if isinstance(dataset, DataLoader):
+        _check_order(dataset, share)
+        if type(dataset) is DataLoader and not isinstance(dataset.dataset, IterableDataset):
+            return LoaderSource(dataset, share, seed)
     if not is_dataset(dataset):
         raise ConfigError(
-            f"expected a DataLoader, a Dataset of batches or an iterable of batches, got a {type(dataset).__name__}"
+            "the dataset to distribute: expected a DataLoader, a Dataset of batches or an iterable of batches, got a "
+            f"{type(dataset).__name__}"
         )
     if isinstance(dataset, Stateful):
-        return StatefulSource(dataset, shard)
-    return IndexedSource(dataset, shard) if is_indexed(dataset) else IterableSource(dataset, shard)
+        return StatefulSource(dataset, share)
+    return IndexedSource(dataset, share) if is_indexed(dataset) else IterableSource(dataset, share)
 
 
 def is_dataset(value: object) -> bool:
@@ -130,17 +111,17 @@ def has_examples(dataset: object) -> bool:
 class IterableSource(Source):
     """Reads whatever can be iterated over."""
 
-    def __init__(self, dataset: Any, shard: Shard) -> None:
+    def __init__(self, dataset: Any, share: Share) -> None:
         self._dataset = dataset
-        self._shard = shard
+        self._share = share
 
     def begin(self, epoch: int, skip: int) -> Iterator[Any]:
-        start, step = self._shard.index + skip * self._shard.count, self._shard.count
+        start, step = self._share.start(skip), self._share.count
         batches = iter(self._dataset)
         return batches if (start, step) == (0, 1) else itertools.islice(batches, start, None, step)
 
     def __len__(self) -> int:
-        return self._shard.length(len(self._dataset))
+        return self._share.length(len(self._dataset))
 
     @property
     def repeats(self) -> bool:
@@ -151,24 +132,29 @@ class IndexedSource(IterableSource):
     """Reads a map-style dataset, whose items are the batches."""
 
     def begin(self, epoch: int, skip: int) -> Iterator[Any]:
-        start, step = self._shard.index + skip * self._shard.count, self._shard.count
+        start, step = self._share.start(skip), self._share.count
         if (start, step) == (0, 1) and isinstance(self._dataset, Iterable):
             return iter(self._dataset)  # may know a faster way than index by index
         return (self._dataset[index] for index in range(start, len(self._dataset), step))
 
 
 class StatefulSource(IterableSource):
-    """Reads a dataset that finds its own place again."""
+    """Reads a dataset that finds its own place again.
 
-    def __init__(self, dataset: Any, shard: Shard) -> None:
-        super().__init__(dataset, shard)
+    One with ``set_epoch`` is told the epoch: Hugging Face's streams go back to a state in every iteration of its epoch.
+    """
+
+    def __init__(self, dataset: Any, share: Share) -> None:
+        super().__init__(dataset, share)
         self._is_restored = False
 
     def begin(self, epoch: int, skip: int) -> Iterator[Any]:
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(epoch)
         if not self._is_restored:
             return super().begin(epoch, skip)
         self._is_restored = False  # it stands behind the last batch that was taken, so one round of others comes first
-        return itertools.islice(iter(self._dataset), self._shard.count - 1, None, self._shard.count)
+        return itertools.islice(iter(self._dataset), self._share.count - 1, None, self._share.count)
 
     @property
     def repeats(self) -> bool:
@@ -189,10 +175,10 @@ class LoaderSource(Source):
     like it, whose sampler leaves out what is not wanted before it is loaded.
     """
 
-    def __init__(self, loader: DataLoader[Any], shard: Shard, seed: Seed | None) -> None:
+    def __init__(self, loader: DataLoader[Any], share: Share, seed: Seed | None) -> None:
         self._loader = loader
-        self._is_as_given = shard.count == 1 and seed is None
-        self._sampler = PlacedSampler(loader, shard, seed)
+        self._sampler = PlacedSampler(loader, share, seed)
+        self._is_as_given = share.count == 1 and not self._sampler.is_seeded
         self._placed: DataLoader[Any] | None = None
 
     def begin(self, epoch: int, skip: int) -> Iterator[Any]:
@@ -208,12 +194,13 @@ class LoaderSource(Source):
 
     @property
     def repeats(self) -> bool:
-        return self._sampler.repeats
+        return self._sampler.is_seeded or not shuffles(self._loader)
 
 
-def _check_order(loader: DataLoader[Any], shard: Shard) -> None:
-    if shard.count > 1 and shuffles(loader):
+def _check_order(loader: DataLoader[Any], share: Share) -> None:
+    if share.count > 1 and shuffles(loader) and not can_seed(loader):
         raise ConfigError(
-            f"sharding='static': all workers must see the same order, and that of a {type(loader).__name__} cannot be "
-            "seeded; use torch's own DataLoader, or a sampler that reads the part which strategy.input_context names"
+            "sharding='static': all workers must see the same order, and the random one of this "
+            f"{type(loader).__name__} cannot be seeded; use torch's own DataLoader and samplers, or a sampler that "
+            "reads the part which strategy.input_context names"
         )

@@ -1,0 +1,95 @@
+"""Datasets of arrays in the memory of a worker's host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from paramserver.distribute import context
+from paramserver.distribute.nest import leaves, map_leaves
+from paramserver.errors import ConfigError
+
+if TYPE_CHECKING:
+    from paramserver.distribute.strategy import Strategy
+
+
+class ArrayDataset(Dataset[Any]):
+    """The rows of a nest of arrays, map-style: item ``i`` is the nest of their rows ``i``, as tensors.
+
+    >>> data = ArrayDataset({"x": np.arange(6.0).reshape(3, 2), "y": np.array([0, 1, 0])})
+    >>> len(data), data[1]
+    (3, {'x': tensor([2., 3.], dtype=torch.float64), 'y': tensor(1)})
+
+    Args:
+        arrays: A nest of arrays or tensors ``[rows, ...]``. Their memory is shared, not copied, but for arrays that are
+            laid out in a way that torch does not know. Of an array that is read-only, as a mapped file is, rows are
+            copied when they are drawn.
+
+    Raises:
+        ConfigError: If a leaf is no array, or has a dtype that torch does not know, or the numbers of rows differ.
+    """
+
+    def __init__(self, arrays: Any) -> None:
+        self._arrays = map_leaves(_shared, arrays)
+        lengths = sorted({len(leaf) for leaf in leaves(self._arrays)})
+        if len(lengths) != 1:
+            raise ConfigError(
+                f"make_numpy_dataset: expected arrays with the same number of rows, got {lengths or 'no arrays'}"
+            )
+        self._length = lengths[0]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return map_leaves(lambda leaf: _row(leaf, index), self._arrays)
+
+
+def make_numpy_dataset(strategy: Strategy, arrays: Any) -> ArrayDataset:
+    """A dataset of the rows of a nest of arrays, which stay in this worker's memory and reach no ps (I15).
+
+    Args:
+        strategy: Of the worker.
+        arrays: A nest of arrays or tensors ``[rows, ...]``.
+
+    Returns:
+        A map-style torch Dataset of rows: wrap it in a DataLoader for batches, and distribute that.
+
+    Raises:
+        ValueError: On a task that does not train (I14), or if the arrays cannot make a dataset.
+        RuntimeError: Inside a replica, or inside the scope of another strategy (X06, X08).
+    """
+    with context.cross_replica(strategy, "make_numpy_dataset"):
+        _ = strategy.input_context  # raises where no input is read
+        return ArrayDataset(arrays)
+
+
+def _shared(leaf: Any) -> torch.Tensor | np.ndarray[Any, Any]:
+    if not isinstance(leaf, (torch.Tensor, np.ndarray)) or not leaf.ndim:
+        shape = f" of shape {list(leaf.shape)}" if hasattr(leaf, "shape") else ""
+        raise ConfigError(
+            f"make_numpy_dataset: expected arrays with rows, got a {type(leaf).__name__}{shape}; "
+            "make one of it with numpy.asarray"
+        )
+    if isinstance(leaf, torch.Tensor):
+        return leaf
+    if not leaf.dtype.isnative or any(stride < 0 for stride in leaf.strides):
+        leaf = np.ascontiguousarray(leaf, dtype=leaf.dtype.newbyteorder("="))
+    _check_dtype(leaf)
+    return torch.from_numpy(leaf) if leaf.flags.writeable else leaf
+
+
+def _check_dtype(array: np.ndarray[Any, Any]) -> None:
+    try:
+        torch.from_numpy(np.empty(0, array.dtype))
+    except TypeError as error:
+        raise ConfigError(
+            f"make_numpy_dataset: no tensor can hold an array of dtype {array.dtype}; encode it as numbers first"
+        ) from error
+
+
+def _row(leaf: torch.Tensor | np.ndarray[Any, Any], index: int) -> torch.Tensor:
+    return leaf[index] if isinstance(leaf, torch.Tensor) else torch.tensor(leaf[index])

@@ -1,0 +1,163 @@
+"""From the batches of a dataset to what the replicas of a worker get, each its own.
+
+Rules
+    * With one replica a batch passes as it is; with several, each leaf of it becomes a `PerReplica`.
+    * A leaf is a tensor or array, or a *column*: a list of plain values, such as texts. Anything else is a structure.
+    * A batch is either *global*, and divided among the replicas (I07), or one replica's, and dealt out with those that
+      follow it (I09). Examples that do not go round are left out: of a global batch that is smaller than the number of
+      replicas all, of a last group that is short the whole group (I06). An empty batch would make a mean loss NaN.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import logging
+import numbers
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from paramserver.distribute.devices import Device
+from paramserver.distribute.nest import map_leaves
+from paramserver.distribute.values import PerReplica
+from paramserver.errors import ConfigError
+
+if TYPE_CHECKING:
+    from paramserver.distribute.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+
+Place = torch.device | None
+"""Where a replica's tensors are brought; None leaves them where they are."""
+
+
+def places(strategy: Strategy, prefetch: bool) -> tuple[Place, ...]:
+    """Where a strategy's replicas compute; None where nothing has to be brought (I10)."""
+    devices = [Device.parse(name).torch_device for name in strategy.extended.worker_devices]
+    return tuple(device if prefetch and device.type != "cpu" else None for device in devices)
+
+
+def dealing_to(places: Sequence[Place], *, is_global: bool) -> Dealing:
+    """How batches are dealt to replicas at these places."""
+    if len(places) == 1:
+        return Whole(places)
+    return Divided(places) if is_global else Grouped(places)
+
+
+class Dealing(abc.ABC):
+    """Makes what the replicas get.
+
+    Args:
+        places: One for each replica.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = tuple(places)
+
+    @abc.abstractmethod
+    def deal(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """What the replicas get of these batches, in order. Takes a batch when it is asked for what needs it."""
+
+    def length(self, batches: int) -> int:
+        """How often something is dealt, at most."""
+        return batches
+
+
+class Whole(Dealing):
+    """To one replica: every batch as it is."""
+
+    def deal(self, batches: Iterator[Any]) -> Iterator[Any]:
+        (place,) = self._places
+        return batches if place is None else (brought(batch, place) for batch in batches)
+
+
+class Divided(Dealing):
+    """To several, of each batch a part: parts differ by one row at most, and the first replicas have more."""
+
+    _has_dropped = False
+
+    def deal(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            rows = count_rows(batch, len(self._places))
+            if rows >= len(self._places):
+                yield map_leaves(lambda leaf, rows=rows: self._divided(leaf, rows), batch, is_leaf=is_column)
+            elif not self._has_dropped:
+                self._has_dropped = True
+                logger.info(
+                    "a batch of %d rows is left out, as all are that have fewer than the %d replicas",
+                    rows,
+                    len(self._places),
+                )
+
+    def _divided(self, leaf: Any, rows: int) -> Any:
+        if leaf is None:
+            return None
+        each, more = divmod(rows, len(self._places))
+        starts = [index * each + min(index, more) for index in range(len(self._places) + 1)]
+        parts = [leaf[start:stop] for start, stop in itertools.pairwise(starts)]
+        return PerReplica([brought(part, place) for part, place in zip(parts, self._places, strict=True)])
+
+
+class Grouped(Dealing):
+    """To several, as many batches at a time as there are replicas."""
+
+    def deal(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for group in zip(*[batches] * len(self._places), strict=False):  # ends before a group that would be short
+            own = [brought(batch, place) for batch, place in zip(group, self._places, strict=True)]
+            yield map_leaves(lambda *each: PerReplica(each), *own, is_leaf=is_column)
+
+    def length(self, batches: int) -> int:
+        return batches // len(self._places)
+
+
+def brought(batch: Any, place: Place) -> Any:
+    """A batch whose tensors are at a place; from pinned memory they are copied without waiting."""
+    if place is None:
+        return batch
+    return map_leaves(
+        lambda leaf: leaf.to(place, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, batch
+    )
+
+
+def is_column(part: object) -> bool:
+    """Whether a list holds one plain value for each row, or a tuple one text, as torch collates texts.
+
+    >>> is_column(["a", "b"]), is_column([1.5, 2.5]), is_column([torch.zeros(2)]), is_column((1.5, 2))
+    (True, True, False, False)
+    """
+    if type(part) is list:
+        return bool(part) and all(isinstance(value, (str, bytes, numbers.Number)) for value in part)
+    return type(part) is tuple and bool(part) and all(isinstance(value, (str, bytes)) for value in part)
+
+
+def count_rows(batch: Any, replicas: int) -> int:
+    """The rows of a batch that is to be divided.
+
+    Raises:
+        ConfigError: If a leaf has no leading dimension, or two have different ones.
+    """
+    found: set[int] = set()
+    map_leaves(lambda leaf: found.update(_rows(leaf, replicas)), batch, is_leaf=is_column)
+    if len(found) != 1:
+        sizes = f"leading dimensions of {sorted(found)}" if found else "no tensor in it"
+        raise ConfigError(
+            f"a batch cannot be divided among {replicas} replicas: expected tensors, arrays or lists with one leading "
+            f"batch dimension in common, got {sizes}"
+        )
+    return found.pop()
+
+
+def _rows(leaf: Any, replicas: int) -> tuple[int, ...]:
+    if leaf is None:
+        return ()
+    if is_column(leaf) or (isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim):
+        return (len(leaf),)
+    shape = f" of shape {list(leaf.shape)}" if hasattr(leaf, "shape") else ""
+    raise ConfigError(
+        f"what the dataset gives cannot be divided among {replicas} replicas: expected batches of tensors, arrays or "
+        f"lists with a leading batch dimension, got a {type(leaf).__name__}{shape}; batch the dataset first: wrap it "
+        "in a torch DataLoader with a batch_size"
+    )

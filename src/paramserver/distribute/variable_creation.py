@@ -1,0 +1,135 @@
+"""How a variable of a program's own comes into being: its name, its place, its parts, and what is wrapped around it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+
+from paramserver.arena import Range, Shard, VariableSpec, dtype_name
+from paramserver.client import ParameterClient
+from paramserver.distribute import context
+from paramserver.distribute.aggregating_variable import AggregatingVariable
+from paramserver.distribute.plain_variable import PlainVariable
+from paramserver.distribute.sharded_variable import ShardedVariable
+from paramserver.distribute.values import local_results
+from paramserver.distribute.variable import Variable, VariableOptions, tensor_of
+
+if TYPE_CHECKING:
+    from paramserver.distribute.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+
+_anchor: ContextVar[Variable | None] = ContextVar("the variable that others are created beside", default=None)
+
+
+@contextlib.contextmanager
+def beside(variable: Variable) -> Iterator[None]:
+    """In the ``with`` block this thread, and replicas that it runs, create variables on this variable's ps."""
+    token = _anchor.set(variable)
+    try:
+        yield
+    finally:
+        _anchor.reset(token)
+
+
+def create(strategy: Strategy, options: VariableOptions) -> Variable:
+    """Create a variable, in the scope of its strategy; on replicas one for all of them (P14). See `Variable`.
+
+    Raises:
+        RuntimeError: If the replicas create it by different names (P15).
+    """
+    frame, anchor = context.current(), _anchor.get()
+    if frame is None or frame.replica is None:
+        return _create(strategy, options, anchor)
+    created: Variable = frame.replica.merge_call(
+        lambda strategy, names: _create_for_all(strategy, local_results(names), options, anchor), args=(options.name,)
+    )
+    return created
+
+
+def _create_for_all(
+    strategy: Strategy, names: tuple[str, ...], options: VariableOptions, anchor: Variable | None
+) -> Variable:
+    for replica, name in enumerate(names):
+        if name != names[0]:
+            raise RuntimeError(
+                f"replica {replica} Tried to create variable {name!r} with mismatching name: replica 0 creates "
+                f"{names[0]!r} now; all replicas must create the same variables in the same order"
+            )
+    return _create(strategy, options, anchor)
+
+
+def _create(strategy: Strategy, options: VariableOptions, anchor: Variable | None) -> Variable:
+    initial = options.initial_value
+    value = tensor_of(
+        initial() if callable(initial) else initial, f"initial value of variable {options.name!r}", options.dtype
+    )
+    dtype = dtype_name(value.dtype, options.name)
+    maker = _Maker(strategy, options, anchor)
+    whole = VariableSpec(maker.client.unique_name(options.name), tuple(value.shape), dtype)
+    ranges = _row_ranges(strategy, whole, anchor)
+    variable: Variable
+    if ranges:
+        parts = [maker.make(_part(whole, index, rows), value[slice(*rows)]) for index, rows in enumerate(ranges)]
+        variable = ShardedVariable(parts, whole.name)
+    else:
+        variable = maker.make(whole, value)
+    return AggregatingVariable(variable) if strategy.num_replicas_in_sync > 1 else variable
+
+
+class _Maker:
+    """Brings the parts of a variable to their ps tasks."""
+
+    def __init__(self, strategy: Strategy, options: VariableOptions, anchor: Variable | None) -> None:
+        self.client: ParameterClient = strategy.connect()
+        self._strategy = strategy
+        self._options = options
+        self._anchor = anchor
+
+    def make(self, spec: VariableSpec, value: torch.Tensor) -> PlainVariable:
+        """One part, on the next ps or beside the anchor, where it takes no turn (P01, P04). Blocks until it is made."""
+        ps = self._strategy.place(spec) if self._anchor is None else self._anchor.ps
+        if self._strategy.is_chief:
+            self.client.create_variable(ps, spec, value.flatten())
+        else:
+            self.client.await_variable(ps, spec, _patience(self._strategy), _Announcement(spec.name))
+        return PlainVariable(self._strategy, self.client, ps, spec, self._options)
+
+
+class _Announcement:
+    """Says once that a variable is waited for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._is_made = False
+
+    def __call__(self, waited: float) -> None:
+        if not self._is_made:
+            logger.info("waiting for the chief to create variable %r", self._name)
+        self._is_made = True
+
+
+def _row_ranges(strategy: Strategy, whole: VariableSpec, anchor: Variable | None) -> list[Range]:
+    """The rows of the parts of a variable that is to be partitioned; none for one that stays whole."""
+    partition = getattr(strategy, "row_ranges", None)
+    if partition is None or anchor is not None or not whole.shape:
+        return []
+    ranges: list[Range] = partition(whole)
+    return ranges if len(ranges) > 1 else []
+
+
+def _part(whole: VariableSpec, index: int, rows: Range) -> VariableSpec:
+    start, stop = rows
+    shard = Shard(variable=whole.name, index=index, start=start, rows=whole.shape[0])
+    return VariableSpec(f"{whole.name}/part_{index}", (stop - start, *whole.shape[1:]), whole.dtype, shard)
+
+
+def _patience(strategy: Strategy) -> float:
+    """Seconds to wait for the chief."""
+    seconds: float = getattr(strategy, "_timeout", 7200.0)
+    return seconds

@@ -1,0 +1,30 @@
+"""Tensors as the bytes of a message: for values that lie in no arena that both sides know."""
+
+from __future__ import annotations
+
+import torch
+
+from paramserver.arena import tensor_bytes
+
+
+def packed(values: torch.Tensor) -> bytes:
+    """The elements of a flat tensor, on any device.
+
+    >>> packed(torch.tensor([1, 2], dtype=torch.int16)).hex()
+    '01000200'
+    """
+    return bytes(tensor_bytes(values.cpu().clone(memory_format=torch.contiguous_format)))  # an expanded one, too
+
+
+def unpacked(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor of its own, of as many elements as the bytes hold.
+
+    >>> unpacked(packed(torch.tensor([1, 2])), torch.int64)
+    tensor([1, 2])
+
+    Raises:
+        ValueError: If the bytes are no whole number of elements.
+    """
+    if len(data) % dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes are no whole number of elements of {dtype.itemsize} bytes")
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")

@@ -1,0 +1,52 @@
+"""ps.Variable over real processes: nothing that any worker or any of its replicas assigns is lost or counted twice."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.multiprocess
+
+SCRIPT = """
+import sys
+import torch
+import paramserver as ps
+
+torch.set_num_threads(1)
+replicas, workers, times = map(int, sys.argv[1:])
+strategy = ps.ParameterServerStrategy(compute_devices=[f"cpu:{index}" for index in range(replicas)])
+with strategy.scope():
+    each = ps.Variable(0, name="each", aggregation=ps.VariableAggregation.SUM)
+    once = ps.Variable(0, name="once", aggregation=ps.VariableAggregation.ONLY_FIRST_REPLICA)
+    many = ps.Variable(torch.zeros(3), name="many", aggregation=ps.VariableAggregation.MEAN)
+    finished = ps.Variable(0, name="finished")
+strategy.run(lambda: (each.assign_add(1), once.assign_add(1)))
+for _ in range(times):
+    many.assign_add(1)
+finished.assign_add(1)
+while finished < workers:
+    pass
+print(int(each), int(once), many.tolist(), flush=True)
+left = finished.assign_sub(1)
+while strategy.is_chief and finished > 0:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "replicas", "lane"), [(1, 4, "auto"), (2, 2, "tcp"), (3, 1, "auto"), (4, 2, "auto")]
+)
+def test_w04_workers_and_replicas_are_counted(tmp_path: Path, workers: int, replicas: int, lane: str) -> None:
+    """The chief is one of the workers; each also adds many times at once (W09), and everyone sees the same."""
+    script = tmp_path / "count.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "paramserver", "launch", "--ps", "2", "--workers", str(workers), "--lane", lane]
+    command = [*launch, str(script), str(replicas), str(workers), "200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = re.findall(r"\S+:\d+ \| (.*)", done.stdout)
+    assert said == [f"{workers * replicas} {workers} {[200.0 * workers] * 3}"] * workers
