@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import logging
+import math
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from paramserver import ParameterServerStrategy, SimpleClusterResolver
+from paramserver import CentralStorageStrategy, ParameterServerStrategy, SimpleClusterResolver
 from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
 from paramserver.cluster import ClusterSpec
 from paramserver.errors import ConfigError
@@ -21,6 +22,7 @@ from paramserver.estimator import (
     EstimatorSpec,
     EvalSpec,
     FinalExporter,
+    NanLossDuringTrainingError,
     RunConfig,
     TrainingHook,
     TrainSpec,
@@ -127,6 +129,53 @@ def test_a_resumed_training_equals_an_uninterrupted_one_and_plain_pytorch(tmp_pa
     assert ours.keys() == theirs.keys()
     for name, value in {**theirs, **plain(schedule, 12)}.items():
         torch.testing.assert_close(ours[name], value)  # to rounding: a flat update is vectorised at other places
+
+
+# --- several replicas
+
+
+def linear_fn(mode):
+    torch.manual_seed(3)
+    model = nn.Linear(3, 1)
+    return EstimatorSpec(mode, model=model, loss_fn=squared_error, optimizer=adam(model.parameters()))
+
+
+def trained_on(num_replicas, data, model_dir, steps):
+    strategy = CentralStorageStrategy([f"cpu:{index}" for index in range(num_replicas)])
+    config = RunConfig(train_distribute=strategy, log_step_count_steps=None)
+    estimator = Estimator(linear_fn, str(model_dir), config).train(data, max_steps=steps)
+    return read_values(estimator.latest_checkpoint())
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3])
+def test_u11_each_replica_takes_a_batch_and_a_step_is_that_of_all_of_them_as_one(num_replicas, tmp_path):
+    def joined():
+        """What one replica would be given."""
+        each = batches()
+        while group := list(itertools.islice(each, num_replicas)):
+            yield tuple(map(torch.cat, zip(*group, strict=True)))
+
+    one = trained_on(1, joined, tmp_path / "one", steps=5)
+    torch.testing.assert_close(trained_on(num_replicas, batches, tmp_path / "several", steps=5), one)
+
+
+def test_i06_w05_a_group_that_is_short_is_dropped_and_steps_are_counted_once(tmp_path):
+    strategy = CentralStorageStrategy(["cpu:0", "cpu:1"])
+    config = RunConfig(train_distribute=strategy, log_step_count_steps=None)
+    Estimator(linear_fn, str(tmp_path), config).train(lambda: itertools.islice(batches(), 5))
+    assert strategy.global_step == 2
+
+
+def test_a_loss_that_is_nan_on_one_replica_is_pushed_by_none(tmp_path):
+    def data():
+        yield from itertools.islice(batches(), 3)
+        yield torch.full((4, 3), math.nan), torch.zeros(4)
+
+    strategy = CentralStorageStrategy(["cpu:0", "cpu:1"])
+    config = RunConfig(train_distribute=strategy, log_step_count_steps=None)
+    with pytest.raises(NanLossDuringTrainingError):
+        Estimator(linear_fn, str(tmp_path), config).train(data)
+    assert strategy.global_step == 1
 
 
 def test_the_same_seed_gives_the_same_model(tmp_path):

@@ -190,6 +190,14 @@ def test_p04_colocation_ends_with_its_block_also_by_an_exception(strategy: Any, 
         assert ps.Variable(0).device == "/job:ps/task:2/device:CPU:0"
 
 
+def test_p04_colocation_is_the_strategys_own(strategy: Any, variable: ps.Variable) -> None:
+    with strategy.scope():
+        beside = strategy.extended.colocate_vars_with(variable)
+    other = on_three_ps()
+    with beside, other.scope():
+        assert [ps.Variable(0).ps for _ in range(2)] == [0, 1]
+
+
 @pytest.mark.parametrize("thing", [torch.zeros(1), None, "/job:ps/task:0"])
 def test_p05_only_variables_of_the_strategy_are_colocated_with(strategy: Any, thing: Any) -> None:
     message = r"must only be passed a variable created in this .*scope\(\)"

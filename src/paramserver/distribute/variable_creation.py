@@ -44,6 +44,8 @@ def create(strategy: Strategy, options: VariableOptions) -> Variable:
         RuntimeError: If the replicas create it by different names (P15).
     """
     frame, anchor = context.current(), _anchor.get()
+    if anchor is not None and anchor.strategy is not strategy:
+        anchor = None  # the block of another strategy, whose scope was left inside it
     if frame is None or frame.replica is None:
         return _create(strategy, options, anchor)
     created: Variable = frame.replica.merge_call(

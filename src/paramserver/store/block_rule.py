@@ -130,7 +130,7 @@ class BlockRule:
             self._optimizer.state.pop(run.parameter, None)
         run = self._run(start, stop)
         self._optimizer.state[run.parameter] = {
-            name: slot.to(expected[name].dtype, copy=True) for name, slot in state.items()
+            name: slot.to(expected[name].device, expected[name].dtype, copy=True) for name, slot in state.items()
         }
         self._replace(first, last, [run])
 
@@ -231,7 +231,7 @@ class BlockRule:
 
     def _expected_slots(self) -> dict[str, Tensor]:
         """The slots of the rule with its settings of now, found by a step of one element."""
-        parameter = nn.Parameter(torch.zeros(1, dtype=self._values.dtype), requires_grad=False)
+        parameter = nn.Parameter(torch.zeros_like(self._values[:1]), requires_grad=False)
         parameter.grad = torch.zeros_like(parameter)
         group = self._optimizer.param_groups[0]
         optimizer = _build(self._class, {name: group[name] for name in self._names}, parameter)
