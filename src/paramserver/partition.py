@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 
-from paramserver.arena import DTYPES, Range, VariableSpec
+from paramserver.arena import DTYPES, Range, Shard, VariableSpec
 from paramserver.errors import ConfigError
 
 Partitioner = Callable[[tuple[int, ...], str], Sequence[int]]
@@ -175,3 +175,22 @@ def _positive(value: int, partitioner: str, argument: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{partitioner}: {argument}: expected a whole number above 0, got {value!r}")
     return value
+
+
+def part_specs(spec: VariableSpec, ranges: Sequence[Range]) -> list[VariableSpec]:
+    """What the ps tasks know the parts of a partitioned variable by.
+
+    >>> spec = VariableSpec("table", (5, 2), "float32")
+    >>> [(part.name, part.shape) for part in part_specs(spec, [(0, 3), (3, 5)])]
+    [('table/part_0', (3, 2)), ('table/part_1', (2, 2))]
+    """
+    rows, *rest = spec.shape
+    return [
+        VariableSpec(
+            f"{spec.name}/part_{index}",
+            (stop - start, *rest),
+            spec.dtype,
+            Shard(variable=spec.name, index=index, start=start, rows=rows),
+        )
+        for index, (start, stop) in enumerate(ranges)
+    ]

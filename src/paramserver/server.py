@@ -85,6 +85,11 @@ class Server:
         if start:
             self.start()
 
+    @classmethod
+    def create_local_server(cls, *, start: bool = True) -> Server:
+        """A server for one chief of this machine, at a port that the system picks; `target` says where (V03)."""
+        return cls({"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]}, "ps", 0, start=start)
+
     @property
     def target(self) -> str:
         """Where this server can be reached, ``host:port``."""

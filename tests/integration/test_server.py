@@ -89,6 +89,14 @@ def test_a_server_serves_when_it_is_started(free):
     server.stop()
 
 
+def test_v03_a_local_server_picks_its_port():
+    server = Server.create_local_server()
+    cluster = ClusterSpec({"chief": ["127.0.0.1:0"], "ps": [server.target]})
+    client = connection.to_cluster(cluster, TaskId(Role.CHIEF, 0), PATIENCE)
+    client.goodbye()
+    server.join()
+
+
 def test_a_port_that_is_taken_is_an_error_at_once_which_names_the_address():
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = f"127.0.0.1:{sock.getsockname()[1]}"

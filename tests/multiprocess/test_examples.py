@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = EXAMPLES / "own_loop.py"
 NOISE = re.compile("Traceback|Warning|ERROR|Exception")
 ACCURACY = re.compile(r"(\S+ \| )?test accuracy (\d\.\d+)")
 
@@ -35,6 +36,13 @@ def test_own_loop_is_short() -> None:
 def test_own_loop_alone() -> None:
     lines = run(sys.executable, str(EXAMPLE))
     assert lines[-2].endswith("global step 470")
+    assert accuracies(lines)[""] > 0.85
+
+
+@pytest.mark.multiprocess
+def test_two_replicas_on_logical_devices() -> None:
+    lines = run(sys.executable, str(EXAMPLES / "replicas.py"))
+    assert lines[-2].endswith("global step 470, 15000 images seen")
     assert accuracies(lines)[""] > 0.85
 
 

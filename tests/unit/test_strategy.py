@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -244,3 +245,22 @@ def test_the_values_of_several_dtypes_can_be_saved(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [ps.ParameterServerStrategy, ps.CentralStorageStrategy])
+def test_a_loop_of_ones_own_is_legal(make: Callable[[], ps.ParameterServerStrategy]) -> None:
+    """R01, R06, R07: PyTorch is eager, so scope, run, the datasets and prepare need no Estimator around them."""
+    strategy = make()
+    with strategy.scope():
+        model = nn.Linear(2, 1)
+        model, optimizer = strategy.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def step(batch: torch.Tensor) -> None:
+        model(batch).sum().backward()
+        optimizer.step()
+
+    for batch in strategy.distribute_dataset([torch.ones(2, 2)]):
+        strategy.run(step, args=(batch,))
+    for batch in strategy.distribute_datasets_from_function(lambda context: [torch.ones(2, 2)]):
+        strategy.run(step, args=(batch,))
+    assert strategy.global_step == 2

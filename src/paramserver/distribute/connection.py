@@ -9,8 +9,9 @@ import weakref
 
 import torch
 
-from paramserver.client import Lanes, ParameterClient
+from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
+from paramserver.lanes import Lanes
 from paramserver.server import play_in_process
 from paramserver.transport.handshake import Identity, connect, new_incarnation
 from paramserver.transport.lane import Lane

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from paramserver.arena import VariableSpec
+from paramserver.arena import Range, VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.distribute import context
 from paramserver.distribute.input.context import InputContext, ValueContext
@@ -75,6 +75,13 @@ class _DefaultStrategy(Strategy):
     @property
     def is_chief(self) -> bool:
         return True
+
+    def row_ranges(self, variable: VariableSpec) -> list[Range]:
+        return []
+
+    @property
+    def session_creation_timeout(self) -> float:
+        return 0.0
 
     @property
     def input_context(self) -> InputContext:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 import torch
 from torch import nn
@@ -14,13 +15,16 @@ from torch import nn
 from paramserver.arena import ArenaLayout, Range, VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.cluster import (
+    ClusterLike,
     ClusterResolver,
     ClusterSpec,
     Role,
+    SimpleClusterResolver,
     TaskId,
     TFConfigClusterResolver,
     id_in_cluster,
     is_chief,
+    normalize_cluster_spec,
     validate_cluster,
     worker_count,
 )
@@ -87,11 +91,11 @@ class ParameterServerStrategy(Strategy):
         self._timeout = session_creation_timeout
         self._enter_cluster(self._resolver.cluster_spec(), self._resolver.task_type, self._resolver.task_id)
 
-    def configure(self, cluster_spec: object = None, task_type: str | None = None, task_id: int | None = None) -> None:
+    def configure(self, cluster_spec: ClusterLike | None = None, task_type: str | None = None, task_id: int | None = None) -> None:
         """Make a strategy that was built for one process a part of a cluster (C20). Does nothing without a cluster.
 
         Args:
-            cluster_spec: The cluster, as a ClusterSpec or what one is made from.
+            cluster_spec: The cluster, as a dict, a ClusterSpec or a ClusterDef.
             task_type: The role of this task in it.
             task_id: Its index.
 
@@ -103,11 +107,16 @@ class ParameterServerStrategy(Strategy):
             return
         if self.client is not None:
             raise RuntimeError(f"configure: {self!r} has variables on parameter servers already; configure it before")
-        self._enter_cluster(ClusterSpec(cluster_spec), task_type, task_id)  # type: ignore[arg-type]  # checked there
+        cluster = normalize_cluster_spec(cluster_spec)
+        self._enter_cluster(cluster, task_type, task_id)
+        self._resolver = SimpleClusterResolver(cluster, task_type=task_type, task_id=task_id)
 
     def _enter_cluster(self, cluster: ClusterSpec, task_type: str | None, task_id: int | None) -> None:
         self.task: TaskId | None = validate_cluster(cluster, task_type, task_id) if cluster else None
         self.cluster = cluster
+        self._begin()
+
+    def _begin(self) -> None:
         self.client: ParameterClient | None = None
         self._has_prepared = False
         self._models: weakref.WeakSet[BoundModel] = weakref.WeakSet()
@@ -121,6 +130,11 @@ class ParameterServerStrategy(Strategy):
     @property
     def cluster_resolver(self) -> ClusterResolver:
         return self._resolver
+
+    @property
+    def session_creation_timeout(self) -> float:
+        """Seconds to wait for the ps tasks to come up, and for the chief to initialize."""
+        return self._timeout
 
     @property
     def compute_devices(self) -> tuple[Device, ...]:
@@ -311,9 +325,24 @@ class ParameterServerStrategy(Strategy):
         if self.client is not None:
             self.client.goodbye(failure)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if self.client is not None:
+            raise RuntimeError(
+                f"deepcopy: {self!r} is connected to its ps tasks, and a connection cannot be copied; "
+                "copy a strategy before it prepares a model or makes a variable"
+            )
+        duplicate = memo[id(self)] = object.__new__(type(self))
+        settings = {name: value for name, value in vars(self).items() if name not in ("_models", "_place")}
+        vars(duplicate).update(copy.deepcopy(settings, memo))
+        duplicate._begin()
+        return duplicate
+
     def __repr__(self) -> str:
         if self.task is None:
-            return "<ParameterServerStrategy in one process>"
+            return (
+                f"<{type(self).__name__} in one process; computing on {', '.join(self.extended.worker_devices)}, "
+                f"variables on {self.parameter_device}>"
+            )
         jobs = ", ".join(f"{self.cluster.num_tasks(job)} {job}" for job in self.cluster.jobs)
         return (
             f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {jobs}; "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
-from paramserver.arena import VariableSpec
+from paramserver.arena import Range, VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterResolver
 from paramserver.distribute import context, reduction, replica_threads, updating, values, variable_creation
@@ -81,6 +81,15 @@ class Strategy(abc.ABC):
     @abc.abstractmethod
     def place(self, variable: VariableSpec) -> int:
         """The index of the ps for the next variable that is created; every call counts as a creation."""
+
+    @abc.abstractmethod
+    def row_ranges(self, variable: VariableSpec) -> list[Range]:
+        """The rows of a variable that lie apart; none for one that stays whole."""
+
+    @property
+    @abc.abstractmethod
+    def session_creation_timeout(self) -> float:
+        """Seconds to wait for the ps tasks to come up, and for the chief to initialize."""
 
     @property
     def num_replicas_in_sync(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from paramserver.distribute.nest import map_leaves
@@ -58,7 +59,7 @@ def select_replica(replica: int, structure: Any) -> Any:
     Raises:
         ValueError: If a value holds no component for the replica.
     """
-    return map_leaves(lambda leaf: _component(replica, leaf) if isinstance(leaf, DistributedValues) else leaf, structure)
+    return map_leaves(partial(_component, replica), structure)
 
 
 def regroup(structures: Sequence[Any]) -> Any:
@@ -85,7 +86,9 @@ def local_results(value: DistributedValues[T] | T) -> tuple[T, ...]:
     return value.values if isinstance(value, DistributedValues) else (value,)
 
 
-def _component(replica: int, value: DistributedValues[T]) -> T:
+def _component(replica: int, value: Any) -> Any:
+    if not isinstance(value, DistributedValues):
+        return value
     if replica >= len(value.values):
         raise ValueError(
             f"a {type(value).__name__} of {len(value.values)} values has none for replica {replica}; "

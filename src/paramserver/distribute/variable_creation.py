@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paramserver.arena import Range, Shard, VariableSpec, dtype_name
+from paramserver.arena import VariableSpec, dtype_name
 from paramserver.client import ParameterClient
 from paramserver.distribute import context
 from paramserver.distribute.aggregating_variable import AggregatingVariable
@@ -18,6 +18,7 @@ from paramserver.distribute.plain_variable import PlainVariable
 from paramserver.distribute.sharded_variable import ShardedVariable
 from paramserver.distribute.values import local_results
 from paramserver.distribute.variable import Variable, VariableOptions, tensor_of
+from paramserver.partition import part_specs
 
 if TYPE_CHECKING:
     from paramserver.distribute.strategy import Strategy
@@ -74,11 +75,11 @@ def _create(strategy: Strategy, options: VariableOptions, anchor: Variable | Non
     dtype = dtype_name(value.dtype, options.name)
     maker = _Maker(strategy, options, anchor)
     whole = VariableSpec(maker.client.unique_name(options.name), tuple(value.shape), dtype)
-    ranges = _row_ranges(strategy, whole, anchor)
+    ranges = [] if anchor is not None else strategy.row_ranges(whole)
     variable: Variable
     if ranges:
-        parts = [maker.make(_part(whole, index, rows), value[slice(*rows)]) for index, rows in enumerate(ranges)]
-        variable = ShardedVariable(parts, whole.name)
+        parts = zip(part_specs(whole, ranges), ranges, strict=True)
+        variable = ShardedVariable([maker.make(part, value[slice(*rows)]) for part, rows in parts], whole.name)
     else:
         variable = maker.make(whole, value)
     return AggregatingVariable(variable) if strategy.num_replicas_in_sync > 1 else variable
@@ -99,7 +100,7 @@ class _Maker:
         if self._strategy.is_chief:
             self.client.create_variable(ps, spec, value.flatten())
         else:
-            self.client.await_variable(ps, spec, _patience(self._strategy), _Announcement(spec.name))
+            self.client.await_variable(ps, spec, self._strategy.session_creation_timeout, _Announcement(spec.name))
         return PlainVariable(self._strategy, self.client, ps, spec, self._options)
 
 
@@ -114,24 +115,3 @@ class _Announcement:
         if not self._is_made:
             logger.info("waiting for the chief to create variable %r", self._name)
         self._is_made = True
-
-
-def _row_ranges(strategy: Strategy, whole: VariableSpec, anchor: Variable | None) -> list[Range]:
-    """The rows of the parts of a variable that is to be partitioned; none for one that stays whole."""
-    partition = getattr(strategy, "row_ranges", None)
-    if partition is None or anchor is not None or not whole.shape:
-        return []
-    ranges: list[Range] = partition(whole)
-    return ranges if len(ranges) > 1 else []
-
-
-def _part(whole: VariableSpec, index: int, rows: Range) -> VariableSpec:
-    start, stop = rows
-    shard = Shard(variable=whole.name, index=index, start=start, rows=whole.shape[0])
-    return VariableSpec(f"{whole.name}/part_{index}", (stop - start, *whole.shape[1:]), whole.dtype, shard)
-
-
-def _patience(strategy: Strategy) -> float:
-    """Seconds to wait for the chief."""
-    seconds: float = getattr(strategy, "_timeout", 7200.0)
-    return seconds

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from paramserver.arena import ArenaLayout, Range, Shard, VariableSpec, dtype_name
+from paramserver.arena import ArenaLayout, Range, VariableSpec, dtype_name
 from paramserver.errors import ConfigError
+from paramserver.partition import part_specs
 from paramserver.placement import Place
 from paramserver.rules import Rule, describe
-
 
 RowRanges = Callable[[VariableSpec], Sequence[Range]]
 """The ranges of rows that a variable is divided into; none or one for a variable that stays whole."""
@@ -167,25 +167,6 @@ def plan(
     return [
         [_arena(members, rules, ps, index) for index, members in enumerate(arenas.values())]
         for ps, arenas in enumerate(together)
-    ]
-
-
-def part_specs(spec: VariableSpec, ranges: Sequence[Range]) -> list[VariableSpec]:
-    """What the ps tasks know the parts of a partitioned variable by.
-
-    >>> spec = VariableSpec("table", (5, 2), "float32")
-    >>> [(part.name, part.shape) for part in part_specs(spec, [(0, 3), (3, 5)])]
-    [('table/part_0', (3, 2)), ('table/part_1', (2, 2))]
-    """
-    rows, *rest = spec.shape
-    return [
-        VariableSpec(
-            f"{spec.name}/part_{index}",
-            (stop - start, *rest),
-            spec.dtype,
-            Shard(variable=spec.name, index=index, start=start, rows=rows),
-        )
-        for index, (start, stop) in enumerate(ranges)
     ]
 
 

@@ -1,0 +1,97 @@
+"""The lanes to all parameter servers of a run, asked and answered together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from paramserver.errors import LocalProtocolError, ParameterServerError
+from paramserver.transport.lane import Lane, Piece
+from paramserver.wire import messages
+
+logger = logging.getLogger(__name__)
+
+
+class Call(NamedTuple):
+    """A request to one ps, and the pieces that go and come with it."""
+
+    lane: Lane
+    request: messages.Request
+    outgoing: Sequence[Piece] = ()
+    incoming: Sequence[Piece] = ()
+
+
+class Lanes:
+    """The lanes to every ps, kept in step: what was asked is answered before anything else is asked.
+
+    Apart from the client, so that what ends the connections when the client is collected need not hold the client.
+
+    Args:
+        lanes: By the ps's index. Owned by this object from now on.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = list(lanes)
+        self._unanswered: set[Lane] = set()
+
+    def each(self) -> list[Lane]:
+        """The lanes, by index.
+
+        Raises:
+            LocalProtocolError: After `goodbye` or `close`.
+        """
+        if not self._lanes:
+            raise LocalProtocolError("this task has said goodbye to the ps tasks already; it cannot ask them anything")
+        return self._lanes
+
+    def exchange(self, calls: Sequence[Call]) -> list[messages.Reply]:
+        """Ask several ps tasks at once. The answers of all are taken in, also if one is lost.
+
+        Raises:
+            UnavailableError: If one of them is lost; the first one that is.
+        """
+        asked: list[Call] = []
+        replies: list[messages.Reply] = []
+        failures: list[ParameterServerError] = []
+        for call in calls:
+            self._unanswered.add(call.lane)
+            try:
+                call.lane.start(call.request, call.outgoing)
+            except ParameterServerError as error:
+                failures.append(error)
+            else:
+                asked.append(call)
+        for call in asked:
+            try:
+                replies.append(call.lane.finish(call.incoming))
+            except ParameterServerError as error:
+                failures.append(error)
+            else:
+                self._unanswered.discard(call.lane)
+        if failures:
+            raise failures[0]
+        return replies
+
+    def goodbye(self, failure: str = "") -> None:
+        """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent.
+
+        A lane that was left in the middle of a request, by an interrupt perhaps, is closed without a word: the peer
+        would take the word for the rest of that request.
+        """
+        for lane in self._lanes:
+            if lane not in self._unanswered:
+                try:
+                    self.exchange([Call(lane, messages.Goodbye(failure))])
+                except ParameterServerError as error:
+                    logger.debug("%s was told goodbye in vain: %s", lane.task, str(error))
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections without a word. Idempotent."""
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []
+
+    def __repr__(self) -> str:
+        return repr(self._lanes)
