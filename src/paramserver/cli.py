@@ -74,6 +74,9 @@ def launch(
         int | None,
         typer.Option(metavar="N", help="Threads of each task; else the workers share the cores."),
     ] = None,
+    restarts: Annotated[
+        int, typer.Option(metavar="N", help="Start each task that fails again, up to N times.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
 ) -> None:
     """Run SCRIPT as a cluster of processes on this machine.
@@ -92,6 +95,7 @@ def launch(
         evaluator=evaluator,
         lane=lane,
         threads=threads,
+        restarts=restarts,
     )
     if not Path(script).is_file():
         raise ConfigError(f"launch: there is no script {script!r} in {Path.cwd()}")

@@ -127,11 +127,12 @@ class Run:
         grace: float = 10.0,
         reports: bool = False,
         listeners: Mapping[TaskId, socket.socket] | None = None,
+        restarts: int = 0,
     ) -> None:
         self.lines: list[OutputLine] = []
         self.reports: list[Report] = []
         self.code = local.run(
-            LaunchSpec("run", tasks, {}, grace),
+            LaunchSpec("run", tasks, {}, grace, restarts),
             self.reports.append if reports else None,
             self.lines.append,
             listeners,
@@ -446,3 +447,46 @@ def test_a_missing_script_is_one_line(arguments: list[str]) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: launch")
     assert done.stderr.count("\n") == 1
+
+
+# --- restarts
+
+
+FAIL_ONCE = """
+try:
+    os.close(os.open(HERE + "/was_here", os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    print("again")
+else:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_task_that_is_killed_is_started_again(program: Program) -> None:
+    run = Run(program(CHIEF, FAIL_ONCE), program(WORKER, "print('undisturbed')"), restarts=1)
+    assert (run.code, run.said(CHIEF), run.said(WORKER)) == (0, ["again"], ["undisturbed"])
+    assert run.said(None, is_error=True) == [
+        "chief:0 was killed by SIGKILL (code 137); it is started again (1 of 1)"
+    ]
+
+
+def test_a_task_that_fails_each_time_has_failed(program: Program) -> None:
+    run = Run(program(WORKER, "print('here'); sys.exit(3)"), restarts=2)
+    assert (run.code, run.said(WORKER)) == (3, ["here"] * 3)
+
+
+def test_a_ps_that_is_started_again_listens_at_the_same_address(program: Program) -> None:
+    serve = "print(socket.socket(fileno=int(os.environ['PARAMSERVER_LISTEN_FD'])).getsockname()[1])\n" + FAIL_ONCE
+    listener = local._listener()
+    port = str(listener.getsockname()[1])
+    run = Run(program(PS, "sys.stdout.reconfigure(line_buffering=True)\n" + serve), listeners={PS: listener}, restarts=1)
+    assert (run.code, run.said(PS)) == (0, [port, port, "again"])
+    assert listener.fileno() == -1
+
+
+def test_what_a_failed_task_has_left_running_is_gone_before_it_is_started_again(
+    program: Program, lifeline: Lifeline
+) -> None:
+    run = Run(program(CHIEF, "child('hold(); signal.pause()'); os.read(crowd, 1)\n" + FAIL_ONCE), restarts=1)
+    assert run.code == 0
+    assert lifeline.is_free(PATIENCE)

@@ -110,3 +110,27 @@ def test_a_failure_while_the_run_is_stopped_does_not_ask_twice(rules: Rules) -> 
 def test_what_it_knows_is_shown(rules: Rules) -> None:
     rules.ended(WORKER, Ending(4), 0.0)
     assert repr(rules) == "<Rules running: chief:0, evaluator:0, ps:0; failed: 1; code: 4>"
+
+
+# --- restarts
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_a_task_that_fails_is_started_again_until_it_has_used_up_its_restarts(task: TaskId) -> None:
+    rules = Rules(ALL, GRACE, restarts=2)
+    assert [rules.ended(task, Ending(137, SIGKILL), 0.0) for _ in range(3)] == [True, True, False]
+    assert [failed for failed, _ in rules.failures] == [task]
+
+
+def test_each_task_has_restarts_of_its_own() -> None:
+    rules = Rules(ALL, GRACE, restarts=1)
+    assert all(rules.ended(task, Ending(1), 0.0) for task in ALL)
+    assert (rules.running, rules.exit_code) == (set(ALL), 0)
+
+
+def test_who_ends_well_or_is_told_to_end_is_not_started_again() -> None:
+    rules = Rules(ALL, GRACE, restarts=1)
+    assert not rules.ended(WORKER, WELL, 0.0)
+    rules.interrupted(SIGINT, 0.0)
+    rules.take_due(0.0)
+    assert not any(rules.ended(task, Ending(143, SIGTERM), 1.0) for task in (PS, CHIEF, EVALUATOR))

@@ -97,8 +97,10 @@ class LocalRun:
         self._on_report = on_report
         self._on_output = on_output or Printer(task.task for task in spec.tasks)
         self._listeners = listeners or {}
-        self._rules = Rules((task.task for task in spec.tasks), spec.grace)
+        self._rules = Rules((task.task for task in spec.tasks), spec.grace, spec.restarts)
+        self._specs = {task.task: task for task in spec.tasks}
         self._processes: dict[TaskId, TaskProcess] = {}
+        self._replaced: list[TaskProcess] = []
         self._selector = selectors.DefaultSelector()
         self._open_pipes = 0
         self._linger_until: float | None = None
@@ -114,7 +116,8 @@ class LocalRun:
             self._selector.register(interrupts, selectors.EVENT_READ, partial(self._interrupt, interrupts))
             guard = Guard()
             try:
-                self._start(guard)
+                for task in self._specs:
+                    self._start(task, guard)
                 while not self._is_over():
                     self._turn()
             finally:
@@ -123,17 +126,16 @@ class LocalRun:
             self._say(self._rules.summary)
         return self._rules.exit_code
 
-    def _start(self, guard: Guard) -> None:
-        for spec in self._spec.tasks:
-            listener = self._listeners.get(spec.task)
-            process = TaskProcess(spec, listener, self._on_report is not None, guard)
-            self._processes[spec.task] = process
-            if listener is not None:
-                listener.close()  # or else connections to a dead ps would wait in our copy for ever
-            self._watch(process)
+    def _start(self, task: TaskId, guard: Guard) -> None:
+        listener = self._listeners.get(task)
+        process = TaskProcess(self._specs[task], listener, self._on_report is not None, guard)
+        self._processes[task] = process
+        if listener is not None and not self._rules.restarts_left[task]:
+            listener.close()  # or else connections to a dead ps would wait in our copy for ever
+        self._watch(process, guard)
 
-    def _watch(self, process: TaskProcess) -> None:
-        self._selector.register(process.pidfd, selectors.EVENT_READ, partial(self._end, process))
+    def _watch(self, process: TaskProcess, guard: Guard) -> None:
+        self._selector.register(process.pidfd, selectors.EVENT_READ, partial(self._end, process, guard))
         for descriptor, is_error in ((process.stdout, False), (process.stderr, True)):
             self._watch_lines(descriptor, partial(self._print, process.task, is_error))
         if process.reports is not None:
@@ -162,9 +164,17 @@ class LocalRun:
         for key, _ in self._selector.select(timeout):
             key.data()
 
-    def _end(self, process: TaskProcess) -> None:
+    def _end(self, process: TaskProcess, guard: Guard) -> None:
         self._selector.unregister(process.pidfd)
-        self._rules.ended(process.task, process.ending(), time.monotonic())
+        task, ending = process.task, process.ending()
+        if self._rules.ended(task, ending, time.monotonic()):
+            left = self._rules.restarts_left[task]
+            self._say(f"{task} {ending}; it is started again ({self._spec.restarts - left} of {self._spec.restarts})")
+            process.signal(signal.SIGKILL)  # what it has started must not go on beside its successor
+            self._replaced.append(process)
+            self._start(task, guard)
+        elif task in self._listeners:
+            self._listeners[task].close()
 
     def _read(self, descriptor: int, buffer: LineBuffer, handle: Callable[[bytes], None]) -> None:
         data = os.read(descriptor, READ_BYTES)
@@ -195,7 +205,7 @@ class LocalRun:
         for process in self._processes.values():
             process.signal(signal.SIGKILL)
         guard.close()  # before the processes are reaped: it must not kill groups whose ids are free again
-        for process in self._processes.values():
+        for process in [*self._processes.values(), *self._replaced]:
             process.close()
 
     def _say(self, text: str) -> None:

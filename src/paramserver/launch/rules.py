@@ -8,6 +8,7 @@ Rules:
 4. An evaluator gets the time that it needs.
 5. An interrupt ends all tasks, and its exit code is the run's; a second one kills.
 6. Who is told to end and has not ended `KILL_AFTER` seconds later is killed.
+7. Where restarts are allowed, a task that fails is started again and has not failed, until it has used them up.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Ending:
 class Rules:
     """The state of a run's end. Times are seconds of any one clock that does not go back."""
 
-    def __init__(self, tasks: Iterable[TaskId], grace: float) -> None:
+    def __init__(self, tasks: Iterable[TaskId], grace: float, restarts: int = 0) -> None:
         self.running = set(tasks)
+        self.restarts_left = dict.fromkeys(self.running, restarts)
         self.failures: list[tuple[TaskId, Ending]] = []
         self.interrupt: int | None = None
         """The signal that the user ended the run with."""
@@ -73,8 +75,11 @@ class Rules:
         endings = "; ".join(f"{task} {ending}" for task, ending in self.failures)
         return f"error: {endings}" + ("; the run was stopped" if self.is_stopping else "")
 
-    def ended(self, task: TaskId, ending: Ending, now: float) -> None:
-        """A task has ended."""
+    def ended(self, task: TaskId, ending: Ending, now: float) -> bool:
+        """A task has ended; whether it is to be started again."""
+        if ending.code and not self.is_stopping and task not in self._told and self.restarts_left[task]:
+            self.restarts_left[task] -= 1
+            return True
         self.running.discard(task)
         self._due.pop(task, None)
         trains = any(other.role.trains for other in self.running)
@@ -86,6 +91,7 @@ class Rules:
             for other in self.running:
                 if other.role is Role.PS and other not in self._told:
                     self._due.setdefault(other, (now + self._grace, signal.SIGTERM))
+        return False
 
     def interrupted(self, number: int, now: float) -> None:
         """The user, or whoever runs the launcher, wants the run to end."""

@@ -37,6 +37,7 @@ class LaunchOptions:
         lane: ``auto``, or ``tcp`` to keep off shared memory.
         threads: Threads for each task's computations; None shares the cores among chief and workers.
         grace: Seconds that ps tasks get to end by themselves when chief and workers have ended.
+        restarts: How often each task that fails is started again.
     """
 
     script: str
@@ -47,6 +48,7 @@ class LaunchOptions:
     lane: str = "auto"
     threads: int | None = None
     grace: float = 10.0
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         if not self.script:
@@ -57,6 +59,7 @@ class LaunchOptions:
             _check_least("threads", self.threads, "leave it out to share the cores among the workers")
         if self.lane not in LANES:
             raise ConfigError(f"lane: expected one of {', '.join(LANES)}, got {self.lane!r}")
+        _check_least("restarts", self.restarts, "0 starts no task again", least=0)
         if self.grace < 0:
             raise ConfigError(f"grace: expected seconds, 0 or more, got {self.grace}")
 
@@ -85,12 +88,14 @@ class LaunchSpec:
         tasks: In the order in which they are started; ps tasks first, so that workers find them.
         addresses: The cluster as TF_CONFIG has it, role -> addresses.
         grace: As in `LaunchOptions`.
+        restarts: As in `LaunchOptions`.
     """
 
     run_id: str
     tasks: tuple[TaskSpec, ...]
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     grace: float = 10.0
+    restarts: int = 0
 
 
 def plan(
@@ -134,7 +139,7 @@ def plan(
         )
         for task in _task_ids(options)
     )
-    return LaunchSpec(run_id, tasks, addresses, options.grace)
+    return LaunchSpec(run_id, tasks, addresses, options.grace, options.restarts)
 
 
 def describe(spec: LaunchSpec) -> str:
@@ -153,9 +158,9 @@ def _describe_task(spec: LaunchSpec, task: TaskSpec) -> str:
     return "\n".join([title, *lines, shlex.join(task.command)])
 
 
-def _check_least(name: str, value: int, why: str) -> None:
-    if value < 1:
-        raise ConfigError(f"{name}: expected 1 or more, got {value}; {why}")
+def _check_least(name: str, value: int, why: str, least: int = 1) -> None:
+    if value < least:
+        raise ConfigError(f"{name}: expected {least} or more, got {value}; {why}")
 
 
 def _task_ids(options: LaunchOptions) -> list[TaskId]:
