@@ -44,6 +44,14 @@ class PushResult(NamedTuple):
     staleness: int
 
 
+class _Made(NamedTuple):
+    """A variable of the program's own: where it is, and the values that it was made with, None if others made it."""
+
+    ps: int
+    variable: VariableSpec
+    values: torch.Tensor | None
+
+
 class ParameterClient:
     """Talks to every ps of a run. Not thread-safe; every method blocks until all ps tasks have answered.
 
@@ -61,7 +69,9 @@ class ParameterClient:
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self.lanes = Lanes(lanes)
         self._layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
+        self._memories: list[WorkerMemory] = []
         self._variables: set[str] = set()
+        self._made: list[_Made] = []
         self._sequence = 0
         self._local_step = 0  # what staleness is counted from: the step of the values that are here
         self.global_step = 0
@@ -98,12 +108,54 @@ class ParameterClient:
 
     def open(self) -> list[WorkerMemory]:
         """Make the memory for the declared arenas, for each ps."""
-        return [lane.open(layouts) for lane, layouts in zip(self.lanes.each(), self._layouts, strict=True)]
+        self._memories = [lane.open(layouts) for lane, layouts in zip(self.lanes.each(), self._layouts, strict=True)]
+        return self._memories
 
     def mark_ready(self, global_step: int) -> None:
         """The chief has initialized the variables: let the others begin."""
         self._ask_all(messages.MarkReady(global_step), messages.Done)
         self._arrived(global_step)
+
+    def resume(
+        self,
+        lanes: Sequence[Lane],
+        timeout: float,
+        on_wait: Callable[[float], None] = lambda _: None,
+        *,
+        is_chief: bool,
+    ) -> bool:
+        """Go on over other lanes to the same ps tasks, after one of the present ones was lost.
+
+        The memory stays the same. What a ps does not hold any more, the chief makes anew, without values: unless this
+        returns True, it has to initialize the variables and `mark_ready`. Everyone else waits for that here.
+
+        Args:
+            lanes: By the ps's index. Owned by the client from now on.
+            timeout: Seconds to wait for the chief, in all.
+            on_wait: As for `await_ready`.
+            is_chief: Whether this task initializes.
+
+        Returns:
+            Whether all ps tasks hold values.
+
+        Raises:
+            DeadlineError: If the chief has not initialized them by then.
+        """
+        self.lanes.replace(lanes)
+        is_ready = self.create(self._layouts) if is_chief else self._join_again(timeout, on_wait)
+        for lane, layouts, memory in zip(lanes, self._layouts, self._memories, strict=True):
+            lane.open(layouts, memory)
+        for ps, variable, values in self._made:
+            if values is not None:
+                self._create(ps, variable, values)
+            else:
+                self._find(ps, variable, timeout, on_wait)
+        return is_ready
+
+    @property
+    def ways(self) -> list[str]:
+        """For each ps the lane that `resume` can go on with: ``auto``, or ``tcp`` where no memory was shared."""
+        return ["tcp" if memory.file is None else "auto" for memory in self._memories]
 
     # --- steps
 
@@ -171,11 +223,8 @@ class ParameterClient:
         Raises:
             ModelMismatchError: If it is there already, with another shape or dtype.
         """
-        lane = self.lanes.each()[ps]
-        for start, stop in list(pieces([(0, variable.size)])) or [(0, 0)]:
-            request = messages.CreateVariable(variable, start, packed(values[start:stop]))
-            if self._ask(lane, request, messages.Declared).ready:
-                break
+        self._create(ps, variable, values)
+        self._made.append(_Made(ps, variable, values))
 
     def await_variable(
         self, ps: int, variable: VariableSpec, timeout: float, on_wait: Callable[[float], None] = lambda _: None
@@ -194,9 +243,8 @@ class ParameterClient:
             RefusedError: If the chief failed.
             RunOverError: If the chief has finished without making it.
         """
-        lane = self.lanes.each()[ps]
-        failing = f"the chief has not created variable {variable.name!r} on {lane.task}"
-        self._await(lane, partial(messages.AwaitVariable, variable), time.monotonic(), timeout, failing, on_wait)
+        self._find(ps, variable, timeout, on_wait)
+        self._made.append(_Made(ps, variable, None))
 
     def read_variable(self, ps: int, variable: VariableSpec, span: Range) -> torch.Tensor:
         """Elements ``[start, stop)`` of a variable, flat. What lies in one block is of one version."""
@@ -263,10 +311,12 @@ class ParameterClient:
     def goodbye(self, failure: str = "") -> None:
         """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent."""
         self.lanes.goodbye(failure)
+        self._memories = []  # their files are closed with them
 
     def close(self) -> None:
         """Close the connections without a word. Idempotent."""
         self.lanes.close()
+        self._memories = []
 
     def __repr__(self) -> str:
         return f"<ParameterClient of {self.lanes} at global step {self.global_step}>"
@@ -274,6 +324,23 @@ class ParameterClient:
     def _arrived(self, global_step: int) -> None:
         """Values of this step are here."""
         self.global_step = self._local_step = global_step
+
+    def _join_again(self, timeout: float, on_wait: Callable[[float], None]) -> bool:
+        self.await_ready(timeout, on_wait)
+        self.join(self._layouts)
+        return True
+
+    def _create(self, ps: int, variable: VariableSpec, values: torch.Tensor) -> None:
+        lane = self.lanes.each()[ps]
+        for start, stop in list(pieces([(0, variable.size)])) or [(0, 0)]:
+            request = messages.CreateVariable(variable, start, packed(values[start:stop]))
+            if self._ask(lane, request, messages.Declared).ready:
+                break
+
+    def _find(self, ps: int, variable: VariableSpec, timeout: float, on_wait: Callable[[float], None]) -> None:
+        lane = self.lanes.each()[ps]
+        failing = f"the chief has not created variable {variable.name!r} on {lane.task}"
+        self._await(lane, partial(messages.AwaitVariable, variable), time.monotonic(), timeout, failing, on_wait)
 
     def _await(
         self,

@@ -73,6 +73,11 @@ class Lanes:
             raise failures[0]
         return replies
 
+    def replace(self, lanes: Sequence[Lane]) -> None:
+        """Go on with other lanes to the same ps tasks; the present ones are closed without a word."""
+        self.close()
+        self._lanes, self._unanswered = list(lanes), set()
+
     def goodbye(self, failure: str = "") -> None:
         """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent.
 

@@ -349,6 +349,15 @@ class ReferenceWorker:
                 schedule.step()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These models are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assert_trains_as_the_reference_does(recipe: Recipe, plain: Recipe) -> None:
     """Play all turns with both.
 
@@ -418,7 +427,8 @@ def test_a_compiled_model(make: Callable[[], Any], monkeypatch: pytest.MonkeyPat
     counters.clear()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     recipe = Recipe(make, lambda m: [optim.SGD(m.parameters(), lr=0.1)], vectors, classify)
-    with inductor.patch(compile_threads=1):  # no processes beside this one
+    # No processes beside this one, and no trials of what the compiler can do.
+    with inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": True}):
         assert_trains_as_the_reference_does(recipe, dataclasses.replace(recipe, model=Small))
     assert counters["stats"]["unique_graphs"] == 1
     torch.compiler.reset()

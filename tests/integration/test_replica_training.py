@@ -20,6 +20,7 @@ from torch import Tensor, nn, optim
 
 import paramserver as ps
 from paramserver.distribute.devices import Device
+from paramserver.distribute.direct_gradients import LARGE
 from paramserver.placement import FixedShards
 from paramserver.testing.local_cluster import LocalCluster
 
@@ -468,6 +469,14 @@ def test_models_of_every_kind(make: Callable[[], nn.Module], player: Replicas) -
         yield from ordinary(player, *player.prepare(make(), adam))
 
     assert_equal_to_plain(program, player)
+
+
+def test_a_large_layer_whose_gradient_is_computed_in_its_place(few: Replicas) -> None:
+    def program(player: Player) -> Iterator[nn.Module]:
+        model = nn.Sequential(nn.Linear(6, 512), nn.Tanh(), nn.Linear(512, LARGE // 512 // 4, bias=False))
+        yield from ordinary(player, *player.prepare(model, sgd))
+
+    assert_equal_to_plain(program, few)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

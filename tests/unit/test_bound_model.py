@@ -15,7 +15,7 @@ from paramserver.client import PushResult
 from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
-from paramserver.distribute.variables import collect, plan
+from paramserver.distribute.variables import Kind, collect, plan
 from paramserver.placement import RoundRobin
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
@@ -198,3 +198,55 @@ def test_a_buffer_that_was_removed_is_refused() -> None:
     model.moving = None
     with pytest.raises(ValueError, match=r"'moving' is float32\[3\] on its ps, and the model has nothing"):
         bound.step()
+
+
+# --- several optimizers
+
+
+def two_optimizers() -> tuple[Any, BoundModel, Any]:
+    """Arenas: the weight of the first optimizer, the bias of the second, and a buffer."""
+    model: Any = nn.Linear(3, 2)
+    model.register_buffer("average", torch.zeros(1))
+    optimizers = [optim.SGD([model.weight], lr=0.1), optim.Adam([model.bias], lr=0.2)]
+    return model, *bind(model, *optimizers)
+
+
+def test_each_optimizer_pushes_and_pulls_what_it_holds() -> None:
+    """Buffers, and the count of the global step, go with the first."""
+    model, bound, client = two_optimizers()
+    model(torch.ones(1, 3)).sum().backward()
+    model.average += 1
+    assert bound.step(1).global_step == 0
+    assert [(part.arena, part.operation, part.settings["lr"]) for part in client.parts] == [(1, "rule", 0.2)]
+    assert client.pulled == [1]
+    assert bound.step(0).global_step == 1
+    assert [(part.arena, part.operation) for part in client.parts] == [(0, "rule"), (2, "add")]
+    assert client.pulled == [0, 2]
+
+
+def test_only_what_was_pulled_is_taken_to_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen body of many gigabytes is copied once, not with every step."""
+    model: Any = nn.ModuleList([nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False), nn.Linear(2, 2)])
+    model[2].requires_grad_(False)
+    bound, client = bind(model, optim.SGD([*model[0].parameters(), model[2].bias], lr=0.1))
+    arenas = [arena for each in bound._arenas for arena in each]
+    pulled: list[int] = []
+    for arena in arenas:
+        monkeypatch.setattr(arena, "pulled", lambda index=arena.plan.index: pulled.append(index))
+    kinds = {arena.plan.index: arena.plan.kind for arena in arenas}
+    assert set(kinds.values()) == set(Kind)
+    bound.step()
+    assert pulled == client.pulled == [index for index in kinds if kinds[index] in (Kind.TRAINED, Kind.COUNTED)]
+
+
+def test_a_frozen_parameter_is_pulled_when_it_is_trained() -> None:
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    bound, client = bind(model, optim.SGD(model.parameters(), lr=0.1))
+    model(torch.ones(1, 3)).sum().backward()
+    bound.step()
+    assert client.pulled == [0]
+    model.bias.requires_grad_(True)
+    model(torch.ones(1, 3)).sum().backward()
+    bound.step()
+    assert client.pulled == [0, 1]

@@ -18,17 +18,18 @@ from paramserver.errors import ConfigError
 
 
 class Pusher:
-    """A model that counts pushes instead of making any."""
+    """A model that counts pushes instead of making any, with replicas of its parameters."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.others: dict[int, torch.Tensor] = {}
 
     def step(self, owner: int) -> PushResult:
         self.count += 1
         return PushResult(self.count, owner)
 
     def on_each_replica(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (parameter,)
+        return parameter, *([self.others[id(parameter)]] if id(parameter) in self.others else [])
 
 
 @pytest.fixture
@@ -135,6 +136,59 @@ def test_a_schedule_before_the_first_step_warns_as_ever(prepared: PreparedOptimi
     schedule = optim.lr_scheduler.ExponentialLR(prepared, 0.5)
     with pytest.warns(UserWarning, match="lr_scheduler.step"):
         schedule.step()
+
+
+# --- several replicas
+
+
+@pytest.fixture
+def of_two(original: optim.Optimizer, pusher: Pusher) -> PreparedOptimizer:
+    """Of a model with two replicas, all of whose parameters have gradients."""
+    for parameter in original.param_groups[0]["params"]:
+        pusher.others[id(parameter)] = nn.Parameter(parameter.detach().clone())
+        for each in pusher.on_each_replica(parameter):
+            each.grad = torch.ones_like(each)
+    return PreparedOptimizer(original, pusher, num_replicas=2)
+
+
+def gradients(pusher: Pusher, optimizer: optim.Optimizer) -> list[list[float | None]]:
+    """The sum of each gradient on each replica."""
+    parameters = optimizer.param_groups[0]["params"]
+    replicas = zip(*map(pusher.on_each_replica, parameters), strict=True)
+    return [[None if each.grad is None else each.grad.sum().item() for each in own] for own in replicas]
+
+
+@pytest.mark.parametrize(("set_to_none", "first"), [(True, [None, None]), (False, [0.0, 0.0])])
+def test_outside_of_replicas_all_gradients_are_forgotten(
+    set_to_none: bool, first: list[float | None], of_two: PreparedOptimizer, pusher: Pusher
+) -> None:
+    of_two.zero_grad(set_to_none=set_to_none)
+    assert gradients(pusher, of_two) == [first, [None, None]]
+
+
+@pytest.mark.parametrize(("set_to_none", "first"), [(True, [None, None]), (False, [0.0, 0.0])])
+def test_on_a_replica_its_own_gradients_are_forgotten(
+    set_to_none: bool, first: list[float | None], of_two: PreparedOptimizer, pusher: Pusher
+) -> None:
+    strategy = ps.CentralStorageStrategy(["cpu:0"])
+    strategy.run(lambda: of_two.zero_grad(set_to_none=set_to_none))
+    assert gradients(pusher, of_two) == [first, [4.0, 2.0]]
+
+
+def test_a_step_of_two_replicas_is_one_push(of_two: PreparedOptimizer, pusher: Pusher) -> None:
+    """U09."""
+    strategy = ps.CentralStorageStrategy(["cpu:0", "cpu:1"])
+    strategy.run(of_two.step)
+    assert (pusher.count, of_two.last_push) == (1, PushResult(1, 0))
+
+
+def test_a_step_of_two_replicas_outside_of_them_is_refused(of_two: PreparedOptimizer, pusher: Pusher) -> None:
+    """U10."""
+    with pytest.raises(RuntimeError, match=r"optimizer\.step: this worker has 2 replicas"):
+        of_two.step()
+    with ps.CentralStorageStrategy(["cpu:0", "cpu:1"]).scope(), pytest.raises(RuntimeError, match="2 replicas"):
+        of_two.step()
+    assert pusher.count == 0
 
 
 # --- what may be prepared

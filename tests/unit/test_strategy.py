@@ -95,18 +95,73 @@ def test_who_is_the_chief(cluster: dict[str, list[str]], task: tuple[str, int], 
     assert (extended.should_init, extended.should_checkpoint, extended.should_save_summary) == (expected,) * 3
 
 
-def test_devices_of_a_cluster() -> None:
-    """C13, C15."""
-    extended = strategy(task_id=1).extended
+@pytest.mark.parametrize("gpus", [0, 1, 3])
+def test_devices_of_a_cluster(gpus: int) -> None:
+    """C13, C14, C15: the accelerators that the resolver counts, as devices of this worker."""
+    resolver = ps.SimpleClusterResolver(
+        ps.ClusterSpec(CLUSTER), task_type="worker", task_id=1, num_accelerators={"GPU": gpus, "TPU": 8}
+    )
+    extended = ps.ParameterServerStrategy(resolver).extended
     assert extended.parameter_devices == ("/job:ps/task:0", "/job:ps/task:1", "/job:ps/task:2")
-    assert extended.worker_devices == ("/job:worker/task:1/device:CPU:0",)
-    assert extended.worker_devices_by_replica == (("/job:worker/task:1/device:CPU:0",),)
+    kind = "GPU" if gpus else "CPU"
+    devices = tuple(f"/job:worker/task:1/device:{kind}:{index}" for index in range(gpus or 1))
+    assert extended.worker_devices == devices
+    assert extended.worker_devices_by_replica == tuple((device,) for device in devices)
 
 
-def test_devices_of_one_process() -> None:
+def test_tf_config_counts_the_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C14: whatever the resolver itself would say."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ps.TFConfigClusterResolver, "num_accelerators", lambda *_: {"GPU": 9})
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": CLUSTER, "task": {"type": "chief", "index": 0}}))
+    devices = ps.ParameterServerStrategy().extended.worker_devices
+    assert devices == ("/job:chief/task:0/device:GPU:0", "/job:chief/task:0/device:GPU:1")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "compute", "variables"),
+    [
+        (0, ("/device:CPU:0",), "/device:CPU:0"),
+        (1, ("/device:GPU:0",), "/device:GPU:0"),
+        (2, ("/device:GPU:0", "/device:GPU:1"), "/device:CPU:0"),
+    ],
+)
+@pytest.mark.parametrize("make", [ps.ParameterServerStrategy, ps.CentralStorageStrategy])
+def test_devices_of_one_process(
+    gpus: int,
+    compute: tuple[str, ...],
+    variables: str,
+    make: type[ps.ParameterServerStrategy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """C17."""
-    extended = ps.ParameterServerStrategy().extended
-    assert (extended.parameter_devices, extended.worker_devices) == (("/device:CPU:0",), ("/device:CPU:0",))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    extended = make().extended
+    assert (extended.worker_devices, extended.parameter_devices) == (compute, (variables,))
+    assert make().num_replicas_in_sync == len(compute)
+
+
+@pytest.mark.parametrize(
+    ("named", "compute", "variables"),
+    [
+        ({"compute_devices": ["cuda:1"]}, ("/device:GPU:1",), "/device:GPU:1"),
+        ({"compute_devices": ["cpu:0", "gpu:1"]}, ("/device:CPU:0", "/device:GPU:1"), "/device:CPU:0"),
+        ({"parameter_device": "cpu:3"}, ("/device:GPU:0",), "/device:CPU:3"),
+        ({"compute_devices": ["cuda:1"], "parameter_device": "cuda:0"}, ("/device:GPU:1",), "/device:GPU:0"),
+    ],
+)
+@pytest.mark.parametrize("make", [ps.ParameterServerStrategy, ps.CentralStorageStrategy])
+def test_devices_that_are_named(
+    named: dict[str, Any],
+    compute: tuple[str, ...],
+    variables: str,
+    make: type[ps.ParameterServerStrategy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """C18: exactly those; a named parameter device wins."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    extended = make(**named).extended
+    assert (extended.worker_devices, extended.parameter_devices) == (compute, (variables,))
 
 
 def test_construction_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -118,11 +173,27 @@ def test_construction_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
         assert part in record.getMessage()
 
 
-def test_construction_in_one_process_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (
+            ps.ParameterServerStrategy,
+            "<ParameterServerStrategy in one process; computing on /device:CPU:0, variables on /device:CPU:0>",
+        ),
+        (
+            lambda: ps.CentralStorageStrategy(["cuda:0", "cuda:1"], "cpu:2"),
+            "<CentralStorageStrategy in one process; computing on /device:GPU:0, /device:GPU:1, "
+            "variables on /device:CPU:2>",
+        ),
+    ],
+)
+def test_construction_in_one_process_logs_one_line(
+    make: Callable[[], object], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """C19."""
     with caplog.at_level("INFO", logger="paramserver"):
-        ps.ParameterServerStrategy()
-    assert [record.getMessage() for record in caplog.records] == ["<ParameterServerStrategy in one process>"]
+        make()
+    assert [record.getMessage() for record in caplog.records] == [line]
 
 
 @pytest.mark.parametrize("cluster", [None, {}])
@@ -131,9 +202,12 @@ def test_every_worker_runs_the_same_program(cluster: dict[str, list[str]] | None
     assert strategy(cluster).extended.between_graph is True
 
 
-def test_replicas_are_those_of_this_worker() -> None:
+@pytest.mark.parametrize("devices", [["cpu:0"], ["cpu:0", "cpu:1"]])
+def test_replicas_are_those_of_this_worker(devices: list[str]) -> None:
     """W06: never workers times replicas."""
-    assert strategy().num_replicas_in_sync == 1
+    resolver = ps.SimpleClusterResolver(ps.ClusterSpec(CLUSTER), task_type="worker", task_id=1)
+    found = ps.ParameterServerStrategy(resolver, compute_devices=devices)
+    assert found.num_replicas_in_sync == found.input_context.num_replicas_in_sync == len(devices)
 
 
 def test_nothing_that_is_passed_in_is_changed() -> None:
@@ -200,6 +274,32 @@ def test_prepare_is_for_tasks_that_train(task: tuple[str, int]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ps.errors.ConfigError, match=f"this task is {task[0]}:0, which does not train"):
         strategy(None, *task).prepare(model, optimizer)
+
+
+def test_a_prepare_that_was_refused_may_be_made_again() -> None:
+    """Its model was the mistake, not that there was one before."""
+    trainer = strategy()
+    model = nn.Linear(2, 2)
+    for _ in range(2):
+        with pytest.raises(ps.errors.UnsupportedOptimizerError, match="LBFGS cannot run on a parameter server"):
+            trainer.prepare(model, torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize(("reduction", "error"), [("max", ValueError), (None, TypeError)])
+def test_gradients_are_averaged_or_added_up(reduction: Any, error: type[Exception]) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(error, match="'sum'"):
+        ps.ParameterServerStrategy().prepare(model, optimizer, gradient_reduction=reduction)
+
+
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_a_sequence_of_optimizers_comes_back_as_a_tuple(sequence: Callable[[Any], Any]) -> None:
+    model = nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD([model.weight], lr=0.1), torch.optim.Adam([model.bias])]
+    _, prepared = ps.ParameterServerStrategy().prepare(model, sequence(optimizers))
+    assert isinstance(prepared, tuple)
+    assert [each.param_groups for each in prepared] == [each.param_groups for each in optimizers]
 
 
 def test_in_one_process_a_strategy_may_prepare_again() -> None:

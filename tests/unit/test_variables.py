@@ -9,6 +9,7 @@ import torch
 from torch import nn, optim
 
 import paramserver as ps
+from paramserver.arena import Shard, VariableSpec
 from paramserver.distribute.variables import Kind, aliases, collect, plan
 from paramserver.errors import ConfigError, UnsupportedOptimizerError
 from paramserver.placement import RoundRobin
@@ -71,10 +72,6 @@ def test_variables_of_one_dtype_group_and_kind_share_an_arena() -> None:
     ]
 
 
-def names(arena: Any) -> list[str]:
-    return [variable.spec.name for variable in arena.members]
-
-
 def test_every_worker_finds_the_same_places() -> None:
     """W02."""
 
@@ -85,6 +82,56 @@ def test_every_worker_finds_the_same_places() -> None:
         return [[arena.layout for arena in each] for each in arenas]
 
     assert layouts() == layouts()
+
+
+def thirds(spec: VariableSpec) -> list[tuple[int, int]]:
+    """Six rows in three parts; all else stays whole."""
+    return [(0, 2), (2, 4), (4, 6)] if spec.shape[:1] == (6,) else [(0, spec.shape[0])] if spec.shape else []
+
+
+def test_parts_of_a_variable_are_variables_with_places_of_their_own() -> None:
+    """P07: parts of a parameter that an optimizer holds; round robin goes on with the next variable."""
+    model = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 6))
+    optimizer = optim.SGD(model[0].parameters(), lr=0.1)
+    arenas = plan(collect(model, [optimizer]), [optimizer], RoundRobin().start(2), 2, thirds)
+    trained = [arena for each in arenas for arena in each if arena.kind is Kind.TRAINED]
+    assert [names(arena) for arena in trained] == [
+        ["0.weight/part_0", "0.weight/part_2", "0.bias/part_1"],
+        ["0.weight/part_1", "0.bias/part_0", "0.bias/part_2"],
+    ]
+    held = [(member.rows, member.spec.shape, member.spec.shard) for arena in trained for member in arena.members]
+    assert held[0] == ((0, 2), (2, 2), Shard("0.weight", 0, 0, 6))
+    assert held[1] == ((4, 6), (2, 2), Shard("0.weight", 2, 4, 6))
+    assert held[2] == ((2, 4), (2,), Shard("0.bias", 1, 2, 6))
+    rest = {name for each in arenas for arena in each if arena not in trained for name in names(arena)}
+    assert rest == {"1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight", "2.bias"}
+
+
+def names(arena: Any) -> list[str]:
+    return [member.spec.name for member in arena.members]
+
+
+# --- several optimizers
+
+
+def test_groups_are_counted_through_all_optimizers() -> None:
+    model = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3))
+    one = optim.SGD([{"params": model[2].parameters()}, {"params": model[0].parameters()}], lr=0.1)
+    other = optim.Adam(model[1].parameters())
+    variables = collect(model, [one, other])
+    assert [(variable.spec.name, variable.group) for variable in variables] == [
+        ("0.weight", 1), ("1.weight", 2), ("2.weight", 0)
+    ]  # fmt: skip
+    ((*arenas,),) = plan(variables, [one, other], RoundRobin().start(1), 1)
+    assert [(names(arena), arena.layout.rule.name) for arena in arenas] == [
+        (["0.weight"], "SGD"), (["1.weight"], "Adam"), (["2.weight"], "SGD")
+    ]  # fmt: skip
+
+
+def test_a_parameter_of_two_optimizers_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"a parameter of shape \[2, 2\] is held by two optimizers"):
+        collect(model, [sgd(model), optim.Adam([model.weight])])
 
 
 def prepare(model: nn.Module, optimizer: optim.Optimizer) -> None:

@@ -74,6 +74,10 @@ class BoundModel:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
         for arena in self._each():
             arena.bind()  # before the values come, so that the model's own are gone by then
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring all values up to date with the ps tasks'. What buffers changed by since the last step is lost."""
         self._client.pull([[arena.plan.index for arena in arenas] for arenas in self._arenas])
         for arena in self._each():
             arena.pulled()

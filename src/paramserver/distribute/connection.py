@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -38,21 +39,38 @@ def to_cluster(
         DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
         TokenError: If the run's token does not fit.
     """
+    client = ParameterClient(_lanes(cluster, me, timeout, token, lane))
+    weakref.finalize(client, _leave, client.lanes, os.getpid())
+    return client
+
+
+def lanes_again(cluster: ClusterSpec, me: TaskId, timeout: float, client: ParameterClient) -> list[Lane]:
+    """New lanes to every ps for a client that has lost one, of kinds that fit its memory; raises as `to_cluster`."""
+    return _lanes(cluster, me, timeout, ways=client.ways)
+
+
+def _lanes(
+    cluster: ClusterSpec,
+    me: TaskId,
+    timeout: float,
+    token: str | None = None,
+    lane: str | None = None,
+    ways: Sequence[str] = (),
+) -> list[Lane]:
     surroundings = environment.read()
     token, way = surroundings.token if token is None else token, lane or surroundings.lane
     identity = Identity(task=str(me), token=token, incarnation=new_incarnation())
     give_up = time.monotonic() + timeout
     lanes: list[Lane] = []
     try:
-        for task in cluster.tasks(Role.PS):
+        for index, task in enumerate(cluster.tasks(Role.PS)):
             remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
-            lanes.append(connect(cluster.address(task), str(task), identity, lane=way, timeout=remaining))
+            kind = ways[index] if ways else way
+            lanes.append(connect(cluster.address(task), str(task), identity, lane=kind, timeout=remaining))
     except BaseException:
         Lanes(lanes).close()
         raise
-    client = ParameterClient(lanes)
-    weakref.finalize(client, _leave, client.lanes, os.getpid())
-    return client
+    return lanes
 
 
 def _leave(lanes: Lanes, pid: int) -> None:

@@ -80,6 +80,17 @@ def scope(strategy: Strategy) -> Iterator[Strategy]:
 
 
 @contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """The default context for a ``with`` block, wherever this thread is: for work that the scope around it is not about."""
+    around, has_base = _thread.frames, _thread.has_base
+    _thread.frames, _thread.has_base = [], False
+    try:
+        yield
+    finally:
+        _thread.frames, _thread.has_base = around, has_base
+
+
+@contextlib.contextmanager
 def cross_replica(strategy: Strategy, call: str) -> Iterator[None]:
     """For a call that belongs to the cross-replica context, and is allowed without any scope (X07).
 

@@ -91,7 +91,9 @@ class ParameterServerStrategy(Strategy):
         self._timeout = session_creation_timeout
         self._enter_cluster(self._resolver.cluster_spec(), self._resolver.task_type, self._resolver.task_id)
 
-    def configure(self, cluster_spec: ClusterLike | None = None, task_type: str | None = None, task_id: int | None = None) -> None:
+    def configure(
+        self, cluster_spec: ClusterLike | None = None, task_type: str | None = None, task_id: int | None = None
+    ) -> None:
         """Make a strategy that was built for one process a part of a cluster (C20). Does nothing without a cluster.
 
         Args:
@@ -207,8 +209,9 @@ class ParameterServerStrategy(Strategy):
         From then on a parameter changes by its optimizer only: values that a program writes into it (as
         ``load_state_dict`` does) are lost with the next step where the ps tasks are others, so write them before.
 
-        With several replicas each has parameters and buffers of its own in the model's modules while it runs, and
-        ``optimizer.step()`` makes one update of all their gradients.
+        With several replicas each has parameters and buffers of its own in the model's modules, and in the optimizer's
+        param groups, while it runs, and ``optimizer.step()`` makes one update of all their gradients. What is done
+        once for all of them, such as a step of a learning-rate schedule, is done outside of the replicas.
 
         Args:
             model: Its tensors are moved to the compute devices.
@@ -228,7 +231,7 @@ class ParameterServerStrategy(Strategy):
         """
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         prepared = self.prepare_from(
-            model, optimizers, initialize=_initial_values, gradient_reduction=ReduceOp.parse(gradient_reduction)
+            model, optimizers, initialize=_present_values, gradient_reduction=ReduceOp.parse(gradient_reduction)
         )
         return model, prepared[0] if isinstance(optimizer, torch.optim.Optimizer) else prepared
 
@@ -259,6 +262,7 @@ class ParameterServerStrategy(Strategy):
         arenas = variables.plan(
             variables.collect(model, optimizers), optimizers, self._place, self.num_ps, self.row_ranges
         )
+        self._has_prepared = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         client = self.connect(limit)
@@ -274,6 +278,38 @@ class ParameterServerStrategy(Strategy):
             PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync)
             for owner, optimizer in enumerate(optimizers)
         )
+
+    def recover(
+        self,
+        *,
+        initialize: Callable[[ParameterClient, BoundModel], int] | None = None,
+        timeout: float | None = None,
+        on_wait: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """After an `UnavailableError`: connect again, and go on with the ps tasks' values in the same model (N04).
+
+        Where a ps was started again and holds nothing, the chief initializes all of them, and the other workers wait
+        for it. Blocks for as long as that takes. An update that was under way may have been applied or not.
+
+        Args:
+            initialize: How the chief fills the variables; by default with the values that this task has, at the global
+                step that it knows. Optimizer state begins anew then.
+            timeout: Seconds to wait for the ps tasks, and again for the chief; the strategy's by default.
+            on_wait: Called about every second while the chief is waited for.
+
+        Raises:
+            RuntimeError: If there is nothing to recover: no cluster, or no prepared model.
+            DeadlineError: If a ps or the chief is not up in time.
+            UnavailableError: If a ps is lost meanwhile.
+        """
+        if self.task is None or self.client is None or not self._models:
+            raise RuntimeError(f"recover: {self!r} has no prepared model on the ps tasks of a cluster")
+        (model,) = self._models
+        limit = self._timeout if timeout is None else timeout
+        lanes = connection.lanes_again(self.cluster, self.task, limit, self.client)
+        if not self.client.resume(lanes, limit, on_wait, is_chief=self.is_chief):
+            self.client.mark_ready((initialize or _present_values)(self.client, model))
+        model.refresh()
 
     def activate(self, replica: int) -> None:
         for model in self._models:
@@ -332,8 +368,7 @@ class ParameterServerStrategy(Strategy):
                 "copy a strategy before it prepares a model or makes a variable"
             )
         duplicate = memo[id(self)] = object.__new__(type(self))
-        settings = {name: value for name, value in vars(self).items() if name not in ("_models", "_place")}
-        vars(duplicate).update(copy.deepcopy(settings, memo))
+        vars(duplicate).update(copy.deepcopy(vars(self), memo))
         duplicate._begin()
         return duplicate
 
@@ -358,7 +393,6 @@ class ParameterServerStrategy(Strategy):
             )
         if self._has_prepared:
             self.client = None  # the next model has a ps of its own
-        self._has_prepared = True
 
     def _check_trains(self, what: str) -> None:
         if self.task is not None and not self.task.role.trains:
@@ -400,6 +434,6 @@ class ParameterServerExtended(StrategyExtended):
         return tuple(f"/job:ps/task:{task.index}" for task in self._strategy.cluster.tasks(Role.PS))
 
 
-def _initial_values(client: ParameterClient, bound: BoundModel) -> int:
+def _present_values(client: ParameterClient, bound: BoundModel) -> int:
     bound.assign()
-    return 0
+    return client.global_step

@@ -17,7 +17,7 @@ from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.variables import aliases
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, UnavailableError
 from paramserver.estimator.calling import Batch, as_loss
 from paramserver.estimator.checkpoint import write_checkpoint
 from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, checkpoint_to_restore
@@ -29,6 +29,9 @@ from paramserver.estimator.specs import EstimatorSpec
 logger = logging.getLogger(__name__)
 
 LOG_WAIT_EVERY = 30.0
+
+LOSSES_IN_A_ROW = 10
+"""How often a ps may be lost between two steps before the training gives up."""
 
 
 class Session:
@@ -60,6 +63,8 @@ class Session:
         self._spec = spec
         self._max_steps = max_steps
         self._reporter = reporter
+        self._patience = config.session_creation_timeout_secs
+        self._losses = 0
         self._schedule = Schedule(spec.scheduler, max_steps)
         self._aliases = aliases(spec.model)
         self._manager = CheckpointManager(
@@ -74,7 +79,7 @@ class Session:
             spec.model,
             [spec.optimizer],
             initialize=self._initialize,
-            timeout=config.session_creation_timeout_secs,
+            timeout=self._patience,
             on_wait=self._waiting,
         )
         self.model.train()
@@ -106,6 +111,7 @@ class Session:
         self._strategy.run(self._update, args=(losses,))
         push = self.optimizer.last_push
         assert push is not None  # noqa: S101  # a step was just made
+        self._losses = 0
         self._schedule.follow(push.global_step)
         return RunValues(loss, push.global_step, push.staleness)
 
@@ -125,6 +131,32 @@ class Session:
         path = write_checkpoint(self._client, self._manager, step, self._aliases)
         self._reporter.tell(state="training", paths={"checkpoint": path})
         return path
+
+    def recover(self, error: UnavailableError) -> None:
+        """A ps was lost: wait until it is back, and go on with what the ps tasks hold then (N04). Blocks.
+
+        The chief brings back the latest checkpoint where a ps has lost its variables; without one, its own values.
+
+        Raises:
+            UnavailableError: The given one, without a cluster; the last one after `LOSSES_IN_A_ROW`.
+            DeadlineError: If a ps or the chief does not come back in time.
+        """
+        while True:
+            self._losses += 1
+            if self._strategy.task is None or self._losses > LOSSES_IN_A_ROW:
+                raise error
+            logger.warning("%s goes on when its ps tasks are back: %s", self.task, error)
+            self._reporter.tell(state=f"waiting for {error.task}")
+            try:
+                self._strategy.recover(
+                    initialize=self._initialize,
+                    timeout=self._patience,
+                    on_wait=self._waiting,
+                )
+            except UnavailableError as again:
+                error = again
+            else:
+                return
 
     def finish(self) -> None:
         """The loop is at its end: the chief waits until all other workers have finished, so that its last checkpoint
@@ -154,7 +186,7 @@ class Session:
         checkpoint = checkpoint_to_restore(self.model_dir)
         if checkpoint is None:
             bound.assign()
-            return 0
+            return client.global_step
         logger.info("%s restores %s", self.task, checkpoint)
         client.restore(str(Path(checkpoint).absolute()))
         return checkpoint_step(checkpoint)

@@ -12,7 +12,7 @@ import torch
 from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
 from paramserver.distribute.parameter_server import ParameterServerStrategy
-from paramserver.errors import ConfigError, RunOverError
+from paramserver.errors import ConfigError, RunOverError, UnavailableError
 from paramserver.estimator.basic_hooks import (
     CheckpointSaverHook,
     CheckpointSaverListener,
@@ -92,10 +92,22 @@ def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], 
     batches = read()
     with contextlib.suppress(StopIteration):  # the input's way of saying that it is at its end
         while not runner.stop_requested and not session.should_stop():
-            runner.step(lambda: session.step(batches))
-    session.finish()
-    runner.end(session)
+            _persist(lambda: runner.step(lambda: session.step(batches)), session, runner)
+    _persist(session.finish, session, runner)
+    _persist(lambda: runner.end(session), session, runner)
     session.close()
+
+
+def _persist(action: Callable[[], object], session: Session, runner: HookRunner) -> None:
+    """Do something with the ps tasks, and again after each loss of one that the session recovers from (N04)."""
+    while True:
+        try:
+            action()
+        except UnavailableError as error:
+            session.recover(error)
+            runner.after_create_session(session)
+        else:
+            return
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class InProcessLane(Lane):
         self._session = session
         self._handle = handle
 
-    def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
+    def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         self._session.gradients = list(map(torch.zeros_like, self._session.memory.values))
         return WorkerMemory(self._session.memory.values, self._session.gradients, direct=True)
 

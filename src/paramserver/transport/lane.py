@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from paramserver.arena import ArenaLayout, StoreMemory
+from paramserver.arena import ArenaLayout, HasFileno, StoreMemory
 from paramserver.wire.messages import Reply, Request
 
 
@@ -33,11 +33,13 @@ class WorkerMemory:
         values: A flat tensor for each arena; parameters are views into it.
         gradients: A flat tensor for each arena; what lies here is what a push sends.
         direct: Whether ``values`` is the store's own memory, so that nothing has to be pulled.
+        file: What ``gradients`` lie in, if processes of this host can map it; open for as long as this object lives.
     """
 
     values: list[torch.Tensor]
     gradients: list[torch.Tensor]
     direct: bool = False
+    file: HasFileno | None = None
 
 
 ReadPiece = Callable[[Piece, torch.Tensor], None]
@@ -55,8 +57,12 @@ class Lane(abc.ABC):
     task: str
 
     @abc.abstractmethod
-    def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
+    def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         """Make the memory for the arenas that were declared. Blocks for a round trip; once per lane.
+
+        Args:
+            layouts: What was declared.
+            kept: The memory of an earlier lane to the same ps, whose connection was lost, to go on with.
 
         Raises:
             UnavailableError: If the connection is lost.

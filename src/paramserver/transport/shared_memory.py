@@ -7,7 +7,6 @@ block's version before and after its copy tells a torn read, which is copied aga
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, StoreMemory
-from paramserver.errors import RemoteProtocolError, UnavailableError
+from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory
+from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
@@ -41,16 +40,13 @@ class SharedMemoryLane(Lane):
         self._mine = WorkerMemory([], [])
         self._theirs = StoreMemory([], [])
 
-    def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
-        gradients = memory.SharedFile.create(memory.gradient_bytes(layouts))
-        with contextlib.closing(gradients):  # the mappings stay
-            values = self._exchange(gradients, memory.store_bytes(layouts))
-        values.close()
+    def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
+        self._mine = kept or _worker_memory(layouts)
+        if self._mine.file is None:
+            raise LocalProtocolError(f"{self.task} cannot map the gradients of a lane that shared none")
+        values = self._exchange(self._mine.file, memory.store_bytes(layouts))
+        values.close()  # the mapping stays
         self._theirs = memory.store_memory(layouts, values)
-        self._mine = WorkerMemory(
-            values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
-            gradients=memory.gradient_tensors(layouts, gradients.data),
-        )
         return self._mine
 
     def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
@@ -66,7 +62,7 @@ class SharedMemoryLane(Lane):
     def close(self) -> None:
         self._frames.close()
 
-    def _exchange(self, gradients: memory.SharedFile, nbytes: int) -> memory.SharedFile:
+    def _exchange(self, gradients: HasFileno, nbytes: int) -> memory.SharedFile:
         self._frames.send(Share())
         reply = expect_reply(self._frames)
         if isinstance(reply, Refused):
@@ -84,6 +80,15 @@ class SharedMemoryLane(Lane):
             raise UnavailableError(
                 f"{self.task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", self.task
             )
+
+
+def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
+    gradients = memory.SharedFile.create(memory.gradient_bytes(layouts))
+    return WorkerMemory(
+        values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+        gradients=memory.gradient_tensors(layouts, gradients.data),
+        file=gradients,
+    )
 
 
 class _BlockCopy:

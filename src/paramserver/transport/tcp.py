@@ -27,8 +27,8 @@ class TcpLane(Lane):
         self._frames = frames
         self._memory = WorkerMemory([], [])
 
-    def open(self, layouts: Sequence[ArenaLayout]) -> WorkerMemory:
-        self._memory = WorkerMemory(
+    def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
+        self._memory = kept or WorkerMemory(
             values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
             gradients=[torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts],
         )

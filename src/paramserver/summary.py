@@ -1,0 +1,277 @@
+"""Summaries: points for TensorBoard, recorded from where the model is called.
+
+Rules:
+
+1. A call records where somebody wants it: in the steps that an Estimator's `SummarySaverHook` writes, or inside a
+   program's own ``with recording(writer, step):``. Everywhere else it returns at once.
+2. Of all workers the chief records, of its replicas the first one (E14): a step gives one point, however many compute it.
+3. What is recorded is a copy, made at the call; parameters may change before it is written.
+
+Who records is a context variable: replicas inherit it from the thread that runs them, and nothing is global.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+import torch
+
+from paramserver.distribute import context
+from paramserver.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.utils import tensorboard
+
+__all__ = ["SummaryWriter", "Writer", "histogram", "image", "recording", "scalar", "text"]
+
+_log = logging.getLogger(__name__)
+
+IMAGE_LAYOUTS = {2: "HW", 3: "CHW", 4: "NCHW"}
+CHANNELS = {3: (1, 3, 4), 4: (1, 3)}
+"""What may be shown, by the axes of an image."""
+HISTOGRAM_LIMIT = 1e20
+"""TensorBoard's buckets end there."""
+
+
+class Writer(Protocol):
+    """Where summaries go; `SummaryWriter` is one. It has copies, on the CPU, that nobody else changes."""
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Add one point to a curve."""
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """Add one distribution; ``values`` is flat."""
+
+    def image(self, name: str, pixels: torch.Tensor, step: int) -> None:
+        """Add one image ``[height, width]`` or ``[channels, height, width]``, or several in one more axis."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Add one piece of Markdown."""
+
+    def flush(self) -> None:
+        """Make what was added visible to readers."""
+
+
+class Point(NamedTuple):
+    """Something recorded, to be written when its step is known."""
+
+    name: str
+    write: Callable[[Writer, int], None]
+
+
+Record = Callable[[Point], object]
+
+_record: ContextVar[Record | None] = ContextVar("paramserver.summary", default=None)
+
+
+def scalar(name: str, value: float | torch.Tensor) -> None:
+    """Record a number.
+
+    Waits for the value's device where it is recorded, and costs less than a microsecond where it is not.
+
+    Args:
+        name: Of the curve. What stands before a ``/`` groups curves in TensorBoard.
+        value: A number, or a tensor of one element.
+
+    Raises:
+        ConfigError: If it is no single number.
+
+    >>> scalar("loss/regularisation", 0.25)  # nobody records here, so this does nothing
+    """
+    if record := _wanted():
+        number = _as_number(name, value)
+        record(Point(name, lambda writer, step: writer.scalar(name, number, step)))
+
+
+def histogram(name: str, values: torch.Tensor) -> None:
+    """Record how the elements of a tensor are distributed. Costs as `scalar`, and a copy where it is recorded.
+
+    Args:
+        name: Of the distribution.
+        values: Of any shape and dtype; of a sparse tensor the elements that it holds. NaN and infinite ones do not count.
+
+    Raises:
+        ConfigError: If it is no tensor.
+    """
+    if record := _wanted():
+        _check_tensor("histogram", name, values)
+        held = values.coalesce().values() if values.is_sparse else values
+        kept = held.detach().to("cpu", torch.float32, copy=True).flatten()
+        record(Point(name, lambda writer, step: writer.histogram(name, kept, step)))
+
+
+def image(name: str, pixels: torch.Tensor) -> None:
+    """Record an image. Costs as `histogram`.
+
+    Args:
+        name: Of the image.
+        pixels: ``[height, width]``, ``[channels, height, width]`` with 1, 3 or 4 channels, or a batch
+            ``[n, channels, height, width]`` with 1 or 3, which is shown as one; uint8, or floats from 0 to 1.
+
+    Raises:
+        ConfigError: If it is no tensor of such a shape.
+    """
+    if record := _wanted():
+        _check_tensor("image", name, pixels)
+        _check_image(name, pixels)
+        kept = pixels.detach().to("cpu", copy=True)
+        record(Point(name, lambda writer, step: writer.image(name, kept, step)))
+
+
+def text(name: str, text: str) -> None:
+    """Record a text, such as a sample of what a model writes; TensorBoard shows it as Markdown. Costs as `scalar`.
+
+    Raises:
+        ConfigError: If it is no text.
+    """
+    if record := _wanted():
+        if not isinstance(text, str):
+            raise ConfigError(f"summary.text {name!r}: expected a str, got a {type(text).__name__}")
+        record(Point(name, lambda writer, step: writer.text(name, text, step)))
+
+
+@contextlib.contextmanager
+def recording(writer: Writer | None, step: int) -> Iterator[None]:
+    """Write what is recorded inside the block, for a loop of one's own. Closes nothing.
+
+    Every worker may enter it: inside the strategy's scope, and inside the functions that it runs, only the chief's
+    first replica records. Inside another one, the inner one records.
+
+    Args:
+        writer: Where it goes at once; None records nothing, for the steps that are not to be seen.
+        step: The global step of the points.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+    ...     for step in range(1, 4):
+    ...         with recording(writer if step % 2 else None, step):
+    ...             scalar("loss", 1 / step)
+    """
+    with collecting(None if writer is None else lambda point: point.write(writer, step)):
+        yield
+
+
+@contextlib.contextmanager
+def collecting(record: Record | None) -> Iterator[None]:
+    """Give what is recorded inside the block to a function, for who learns its step only afterwards."""
+    token = _record.set(record)
+    try:
+        yield
+    finally:
+        _record.reset(token)
+
+
+class SummaryWriter:
+    """Adds points to what TensorBoard shows for one folder.
+
+    The file and its writing thread are made by the first point, so a writer that is never used leaves no file behind,
+    and a task that writes no summaries never pays for importing tensorboard. Points are written in the background,
+    `flush` waits for that. Every method that adds one raises RuntimeError if the writer is closed, and OSError if the
+    file cannot be made. Not thread-safe.
+
+    Args:
+        log_dir: The folder; it is made when needed.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        self.log_dir = log_dir
+        self._writer: tensorboard.SummaryWriter | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "unused" if self._writer is None else "open"
+        return f"SummaryWriter({self.log_dir!r}, {state})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Add one point to a curve."""
+        self._open().add_scalar(name, float(value), global_step=step)
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """Add one distribution. Elements that TensorBoard has no bucket for, such as NaN, are left out."""
+        counted = values[values.abs() < HISTOGRAM_LIMIT]
+        if counted.numel():
+            self._open().add_histogram(name, counted, global_step=step)
+        else:
+            _log.warning("summary %r of step %d is not written: it has no finite element", name, step)
+
+    def image(self, name: str, pixels: torch.Tensor, step: int) -> None:
+        """Add one image; NaN is shown as 0."""
+        layout = IMAGE_LAYOUTS[pixels.ndim]
+        self._open().add_image(name, pixels.nan_to_num(), global_step=step, dataformats=layout)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Add one piece of Markdown."""
+        self._open().add_text(name, text, global_step=step)
+
+    def flush(self) -> None:
+        """Block until all points are in the file."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush, close the file and end the thread. Idempotent."""
+        self._closed = True
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self) -> tensorboard.SummaryWriter:
+        if self._closed:
+            raise RuntimeError(f"a summary was written to {self.log_dir} after its writer was closed")
+        if self._writer is None:
+            # Imported here because it takes a second that most tasks need not spend.
+            from torch.utils.tensorboard import SummaryWriter as EventWriter
+
+            self._writer = EventWriter(self.log_dir)
+        return self._writer
+
+
+def _wanted() -> Record | None:
+    """Takes what is recorded; None where nothing is."""
+    record = _record.get()
+    return record if record is not None and _is_recorded_here() else None
+
+
+def _is_recorded_here() -> bool:
+    frame = context.current()
+    if frame is None:
+        return True
+    return frame.strategy.is_chief and (frame.replica is None or frame.replica.index == 0)
+
+
+def _as_number(name: str, value: float | torch.Tensor) -> float:
+    try:
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise ConfigError(
+            f"summary.scalar {name!r}: expected a single number, got a {type(value).__name__}{shape}; "
+            "reduce it, for instance with mean()"
+        ) from error
+
+
+def _check_tensor(kind: str, name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(f"summary.{kind} {name!r}: expected a tensor, got a {type(value).__name__}")
+
+
+def _check_image(name: str, pixels: torch.Tensor) -> None:
+    is_image = pixels.ndim == 2 or (pixels.ndim in CHANNELS and pixels.shape[-3] in CHANNELS[pixels.ndim])
+    if not is_image:
+        raise ConfigError(
+            f"summary.image {name!r}: expected [height, width], [channels, height, width] with 1, 3 or 4 channels, or "
+            f"[n, channels, height, width] with 1 or 3, got {list(pixels.shape)}; move the channels with permute()"
+        )

@@ -1,0 +1,289 @@
+"""An arena that several replicas use: what of their gradients and buffers is pushed, and how values reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+from paramserver.distribute.bound_arena import BoundArena, CountedArena, TrainedArena
+from paramserver.distribute.replica_tensors import ReplicaTensors
+from paramserver.distribute.variables import Kind, RowRanges, collect, plan
+from paramserver.placement import RoundRobin
+from paramserver.transport.lane import WorkerMemory
+
+HOME = torch.device("cpu")
+AWAY = torch.device("cpu", 0)
+"""The same memory, but not the device that a tensor says it lies on: it stands for a GPU."""
+
+DEVICES = [[HOME, HOME], [AWAY, AWAY], [HOME, AWAY], [AWAY, HOME]]
+
+
+def bind(
+    model: nn.Module,
+    devices: Sequence[torch.device],
+    *,
+    mean: bool = True,
+    direct: bool = False,
+    row_ranges: RowRanges = lambda _: [],
+) -> tuple[Any, ReplicaTensors]:
+    """The only arena of a model, bound, its values those of the model."""
+    parameters = list(model.parameters())
+    optimizers = [optim.SGD(parameters, lr=0.1)] if parameters else []
+    ((arena,),) = plan(collect(model, optimizers), optimizers, RoundRobin().start(1), 1, row_ranges)
+    memory = WorkerMemory(
+        *([torch.zeros(arena.layout.size, dtype=arena.layout.torch_dtype)] for _ in range(2)), direct=direct
+    )
+    tensors = ReplicaTensors(model, optimizers, devices)
+    bound: BoundArena
+    match arena.kind:
+        case Kind.TRAINED:
+            bound = TrainedArena(arena, memory, tensors, optimizers[0].param_groups[0], mean)
+        case Kind.COUNTED:
+            bound = CountedArena(arena, memory, tensors)
+        case _:
+            bound = BoundArena(arena, memory, tensors)
+    bound.offer_values()
+    bound.values.copy_(bound.gradients)
+    bound.bind()
+    bound.pulled()
+    return bound, tensors
+
+
+def on_each(tensors: ReplicaTensors, tensor: Tensor) -> list[list[float]]:
+    return [each.tolist() for each in tensors.of(tensor)]
+
+
+class Three(nn.Module):
+    """Parameters at [0, 2), [16, 18) and [32, 34)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.full((2,), float(value))) for value in (1, 2, 3))
+
+
+@pytest.fixture(params=DEVICES, ids=lambda devices: " and ".join("home" if d == HOME else "away" for d in devices))
+def devices(request: pytest.FixtureRequest) -> list[torch.device]:
+    return request.param
+
+
+def give(tensors: ReplicaTensors, parameter: Tensor, *gradients: float | None) -> None:
+    """A gradient for each replica, as autograd makes it."""
+    for tensor, gradient in zip(tensors.of(parameter), gradients, strict=True):
+        if gradient is not None:
+            (tensor * gradient).sum().backward()
+
+
+@pytest.mark.parametrize(("mean", "expected"), [(True, 2.0), (False, 4.0)])
+def test_gradients_of_all_replicas_become_one(mean: bool, expected: float, devices: list[torch.device]) -> None:
+    """W03."""
+    model = Three()
+    bound, tensors = bind(model, devices, mean=mean)
+    for parameter in model.parameters():
+        give(tensors, parameter, 1.0, 3.0)
+    (part,) = bound.parts()
+    assert (part.operation, part.ranges) == ("rule", None)
+    assert [view.tolist() for view in bound.plan.layout.views(bound.gradients)] == [[expected, expected]] * 3
+
+
+def test_a_gradient_that_a_replica_lacks_is_zero_and_one_that_all_lack_is_not_pushed(
+    devices: list[torch.device],
+) -> None:
+    model = Three()
+    bound, tensors = bind(model, devices)
+    for _ in range(2):  # also where an older gradient lies in the memory
+        give(tensors, model.a, 8.0, None)
+        give(tensors, model.c, None, 4.0)
+        (part,) = bound.parts()
+        assert part.ranges == ((0, 2), (32, 34))
+        assert [bound.gradients[start].item() for start, _ in part.ranges] == [4.0, 2.0]
+        for parameter in model.parameters():
+            give(tensors, parameter, 1.0, 1.0)
+        assert bound.parts()[0].ranges is None
+        for parameter in model.parameters():
+            for each in tensors.of(parameter):
+                each.grad = None
+    assert bound.parts() == []
+
+
+def test_a_step_leaves_the_gradients_of_the_replicas_alone(devices: list[torch.device]) -> None:
+    """A program may keep them over steps, and add to them."""
+    model = Three()
+    bound, tensors = bind(model, devices)
+    give(tensors, model.a, 1.0, 3.0)
+    for _ in range(2):
+        bound.parts()
+        assert [each.grad.tolist() for each in tensors.of(model.a)] == [[1.0, 1.0], [3.0, 3.0]]
+        assert bound.gradients[:2].tolist() == [2.0, 2.0]
+
+
+def test_the_mean_of_large_gradients_does_not_overflow_in_half_precision(devices: list[torch.device]) -> None:
+    model = Three().half()
+    bound, tensors = bind(model, devices)
+    give(tensors, model.a, 60000.0, 60000.0)
+    bound.parts()
+    assert bound.gradients[:2].tolist() == [60000.0, 60000.0]
+
+
+def test_a_single_replica_at_home_has_its_gradients_in_the_memory_that_is_pushed() -> None:
+    model = Three()
+    bound, tensors = bind(model, [HOME])
+    give(tensors, model.b, 5.0)
+    assert model.b.grad.data_ptr() == bound.gradients[16:].data_ptr()
+    assert bound.parts()[0].ranges == ((16, 18),)
+
+
+def test_a_single_replica_elsewhere_has_blocks_of_its_own() -> None:
+    model = Three()
+    bound, tensors = bind(model, [AWAY])
+    give(tensors, model.b, 5.0)
+    assert model.b.grad.data_ptr() != bound.gradients[16:].data_ptr()
+    bound.parts()
+    assert bound.gradients[16:18].tolist() == [5.0, 5.0]
+    bound.values.fill_(7.0)
+    assert model.b.tolist() == [2.0, 2.0]
+    bound.pulled()
+    assert model.b.tolist() == [7.0, 7.0]
+
+
+def test_what_is_pulled_reaches_every_replica(devices: list[torch.device]) -> None:
+    model = Three()
+    bound, tensors = bind(model, devices)
+    assert on_each(tensors, model.c) == [[3.0, 3.0]] * 2
+    bound.values.fill_(7.0)
+    bound.pulled()
+    assert on_each(tensors, model.c) == [[7.0, 7.0]] * 2
+
+
+def test_only_replicas_elsewhere_have_copies_of_the_values(devices: list[torch.device]) -> None:
+    model = Three()
+    bound, tensors = bind(model, devices)
+    shared = [each.data_ptr() == bound.values.data_ptr() for each in tensors.of(model.a)]
+    assert shared == [device == HOME for device in devices]
+
+
+def test_a_graph_that_is_older_than_the_values_is_refused_on_every_replica(devices: list[torch.device]) -> None:
+    model = Three()
+    bound, tensors = bind(model, devices)
+    losses = [each.square().sum() for each in tensors.of(model.a)]
+    for loss in losses:
+        loss.backward(retain_graph=True)
+    bound.parts()
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+# --- partitioned parameters
+
+
+class Table(nn.Module):
+    """A parameter of five rows, which lie in two parts at [0, 6) and [16, 20)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.arange(10.0).view(5, 2))
+
+
+def in_two(_: object) -> list[tuple[int, int]]:
+    return [(0, 3), (3, 5)]
+
+
+def test_parts_are_put_together_on_every_replica(devices: list[torch.device]) -> None:
+    """P07."""
+    model = Table()
+    bound, tensors = bind(model, devices, row_ranges=in_two)
+    assert on_each(tensors, model.rows) == [torch.arange(10.0).view(5, 2).tolist()] * 2
+    bound.values[:6] = 7.0
+    bound.values[16:20] = 8.0
+    bound.pulled()
+    assert on_each(tensors, model.rows) == [[[7, 7]] * 3 + [[8, 8]] * 2] * 2
+
+
+def test_gradients_of_parts_are_those_of_their_rows(devices: list[torch.device]) -> None:
+    """P07."""
+    model = Table()
+    bound, tensors = bind(model, devices, row_ranges=in_two)
+    for scale, tensor in zip((1.0, 3.0), tensors.of(model.rows), strict=True):
+        (tensor * torch.arange(5.0)[:, None] * scale).sum().backward()
+    (part,) = bound.parts()
+    assert part.ranges is None
+    assert bound.gradients[:6].tolist() == [0, 0, 2, 2, 4, 4]
+    assert bound.gradients[16:20].tolist() == [6, 6, 8, 8]
+    assert not bound.gradients[6:16].any()
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+def test_what_is_put_in_the_place_of_a_partitioned_parameter_is_brought_home(
+    replica: int, devices: list[torch.device]
+) -> None:
+    model = Table()
+    bound, tensors = bind(model, devices, row_ranges=in_two)
+    tensors.of(model.rows)[replica].data = torch.zeros(5, 2)
+    bound.parts()
+    bound.values.fill_(7.0)
+    bound.pulled()
+    assert on_each(tensors, model.rows) == [[[7.0, 7.0]] * 5] * 2
+
+
+# --- buffers
+
+
+class Buffers(nn.Module):
+    """Buffers of one dtype."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_buffer_becomes_the_mean_of_the_replicas(direct: bool, devices: list[torch.device]) -> None:
+    model = Buffers(torch.tensor([1.0, 2.0]))
+    bound, tensors = bind(model, devices, direct=direct)
+    one, other = tensors.of(model.value)
+    one += torch.tensor([1.0, 0.0])
+    other += torch.tensor([4.0, -1.0])
+    parts = bound.parts()
+    assert bound.values.tolist() == [3.5, 1.5]
+    if not direct:  # else the memory is the store's own
+        assert [part.operation for part in parts] == ["add"]
+        assert bound.gradients.tolist() == [2.5, -0.5]
+    bound.pulled()
+    assert on_each(tensors, model.value) == [[3.5, 1.5]] * 2
+    assert bound.parts() == []
+
+
+def test_an_integer_buffer_becomes_the_first_replicas(devices: list[torch.device]) -> None:
+    model = Buffers(torch.tensor([5]))
+    bound, tensors = bind(model, devices)
+    one, other = tensors.of(model.value)
+    one += 1
+    other += 7
+    (part,) = bound.parts()
+    assert (part.operation, bound.gradients.tolist()) == ("add", [1])
+    bound.pulled()
+    assert on_each(tensors, model.value) == [[6], [6]]
+
+
+def test_a_boolean_buffer_stays_each_replicas_own(devices: list[torch.device]) -> None:
+    model = Buffers(torch.tensor([False]))
+    bound, tensors = bind(model, devices)
+    tensors.of(model.value)[1].fill_(True)
+    assert bound.parts() == []
+    assert on_each(tensors, model.value) == [[False], [True]]
+
+
+def test_a_replica_that_stays_at_infinity_makes_no_number_of_others(devices: list[torch.device]) -> None:
+    inf = torch.inf
+    model = Buffers(torch.tensor([-inf, -inf, inf, -inf]))
+    bound, tensors = bind(model, devices)
+    one, other = tensors.of(model.value)
+    one[0] = 5.0
+    other[1] = 5.0
+    one[3], other[3] = 2.0, 4.0
+    bound.parts()
+    assert bound.values.tolist() == [5.0, -inf, inf, 3.0]
