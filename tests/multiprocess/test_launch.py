@@ -479,7 +479,8 @@ def test_a_ps_that_is_started_again_listens_at_the_same_address(program: Program
     serve = "print(socket.socket(fileno=int(os.environ['PARAMSERVER_LISTEN_FD'])).getsockname()[1])\n" + FAIL_ONCE
     listener = local._listener()
     port = str(listener.getsockname()[1])
-    run = Run(program(PS, "sys.stdout.reconfigure(line_buffering=True)\n" + serve), listeners={PS: listener}, restarts=1)
+    line_by_line = "sys.stdout.reconfigure(line_buffering=True)\n"
+    run = Run(program(PS, line_by_line + serve), listeners={PS: listener}, restarts=1)
     assert (run.code, run.said(PS)) == (0, [port, port, "again"])
     assert listener.fileno() == -1
 
