@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paramserver import errors as errors
     from paramserver import estimator as estimator
     from paramserver import placement as placement
+    from paramserver import summary as summary
     from paramserver.cluster import ClusterSpec as ClusterSpec
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
@@ -62,7 +63,7 @@ _HOMES = {
     "in_replica_context": "distribute.current",
     "set_strategy": "distribute.current",
 }
-_MODULES = ("errors", "estimator", "placement")
+_MODULES = ("errors", "estimator", "placement", "summary")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -12,43 +12,25 @@ Rules
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from paramserver.arena import Range, tensor_bytes
+from paramserver.arena import DTYPES, Range, tensor_bytes
+from paramserver.checkpoint_folder import CheckpointFolder, Read, read_header
 from paramserver.errors import CheckpointError
+from paramserver.tensor_file import FileTensor, unreadable
 
 VALUES_INDEX = "model.safetensors.index.json"
 SLOTS_INDEX = "optimizer.safetensors.index.json"
-
-_METADATA = {"format": "pt"}
-_LENGTH_BYTES = 8
-
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-_NAMES = {code: name for name, code in _CODES.items()}
 
 
 # --- indexes -----------------------------------------------------------------------------------------------------
@@ -76,10 +58,25 @@ def write_index(path: Path, weight_map: Mapping[str, str], **metadata: object) -
     Raises:
         CheckpointError: If it cannot be written.
     """
+    text = json.dumps({"metadata": metadata, "weight_map": dict(weight_map)}, indent=2)
     try:
-        path.write_text(json.dumps({"metadata": metadata, "weight_map": dict(weight_map)}, indent=2))
+        with path.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(f"writing the index {path} failed: {error}", str(path)) from error
+
+
+def digest(directory: Path) -> str:
+    """What tells a checkpoint from others that may lie in a folder of the same name; "" where there is none.
+
+    The ``id`` that the chief writes into the index of values differs for each checkpoint.
+    """
+    try:
+        return hashlib.sha256((directory / VALUES_INDEX).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 class Maps(NamedTuple):
@@ -137,23 +134,6 @@ def variable_of(key: str) -> str:
     return key.rpartition("/")[0]
 
 
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """What one task holds of a tensor whose rows several write.
-
-    Attributes:
-        shape: The shape of the whole tensor.
-        start: The first row that is here.
-        values: The rows that are here, contiguous; perhaps none.
-    """
-
-    shape: tuple[int, ...]
-    start: int
-    values: torch.Tensor
-
-
 def rows_files(variable: str) -> tuple[str, str]:
     """The names of the files for the values and the slots of a variable whose rows several write.
 
@@ -165,87 +145,11 @@ def rows_files(variable: str) -> tuple[str, str]:
     return f"model-{quoted}.safetensors", f"optimizer-{quoted}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write whole tensors into a file of their own; no file if there are none.
-
-    Raises:
-        CheckpointError: If it cannot be written.
-    """
-    if tensors:
-        with _writing(path):
-            save_file(dict(tensors), path, metadata=_METADATA)
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
-
-
-def write_rows(path: Path, tensors: Mapping[str, Rows]) -> None:
-    """Write some rows of tensors into a file, into which other tasks write the others: before, meanwhile or after.
-
-    All of them must name the same tensors of the same dtypes and shapes. Idempotent. Rows that nobody writes are zero.
-
-    Raises:
-        CheckpointError: If it cannot be written.
-    """
-    header, offsets, size = _layout(tensors)
-    with _writing(path), _opened(path) as file:
-        os.ftruncate(file, size)
-        _write_at(file, 0, memoryview(header))
-        for name, (shape, start, values) in tensors.items():
-            row_bytes = math.prod(shape[1:]) * values.element_size()
-            _write_at(file, offsets[name] + start * row_bytes, tensor_bytes(values.reshape(-1).cpu()))
-        os.fsync(file)
-
-
-def _layout(tensors: Mapping[str, Rows]) -> tuple[bytes, dict[str, int], int]:
-    """The header of a file of whole tensors, where in the file each of them begins, and the size of the file."""
-    entries: dict[str, object] = {"__metadata__": _METADATA}
-    begins: dict[str, int] = {}
-    end = 0
-    # The wider dtypes first, so that each tensor is aligned for its own; the file's readers want no gaps.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].values.element_size(), name)):
-        shape, _, values = tensors[name]
-        begin, end = end, end + math.prod(shape) * values.element_size()
-        dtype = _CODES[str(values.dtype).removeprefix("torch.")]
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        begins[name] = begin
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    return header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    # O_DSYNC, because an NFS client may else write whole pages, and with them zeros over the rows of another ps.
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_DSYNC, 0o666)
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def _write_at(file: int, offset: int, content: memoryview) -> None:
-    while content:
-        count = os.pwrite(file, content, offset)  # no more than 2 GiB at once
-        content, offset = content[count:], offset + count
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"writing the checkpoint file {path} failed: {error}; does every ps see model_dir, and may it write there?",
-            str(path),
-        ) from error
-
-
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
 class StoredTensor:
-    """A tensor in an open file: its dtype and shape are known, and any of its rows can be read.
+    """A tensor in an open folder: its dtype and shape are known, and any of its rows can be read.
 
     Attributes:
         name: Its name.
@@ -253,12 +157,10 @@ class StoredTensor:
         shape: The shape of all of it.
     """
 
-    def __init__(self, path: Path, file: Any, name: str) -> None:
-        self._path, self._file = path, file
-        self._slice = file.get_slice(name)
-        self.name = name
-        self.dtype = _NAMES.get(self._slice.get_dtype(), self._slice.get_dtype())
-        self.shape = tuple(self._slice.get_shape())
+    def __init__(self, folder: CheckpointFolder, file: str, tensor: FileTensor) -> None:
+        self._folder, self._file, self._begin = folder, file, tensor.begin
+        self.name = tensor.name
+        self.dtype, self.shape = tensor.spec
 
     def read(self, rows: Range | None = None) -> torch.Tensor:
         """The rows ``[start, stop)`` of it; all of it without them, and where it is a scalar.
@@ -266,10 +168,13 @@ class StoredTensor:
         Raises:
             CheckpointError: If they cannot be read.
         """
-        with _reading(self._path):
-            if rows is None or not self.shape:
-                return self._file.get_tensor(self.name)  # type: ignore[no-any-return]
-            return self._slice[rows[0] : rows[1]]  # type: ignore[no-any-return]
+        start, stop = rows if rows is not None and self.shape else (0, self.shape[0] if self.shape else 1)
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        tensor = torch.empty(shape, dtype=DTYPES[self.dtype], device="cpu")
+        out = tensor_bytes(tensor.view(-1))
+        offset = self._begin + start * (out.nbytes // max(stop - start, 1))
+        self._folder.carry_out(Read(self._file, offset, out))
+        return tensor
 
 
 def stored_tensors(directory: Path, weight_map: Mapping[str, str]) -> Iterator[StoredTensor]:
@@ -278,14 +183,34 @@ def stored_tensors(directory: Path, weight_map: Mapping[str, str]) -> Iterator[S
     Raises:
         CheckpointError: If a file is missing or cut short, or does not hold what its index says.
     """
+    with CheckpointFolder(directory) as folder:
+        for file, names in by_file(weight_map).items():
+            held = folder.run(read_header(str(directory), file))
+            for name in names:
+                yield StoredTensor(folder, file, held_tensor(held, name, str(directory / file)))
+
+
+def by_file(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
+    """The tensors of each file.
+
+    >>> by_file({"w": "one", "n": "two", "b": "one"})
+    {'one': ['w', 'b'], 'two': ['n']}
+    """
     files: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
         files[file].append(name)
-    for file, names in files.items():
-        path = directory / file
-        with _reading(path), safe_open(path, "pt") as opened:
-            for name in names:
-                yield StoredTensor(path, opened, name)
+    return dict(files)
+
+
+def held_tensor(held: Mapping[str, FileTensor], name: str, path: str) -> FileTensor:
+    """A tensor that an index promises.
+
+    Raises:
+        CheckpointError: If the file does not hold it.
+    """
+    if name not in held:
+        raise unreadable(path, f"it holds no {name!r}, which its index promises")
+    return held[name]
 
 
 def read_tensors(directory: Path, weight_map: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -298,13 +223,3 @@ def read_shapes(directory: Path, weight_map: Mapping[str, str]) -> Iterator[tupl
     """Name, dtype and shape of each tensor, without reading it; raises as `stored_tensors`."""
     for tensor in stored_tensors(directory, weight_map):
         yield tensor.name, tensor.dtype, tensor.shape
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"checkpoint file {path} cannot be read: {error}; was it cut short?", str(path)
-        ) from error

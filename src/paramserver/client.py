@@ -7,17 +7,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
 from paramserver.arena import DTYPES, ArenaLayout, Range, VariableSpec, pieces
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, digest, read_index
 from paramserver.errors import (
     ConfigError,
     DeadlineError,
     RemoteProtocolError,
 )
 from paramserver.lanes import Call, Lanes
+from paramserver.long_requests import ask_at_length
 from paramserver.transport.lane import Lane, Piece, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
@@ -275,22 +278,36 @@ class ParameterClient:
     # --- the chief's duties
 
     def save(self, directory: str) -> list[messages.Saved]:
-        """Have every ps write its shard into ``directory``, all at once.
+        """Have every ps write its shard into ``directory``, all at once; this task writes for those that do not see it.
+
+        Blocks for as long as it takes; a ps that is lost meanwhile is noticed.
+
+        Args:
+            directory: An absolute path of a folder that is there, of a name that no other folder has.
 
         Raises:
-            CheckpointError: If one of them cannot.
+            CheckpointError: If it cannot be written.
         """
         lanes = self.lanes.each()
         calls = [Call(lane, messages.Save(directory, shard, len(lanes))) for shard, lane in enumerate(lanes)]
-        return self._exchange(calls, messages.Saved)
+        return self._expected(calls, ask_at_length(self.lanes, calls, Path(directory), WAIT_INTERVAL), messages.Saved)
 
     def restore(self, directory: str) -> None:
-        """Have every ps read its variables from a checkpoint.
+        """Have every ps read its variables from a checkpoint; this task reads for those that do not see it.
+
+        Blocks as `save` does.
+
+        Args:
+            directory: An absolute path.
 
         Raises:
             CheckpointError: If it is cut short or belongs to another model.
         """
-        self._ask_all(messages.Restore(directory), messages.Done)
+        folder = Path(directory)
+        weight_map, slot_map = read_index(folder / VALUES_INDEX), read_index(folder / SLOTS_INDEX)
+        request = messages.Restore(directory, digest(folder), weight_map, slot_map)
+        calls = [Call(lane, request) for lane in self.lanes.each()]
+        self._expected(calls, ask_at_length(self.lanes, calls, folder, WAIT_INTERVAL), messages.Done)
 
     def await_workers(self, on_wait: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
         """Wait until this task is the only one that still trains. Blocks for as long as the others take.
@@ -380,7 +397,10 @@ class ParameterClient:
         return self._exchange([Call(lane, request) for lane in self.lanes.each()], expected)
 
     def _exchange(self, calls: Sequence[Call], expected: type[R]) -> list[R]:
-        replies = self.lanes.exchange(calls)
+        return self._expected(calls, self.lanes.exchange(calls), expected)
+
+    @staticmethod
+    def _expected(calls: Sequence[Call], replies: Sequence[messages.Reply], expected: type[R]) -> list[R]:
         return [_expect(call.lane, reply, expected) for call, reply in zip(calls, replies, strict=True)]
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from paramserver.arena import DTYPES, pieces
+from paramserver.checkpoint_files import digest
+from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
-from paramserver.store import shard
+from paramserver.jobs import Job, here, restoring, saving, through_peer
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
 from paramserver.store.stored_arena import StoredArena
@@ -32,6 +36,7 @@ class RequestHandler:
     def __init__(self, store: Store, roster: Roster) -> None:
         self._store = store
         self._roster = roster
+        self._jobs: WeakKeyDictionary[Session, Job] = WeakKeyDictionary()  # a job ends with its connection
         self._handlers: Mapping[type, Callable[[Session, Any], None]] = {
             messages.Push: self._push,
             messages.Pull: self._pull,
@@ -41,6 +46,7 @@ class RequestHandler:
             messages.AwaitWorkers: self._await_workers,
             messages.Save: self._save,
             messages.Restore: self._restore,
+            messages.Proceed: self._proceed,
             messages.CreateVariable: self._create_variable,
             messages.AwaitVariable: self._await_variable,
             messages.ReadVariable: self._read_variable,
@@ -126,12 +132,27 @@ class RequestHandler:
         session.reply(messages.Remaining(left))
 
     def _save(self, session: Session, save: messages.Save) -> None:
-        written = shard.write_shard(self._store, save.directory, save.shard, save.num_shards)
-        session.reply(messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause))
+        directory = Path(save.directory)
+        self._begin(session, saving(self._store, save), directory, is_here=directory.is_dir())
 
     def _restore(self, session: Session, restore: messages.Restore) -> None:
-        shard.read_shard(self._store, restore.directory)
-        session.reply(messages.Done())
+        directory = Path(restore.directory)
+        self._begin(session, restoring(self._store, restore), directory, is_here=digest(directory) == restore.digest)
+
+    def _begin(self, session: Session, steps: Steps[messages.Reply], directory: Path, *, is_here: bool) -> None:
+        if not is_here:
+            logger.info("%s does not see %s: its shard goes through %s", self._store.task, directory, session.task)
+        self._jobs[session] = Job(here(steps, directory) if is_here else through_peer(steps))
+        session.reply(messages.Underway())
+
+    def _proceed(self, session: Session, request: messages.Proceed) -> None:
+        job = self._jobs.get(session)
+        if job is None:
+            raise RefusedError(f"{self._store.task} has nothing to go on with", self._store.task)
+        reply = job.proceed(_bounded(request.timeout), request.content)
+        if job.is_over:
+            del self._jobs[session]
+        session.reply(reply)
 
     def _create_variable(self, session: Session, request: messages.CreateVariable) -> None:
         self._store.check_alive()

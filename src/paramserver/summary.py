@@ -4,7 +4,8 @@ Rules:
 
 1. A call records where somebody wants it: in the steps that an Estimator's `SummarySaverHook` writes, or inside a
    program's own ``with recording(writer, step):``. Everywhere else it returns at once.
-2. Of all workers the chief records, of its replicas the first one (E14): a step gives one point, however many compute it.
+2. Of all workers the chief records, of its replicas the first one (E14): however many compute a step, it gives one
+   point.
 3. What is recorded is a copy, made at the call; parameters may change before it is written.
 
 Who records is a context variable: replicas inherit it from the thread that runs them, and nothing is global.
@@ -93,7 +94,7 @@ def histogram(name: str, values: torch.Tensor) -> None:
 
     Args:
         name: Of the distribution.
-        values: Of any shape and dtype; of a sparse tensor the elements that it holds. NaN and infinite ones do not count.
+        values: Of any shape and dtype; of a sparse tensor the elements that it holds. NaN and infinity do not count.
 
     Raises:
         ConfigError: If it is no tensor.

@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from paramserver.estimator.saved_values import SavedValues
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
@@ -103,6 +107,49 @@ def test_b05_only_the_chief_writes_into_model_dir(tmp_path, script):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "chief-0").iterdir()} > {"checkpoint", "ckpt-0"}
     assert not (tmp_path / "worker-0").exists()
+
+
+def test_t12_t13_t22_t23_hooks_run_on_every_worker_and_saving_listeners_on_the_chief(tmp_path, script):
+    """And the ps tasks, which serve meanwhile, leave with the others (T13)."""
+    path = script(
+        "class Hook(ps.estimator.TrainingHook):",
+        "    def end(self, session):",
+        "        print('hook ended', flush=True)",
+        "class Listener(ps.estimator.CheckpointSaverListener):",
+        "    def after_save(self, session, step):",
+        "        print('saved', flush=True)",
+        "config = ps.estimator.RunConfig(model_dir='run', train_distribute=ps.ParameterServerStrategy())",
+        "spec = ps.estimator.TrainSpec(",
+        "    train_input, max_steps=60, hooks=[Hook()], saving_listeners=[Listener()])",
+        "ps.estimator.train_and_evaluate(",
+        "    ps.estimator.Estimator(model_fn, config=config), spec, ps.estimator.EvalSpec(eval_input))",
+    )
+    done = run(*LAUNCH, "--ps", "2", "--workers", "3", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    ended = {line.partition(" | ")[0] for line in lines if line.endswith("hook ended")}
+    assert ended == {"chief:0", "worker:0", "worker:1"}
+    assert {line.partition(" | ")[0] for line in lines if line.endswith("saved")} == {"chief:0"}
+
+
+def test_q18_a_cluster_is_warm_started_by_its_chief_alone(tmp_path, script):
+    """Others need not see the files."""
+    weights = {"weight": torch.full((1, 3), 7.0), "bias": torch.full((1,), 5.0)}
+    save_file(weights, tmp_path / "weights.safetensors")
+    path = script(
+        "import json, os",
+        "is_chief = json.loads(os.environ['TF_CONFIG'])['task']['type'] == 'chief'",
+        "config = ps.estimator.RunConfig(model_dir='run', train_distribute=ps.ParameterServerStrategy())",
+        "estimator = ps.estimator.Estimator(",
+        "    model_fn, config=config, warm_start_from='weights.safetensors' if is_chief else 'gone')",
+        "ps.estimator.train_and_evaluate(",
+        "    estimator, ps.estimator.TrainSpec(train_input, max_steps=20), ps.estimator.EvalSpec(eval_input))",
+    )
+    done = run(*LAUNCH, "--ps", "2", "--workers", "2", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 variables begin with values of weights.safetensors" in done.stderr
+    first = SavedValues.at(str(tmp_path / "run" / "ckpt-0"))
+    assert all(torch.equal(first.read(name), value) for name, value in weights.items())
 
 
 def test_t14_a_cluster_whose_run_is_over_ends_at_once(tmp_path, script):

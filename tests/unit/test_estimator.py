@@ -138,6 +138,19 @@ def test_q05_params_are_copies(tmp_path):
     assert estimator.params == {"sizes": [1]}
 
 
+def test_q06_what_train_and_evaluate_relies_on_is_not_overridden():
+    with pytest.raises(ValueError, match="Mine overrides evaluate, train of Estimator"):
+        type("Mine", (Estimator,), {"train": None, "evaluate": None, "tune": None})
+
+    class Other(Estimator):
+        """Adds to it."""
+
+        def tune(self):
+            return self.evaluate(three)
+
+    assert issubclass(Other, Estimator)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paramserver.estimator.basic_hooks import CheckpointSaverListener
+from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.exporters import Exporter, FinalExporter
 from paramserver.estimator.hooks import TrainingHook
 from paramserver.estimator.specs import EstimatorSpec, EvalSpec, ModeKeys, TrainSpec
@@ -174,7 +174,7 @@ def test_t03_exporters_are_one_or_several_or_none():
 
 def test_j01_the_final_exporter_exports_the_final_model_only():
     class FakeEstimator:
-        def export_model(self, export_path, checkpoint_path):
+        def export_model(self, export_path, serving_input_fn, checkpoint_path, assets_extra):
             return f"{checkpoint_path} in {export_path}"
 
     exporter = FinalExporter("final")

@@ -50,7 +50,7 @@ class Run:
         self.evaluated.append((self.now - 1000.0, step))
         return self.results(step)
 
-    def export_model(self, export_path, checkpoint_path):
+    def export_model(self, export_path, serving_input_fn, checkpoint_path, assets_extra):
         self.exported.append(checkpoint_step(checkpoint_path))
         return f"{export_path}/1"
 
@@ -123,6 +123,14 @@ def test_v23_v25_exporters_are_told_of_every_evaluation_and_of_the_last(run):
     path = str(Path(run.model_dir, "export", "recorder"))
     assert exporter.calls == [(path, 10, 1 / 11, False), (path, 20, 1 / 21, True)]
     assert run.exported == [20]
+
+
+def test_v24_without_a_throttle_it_looks_now_and_then_and_not_all_the_time(run):
+    """`Run.wait` checks that every wait is one, and no longer than the interval."""
+    run.save(10)
+    run.at(30, lambda: run.save(20))
+    run.follow(max_steps=20, throttle_secs=0)
+    assert run.evaluated == [(0.0, 10), (30.0, 20)]
 
 
 @pytest.mark.parametrize(

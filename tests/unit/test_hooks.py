@@ -1,22 +1,28 @@
-"""Hooks: when they are called (N01-N03, Q11, Q12), and what the ready-made ones do (N06-N11)."""
+"""Hooks: when they are called (N01-N03, Q11, Q12), and what those do that write nothing (N06, N07, N09, N11, N12)."""
 
+import contextlib
 import logging
 
 import pytest
 import torch
 
 from paramserver.errors import ConfigError
-from paramserver.estimator.basic_hooks import (
+from paramserver.estimator import (
     CheckpointSaverHook,
     CheckpointSaverListener,
+    FinalOpsHook,
+    GlobalStepWaiterHook,
     LoggingHook,
     NanLossDuringTrainingError,
     NanLossHook,
+    ProfilerHook,
     SecondOrStepTimer,
     StepCounterHook,
+    StopAfterNEvalsHook,
     StopAtStepHook,
     SummarySaverHook,
 )
+from paramserver.estimator.evaluation import EvaluationSession
 from paramserver.estimator.hooks import HookRunner, RunContext, RunValues, TrainingHook, order_hooks
 
 
@@ -82,42 +88,13 @@ class StopNow(TrainingHook):
         context.request_stop()
 
 
-class Listener(CheckpointSaverListener):
-    """Writes down its calls; stops the training at one step."""
-
-    def __init__(self, log, stop_at=None):
-        self.log, self.stop_at = log, stop_at
-
-    def begin(self):
-        self.log.append("begin")
-
-    def before_save(self, session, step):
-        self.log.append(f"before {step}")
-
-    def after_save(self, session, step):
-        self.log.append(f"after {step}")
-        return step == self.stop_at
-
-    def end(self, session, step):
-        self.log.append(f"end {step}")
-
-
-class Writer:
-    """Keeps its points."""
-
-    def __init__(self):
-        self.points, self.flushed = [], 0
-
-    def scalar(self, tag, value, step):
-        self.points.append((tag, value, step))
-
-    def flush(self):
-        self.flushed += 1
-
-
 def train(*hooks, session=None, step=Session.step):
     runner = HookRunner(hooks)
     return runner.run(lambda: session or Session(ends_at=3), step)
+
+
+def fail(*_):
+    raise ConnectionError("ps:0 is gone")
 
 
 def see(hook, session, *steps, loss=0.5):
@@ -179,11 +156,8 @@ def test_n02_the_end_of_the_input_is_clean():
 def test_n02_after_another_exception_end_is_not_called():
     log = []
 
-    def step(session):
-        raise ConnectionError("ps:0 is gone")
-
     with pytest.raises(ConnectionError, match="ps:0"):
-        train(Recorder("a", log), step=step)
+        train(Recorder("a", log), step=fail)
     assert log[-1] == "a.before"
 
 
@@ -199,6 +173,42 @@ def test_n03_no_step_after_a_stop():
     with pytest.raises(RuntimeError, match="worker:1 after a hook requested a stop"):
         runner.step(session.step)
     assert session.global_step == 1
+
+
+@contextlib.contextmanager
+def noting(log, name):
+    log.append(f"{name} entered")
+    try:
+        yield
+    finally:
+        log.append(f"{name} left")
+
+
+class Wrapper(Recorder):
+    """Wraps its first step."""
+
+    def before_run(self, context):
+        if not any("entered" in entry for entry in self.log):
+            context.wrap_step(noting(self.log, self.name))
+
+
+def test_n03_a_hook_may_add_to_a_step_what_is_entered_around_it_alone():
+    log = []
+
+    def step(session):
+        log.append("step")
+        return session.step()
+
+    train(Wrapper("a", log), Recorder("b", log), session=Session(ends_at=2), step=step)
+    first = ["b.before", "a entered", "step", "a left", "a.after", "b.after"]
+    assert log[4:-2] == [*first, "b.before", "step", "a.after", "b.after"]
+
+
+def test_n03_what_a_step_is_wrapped_in_is_left_when_it_fails():
+    log = []
+    with pytest.raises(ConnectionError):
+        train(Wrapper("a", log), step=fail)
+    assert log[-2:] == ["a entered", "a left"]
 
 
 def test_n04_a_recreated_session_is_announced_again_but_begin_is_not():
@@ -224,9 +234,18 @@ def test_hooks_that_override_nothing_do_nothing():
         lambda **limits: CheckpointSaverHook(
             **{name.replace("every", "save"): value for name, value in limits.items()}
         ),
+        lambda **limits: SummarySaverHook(
+            None, **{name.replace("every", "save"): value for name, value in limits.items()}
+        ),
+        lambda **limits: ProfilerHook(
+            **{name.replace("every", "save"): value for name, value in limits.items()}
+        ),
+        lambda every_secs=None, every_steps=None: StepCounterHook(every_steps, every_secs),
+        lambda every_secs=None, every_steps=None: LoggingHook(every_steps, every_secs),
     ],
+    ids=["timer", "CheckpointSaverHook", "SummarySaverHook", "ProfilerHook", "StepCounterHook", "LoggingHook"],
 )
-def test_n06_n08_exactly_one_limit(make):
+def test_n06_n08_n09_n10_exactly_one_limit(make):
     with pytest.raises(ConfigError, match=r"exactly one of .*, got none"):
         make()
     with pytest.raises(ConfigError, match=r"exactly one of .*, got both"):
@@ -314,6 +333,162 @@ def test_n11_logging_counts_local_steps(caplog, at_end, logged):
     ]
 
 
+def test_n11_logging_by_seconds(caplog):
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+
+    def step(session):
+        clock.now += 2
+        return session.step()
+
+    train(LoggingHook(None, 5, clock=clock), session=Session(ends_at=5), step=step)
+    assert caplog.messages == ["loss = 0.5, step = 1", "loss = 0.5, step = 4 (6.000 sec)"]
+
+
+def test_n11_logging_at_the_end_alone(caplog):
+    caplog.set_level(logging.INFO)
+    train(LoggingHook(None, at_end=True, clock=Clock()), session=Session(ends_at=5))
+    assert [message.partition(" (")[0] for message in caplog.messages] == ["loss = 0.5, step = 5"]
+
+
+def test_n11_logging_more_values_read_when_a_line_is_due(caplog):
+    caplog.set_level(logging.INFO)
+    read = []
+    values = {"rate": lambda: read.append(1) or 0.1, "norm": lambda: torch.tensor(2.5), "phase": lambda: "warm-up"}
+    train(LoggingHook(2, values=values, clock=Clock()), session=Session(ends_at=3))
+    assert caplog.messages[0] == "loss = 0.5, step = 1, rate = 0.1, norm = 2.5, phase = warm-up"
+    assert len(read) == 2
+
+
+def test_n11_logging_in_a_form_of_ones_own(caplog):
+    caplog.set_level(logging.INFO)
+    form = "{step}: {loss:.1f}, {rate}".format_map
+    train(LoggingHook(9, values={"rate": lambda: 3}, formatter=form), session=Session(ends_at=2))
+    assert caplog.messages == ["1: 0.5, 3"]
+
+
+class Waiting(Session):
+    """A session in which others make a step whenever this worker waits."""
+
+    def __init__(self, start=0, ends_at=None):
+        super().__init__(start, ends_at)
+        self.clock, self.waits, self.refreshed = Clock(), [], []
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+        self.clock.now += seconds
+
+    def read_global_step(self):
+        self.global_step = len(self.waits)
+        return self.global_step
+
+    def refresh(self):
+        self.refreshed.append(self.global_step)
+        return self.global_step
+
+    def hook(self, step, **options):
+        return GlobalStepWaiterHook(step, clock=self.clock, wait=self.wait, **options)
+
+
+def see_before(hook, session):
+    hook.before_run(RunContext(session))
+
+
+def test_n11_a_worker_waits_for_a_global_step_and_begins_with_its_values(caplog):
+    caplog.set_level(logging.INFO)
+    session = Waiting()
+    train(session.hook(100), StopAtStepHook(num_steps=102), session=session)
+    assert (session.waits, session.refreshed) == ([0.5] * 100, [100])
+    assert session.global_step == 102, "the second step was not waited for"
+    assert caplog.messages == [f"worker:1 waits for global step 100, now {step}" for step in (0, 60)]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_n11_a_step_that_is_reached_is_not_waited_for(step):
+    session = Waiting(start=3)
+    see_before(session.hook(step), session)
+    assert (session.waits, session.refreshed) == ([], [])
+
+
+def test_n11_an_evaluation_has_what_a_waiting_hook_asks_for():
+    checkpoint = EvaluationSession(global_step=7, task="evaluator:0", model_dir="run")
+    see_before(GlobalStepWaiterHook(7), checkpoint)
+    assert checkpoint.read_global_step() == checkpoint.refresh() == 7
+
+
+def test_n11_a_worker_does_not_wait_beyond_the_end_of_the_run():
+    session = Waiting(ends_at=10)
+    see_before(session.hook(100), session)
+    assert session.global_step == 10
+
+
+def test_n11_a_worker_starts_anyway_after_a_timeout(caplog):
+    session = Waiting()
+    see_before(session.hook(100, timeout=2), session)
+    assert session.refreshed == [4]
+    assert "worker:1 starts at global step 4: step 100 did not come within 2 s" in caplog.text
+
+
+def test_n11_n04_a_wait_that_was_cut_short_goes_on_with_the_next_session():
+    lost, session = Waiting(), Waiting()
+    hook = session.hook(5)
+    lost.read_global_step = fail
+    with pytest.raises(ConnectionError):
+        see_before(hook, lost)
+    see_before(hook, session)
+    assert session.refreshed == [5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wait_until_step": -1}, "wait_until_step: expected a whole number of at least 0, got -1"),
+        ({"wait_until_step": 1, "timeout": 0}, "timeout: expected positive seconds or None, got 0"),
+    ],
+)
+def test_n11_what_a_waiting_hook_refuses(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GlobalStepWaiterHook(**options)
+
+
+def test_n12_an_evaluation_stops_after_n_batches_and_each_one_counts_anew(caplog):
+    caplog.set_level(logging.INFO)
+    hook = StopAfterNEvalsHook(3)
+    for _ in range(2):
+        session = Session(1000)
+        assert train(hook, session=session).global_step == 1003
+    assert caplog.messages == [f"evaluation [{count}/3]" for count in (1, 2, 3)] * 2
+
+
+@pytest.mark.parametrize(("num_evals", "shown"), [(50, ["5/50", "10/50"]), (None, ["10/?"])])
+def test_n12_progress_is_logged_about_ten_times(caplog, num_evals, shown):
+    caplog.set_level(logging.INFO)
+    train(StopAfterNEvalsHook(num_evals), session=Session(ends_at=12))
+    assert caplog.messages == [f"evaluation [{each}]" for each in shown]
+
+
+def test_n12_progress_need_not_be_logged_and_the_number_is_positive(caplog):
+    caplog.set_level(logging.INFO)
+    train(StopAfterNEvalsHook(2, log_progress=False))
+    assert not caplog.messages
+    with pytest.raises(ConfigError, match="num_evals: expected a positive number or None, got 0"):
+        StopAfterNEvalsHook(0)
+
+
+def test_final_functions_are_called_at_a_clean_end_alone_and_their_values_kept():
+    session = Session(ends_at=3)
+    hook = FinalOpsHook({"step": lambda: session.global_step, "pair": [lambda: 1, lambda: "a"]})
+    failing = FinalOpsHook(lambda: 1)
+    assert hook.final_ops_values is None
+    train(hook, session=session)
+    assert hook.final_ops_values == {"step": 3, "pair": [1, "a"]}
+    with pytest.raises(ConnectionError):
+        train(failing, step=fail)
+    assert failing.final_ops_values is None
+    with pytest.raises(TypeError, match="FinalOpsHook: expected functions without arguments, got 3"):
+        FinalOpsHook([3])
+
+
 def test_n11_q11_a_nan_loss_is_an_error_after_the_users_hooks():
     log = []
 
@@ -332,61 +507,3 @@ def test_n11_a_nan_loss_may_just_stop(caplog):
     assert see(NanLossHook(fail_on_nan_loss=False), Session(), 1, loss=float("nan"))
     assert "training stops" in caplog.text
     assert not see(NanLossHook(), Session(), 1, loss=float("inf"))
-
-
-def test_n10_summaries_at_the_first_step_then_when_due_and_flushed_at_the_end():
-    clock, writer = Clock(), Writer()
-    hook = SummarySaverHook(writer, save_steps=2, clock=clock)
-
-    def step(session):
-        clock.now += 0.5
-        return session.step()
-
-    train(hook, session=Session(ends_at=3), step=step)
-    first = [("loss", 0.5, 1), ("staleness", 2, 1)]
-    assert writer.points == [*first, ("loss", 0.5, 3), ("staleness", 2, 3), ("global_step/sec", 2.0, 3)]
-    assert writer.flushed == 1
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "saved"), [(0, 5, [0, 2, 4, 5]), (4, 8, [4, 6, 8]), (3, 3, [3]), (0, 1, [0, 1])]
-)
-def test_n08_q09_saves_at_the_start_when_due_and_the_last_step_once(start, end, saved):
-    session = train(CheckpointSaverHook(save_steps=2), session=Session(start, end))
-    assert session.saved == saved
-
-
-def test_n08_saves_by_seconds():
-    clock = Clock()
-    hook = CheckpointSaverHook(save_secs=10, clock=clock)
-
-    def step(session):
-        clock.now += 4
-        return session.step()
-
-    assert train(hook, session=Session(ends_at=7), step=step).saved == [0, 3, 6, 7]
-
-
-def test_n08_the_steps_of_other_workers_count():
-    hook, session = CheckpointSaverHook(save_steps=10), Session()
-    hook.after_create_session(session)
-    see(hook, session, 9, 25, 26, 34, 35)
-    assert session.saved == [0, 25, 35]
-
-
-def test_n08_listeners():
-    log = []
-    train(CheckpointSaverHook(save_steps=2, listeners=[Listener(log)]), session=Session(ends_at=3))
-    saves = [f"{when} {step}" for step in (0, 2, 3) for when in ("before", "after")]
-    assert log == ["begin", *saves, "end 3"]
-    with pytest.raises(TypeError, match=r"listeners\[0\]: expected an instance of CheckpointSaverListener"):
-        CheckpointSaverHook(save_steps=2, listeners=[TrainingHook()])
-
-
-@pytest.mark.parametrize(("stop_at", "end"), [(0, 1), (2, 2)])
-def test_n08_a_listener_can_stop_the_training_and_the_others_are_still_told(stop_at, end):
-    logs = [], []
-    listeners = [Listener(logs[0], stop_at), Listener(logs[1])]
-    session = train(CheckpointSaverHook(save_steps=2, listeners=listeners), session=Session())
-    assert session.global_step == end
-    assert logs[0] == logs[1]

@@ -38,6 +38,7 @@ PUBLIC = [
     "in_replica_context",
     "placement",
     "set_strategy",
+    "summary",
 ]
 
 WITHOUT_SIDE_EFFECTS = """
@@ -77,7 +78,7 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
     assert (getattr(ps, name).__doc__ or "").strip()
 
 
-@pytest.mark.parametrize("module", [ps.errors, ps.placement, ps.estimator], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [ps.errors, ps.placement, ps.estimator, ps.summary], ids=lambda module: module.__name__)
 def test_every_name_of_a_public_module_has_a_docstring(module: types.ModuleType) -> None:
     undocumented = [each for each in public(module) if not (inspect.getdoc(each) or "").strip()]
     assert not undocumented

@@ -259,6 +259,19 @@ def test_a_strategy_is_an_object_with_a_scope(wrong):
         RunConfig(experimental_distribute=wrong)
 
 
+def test_g16_a_client_outside_of_the_cluster_is_refused():
+    """T24."""
+    with pytest.raises(ValueError, match="remote_cluster: a client that drives .* run the program on every task"):
+        DistributeConfig(remote_cluster=CLUSTER)
+    assert DistributeConfig(remote_cluster=None) == DistributeConfig()
+
+
+def test_g16_a_strategy_of_the_evaluation_makes_no_chief(tf_config):
+    tf_config("worker", 0, cluster=WITHOUT_CHIEF)
+    with pytest.raises(ValueError, match='must have one "chief"'):
+        RunConfig(eval_distribute=FakeStrategy())
+
+
 @pytest.mark.parametrize(("index", "is_chief"), [(0, True), (1, False)])
 def test_g17_with_a_strategy_worker_0_may_be_the_chief(tf_config, index, is_chief):
     tf_config("worker", index, cluster=WITHOUT_CHIEF)

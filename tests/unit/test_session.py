@@ -1,6 +1,7 @@
-"""A training session: what it restores and saves, and what it tells the model_dir."""
+"""A training session: waiting for the chief (N05), what it restores and saves, and what it tells the model_dir."""
 
 import itertools
+import logging
 import math
 from pathlib import Path
 
@@ -11,13 +12,17 @@ from torch import nn
 from paramserver import ParameterServerStrategy, SimpleClusterResolver
 from paramserver.cluster import ClusterSpec
 from paramserver.cluster.report import Reporter
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, DeadlineError
 from paramserver.estimator import EstimatorSpec, ModeKeys, RunConfig
 from paramserver.estimator.checkpoint_state import read_state
 from paramserver.estimator.session import Session
 
 
-def make(tmp_path, max_steps=None):
+def alone():
+    return ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
+
+
+def make(tmp_path, max_steps=None, strategy=None, **config):
     model = nn.Linear(2, 1)
     spec = EstimatorSpec(
         ModeKeys.TRAIN,
@@ -25,8 +30,8 @@ def make(tmp_path, max_steps=None):
         loss_fn=lambda model, features, labels: (model(features) - labels).square().mean(),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
     )
-    strategy = ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
-    return Session(strategy, spec, RunConfig(model_dir=str(tmp_path)), max_steps, Reporter("chief:0", None))
+    config = RunConfig(model_dir=str(tmp_path), **config)
+    return Session(strategy or alone(), spec, config, max_steps, Reporter("chief:0", None))
 
 
 def batches(value=1.0):
@@ -90,6 +95,55 @@ def test_the_end_is_written_into_model_dir(tmp_path):
     session.finish()
     session.close()
     assert read_state(str(tmp_path)).finished is True
+
+
+class Late:
+    """The strategy of a worker whose chief does not come."""
+
+    is_chief = False
+    task = "worker:1"
+
+    def __init__(self, waits):
+        self.waits, self.timeout = waits, None
+
+    def prepare_from(self, model, optimizers, *, initialize, timeout, on_wait):
+        self.timeout = timeout
+        for seconds in self.waits:
+            on_wait(seconds)
+        raise DeadlineError(f"the chief has not initialized the variables within {timeout:g} s", timeout)
+
+
+def test_n05_w08_a_worker_waits_for_the_chief_for_a_limited_time_and_says_so_now_and_then(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    strategy = Late([1.5 * count for count in range(1, 50)])
+    with pytest.raises(DeadlineError, match="has not initialized the variables within 75 s"):
+        make(tmp_path / "run", strategy=strategy, session_creation_timeout_secs=75)
+    assert strategy.timeout == 75
+    assert caplog.messages == [
+        f"worker:1 waits for the chief to initialize the variables: {seconds} s so far, 75 s at most"
+        for seconds in (2, 32, 62)
+    ]
+    assert not (tmp_path / "run").exists(), "B05: it writes nothing"
+
+
+def test_q13_the_global_step_is_known_without_asking_and_is_one_for_all(tmp_path, monkeypatch):
+    strategy = alone()
+    session = make(tmp_path, strategy=strategy)
+    session.step(batches())
+    monkeypatch.setattr(strategy.client, "_exchange", None)
+    assert session.global_step == strategy.global_step == strategy.client.global_step == 1
+    monkeypatch.undo()
+    assert session.read_global_step() == session.refresh() == 1
+    session.close()
+
+
+def test_the_values_can_be_brought_up_to_date(tmp_path):
+    session = make(tmp_path)
+    with torch.no_grad():
+        expected = [parameter.clone() for parameter in session.model.parameters()]
+    assert session.refresh() == 0
+    assert all(map(torch.equal, expected, session.model.parameters()))
+    session.close()
 
 
 def test_w08_only_the_chief_saves(tmp_path):

@@ -1,7 +1,7 @@
 """Shards of checkpoints: into any number of ps tasks, into plain PyTorch, and what is wrong with a broken one."""
 
 import json
-import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paramserver.arena import BLOCK, ArenaLayout, Shard, VariableSpec, pieces
-from paramserver.checkpoint_files import Maps, StoredTensor, merge
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index
+from paramserver.checkpoint_folder import CheckpointFolder, Read
 from paramserver.errors import CheckpointError
 from paramserver.placement import FixedShards, row_ranges
 from paramserver.rules import describe
-from paramserver.store.shard import SLOTS_INDEX, VALUES_INDEX, read_shard, write_shard
+from paramserver.store import restoring, saving
+from paramserver.store.place import overlaps, places
 from paramserver.store.store import Store
-from paramserver.store.stored_arena import variable_slots
+from paramserver.store.stored_arena import BlockCopy
 from paramserver.transport.memory import private_store_memory
 
 ADAM = describe(torch.optim.Adam([torch.zeros(1)]), 0)
@@ -50,6 +52,17 @@ def train(stores, steps=2):
                     arena.apply(operation, (start, stop), source[start:stop], None)
 
 
+def write_shard(store, directory, shard, num_shards):
+    with CheckpointFolder(Path(directory)) as folder:
+        return folder.run(saving.write_shard(store, shard, num_shards))
+
+
+def read_shard(store, directory):
+    maps = [read_index(Path(directory, name)) for name in (VALUES_INDEX, SLOTS_INDEX)]
+    with CheckpointFolder(Path(directory)) as folder:
+        folder.run(restoring.read_shard(store, str(directory), *maps))
+
+
 def write(stores, directory):
     """A whole checkpoint: the shards, and the indexes that the chief writes beside them."""
     shards = [write_shard(store, str(directory), index, len(stores)) for index, store in enumerate(stores)]
@@ -59,19 +72,29 @@ def write(stores, directory):
     return shards
 
 
+def state_at(place):
+    """The value of a variable or part, and its slots by name, flat."""
+    copy, found = BlockCopy(), {"": []}
+    for block in range(place.span[0] // BLOCK, -(-place.span[1] // BLOCK)):
+        place.arena.copy_block(block, copy)
+        first = block * BLOCK
+        start, stop = max(place.span[0], first), min(place.span[1], first + BLOCK)
+        found[""].append(copy.values[start - first : stop - first].clone())
+        for _, run, (begin, end) in overlaps([(start, stop)], [run[:2] for run in copy.runs]):
+            run_start, _, state = copy.runs[run]
+            for name, slot in state.items():
+                found.setdefault(name, []).append(slot[begin - run_start : end - run_start].clone() if slot.ndim else slot)
+    return {name: torch.cat(parts) if parts[0].ndim else parts[0] for name, parts in found.items()}
+
+
 def held(stores):
     """Values and slots of all variables, flat, by name."""
-    found = {}
-    for store in stores:
-        for arena in store.arenas:
-            values, runs = arena.snapshot()
-            for variable, (start, stop) in zip(arena.layout.variables, arena.layout.ranges, strict=True):
-                found[variable.name] = values[start:stop]
-                for first, last, state in runs:
-                    if first <= start and stop <= last:
-                        for name, slot in state.items():
-                            found[f"{variable.name}/{name}"] = slot[start - first : stop - first] if slot.ndim else slot
-    return found
+    return {
+        f"{place.spec.name}/{name}" if name else place.spec.name: tensor
+        for store in stores
+        for place in places(store)
+        for name, tensor in state_at(place).items()
+    }
 
 
 @pytest.fixture
@@ -189,35 +212,30 @@ def divide(num_shards, num_ps, rule=ADAM, shapes=ROWS):
     return stores
 
 
-def spots(stores):
-    """Of each variable or part: the name of the whole, the elements of the whole that are here, and where they are."""
-    for store in stores:
-        for arena in store.held:
-            for spec, span in zip(arena.layout.variables, arena.layout.ranges, strict=True):
-                start = spec.shard.start * math.prod(spec.shape[1:]) if spec.shard else 0
-                yield spec.shard.variable if spec.shard else spec.name, slice(start, start + spec.size), arena, span
+def elements(place):
+    """Which elements of the whole variable are here."""
+    return slice(place.skipped, place.skipped + place.spec.size)
 
 
 def train_rows(stores, steps):
     """The same gradients for each element, wherever it lies."""
-    for name, elements, arena, span in spots(stores):
+    for place in (place for store in stores for place in places(store)):
         for step in range(steps):
-            gradient = torch.sin(torch.arange(1000.0) + len(name) + step)[elements]
-            for start, stop in pieces([span]):
-                arena.apply("rule", (start, stop), gradient[start - span[0] : stop - span[0]], None)
+            gradient = torch.sin(torch.arange(1000.0) + len(place.variable) + step)[elements(place)]
+            for start, stop in pieces([place.span]):
+                place.arena.apply("rule", (start, stop), gradient[start - place.span[0] : stop - place.span[0]], None)
 
 
 def state_of(stores):
     """All values and elementwise slots of each whole variable, flat, and its counters."""
     found = {}
-    for name, elements, arena, span in spots(stores):
-        values, runs = arena.snapshot()
-        here = {"value": values[slice(*span)], **dict(variable_slots(span, runs))}
-        for key, tensor in here.items():
+    for place in (place for store in stores for place in places(store)):
+        for key, tensor in state_at(place).items():
+            name = (place.variable, key or "value")
             if tensor.ndim:
-                found.setdefault((name, key), torch.full((30,), torch.nan))[elements] = tensor
+                found.setdefault(name, torch.full((30,), torch.nan))[elements(place)] = tensor
             else:
-                found[name, key] = tensor
+                found[name] = tensor
     return found
 
 
@@ -288,8 +306,9 @@ def test_a_first_update_under_way_leaves_a_partitioned_variable_without_slots(tm
     """Some of the parts have had it, the others not: zeros are not where Rprop begins."""
     rprop = describe(torch.optim.Rprop([torch.zeros(1)]), 0)
     before, after, fresh = divide(4, num_ps, rprop), divide(1, 1, rprop), divide(1, 1, rprop)
-    name, _, arena, span = next(spots(before))
-    arena.apply("rule", span, torch.ones(span[1] - span[0]), None)
+    place = places(before[0])[0]
+    name = place.variable
+    place.arena.apply("rule", place.span, torch.ones(place.spec.size), None)
     write(before, tmp_path)
     assert json.loads((tmp_path / SLOTS_INDEX).read_text())["weight_map"] == {}
     read_shard(after[0], str(tmp_path))
@@ -304,16 +323,18 @@ def test_a_part_reads_its_rows_only(tmp_path, monkeypatch):
     before = divide(1, 1)
     train_rows(before, steps=1)
     write(before, tmp_path)
-    asked, read = [], StoredTensor.read
+    read, carry_out = [], CheckpointFolder.carry_out
 
-    def spy(tensor, rows=None):
-        asked.append((tensor.name, rows))
-        return read(tensor, rows)
+    def spy(folder, step):
+        carry_out(folder, step)
+        if isinstance(step, Read):
+            read.append(bytes(step.out))
 
-    monkeypatch.setattr(StoredTensor, "read", spy)
+    monkeypatch.setattr(CheckpointFolder, "carry_out", spy)
     read_shard(divide(2, 3)[1], str(tmp_path))
-    assert asked[:2] == [("table", (5, 10)), ("bias", None)]
-    assert ("table/exp_avg", (5, 10)) in asked
+    table = load_file(tmp_path / "model-00001-of-00001.safetensors")["table"]
+    assert bytes(table[5:].numpy()) in read
+    assert not [content for content in read if bytes(table[4].numpy()) in content]
 
 
 def test_v2_05_a_variable_of_another_number_of_rows_is_refused(tmp_path):

@@ -1,6 +1,7 @@
-"""The loop of one task: the order of hooks (N01, N02), resuming, schedules, and train_and_evaluate in one process."""
+"""The loop of one task: hooks (N01, N02), resuming, schedules, summaries (E14, Q11), train_and_evaluate alone."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import logging
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import lr_scheduler
 
-from paramserver import CentralStorageStrategy, ParameterServerStrategy, SimpleClusterResolver
+from paramserver import CentralStorageStrategy, ParameterServerStrategy, SimpleClusterResolver, summary
 from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
 from paramserver.cluster import ClusterSpec
 from paramserver.errors import ConfigError
@@ -22,8 +24,11 @@ from paramserver.estimator import (
     EstimatorSpec,
     EvalSpec,
     FinalExporter,
+    FinalOpsHook,
     NanLossDuringTrainingError,
+    ProfilerHook,
     RunConfig,
+    StopAfterNEvalsHook,
     TrainingHook,
     TrainSpec,
     train_and_evaluate,
@@ -295,7 +300,106 @@ def test_q11_the_loss_is_logged_and_written(tmp_path, caplog):
     make(tmp_path, log_step_count_steps=2, save_summary_steps=2).train(batches, steps=5)
     lines = [message for message in caplog.messages if message.startswith("loss = ")]
     assert [line.partition("step = ")[2].split()[0] for line in lines] == ["1", "3", "5"]
-    assert list(Path(tmp_path).glob("events.out.tfevents.*"))
+    written = events(tmp_path)
+    assert [event.step for event in written.Scalars("loss")] == [1, 3, 5]
+    assert [event.step for event in written.Scalars("global_step/sec")] == [3, 5]
+    assert [(event.step, event.histogram_value.num) for event in written.Histograms("staleness")] == [
+        (1, 1), (3, 2), (5, 2)
+    ]
+
+
+def events(model_dir):
+    """What its event files hold."""
+    return EventAccumulator(str(model_dir), size_guidance={"histograms": 0}).Reload()
+
+
+def test_hooks_of_the_users_own_see_the_end_of_a_training(tmp_path):
+    optimizers = []
+
+    def model_fn(mode):
+        spec = linear_fn(mode)
+        optimizers.append(spec.optimizer)
+        return spec
+
+    final = FinalOpsHook(lambda: optimizers[0].param_groups[0]["lr"])
+    Estimator(model_fn, str(tmp_path)).train(batches, steps=3, hooks=[final, ProfilerHook(save_steps=2)])
+    assert final.final_ops_values == 0.05
+    assert [path.name for path in tmp_path.glob("*.json")] == ["chief-0.2.pt.trace.json"]
+
+
+def test_n12_a_hook_ends_an_evaluation_of_endless_input_each_time(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    estimator, hook = make(tmp_path).train(batches, steps=1), StopAfterNEvalsHook(2)
+    results = [estimator.evaluate(batches, hooks=[hook]) for _ in range(2)]
+    assert results[0] == results[1] == estimator.evaluate(batches, steps=2)
+    assert caplog.messages.count("evaluation [2/2]") == 2
+
+
+# --- summaries
+
+
+def recording_fn(mode):
+    """A model that records its loss, its weights, and how often it is called."""
+    spec = linear_fn(mode)
+
+    def loss_fn(model, features, labels):
+        loss = squared_error(model, features, labels)
+        summary.scalar("model/loss", loss)
+        summary.histogram("model/weight", model.weight)
+        return loss
+
+    return dataclasses.replace(spec, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_e14_the_model_records_once_in_the_steps_that_are_written(num_replicas, tmp_path):
+    strategy = CentralStorageStrategy([f"cpu:{index}" for index in range(num_replicas)])
+    config = RunConfig(train_distribute=strategy, save_summary_steps=3, log_step_count_steps=None)
+    estimator = Estimator(recording_fn, str(tmp_path), config).train(batches, steps=5)
+    estimator.evaluate(batches, steps=1)
+    written = events(tmp_path)
+    for points in (written.Scalars("model/loss"), written.Histograms("model/weight"), written.Scalars("loss")):
+        assert [point.step for point in points] == [1, 4]
+    assert events(tmp_path / "eval").Tags()["histograms"] == []
+    recorded, mean = (written.Scalars(name)[0].value for name in ("model/loss", "loss"))
+    assert (recorded == mean) is (num_replicas == 1), "the first replica's, and the mean of all"
+
+
+@pytest.mark.parametrize(("name", "folder"), [(None, "eval"), ("test", "eval_test")])
+def test_q15_an_evaluation_writes_its_metrics_and_its_checkpoint(name, folder, tmp_path):
+    estimator = make(tmp_path).train(batches, steps=2)
+    results = estimator.evaluate(batches, steps=1, name=name)
+    written = events(tmp_path / folder)
+    assert [(event.step, event.value) for event in written.Scalars("loss")] == [(2, pytest.approx(results["loss"]))]
+    (checkpoint,) = written.Tensors("checkpoint_path/text_summary")
+    assert (checkpoint.step, checkpoint.tensor_proto.string_val) == (2, [str(tmp_path / "ckpt-2").encode()])
+
+
+def test_without_summaries_nothing_is_recorded(tmp_path):
+    config = RunConfig(save_summary_steps=0, log_step_count_steps=None)
+    Estimator(recording_fn, str(tmp_path), config).train(batches, steps=2)
+    assert not list(tmp_path.glob("*.tfevents.*"))
+
+
+def test_a_hook_sees_the_mean_loss_of_all_replicas_once_in_a_step(tmp_path):
+    seen, of_replicas = [], []
+
+    class Seen(TrainingHook):
+        def after_run(self, context, values):
+            seen.append((values.global_step, float(values.loss)))
+
+    def model_fn(mode):
+        def loss_fn(model, features, labels):
+            loss = squared_error(model, features, labels)
+            of_replicas.append(loss.item())
+            return loss
+
+        return dataclasses.replace(linear_fn(mode), loss_fn=loss_fn)
+
+    config = RunConfig(train_distribute=CentralStorageStrategy(["cpu:0", "cpu:1"]), log_step_count_steps=None)
+    Estimator(model_fn, str(tmp_path), config).train(batches, steps=2, hooks=[Seen()])
+    means = [sum(of_replicas[step : step + 2]) / 2 for step in (0, 2)]
+    assert seen == [(1, pytest.approx(means[0])), (2, pytest.approx(means[1]))]
 
 
 # --- train_and_evaluate in one process

@@ -81,7 +81,7 @@ def scope(strategy: Strategy) -> Iterator[Strategy]:
 
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """The default context for a ``with`` block, wherever this thread is: for work that the scope around it is not about."""
+    """The default context for a ``with`` block, wherever this thread is: for what the scope around it is not about."""
     around, has_base = _thread.frames, _thread.has_base
     _thread.frames, _thread.has_base = [], False
     try:

@@ -311,6 +311,18 @@ class ParameterServerStrategy(Strategy):
             self.client.mark_ready((initialize or _present_values)(self.client, model))
         model.refresh()
 
+    def refresh(self) -> int:
+        """Bring the prepared model up to date with the ps tasks, as every step does; the global step. Blocks.
+
+        What buffers changed by since the last step is lost.
+
+        Raises:
+            UnavailableError: If a ps is lost.
+        """
+        for model in self._models:
+            model.refresh()
+        return self.global_step
+
     def activate(self, replica: int) -> None:
         for model in self._models:
             model.activate(replica)

@@ -64,4 +64,5 @@ class Aside:
 
 def _gpus() -> range:
     """The GPUs of this process, if it uses any."""
-    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    return range(torch.cuda.device_count() if in_use else 0)

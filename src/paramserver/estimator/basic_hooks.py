@@ -1,48 +1,25 @@
-"""The hooks that a training has of itself: stopping, logging, summaries, checkpoints, a look at the loss.
+"""The hooks that say when a session goes on and when it stops, and the timer that most hooks have.
 
-Clocks are callables that return seconds, so that a test needs no waiting. A *step* in this file is a global
-step, the updates of all workers, unless it says *local*.
+Clocks are callables that return seconds, so that a test needs no waiting. A *step* is a global step, the updates of
+all workers, unless it says *local*.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
-from paramserver.errors import ConfigError, ParameterServerError
-from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession, as_tuple
+from paramserver.distribute.nest import leaves, map_leaves
+from paramserver.errors import ConfigError
+from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
 
 Clock = Callable[[], float]
+Wait = Callable[[float], object]
 
 _log = logging.getLogger(__name__)
-
-
-class NanLossDuringTrainingError(ParameterServerError):
-    """The loss of a worker became NaN; the variables are most likely NaN by now as well.
-
-    Attributes:
-        task: The worker whose loss it was.
-        global_step: The global step at which it was seen.
-    """
-
-    def __init__(self, message: str, task: str, global_step: int) -> None:
-        super().__init__(message)
-        self.task = task
-        self.global_step = global_step
-
-
-class ScalarWriter(Protocol):
-    """Where summaries go; `SummaryWriter` is one."""
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Add one point to the curve ``tag``."""
-
-    def flush(self) -> None:
-        """Make what was added visible to readers."""
 
 
 class SecondOrStepTimer:
@@ -123,256 +100,135 @@ class StopAtStepHook(TrainingHook):
             context.request_stop()
 
 
-class StepCounterHook(TrainingHook):
-    """Logs how many global steps all workers together make in a second.
+def _let_time_pass(seconds: float) -> None:
+    threading.Event().wait(seconds)
+
+
+class GlobalStepWaiterHook(TrainingHook):
+    """Holds a worker back before its first step until the others have brought the global step so far.
+
+    Starting workers one after the other makes the first updates, which are the largest, less stale. The worker begins
+    with the values of the step that it waited for. Where the session should stop, because `max_steps` is reached, it
+    goes on to learn that. A run may also end before the step comes, by early stopping or because the chief's input
+    ends, and the chief would wait for this worker: give a ``timeout`` then.
 
     Args:
-        every_n_steps: Global steps between two lines; exactly one of the two is given.
-        every_n_secs: Seconds between two lines.
+        wait_until_step: The global step; 0 waits for nothing.
+        timeout: Seconds after which the worker starts anyway, with a warning; None waits for as long as it takes.
         clock: Returns seconds.
-    """
-
-    STEPS_WITHOUT_PROGRESS = 20
-    """After so many local steps in which the global step stood still, a warning is due."""
-    MAX_WARNINGS = 5
-
-    def __init__(
-        self,
-        every_n_steps: int | None = 100,
-        every_n_secs: float | None = None,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self._timer = SecondOrStepTimer(every_secs=every_n_secs, every_steps=every_n_steps, clock=clock)
-        self._last_step: int | None = None
-        self._stalled = 0
-        self._warnings = 0
-        self.steps_per_second: float | None = None
-        """The last rate that was logged, None before the first."""
-
-    def after_create_session(self, session: TrainingSession) -> None:
-        """The first interval begins here, so that the first line counts every step."""
-        self._timer.update_last_triggered_step(session.global_step)
-
-    def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Logs when due, warns where the step stands still."""
-        step = values.global_step
-        self._watch_progress(step, context.session.task)
-        if self._timer.should_trigger_for_step(step):
-            seconds, steps = self._timer.update_last_triggered_step(step)
-            if seconds and steps is not None:
-                self.steps_per_second = steps / seconds
-                _log.info("global_step/sec: %.4g", self.steps_per_second)
-
-    def _watch_progress(self, step: int, task: str) -> None:
-        self._stalled = self._stalled + 1 if step == self._last_step else 0
-        self._last_step = step
-        due = self._stalled and self._stalled % self.STEPS_WITHOUT_PROGRESS == 0
-        if due and self._warnings < self.MAX_WARNINGS:
-            self._warnings += 1
-            _log.warning(
-                "%s made %d steps while the global step stayed at %d: does the optimizer come from "
-                "strategy.prepare(), and is optimizer.step() called?",
-                task,
-                self._stalled,
-                step,
-            )
-
-
-class LoggingHook(TrainingHook):
-    """Logs the loss and the step, at the first local step and every so many local steps or seconds.
-
-    Args:
-        every_n_steps: Local steps between two lines; exactly one of the two is given.
-        every_n_secs: Seconds between two lines.
-        at_end: Log the last step as well.
-        clock: Returns seconds.
-    """
-
-    def __init__(
-        self,
-        every_n_steps: int | None = 100,
-        every_n_secs: float | None = None,
-        *,
-        at_end: bool = False,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self._timer = SecondOrStepTimer(every_secs=every_n_secs, every_steps=every_n_steps, clock=clock)
-        self._at_end = at_end
-        self._local_step = 0
-        self._unlogged: RunValues | None = None
-
-    def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Logs when due."""
-        self._unlogged = values
-        if self._timer.should_trigger_for_step(self._local_step):
-            self._write(values)
-        self._local_step += 1
-
-    def end(self, session: TrainingSession) -> None:
-        """Logs the last step if that was asked for and not done yet."""
-        if self._at_end and self._unlogged is not None:
-            self._write(self._unlogged)
-
-    def _write(self, values: RunValues) -> None:
-        seconds, _ = self._timer.update_last_triggered_step(self._local_step)
-        after = "" if seconds is None else f" ({seconds:.3f} sec)"
-        _log.info("loss = %.6g, step = %d%s", float(values.loss), values.global_step, after)
-        self._unlogged = None
-
-
-class NanLossHook(TrainingHook):
-    """Ends the training when the loss is NaN.
-
-    It looks at every step. That costs no wait of its own on a GPU: a step has waited for its device already,
-    because its gradients went to the ps tasks.
-
-    Args:
-        fail_on_nan_loss: False stops the training cleanly instead of raising.
-    """
-
-    def __init__(self, fail_on_nan_loss: bool = True) -> None:
-        self._fail = fail_on_nan_loss
-
-    def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Checks one loss.
-
-        Raises:
-            NanLossDuringTrainingError: If it is NaN, unless ``fail_on_nan_loss`` is False.
-        """
-        if not math.isnan(float(values.loss)):
-            return
-        task, step = context.session.task, values.global_step
-        message = (
-            f"the loss of {task} is NaN at global step {step}; expected a number: "
-            "try a lower learning rate or clipped gradients, and look for bad values in the batch"
-        )
-        if self._fail:
-            raise NanLossDuringTrainingError(message, task, step)
-        _log.warning("%s; training stops", message)
-        context.request_stop()
-
-
-class SummarySaverHook(TrainingHook):
-    """Writes the loss, the staleness and the speed of the run for TensorBoard. Closes nothing.
-
-    Args:
-        writer: Where they go.
-        save_steps: Global steps between two points; exactly one of the two is given.
-        save_secs: Seconds between two points.
-        clock: Returns seconds.
-    """
-
-    def __init__(
-        self,
-        writer: ScalarWriter,
-        *,
-        save_steps: int | None = None,
-        save_secs: float | None = None,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self._timer = SecondOrStepTimer(every_secs=save_secs, every_steps=save_steps, clock=clock)
-        self._writer = writer
-
-    def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Writes at the first step, then when due."""
-        step = values.global_step
-        if not self._timer.should_trigger_for_step(step):
-            return
-        seconds, steps = self._timer.update_last_triggered_step(step)
-        self._writer.scalar("loss", float(values.loss), step)
-        self._writer.scalar("staleness", values.staleness, step)
-        if seconds and steps is not None:
-            self._writer.scalar("global_step/sec", steps / seconds, step)
-
-    def end(self, session: TrainingSession) -> None:
-        """Makes all points visible."""
-        self._writer.flush()
-
-
-class CheckpointSaverListener:
-    """Told about every checkpoint that a `CheckpointSaverHook` writes. Override what you need."""
-
-    def begin(self) -> None:
-        """Before the session is created."""
-
-    def before_save(self, session: TrainingSession, step: int) -> None:
-        """A checkpoint of ``step`` is about to be written."""
-
-    def after_save(self, session: TrainingSession, step: int) -> bool | None:
-        """A checkpoint of ``step`` is whole. Return True to stop the training."""
-
-    def end(self, session: TrainingSession, step: int) -> None:
-        """The training ended cleanly at ``step``; its checkpoint is written."""
-
-
-class CheckpointSaverHook(TrainingHook):
-    """Saves when the session starts, every so many global steps or seconds, and at the end.
-
-    Args:
-        save_secs: Seconds between two checkpoints; exactly one of the two is given.
-        save_steps: Global steps between two checkpoints.
-        listeners: Told about every checkpoint.
-        clock: Returns seconds.
+        wait: Lets seconds pass.
 
     Raises:
-        ConfigError: If both or none are given, or one is not positive.
-        TypeError: If a listener is none.
+        ConfigError: If the step is negative or no whole number, or the timeout is not positive.
     """
+
+    POLL_INTERVAL = 0.5
+    """Seconds between two questions for the global step."""
+    LOG_INTERVAL = 30.0
 
     def __init__(
         self,
+        wait_until_step: int,
         *,
-        save_secs: float | None = None,
-        save_steps: int | None = None,
-        listeners: Sequence[CheckpointSaverListener] = (),
+        timeout: float | None = None,
         clock: Clock = time.monotonic,
+        wait: Wait = _let_time_pass,
     ) -> None:
-        self._timer = SecondOrStepTimer(every_secs=save_secs, every_steps=save_steps, clock=clock)
-        self.listeners = as_tuple(listeners, CheckpointSaverListener, "CheckpointSaverHook: listeners")
-        self._stop = False
+        if not isinstance(wait_until_step, int) or wait_until_step < 0:
+            raise ConfigError(
+                f"GlobalStepWaiterHook: wait_until_step: expected a whole number of at least 0, got {wait_until_step!r}"
+            )
+        if timeout is not None and not timeout > 0:
+            raise ConfigError(f"GlobalStepWaiterHook: timeout: expected positive seconds or None, got {timeout!r}")
+        self._step = wait_until_step
+        self._timeout = timeout
+        self._clock = clock
+        self._wait = wait
+        self._has_started = False
 
-    def with_listeners(self, more: Sequence[CheckpointSaverListener]) -> CheckpointSaverHook:
-        """A copy of this hook that tells ``more`` listeners, too; the hook itself if there are none."""
-        if not more:
-            return self
-        new = copy.copy(self)
-        new.listeners = (*self.listeners, *more)
-        return new
+    def before_run(self, context: RunContext) -> None:
+        """Blocks before the first step; later ones are let through."""
+        if self._has_started:
+            return
+        if context.session.global_step < self._step:
+            self._await(context.session)
+            context.session.refresh()
+        self._has_started = True
+
+    def _await(self, session: TrainingSession) -> None:
+        began = say_at = self._clock()
+        while (step := session.read_global_step()) < self._step and not session.should_stop():
+            now = self._clock()
+            if self._timeout is not None and now >= began + self._timeout:
+                _log.warning(
+                    "%s starts at global step %d: step %d did not come within %g s",
+                    session.task,
+                    step,
+                    self._step,
+                    self._timeout,
+                )
+                return
+            if now >= say_at:
+                _log.info("%s waits for global step %d, now %d", session.task, self._step, step)
+                say_at = now + self.LOG_INTERVAL
+            self._wait(self.POLL_INTERVAL)
+
+
+class StopAfterNEvalsHook(TrainingHook):
+    """Ends an evaluation after some batches; each evaluation counts anew.
+
+    Args:
+        num_evals: How many batches; None lets the input end it.
+        log_progress: Log about ten times in an evaluation how far it is.
+
+    Raises:
+        ConfigError: If the number is not positive.
+    """
+
+    def __init__(self, num_evals: int | None, *, log_progress: bool = True) -> None:
+        if num_evals is not None and not num_evals > 0:
+            raise ConfigError(f"StopAfterNEvalsHook: num_evals: expected a positive number or None, got {num_evals!r}")
+        self._num_evals = num_evals
+        self._log_every = max((num_evals or 100) // 10, 1) if log_progress else 0
+        self._count = 0
 
     def begin(self) -> None:
-        """Tells the listeners."""
-        for listener in self.listeners:
-            listener.begin()
-
-    def after_create_session(self, session: TrainingSession) -> None:
-        """Saves what training starts from; a stop that a listener asks for here follows the first step."""
-        self._save(session)
+        """A new evaluation begins."""
+        self._count = 0
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Saves when due, and stops if a listener wants it."""
-        if self._timer.should_trigger_for_step(values.global_step):
-            self._save(context.session)
-        if self._stop:
+        """Counts one batch."""
+        self._count += 1
+        is_last = self._count == self._num_evals
+        if self._log_every and (is_last or self._count % self._log_every == 0):
+            _log.info("evaluation [%d/%s]", self._count, self._num_evals or "?")
+        if is_last:
             context.request_stop()
 
-    def end(self, session: TrainingSession) -> None:
-        """Saves the last step if it is not saved yet."""
-        if session.global_step != self._timer.last_triggered_step:
-            self._save(session)
-        for listener in self.listeners:
-            listener.end(session, session.global_step)
 
-    def _save(self, session: TrainingSession) -> None:
-        step = session.global_step
-        self._timer.update_last_triggered_step(step)
-        for listener in self.listeners:
-            listener.before_save(session, step)
-        path = session.save()
-        step = session.global_step  # other workers may have moved it until the checkpoint was begun
-        _log.info("saved a checkpoint of step %d to %s", step, path)
-        for listener in self.listeners:
-            # All are told, also after the first that wants to stop.
-            self._stop = bool(listener.after_save(session, step)) or self._stop
+class FinalOpsHook(TrainingHook):
+    """Calls functions when the session ends cleanly, and keeps what they return.
+
+    Args:
+        final_ops: A function without arguments, or a nest of them.
+
+    Raises:
+        TypeError: If a leaf of the nest is no function.
+
+    >>> hook = FinalOpsHook({"ratio": lambda: 1 / 4})
+    """
+
+    def __init__(self, final_ops: Any) -> None:
+        for leaf in leaves(final_ops):
+            if not callable(leaf):
+                raise TypeError(f"FinalOpsHook: expected functions without arguments, got {leaf!r}; use a lambda")
+        self._final_ops = final_ops
+        self.final_ops_values: Any = None
+        """What the functions returned, in the structure they were given in; None before the end."""
+
+    def end(self, session: TrainingSession) -> None:
+        """Calls them, in order; whatever one raises is raised."""
+        self.final_ops_values = map_leaves(lambda final_op: final_op(), self._final_ops)
 
 
 def _check_exactly_one(where: str, **options: float | None) -> None:

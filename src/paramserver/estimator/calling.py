@@ -61,6 +61,27 @@ def batches_of(data: object, where: str) -> Iterator[Batch]:
         yield batch[0], batch[1]
 
 
+def features_of(data: object, where: str) -> Iterator[Any]:
+    """The features of what an input_fn for predictions returned; labels that come with them are left out.
+
+    Raises:
+        ConfigError: If it is no input, or a batch is a tuple of more than ``(features, labels)``.
+
+    >>> list(features_of([([1, 2], "labels"), ([3],), {"x": 4}], "input_fn"))
+    [[1, 2], [3], {'x': 4}]
+    """
+    for batch in _iterate(data, where):
+        if not isinstance(batch, (tuple, list)):
+            yield batch
+        elif len(batch) in (1, 2):
+            yield batch[0]
+        else:
+            raise ConfigError(
+                f"{where}: expected batches of features, or pairs (features, labels), got {_shown(batch)}; "
+                "put several features into a dict"
+            )
+
+
 def as_loss(value: object) -> torch.Tensor:
     """What a loss_fn returned.
 

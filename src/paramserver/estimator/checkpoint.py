@@ -8,6 +8,7 @@ one that was partitioned.
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,10 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
     total = sum(shard.nbytes for shard in saved)
     weight_map, slot_map = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
     write_index(Path(folder, SLOTS_INDEX), slot_map, global_step=step)
-    write_index(Path(folder, VALUES_INDEX), weight_map, total_size=total, global_step=step, aliases=aliases)
+    identity = secrets.token_hex(8)  # see `checkpoint_files.digest`
+    write_index(
+        Path(folder, VALUES_INDEX), weight_map, total_size=total, global_step=step, aliases=aliases, id=identity
+    )
     return manager.publish(folder, step)
 
 

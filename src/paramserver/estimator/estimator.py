@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from paramserver.cluster import Role, SimpleClusterResolver
-from paramserver.cluster.spec import ClusterSpec
+from paramserver.cluster import Role
 from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError
-from paramserver.estimator import evaluation, training
-from paramserver.estimator.basic_hooks import CheckpointSaverListener
-from paramserver.estimator.calling import Batch, accepts, batches_of, call_with_named, check_arguments
-from paramserver.estimator.checkpoint import load_model, read_values
+from paramserver.estimator import evaluation, prediction, progress, training
+from paramserver.estimator.arguments import check_model_fn, check_steps, training_strategy, with_model_dir
+from paramserver.estimator.aside import Aside
+from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of
+from paramserver.estimator.checkpoint import load_model
 from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
+from paramserver.estimator.export import write_export
 from paramserver.estimator.hooks import TrainingHook, as_tuple
+from paramserver.estimator.inference import ModelReplicas, own_strategy
 from paramserver.estimator.run_config import RunConfig
+from paramserver.estimator.saved_values import SavedValues
+from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
-from paramserver.estimator.summary import SummaryWriter
+from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
+from paramserver.summary import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "model.safetensors"
-MODEL_FN_ARGUMENTS = ("mode", "params", "config")
 
 
 class Estimator:
-    """Trains, evaluates and exports the model that a function builds. Not thread-safe.
+    """Trains, evaluates, applies and exports the model that a function builds. Not thread-safe.
 
     Args:
         model_fn: Builds the model for one mode and returns an `EstimatorSpec`; may ask for ``mode``, ``params`` and
@@ -43,10 +44,12 @@ class Estimator:
         model_dir: Where checkpoints and summaries go, if the config does not say; else a temporary folder.
         config: Of the run.
         params: Passed to the functions that ask for them.
+        warm_start_from: Where the model's first values come from, as long as model_dir has no checkpoint: a path, or
+            `WarmStartSettings`.
 
     Raises:
         ConfigError: If model_fn is none or asks for something else, the config is none, or model_dir is given twice
-            and differs.
+            and differs; and for a subclass that overrides what train_and_evaluate relies on.
     """
 
     def __init__(
@@ -55,15 +58,22 @@ class Estimator:
         model_dir: str | None = None,
         config: RunConfig | None = None,
         params: Mapping[str, Any] | None = None,
+        warm_start_from: str | WarmStartSettings | None = None,
     ) -> None:
-        if not callable(model_fn):
-            raise ConfigError(f"Estimator: model_fn: expected a function returning an EstimatorSpec, got {model_fn!r}")
-        if config is not None and not isinstance(config, RunConfig):
-            raise ConfigError(f"Estimator: config: expected a RunConfig, got a {type(config).__name__}")
-        _check_model_fn(model_fn, params)
+        check_model_fn(model_fn, params)
+        self._warm_start_from = as_settings(warm_start_from)
         self._model_fn = model_fn
-        self._config = _with_model_dir(config or RunConfig(), model_dir)
+        self._config = with_model_dir(config, model_dir)
         self._params = copy.deepcopy(dict(params or {}))
+
+    def __init_subclass__(cls) -> None:
+        public = {name for name in vars(Estimator) if not name.startswith("_")}
+        if overridden := sorted(public & vars(cls).keys()):
+            raise ConfigError(
+                f"{cls.__name__} overrides {', '.join(overridden)} of Estimator, which train_and_evaluate relies on; "
+                "change what the model does in model_fn, and what happens around it in hooks"
+            )
+        super().__init_subclass__()
 
     @property
     def config(self) -> RunConfig:
@@ -110,11 +120,10 @@ class Estimator:
             raise ConfigError(
                 f"Estimator.train on {self._config.task}: a task of a cluster trains with train_and_evaluate"
             )
-        _check_steps("train", steps=steps, max_steps=max_steps)
-        strategy = self._config.train_distribute or ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
+        check_steps("train", steps=steps, max_steps=max_steps)
         self.train_on(
-            _parameter_server(strategy), input_fn, hooks=hooks or (), steps=steps, max_steps=max_steps,
-            saving_listeners=saving_listeners or (),
+            training_strategy(self._config.train_distribute), input_fn, hooks=hooks or (), steps=steps,
+            max_steps=max_steps, saving_listeners=saving_listeners or (),
         )
         return self
 
@@ -137,7 +146,7 @@ class Estimator:
         made = training.train(
             strategy,
             self._config,
-            lambda: self._build(ModeKeys.TRAIN),
+            lambda: self._build(ModeKeys.TRAIN, is_first=strategy.is_chief and checkpoint is None),
             lambda: self._training_input(input_fn, strategy),
             hooks=as_tuple(hooks, TrainingHook, "train: hooks"),
             saving_listeners=as_tuple(saving_listeners, CheckpointSaverListener, "train: saving_listeners"),
@@ -157,80 +166,183 @@ class Estimator:
     ) -> dict[str, float]:
         """The metrics of a checkpoint, with ``loss`` and ``global_step``. Blocks; changes no random state.
 
+        With ``RunConfig.eval_distribute`` each of its replicas takes a batch at a time; the results are those of one.
+
         Args:
             input_fn: Returns the batches.
             steps: How many batches; None evaluates until the input ends.
             hooks: Called around every batch; may end the evaluation early.
-            checkpoint_path: Which; the latest by default. Without any, the model is evaluated as model_fn makes it.
+            checkpoint_path: Which; the latest by default. Without any, the model is evaluated as model_fn makes it, or
+                as it is warm-started.
             name: Tells evaluations on different data apart.
 
         Raises:
             ConfigError: If the input is empty, or ``steps`` is not positive.
             CheckpointError: If the checkpoint is cut short or belongs to another model.
         """
-        _check_steps("evaluate", steps=steps)
+        check_steps("evaluate", steps=steps)
         own_hooks = as_tuple(hooks, TrainingHook, "evaluate: hooks")
-        path = checkpoint_path or self.latest_checkpoint()
-        session = evaluation.EvaluationSession(
-            global_step=0 if path is None else checkpoint_step(path),
-            task=str(self._config.task),
-            model_dir=self.model_dir,
-        )
-        with torch.random.fork_rng(devices=[]):
-            if self._config.seed is not None:
-                torch.manual_seed(self._config.seed)
-            spec = self._filled(path)
-            batches = batches_of(self._call(input_fn, ModeKeys.EVAL, InputContext()), _name(input_fn))
-            results = evaluation.evaluate(spec, batches, steps, session, (*own_hooks, *spec.evaluation_hooks))
+        path, strategy = self._source(checkpoint_path)
+        session = self._session(path)
+        with Aside(self._config.seed, strategy).entered(), progress.shown(_doing("evaluating", path), steps) as line:
+            spec = self._filled(path, ModeKeys.EVAL)
+            batches = batches_of(self._call(input_fn, ModeKeys.EVAL, _input_context(strategy)), _name(input_fn))
+            around = (*own_hooks, *spec.evaluation_hooks)
+            watched, replicas = line.watch(batches), _replicas(spec, strategy)
+            results = evaluation.evaluate(spec, watched, steps, session, around, replicas)
         results["global_step"] = session.global_step
-        self._write_summary(name, results)
+        self._write_summary(name, results, path)
         shown = ", ".join(f"{key} = {value:.6g}" for key, value in results.items() if key != "global_step")
         logger.info("evaluated step %d: %s", session.global_step, shown)
         return results
 
-    def export_model(self, export_path: str, checkpoint_path: str | None = None) -> str:
-        """Write the weights of a checkpoint as one plain safetensors file into a new folder; the folder's path.
+    def predict(
+        self,
+        input_fn: Callable[..., object],
+        predict_keys: str | Sequence[str] | None = None,
+        hooks: Sequence[TrainingHook] | None = None,
+        checkpoint_path: str | None = None,
+        yield_single_examples: bool = True,
+    ) -> Generator[Any, None, None]:
+        """What the model of a checkpoint makes of each example, on the CPU. A generator; changes no random state.
+
+        Arguments are checked at once; everything else happens when the first prediction is asked for, and then blocks
+        for each batch. Predictions are what ``predict_fn`` or else the model returns: a tensor or a nest of them.
 
         Args:
-            export_path: Where the folder, named by the time in seconds, is made.
-            checkpoint_path: Which; the latest by default.
+            input_fn: Returns batches of features, or of ``(features, labels)``, whose labels are ignored.
+            predict_keys: The names of those predictions that are wanted, of a dict of them; None wants all.
+            hooks: Called around every batch, with a loss of NaN; may end the prediction early.
+            checkpoint_path: Which; the latest by default. Without any, the model predicts as model_fn makes it, or as
+                it is warm-started.
+            yield_single_examples: Whether to give each example's row of the predictions, instead of whole batches.
+
+        Raises:
+            ConfigError: If predict_keys name none of the predictions, or these have no common number of rows.
+            CheckpointError: If the checkpoint is cut short or belongs to another model.
+
+        >>> import paramserver as ps
+        >>> def model_fn(mode):
+        ...     return ps.estimator.EstimatorSpec(mode, model=torch.nn.Flatten(0))
+        >>> estimator = ps.estimator.Estimator(model_fn, model_dir="none")
+        >>> [row.item() for row in estimator.predict(lambda: [torch.tensor([[1.0], [2.0]])])]
+        [1.0, 2.0]
+        """
+        keys = prediction.checked_keys(predict_keys)
+        own_hooks = as_tuple(hooks, TrainingHook, "predict: hooks")
+        return self._predictions(input_fn, keys, own_hooks, checkpoint_path, yield_single_examples)
+
+    def get_variable_names(self) -> list[str]:
+        """The names of all values in the latest checkpoint, sorted; of tied weights every name.
 
         Raises:
             ConfigError: If there is no checkpoint.
             CheckpointError: If it is cut short.
         """
+        return self._saved("get_variable_names").names
+
+    def get_variable_value(self, name: str) -> torch.Tensor:
+        """A value in the latest checkpoint, whole also where it was partitioned.
+
+        Raises:
+            ConfigError: If there is no checkpoint.
+            CheckpointError: If it is cut short, or holds no value of this name.
+        """
+        return self._saved("get_variable_value").read(name)
+
+    def export_model(
+        self,
+        export_path: str,
+        serving_input_fn: Callable[..., Any] | None = None,
+        checkpoint_path: str | None = None,
+        assets_extra: Mapping[str, str] | None = None,
+    ) -> str:
+        """Write the model of a checkpoint into a new folder; the folder's path. Blocks; changes no random state.
+
+        See `paramserver.estimator.export` for what is in it.
+
+        Args:
+            export_path: Where the folder, named by the time in seconds, is made.
+            serving_input_fn: Returns one example batch of features, as the model takes them: a tensor, an array or a
+                nest of them; may ask for ``mode``, ``params`` and ``config`` by name. The model, built for PREDICT, is
+                traced with it, and runs without this library for batches of any size. None exports the weights only.
+            checkpoint_path: Which; the latest by default.
+            assets_extra: Files to put beside the model: source path by name.
+
+        Raises:
+            ConfigError: If there is no checkpoint, the model cannot be traced, or an asset is missing. Nothing is
+                written then.
+            CheckpointError: If the checkpoint is cut short or belongs to another model.
+        """
         path = checkpoint_path or self.latest_checkpoint()
         if path is None:
             raise ConfigError(f"export: there is no checkpoint in {self.model_dir}; train first")
-        values = read_values(path)
-        Path(export_path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=export_path) as aside:
-            folder = Path(aside, "model")
-            folder.mkdir()
-            save_file(values, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            target = _free_timestamp(Path(export_path))
-            folder.rename(target)
-        return str(target)
+        with Aside(self._config.seed).entered():
+            spec = self._filled(path, ModeKeys.PREDICT)
+            serving_input = serving_input_fn and partial(
+                self._call, serving_input_fn, ModeKeys.PREDICT, InputContext()
+            )
+            return write_export(export_path, spec, checkpoint_step(path), serving_input, assets_extra)
 
     def __repr__(self) -> str:
         return f"<Estimator in {self.model_dir}, latest checkpoint {self.latest_checkpoint()}>"
 
-    def _build(self, mode: ModeKeys) -> EstimatorSpec:
+    def _build(self, mode: ModeKeys, *, is_first: bool = False) -> EstimatorSpec:
+        """The model for a mode; with its first values, if there is no checkpoint to give it others."""
         offered = {"mode": mode, "params": self.params, "config": self._config}
         spec = call_with_named(self._model_fn, offered)
         if not isinstance(spec, EstimatorSpec):
             raise ConfigError(f"model_fn must return an EstimatorSpec, got a {type(spec).__name__}")
+        if is_first and self._warm_start_from is not None and spec.model is not None:
+            warm_start(spec.model, self._warm_start_from)
         return spec
 
-    def _filled(self, checkpoint: str | None) -> EstimatorSpec:
-        """The model for an evaluation, with the values of a checkpoint if there is one."""
-        spec = self._build(ModeKeys.EVAL)
+    def _filled(self, checkpoint: str | None, mode: ModeKeys) -> EstimatorSpec:
+        """The model with the values of a checkpoint if there is one, else with its first values."""
+        spec = self._build(mode, is_first=checkpoint is None)
         assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
         if checkpoint is None:
-            logger.info("there is no checkpoint in %s: evaluating the model as it is built", self.model_dir)
+            begins = "as it is built" if self._warm_start_from is None else "as it is warm-started"
+            logger.info("there is no checkpoint in %s: %s the model %s", self.model_dir, _DOING[mode], begins)
         else:
             load_model(spec.model, checkpoint)
         return spec
+
+    def _predictions(
+        self,
+        input_fn: Callable[..., object],
+        keys: tuple[str, ...] | None,
+        hooks: tuple[TrainingHook, ...],
+        checkpoint_path: str | None,
+        yield_rows: bool,
+    ) -> Generator[Any, None, None]:
+        path, strategy = self._source(checkpoint_path)
+
+        def batches() -> Generator[Any, None, None]:
+            spec = self._filled(path, ModeKeys.PREDICT)
+            features = features_of(self._call(input_fn, ModeKeys.PREDICT, _input_context(strategy)), _name(input_fn))
+            watched = line.watch(features)
+            yield from prediction.predict(spec, watched, self._session(path), hooks, _replicas(spec, strategy))
+
+        with progress.shown(_doing("predicting with", path)) as line:
+            for made in Aside(self._config.seed, strategy).iterate(batches()):
+                line.clear()  # what the program prints of the predictions must not run into it
+                chosen = prediction.selected(made, keys)
+                yield from prediction.rows(chosen) if yield_rows else (chosen,)
+
+    def _source(self, checkpoint_path: str | None) -> tuple[str | None, ParameterServerStrategy | None]:
+        """The checkpoint to read, and the strategy to compute with."""
+        return checkpoint_path or self.latest_checkpoint(), own_strategy(self._config.eval_distribute)
+
+    def _session(self, checkpoint: str | None) -> evaluation.EvaluationSession:
+        step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        return evaluation.EvaluationSession(global_step=step, task=str(self._config.task), model_dir=self.model_dir)
+
+    def _saved(self, call: str) -> SavedValues:
+        path = self.latest_checkpoint()
+        if path is None:
+            raise ConfigError(f"{call}: there is no checkpoint in {self.model_dir}; train first")
+        return SavedValues.at(path)
 
     def _training_input(self, input_fn: Callable[..., Any], strategy: ParameterServerStrategy) -> Iterator[Batch]:
         """What the input_fn gives, a batch for each replica in turn."""
@@ -243,54 +355,31 @@ class Estimator:
         offered = {"mode": mode, "params": self.params, "config": self._config, "input_context": context}
         return call_with_named(input_fn, offered)
 
-    def _write_summary(self, name: str | None, results: Mapping[str, float]) -> None:
+    def _write_summary(self, name: str | None, results: Mapping[str, float], checkpoint: str | None) -> None:
         writer = SummaryWriter(str(Path(self.model_dir, f"eval_{name}" if name else "eval")))
         for key, value in results.items():
             if key != "global_step":
                 writer.scalar(key, value, int(results["global_step"]))
+        if checkpoint is not None:
+            writer.text("checkpoint_path", checkpoint, int(results["global_step"]))
         writer.close()
 
 
-def _check_model_fn(model_fn: Callable[..., EstimatorSpec], params: Mapping[str, Any] | None) -> None:
-    check_arguments(model_fn, MODEL_FN_ARGUMENTS)
-    takes_params = accepts(model_fn, "params")
-    if params is not None and not takes_params:
-        raise ConfigError("Estimator: params are given, but model_fn has no argument 'params' to take them")
-    if params is None and takes_params:
-        logger.warning("model_fn asks for params, and the Estimator got none: it is called with an empty dict")
+_DOING = {ModeKeys.EVAL: "evaluating", ModeKeys.PREDICT: "predicting with"}
 
 
-def _with_model_dir(config: RunConfig, model_dir: str | None) -> RunConfig:
-    if model_dir is not None and config.model_dir not in (None, str(model_dir)):
-        raise ConfigError(f"Estimator: model_dir is {model_dir!r}, but the config says {config.model_dir!r}; set one")
-    chosen = model_dir or config.model_dir
-    if chosen is None:
-        chosen = tempfile.mkdtemp(prefix="paramserver-")
-        logger.warning("no model_dir is set: this run writes to the temporary folder %s", chosen)
-    return config.replace(model_dir=str(chosen))
+def _doing(verb: str, checkpoint: str | None) -> str:
+    return f"{verb} {Path(checkpoint).name if checkpoint else 'a model without a checkpoint'}"
+
+
+def _input_context(strategy: ParameterServerStrategy | None) -> InputContext:
+    return strategy.input_context if strategy else InputContext()
+
+
+def _replicas(spec: EstimatorSpec, strategy: ParameterServerStrategy | None) -> ModelReplicas:
+    assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
+    return ModelReplicas(spec.model, strategy)
 
 
 def _name(input_fn: Callable[..., object]) -> str:
     return getattr(input_fn, "__name__", "input_fn")
-
-
-def _parameter_server(strategy: object) -> ParameterServerStrategy:
-    if not isinstance(strategy, ParameterServerStrategy):
-        raise ConfigError(f"train_distribute: expected a ParameterServerStrategy, got a {type(strategy).__name__}")
-    return strategy
-
-
-def _check_steps(where: str, **counts: int | None) -> None:
-    given = {name: value for name, value in counts.items() if value is not None}
-    if len(given) > 1:
-        raise ConfigError(f"{where}: {' and '.join(given)} cannot both be set")
-    for name, value in given.items():
-        if value <= 0:
-            raise ConfigError(f"{where}: {name}: expected a positive number, got {value}")
-
-
-def _free_timestamp(folder: Path) -> Path:
-    stamp = int(time.time())
-    while (folder / str(stamp)).exists():
-        stamp += 1
-    return folder / str(stamp)

@@ -1,18 +1,49 @@
-"""Exporters: what is made of an evaluated checkpoint."""
+"""Exporters: what is made of an evaluated checkpoint.
+
+Rules
+
+1. Each exporter of an EvalSpec has a folder of its own, ``model_dir/export/NAME``; the models in it are folders that
+   are named by the time of their export, in ten digits.
+2. What is named otherwise is not the exporter's, and is never deleted (J02).
+"""
 
 from __future__ import annotations
 
+import logging
+import re
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 from paramserver.errors import ConfigError
+from paramserver.estimator.calling import accepts, check_arguments
+from paramserver.estimator.event_files import read_metrics
+
+logger = logging.getLogger(__name__)
+
+EvalResult = Mapping[str, float]
+"""The metrics of one evaluation, ``loss`` and ``global_step`` among them."""
+
+_EXPORT = re.compile(r"\d{10}")
+_COMPARED = ("best_eval_result", "current_eval_result")
 
 
 class ExportingEstimator(Protocol):
     """What an exporter asks of an estimator."""
 
-    def export_model(self, export_path: str, checkpoint_path: str) -> str:
+    @property
+    def model_dir(self) -> str:
+        """Where checkpoints and summaries lie."""
+
+    def export_model(
+        self,
+        export_path: str,
+        serving_input_fn: Callable[..., Any] | None,
+        checkpoint_path: str,
+        assets_extra: Mapping[str, str] | None,
+    ) -> str:
         """Write the model of a checkpoint into ``export_path`` and return where it lies."""
 
 
@@ -30,7 +61,7 @@ class Exporter(ABC):
         estimator: ExportingEstimator,
         export_path: str,
         checkpoint_path: str,
-        eval_result: Mapping[str, float],
+        eval_result: EvalResult,
         is_the_final_export: bool,
     ) -> str | None:
         """Export the evaluated model, or decide not to. Blocks; called on one thread.
@@ -47,43 +78,236 @@ class Exporter(ABC):
 
         Raises:
             CheckpointError: If the checkpoint cannot be read.
+            ConfigError: If the model cannot be exported.
             OSError: If ``export_path`` cannot be written.
         """
 
 
-class FinalExporter(Exporter):
-    """Exports once, at the end of the training.
+class _ModelExporter(Exporter):
+    """An exporter that writes the model itself.
 
     Args:
         name: The name of the folder in ``model_dir/export``.
+        serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
+            only.
+        assets_extra: Files to put beside the model: source path by name.
 
     Raises:
-        ConfigError: If the name is empty or no string.
+        ConfigError: If the name is empty, no string, or a path.
+        TypeError: If serving_input_fn is no function.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = check_exporter_name(name, "FinalExporter: name")
+    def __init__(
+        self,
+        name: str,
+        serving_input_fn: Callable[..., Any] | None = None,
+        *,
+        assets_extra: Mapping[str, str] | None = None,
+    ) -> None:
+        kind = type(self).__name__
+        self._name = check_exporter_name(name, f"{kind}: name")
+        if serving_input_fn is not None and not callable(serving_input_fn):
+            raise TypeError(f"{kind}: serving_input_fn: expected a function or None, got {serving_input_fn!r}")
+        self._serving_input_fn = serving_input_fn
+        self._assets_extra = None if assets_extra is None else dict(assets_extra)
 
     def __repr__(self) -> str:
-        return f"FinalExporter({self._name!r})"
+        return f"{type(self).__name__}({self._name!r})"
 
     @property
     def name(self) -> str:
         """The name of the folder in ``model_dir/export``."""
         return self._name
 
+    def _write(self, estimator: ExportingEstimator, export_path: str, checkpoint_path: str) -> str:
+        return estimator.export_model(
+            export_path,
+            serving_input_fn=self._serving_input_fn,
+            checkpoint_path=checkpoint_path,
+            assets_extra=self._assets_extra,
+        )
+
+
+class FinalExporter(_ModelExporter):
+    """Exports once, at the end of the training (J01).
+
+    Args:
+        name: The name of the folder in ``model_dir/export``.
+        serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
+            only.
+        assets_extra: Files to put beside the model: source path by name.
+
+    Raises:
+        ConfigError: If the name is empty, no string, or a path.
+        TypeError: If serving_input_fn is no function.
+    """
+
     def export(
         self,
         estimator: ExportingEstimator,
         export_path: str,
         checkpoint_path: str,
-        eval_result: Mapping[str, float],
+        eval_result: EvalResult,
         is_the_final_export: bool,
     ) -> str | None:
         """Export the final model only; see `Exporter.export`."""
         if not is_the_final_export:
             return None
-        return estimator.export_model(export_path, checkpoint_path)
+        return self._write(estimator, export_path, checkpoint_path)
+
+
+class LatestExporter(_ModelExporter):
+    """Exports after every evaluation, and keeps the newest exports (J02).
+
+    Args:
+        name: The name of the folder in ``model_dir/export``.
+        serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
+            only.
+        assets_extra: Files to put beside the model: source path by name.
+        exports_to_keep: How many; older ones are deleted after each export. None keeps all.
+
+    Raises:
+        ConfigError: If the name is empty, no string, or a path, or ``exports_to_keep`` is not positive.
+        TypeError: If serving_input_fn is no function.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        serving_input_fn: Callable[..., Any] | None = None,
+        *,
+        assets_extra: Mapping[str, str] | None = None,
+        exports_to_keep: int | None = 5,
+    ) -> None:
+        super().__init__(name, serving_input_fn, assets_extra=assets_extra)
+        self._exports_to_keep = _checked_count(exports_to_keep, "LatestExporter")
+
+    def export(
+        self,
+        estimator: ExportingEstimator,
+        export_path: str,
+        checkpoint_path: str,
+        eval_result: EvalResult,
+        is_the_final_export: bool,
+    ) -> str | None:
+        """Export, and delete what is too old; see `Exporter.export`."""
+        exported = self._write(estimator, export_path, checkpoint_path)
+        delete_old_exports(export_path, self._exports_to_keep)
+        return exported
+
+
+def loss_smaller(best_eval_result: EvalResult, current_eval_result: EvalResult) -> bool:
+    """Whether the present evaluation has a smaller loss than the best one. One that is equal is not better.
+
+    Raises:
+        ConfigError: If one of them has no ``loss``.
+
+    >>> loss_smaller({"loss": 0.5}, {"loss": 0.25}), loss_smaller({"loss": 0.5}, {"loss": 0.5})
+    (True, False)
+    """
+    for name, result in zip(_COMPARED, (best_eval_result, current_eval_result), strict=True):
+        if not result or "loss" not in result:
+            has = ", ".join(sorted(result or ())) or "nothing"
+            raise ConfigError(f"loss_smaller: {name} has no 'loss', only {has}; give the exporter another compare_fn")
+    return current_eval_result["loss"] < best_eval_result["loss"]
+
+
+class BestExporter(_ModelExporter):
+    """Exports when an evaluation is better than all before it, and keeps the newest exports (J03, J04).
+
+    The first evaluation that it sees is exported in any case, so that a run leaves an export whatever earlier runs
+    wrote. What the best was until now is read from the event files, so a restart forgets nothing.
+
+    Args:
+        name: The name of the folder in ``model_dir/export``.
+        serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
+            only.
+        assets_extra: Files to put beside the model: source path by name.
+        event_file_pattern: The event files of earlier evaluations, below model_dir; of an EvalSpec with a name they
+            are ``"eval_NAME/*.tfevents.*"``. None reads none.
+        compare_fn: ``(best_eval_result, current_eval_result) -> bool``, called with these names: whether the present
+            one is better.
+        exports_to_keep: How many; older ones are deleted after each export. None keeps all.
+
+    Raises:
+        ConfigError: If the name is empty, no string, or a path, ``exports_to_keep`` is not positive, or compare_fn
+            cannot be called with its two arguments.
+        TypeError: If serving_input_fn is no function.
+    """
+
+    def __init__(
+        self,
+        name: str = "best_exporter",
+        serving_input_fn: Callable[..., Any] | None = None,
+        *,
+        assets_extra: Mapping[str, str] | None = None,
+        event_file_pattern: str | None = "eval/*.tfevents.*",
+        compare_fn: Callable[..., bool] = loss_smaller,
+        exports_to_keep: int | None = 5,
+    ) -> None:
+        super().__init__(name, serving_input_fn, assets_extra=assets_extra)
+        self._exports_to_keep = _checked_count(exports_to_keep, "BestExporter")
+        self._compare_fn = _checked_compare_fn(compare_fn)
+        self._pattern = event_file_pattern
+        self._model_dir: str | None = None
+        self._best: EvalResult | None = None
+
+    def export(
+        self,
+        estimator: ExportingEstimator,
+        export_path: str,
+        checkpoint_path: str,
+        eval_result: EvalResult,
+        is_the_final_export: bool,
+    ) -> str | None:
+        """Export if it is the best, or the first, and delete what is too old; see `Exporter.export`."""
+        is_first = self._model_dir != estimator.model_dir
+        if is_first:
+            self._best = self._best_before(estimator.model_dir, eval_result)
+        is_best = self._best is None or self._is_better(self._best, eval_result)
+        if not is_first and not is_best:
+            return None
+        exported = self._write(estimator, export_path, checkpoint_path)
+        self._model_dir = estimator.model_dir
+        if is_best:
+            self._best = dict(eval_result)
+        delete_old_exports(export_path, self._exports_to_keep)
+        return exported
+
+    def _best_before(self, model_dir: str, like: EvalResult) -> EvalResult | None:
+        """The best evaluation of the event files; one that lacks a metric is no evaluation of this kind."""
+        files = Path(model_dir).glob(self._pattern) if self._pattern else ()
+        best: EvalResult | None = None
+        for step, metrics in read_metrics(files).items():
+            result = {**metrics, "global_step": step}
+            if like.keys() <= result.keys() and (best is None or self._is_better(best, result)):
+                best = result
+        return best
+
+    def _is_better(self, best: EvalResult, current: EvalResult) -> bool:
+        return bool(self._compare_fn(best_eval_result=best, current_eval_result=current))
+
+
+def delete_old_exports(export_path: str, keep: int | None) -> None:
+    """Delete all but the newest exports in a folder: of its folders those that are named by ten digits (J02, J05).
+
+    Args:
+        export_path: The folder; need not exist.
+        keep: How many stay; None deletes none.
+    """
+    if keep is None or not Path(export_path).is_dir():
+        return
+    exports = sorted(path for path in Path(export_path).iterdir() if _EXPORT.fullmatch(path.name) and path.is_dir())
+    for path in exports[:-keep]:
+        delete_export(path)
+
+
+def delete_export(path: Path) -> None:
+    """Delete one export. One that cannot be deleted, or is gone already, is warned of."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("the old export %s cannot be deleted: %s; delete it by hand", path, error)
 
 
 def check_exporter_name(name: object, where: str) -> str:
@@ -93,3 +317,23 @@ def check_exporter_name(name: object, where: str) -> str:
     if "/" in name or "\\" in name or name in (".", ".."):
         raise ConfigError(f"{where}: expected the name of a folder, not a path, got {name!r}")
     return name
+
+
+def _checked_count(exports_to_keep: int | None, kind: str) -> int | None:
+    if exports_to_keep is not None and exports_to_keep <= 0:
+        raise ConfigError(
+            f"{kind}: exports_to_keep: expected a positive number, or None to keep all, got {exports_to_keep}"
+        )
+    return exports_to_keep
+
+
+def _checked_compare_fn(compare_fn: Callable[..., bool]) -> Callable[..., bool]:
+    if not callable(compare_fn):
+        raise ConfigError(f"BestExporter: compare_fn: expected a function, got {compare_fn!r}")
+    check_arguments(compare_fn, _COMPARED)
+    for name in _COMPARED:
+        if not accepts(compare_fn, name):
+            raise ConfigError(
+                f"BestExporter: compare_fn must take arguments named {' and '.join(_COMPARED)}; it has no {name!r}"
+            )
+    return compare_fn

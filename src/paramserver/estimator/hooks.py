@@ -9,11 +9,14 @@ Rules:
    look like a result.
 3. Every hook sees a step whole: a stop that one hook asks for takes effect after all have seen the step.
 4. No step is made after a stop was asked for.
-5. The chief's own hooks come before the user's, the user's before those that may end the run on a bad loss.
+5. What a hook wraps a step in (`RunContext.wrap_step`) is entered after all ``before_run``, in the order of the hooks,
+   and left before the first ``after_run``, also when the step fails.
+6. The chief's own hooks come before the user's, the user's before those that may end the run on a bad loss.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -38,6 +41,20 @@ class TrainingSession(Protocol):
     @property
     def model_dir(self) -> str:
         """Where checkpoints and summaries lie."""
+
+    def read_global_step(self) -> int:
+        """Ask for the updates of the model by now. Blocks for a round trip.
+
+        Raises:
+            UnavailableError: If the ps task cannot be reached.
+        """
+
+    def refresh(self) -> int:
+        """Bring the model's values up to date with the ps tasks', as every step does; the global step. Blocks.
+
+        Raises:
+            UnavailableError: If a ps task cannot be reached.
+        """
 
     def save(self) -> str:
         """Write a checkpoint and return its path. Blocks until it is whole.
@@ -72,6 +89,7 @@ class RunContext:
     def __init__(self, session: TrainingSession) -> None:
         self.session = session
         self._stop_requested = False
+        self._wraps: list[contextlib.AbstractContextManager[object]] = []
 
     def __repr__(self) -> str:
         return f"RunContext(task={self.session.task!r}, stop_requested={self._stop_requested})"
@@ -84,6 +102,23 @@ class RunContext:
     def request_stop(self) -> None:
         """End the session cleanly once all hooks have seen this step. Idempotent."""
         self._stop_requested = True
+
+    def wrap_step(self, manager: contextlib.AbstractContextManager[object]) -> None:
+        """Enter a context manager around the coming step, and that one alone. For ``before_run``.
+
+        A hook that wants more of a step than its values, such as a profile of it, gets it this way.
+        """
+        self._wraps.append(manager)
+
+    def make(self, step: Callable[[], RunValues]) -> RunValues:
+        """Make a step inside what it is wrapped in."""
+        if not self._wraps:
+            return step()
+        wraps, self._wraps = self._wraps, []
+        with contextlib.ExitStack() as stack:
+            for manager in wraps:
+                stack.enter_context(manager)
+            return step()
 
 
 class TrainingHook:
@@ -191,7 +226,7 @@ class HookRunner:
             )
         for hook in self.hooks:
             hook.before_run(context)
-        values = step()
+        values = context.make(step)
         for hook in self.hooks:
             hook.after_run(context, values)
         return values

@@ -23,7 +23,6 @@ from paramserver.distribute.input.dealing import brought
 from paramserver.distribute.nest import map_leaves
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.replica_tensors import ReplicaTensors
-from paramserver.distribute.strategy import Strategy
 from paramserver.distribute.values import PerReplica, local_results
 from paramserver.errors import ConfigError
 
@@ -31,7 +30,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def own_strategy(eval_distribute: object) -> Strategy | None:
+def own_strategy(eval_distribute: object) -> ParameterServerStrategy | None:
     """A strategy of one process over the devices that ``RunConfig.eval_distribute`` computes on; None without it.
 
     The configured one is not touched: it may be training at this moment, or belong to a cluster, whose tasks an
@@ -58,9 +57,9 @@ class ModelReplicas:
         strategy: Says where to compute; None leaves the model where it is.
     """
 
-    def __init__(self, model: nn.Module, strategy: Strategy | None = None) -> None:
+    def __init__(self, model: nn.Module, strategy: ParameterServerStrategy | None = None) -> None:
         self._strategy = strategy
-        devices = [torch.device(place) for place in _torch_devices(strategy)] if strategy else []
+        devices = [device.torch_device for device in strategy.compute_devices] if strategy else []
         self._tensors = ReplicaTensors(model, (), devices) if strategy else None
 
     @property
@@ -79,7 +78,7 @@ class ModelReplicas:
         Raises:
             Exception: Whatever ``fn`` raises.
         """
-        if self._strategy is None or self._tensors is None:
+        if self._strategy is None or self._tensors is None:  # both or none
             return [fn(batch) for batch in group]
         places = self._tensors.devices
         dealt = [brought(batch, place) for batch, place in zip(group, places, strict=False)]
@@ -88,10 +87,15 @@ class ModelReplicas:
             made = replica_threads.call_for_each_replica(
                 self._strategy, _applied, (fn, PerReplica([*dealt, *idle])), {}, self._tensors.activate
             )
-        return [_on_cpu(each.value) for each in local_results(made)[: len(dealt)]]
+        return [on_cpu(each.value) for each in local_results(made)[: len(dealt)]]
 
     def __repr__(self) -> str:
         return f"<ModelReplicas: {self.count} on {self._strategy or 'the device of the model'}>"
+
+
+def on_cpu(value: Any) -> Any:
+    """The same nest, its tensors on the CPU. Blocks until they are there."""
+    return map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,3 @@ _IDLE = object()
 def _applied(fn: Callable[[Any], R], batch: Any) -> _Made[R | None]:
     return _Made(None if batch is _IDLE else fn(batch))
 
-
-def _on_cpu(value: Any) -> Any:
-    return map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, value)

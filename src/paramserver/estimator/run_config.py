@@ -44,6 +44,16 @@ class DistributeConfig:
 
     train_distribute: Strategy | None = None
     eval_distribute: Strategy | None = None
+    remote_cluster: object = None
+    """None only: a client outside of the cluster that drives its tasks is not offered (T24)."""
+
+    def __post_init__(self) -> None:
+        if self.remote_cluster is not None:
+            raise ConfigError(
+                "DistributeConfig: remote_cluster: a client that drives the tasks of a cluster from outside is not "
+                f"supported, got {self.remote_cluster!r}; run the program on every task, as TF_CONFIG or "
+                "'paramserver launch' does"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,8 @@ class RunConfig:
     train_distribute: Strategy | None = None
     """The strategy of training."""
     eval_distribute: Strategy | None = None
-    """The strategy of evaluation."""
+    """Whose devices evaluation and prediction compute on, a batch on each at a time; its cluster and its variables are
+    not used. Metrics get predictions and labels on the CPU. None computes where model_fn has put the model."""
     experimental_distribute: InitVar[DistributeConfig | None] = None
     _view: ClusterView = field(init=False, repr=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Session:
             [spec.optimizer],
             initialize=self._initialize,
             timeout=self._patience,
-            on_wait=self._waiting,
+            on_wait=self._waiting(),
         )
         self.model.train()
         self._schedule.resume(self.global_step)
@@ -89,6 +89,22 @@ class Session:
     def global_step(self) -> int:
         """Updates of the model, as this task last heard of them. Does not block."""
         return self._strategy.global_step
+
+    def read_global_step(self) -> int:
+        """Ask for the updates of the model by now. Blocks for a round trip.
+
+        Raises:
+            UnavailableError: If ps:0 is lost.
+        """
+        return self._client.read_global_step()
+
+    def refresh(self) -> int:
+        """Bring the model's values up to date with the ps tasks'; the global step. Blocks.
+
+        Raises:
+            UnavailableError: If a ps is lost.
+        """
+        return self._strategy.refresh()
 
     def should_stop(self) -> bool:
         """Whether the step to stop at is reached."""
@@ -151,7 +167,7 @@ class Session:
                 self._strategy.recover(
                     initialize=self._initialize,
                     timeout=self._patience,
-                    on_wait=self._waiting,
+                    on_wait=self._waiting(),
                 )
             except UnavailableError as again:
                 error = again
@@ -199,7 +215,20 @@ class Session:
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.optimizer.step()
 
-    def _waiting(self, seconds: float) -> None:
-        self._reporter.tell(state="waiting for the chief")
-        if seconds % LOG_WAIT_EVERY < 1.0:
-            logger.info("%s waits for the chief to initialize the variables", self.task)
+    def _waiting(self) -> Callable[[float], None]:
+        """What is done about every second of a wait for the chief, with the seconds so far: it is said now and then."""
+        said = -math.inf
+
+        def on_wait(seconds: float) -> None:
+            nonlocal said
+            self._reporter.tell(state="waiting for the chief")
+            if seconds >= said + LOG_WAIT_EVERY:
+                said = seconds
+                logger.info(
+                    "%s waits for the chief to initialize the variables: %.0f s so far, %g s at most",
+                    self.task,
+                    seconds,
+                    self._patience,
+                )
+
+        return on_wait

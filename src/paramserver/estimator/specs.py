@@ -11,9 +11,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paramserver.errors import ConfigError
-from paramserver.estimator.basic_hooks import CheckpointSaverListener
 from paramserver.estimator.exporters import Exporter, check_exporter_name
 from paramserver.estimator.hooks import TrainingHook, as_tuple
+from paramserver.estimator.saving_hooks import CheckpointSaverListener
 
 RESERVED_METRICS = ("loss", "global_step")
 """Results that every evaluation has of itself."""

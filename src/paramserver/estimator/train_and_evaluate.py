@@ -10,10 +10,12 @@ from paramserver.cluster import Role, environment
 from paramserver.cluster.report import Reporter
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import CheckpointError, ConfigError, RunOverError
-from paramserver.estimator.basic_hooks import CheckpointSaverListener
+from paramserver.estimator.arguments import training_strategy
 from paramserver.estimator.estimator import Estimator
 from paramserver.estimator.evaluator import Evaluator, wait_for
 from paramserver.estimator.hooks import TrainingSession
+from paramserver.estimator.run_config import RunConfig
+from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EvalSpec, TrainSpec
 from paramserver.server import run_standard_server
 
@@ -53,12 +55,7 @@ def train_and_evaluate(estimator: Estimator, train_spec: TrainSpec, eval_spec: E
 
 def _run_worker(estimator: Estimator, spec: TrainSpec) -> None:
     config = estimator.config
-    strategy = config.train_distribute or ParameterServerStrategy()
-    if not isinstance(strategy, ParameterServerStrategy) or strategy.task is None:
-        raise ConfigError(
-            f"train_and_evaluate on {config.task}: expected a ParameterServerStrategy that was made with this "
-            f"cluster, got {strategy!r}"
-        )
+    strategy = _strategy(config)
     if config.start_delay_secs:
         logger.info("%s starts in %g s", config.task, config.start_delay_secs)
         wait_for(config.start_delay_secs)
@@ -73,6 +70,21 @@ def _run_worker(estimator: Estimator, spec: TrainSpec) -> None:
     except RunOverError as over:
         logger.info("%s", over)
     Reporter(str(config.task), environment.read().report_fd).tell(state="done")
+
+
+def _strategy(config: RunConfig) -> ParameterServerStrategy:
+    """The strategy of a task of a cluster; one in process where it is the only task that trains or serves (T10)."""
+    is_alone = config.num_ps_replicas + config.num_worker_replicas == 1
+    if is_alone:
+        logger.info("%s is alone in its cluster: the variables stay in its process", config.task)
+        return training_strategy(config.train_distribute)
+    strategy = config.train_distribute or ParameterServerStrategy()
+    if not isinstance(strategy, ParameterServerStrategy) or strategy.task is None:
+        raise ConfigError(
+            f"train_and_evaluate on {config.task}: expected a ParameterServerStrategy that was made with this "
+            f"cluster, got {strategy!r}"
+        )
+    return strategy
 
 
 def _run_evaluator(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> None:

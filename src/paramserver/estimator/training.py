@@ -13,21 +13,15 @@ from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError, RunOverError, UnavailableError
-from paramserver.estimator.basic_hooks import (
-    CheckpointSaverHook,
-    CheckpointSaverListener,
-    LoggingHook,
-    NanLossHook,
-    StepCounterHook,
-    StopAtStepHook,
-    SummarySaverHook,
-)
+from paramserver.estimator.basic_hooks import StopAtStepHook
 from paramserver.estimator.calling import Batch
 from paramserver.estimator.hooks import HookRunner, RunContext, RunValues, TrainingHook, TrainingSession, order_hooks
 from paramserver.estimator.run_config import RunConfig
+from paramserver.estimator.saving_hooks import CheckpointSaverHook, CheckpointSaverListener, SummarySaverHook
 from paramserver.estimator.session import Session
 from paramserver.estimator.specs import EstimatorSpec
-from paramserver.estimator.summary import SummaryWriter
+from paramserver.estimator.watching_hooks import LoggingHook, NanLossHook, StepCounterHook
+from paramserver.summary import SummaryWriter
 
 REPORT_INTERVAL = 0.2
 

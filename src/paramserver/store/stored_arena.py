@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,57 @@ from paramserver.rules import RULES, Setting, setting_names
 from paramserver.store.block_rule import BlockRule
 
 Operation = Literal["rule", "assign", "add"]
+
+
+class SlotKind(NamedTuple):
+    """The dtype of a slot, and whether it is one number for many elements."""
+
+    dtype: str
+    is_scalar: bool
+
+    @classmethod
+    def of(cls, slot: torch.Tensor) -> SlotKind:
+        """The kind of a slot."""
+        return cls(str(slot.dtype).removeprefix("torch."), slot.ndim == 0)
+
+
+class BlockCopy:
+    """Memory for a copy of a block; the same for one block after the other, so that a checkpoint takes little.
+
+    Attributes:
+        values: The values of the block, on the CPU.
+        runs: Its slots as ``(start, stop, state)``; the range counts elements of the arena.
+        pause: Seconds that copies have taken, in all.
+        longest: Seconds that the longest one has taken.
+    """
+
+    def __init__(self) -> None:
+        self.values = torch.empty(0, device="cpu")
+        self.runs: list[tuple[int, int, dict[str, torch.Tensor]]] = []
+        self.pause = self.longest = 0.0
+        self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(
+        self, values: torch.Tensor, start: int, runs: Iterable[tuple[int, int, dict[str, torch.Tensor]]]
+    ) -> None:
+        """Copy the values and slots of the block that begins at ``start``, whose lock the caller holds."""
+        begun = time.perf_counter()
+        self.values = self._room("", values.dtype, 0, len(values)).copy_(values)
+        self.runs = [
+            (start + first, start + last, {name: self._copied(name, slot, first) for name, slot in state.items()})
+            for first, last, state in runs
+        ]
+        took = time.perf_counter() - begun
+        self.pause, self.longest = self.pause + took, max(self.longest, took)
+
+    def _copied(self, name: str, slot: torch.Tensor, first: int) -> torch.Tensor:
+        return self._room(name, slot.dtype, first, slot.numel()).copy_(slot) if slot.ndim else slot.cpu().clone()
+
+    def _room(self, name: str, dtype: torch.dtype, first: int, count: int) -> torch.Tensor:
+        memory = self._memory.get((name, dtype))
+        if memory is None:
+            memory = self._memory[name, dtype] = torch.empty(BLOCK, dtype=dtype, device="cpu")
+        return memory[first : first + count]
 
 
 class StoredArena:
@@ -122,19 +175,40 @@ class StoredArena:
 
     # --- checkpoints
 
-    def snapshot(self) -> tuple[torch.Tensor, list[tuple[int, int, dict[str, torch.Tensor]]]]:
-        """A copy of the values, and a copy of the slots as runs ``(start, stop, state)``; block by block."""
-        values = torch.empty_like(self.values)
-        runs: list[tuple[int, int, dict[str, torch.Tensor]]] = []
-        for block, (start, stop) in enumerate(self.layout.pieces):
+    def slot_kinds(self) -> Iterator[tuple[int, int, dict[str, SlotKind]]]:
+        """The slots that there are now, as runs ``(start, stop, kinds)``, in order. A slot never goes away again."""
+        for block, rule in enumerate(self._rules):
             with self._locks[block]:
-                values[start:stop].copy_(self.values[start:stop])
-                if self._rules:
-                    runs.extend(
-                        (start + first, start + last, {name: slot.clone() for name, slot in state.items()})
-                        for first, last, state in self._rules[block].slots()
-                    )
-        return values, runs
+                runs = [
+                    (start, stop, {name: SlotKind.of(slot) for name, slot in state.items()})
+                    for start, stop, state in rule.slots()
+                ]
+            for start, stop, kinds in runs:
+                yield block * BLOCK + start, block * BLOCK + stop, kinds
+
+    def copy_block(self, block: int, copy: BlockCopy) -> None:
+        """Copy values and slots of a block as they are at one moment. Whoever pushes to it waits for that."""
+        start, stop = self.layout.pieces[block]
+        with self._locks[block]:
+            copy.take(self.values[start:stop], start, self._rules[block].slots() if self._rules else ())
+
+    @contextlib.contextmanager
+    def filling(self, piece: Range) -> Iterator[torch.Tensor]:
+        """Memory on the CPU, flat, whose content the piece has afterwards: its own where it lies on the CPU.
+
+        The block is locked meanwhile.
+        """
+        start, stop = piece
+        values, block = self.values[start:stop], start // BLOCK
+        room = values if values.is_cpu else torch.empty_like(values, device="cpu")
+        with self._locks[block]:
+            self._versions[block] += 1
+            try:
+                yield room
+                if room is not values:
+                    values.copy_(room)
+            finally:
+                self._versions[block] += 1
 
     def load_slots(self, span: Range, state: dict[str, torch.Tensor]) -> None:
         """Put back the slots of a range: flat tensors as long as the range, or scalars.
@@ -162,24 +236,3 @@ class StoredArena:
         for lock, rule in zip(self._locks, self._rules, strict=False):
             with lock:
                 rule.join()
-
-
-def variable_slots(
-    span: Range, runs: list[tuple[int, int, dict[str, torch.Tensor]]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The slots of one variable, flat, put together from the runs that it lies in.
-
-    None where they cover it in part: a first push was under way then, and had reached only some of its blocks.
-    """
-    parts: dict[str, list[torch.Tensor]] = {}
-    covered = 0
-    for start, stop, state in runs:
-        first, last = max(start, span[0]), min(stop, span[1])
-        if first < last:
-            covered += last - first
-            for name, slot in state.items():
-                parts.setdefault(name, []).append(slot if slot.ndim == 0 else slot[first - start : last - start])
-    if covered < span[1] - span[0]:
-        return
-    for name, slots in parts.items():
-        yield name, slots[0] if slots[0].ndim == 0 else torch.cat(slots)

@@ -112,7 +112,7 @@ class AwaitWorkers(Message, frozen=True):
 
 
 class Save(Message, frozen=True):
-    """Write this ps's shard of a checkpoint into a directory that both tasks see."""
+    """Begin to write this ps's shard of a checkpoint: into the directory if it is there, else through the sender."""
 
     directory: str
     shard: int
@@ -120,9 +120,24 @@ class Save(Message, frozen=True):
 
 
 class Restore(Message, frozen=True):
-    """Read this ps's variables and slots from a whole checkpoint."""
+    """Begin to read this ps's variables and slots from a whole checkpoint: from the directory if it holds the very
+    checkpoint that ``digest`` tells, else through the sender.
+    """  # noqa: D205
 
     directory: str
+    digest: str
+    weight_map: dict[str, str]
+    slot_map: dict[str, str]
+
+
+class Proceed(Message, frozen=True):
+    """Go on with what Save or Restore began on this connection, for ``timeout`` seconds; ``content`` was asked for.
+
+    So a ps that is at work for hours is heard of every second, and ends what nobody waits for any more.
+    """
+
+    timeout: float
+    content: bytes = b""
 
 
 class CreateVariable(Message, frozen=True):
@@ -214,6 +229,31 @@ class Remaining(Message, frozen=True):
     tasks: tuple[str, ...]
 
 
+class Underway(Message, frozen=True):
+    """There is more to do: `Proceed`."""
+
+
+class FilePiece(Message, frozen=True):
+    """Write this into a file of the checkpoint, which will have ``size`` bytes, and `Proceed`.
+
+    ``is_shared``: other tasks write into it, too.
+    """
+
+    file: str
+    size: int
+    is_shared: bool
+    offset: int
+    content: bytes
+
+
+class Wanted(Message, frozen=True):
+    """`Proceed` with these bytes of a file of the checkpoint."""
+
+    file: str
+    offset: int
+    count: int
+
+
 class Saved(Message, frozen=True):
     """The files of a shard, and which variable or slot lies in which."""
 
@@ -221,7 +261,9 @@ class Saved(Message, frozen=True):
     slot_map: dict[str, str]
     nbytes: int
     pause: float
-    """Seconds for which pushes had to wait, at most."""
+    """Seconds for which blocks were locked, in all; no push had to wait longer."""
+    longest_pause: float = 0.0
+    """Seconds for which one block was locked, at most."""
 
 
 class Status(Message, frozen=True):
@@ -248,8 +290,10 @@ class Refused(Message, frozen=True):
 
 VariableRequest = CreateVariable | AwaitVariable | ReadVariable | UpdateVariable
 Request = (
-    Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | VariableRequest | GetStatus
-    | Goodbye
+    Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | Proceed | VariableRequest
+    | GetStatus | Goodbye
 )  # fmt: skip
-Reply = Done | Declared | Applied | State | Values | Remaining | Saved | Status | Refused
+Reply = (
+    Done | Declared | Applied | State | Values | Remaining | Underway | FilePiece | Wanted | Saved | Status | Refused
+)  # fmt: skip
 AnyMessage = Challenge | Hello | Welcome | Request | Reply

@@ -1,0 +1,327 @@
+"""``python -m benchmarks.checkpoint``: saving and restoring one ps's values, beside plain safetensors in the same run.
+
+A ps in a process of its own holds some large tensors. A chief, which talks to it by shared memory, has it write whole
+checkpoints and read them back, in turns with ``safetensors.torch.save_file`` and ``load_file`` of the same tensors in
+the same folder. Rates are medians.
+
+Rules
+    * Both sides end with the values on the disk: the ps does so by itself, after ``save_file`` the file is fsynced. How
+      long ``save_file`` takes without is told, too.
+    * Both sides end with the values in tensors that were there before: what ``load_file`` returns is copied into them,
+      as ``load_state_dict`` does, because by itself it only maps the file and reads nothing.
+    * Files are read from the page cache.
+    * While the ps saves once more, a worker pushes to one block after the other; the slowest push is told, and the
+      slowest of those that were made while nothing was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from benchmarks import memory
+from benchmarks.processes import BenchmarkError, Child, crew
+from benchmarks.step import MIB, fail
+from paramserver.arena import ArenaLayout, VariableSpec
+from paramserver.client import ParameterClient
+from paramserver.cluster import ClusterSpec, TaskId
+from paramserver.distribute.connection import to_cluster
+from paramserver.errors import ParameterServerError
+from paramserver.estimator.checkpoint import write_checkpoint
+from paramserver.estimator.checkpoint_state import CheckpointManager
+from paramserver.launch.spec import HOST, NO_ADDRESS
+from paramserver.wire.messages import Part
+
+NUM_TENSORS = 8
+WIDTH = 256
+CONNECT_LIMIT = 60.0
+END_LIMIT = 30.0
+IDLE_SECONDS = 1.0
+PUSH_INTERVAL = 0.002
+DEFAULT_FOLDER = Path(tempfile.gettempdir())
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """What was measured.
+
+    Attributes:
+        values_bytes: What the ps holds.
+        filesystem: Which it is written to.
+        repeats: How often each side took its turn.
+        save_seconds: Of a whole checkpoint, its indexes and the state file included; a median, as all up to ``map``.
+        plain_save_seconds: Of ``save_file`` and an fsync.
+        plain_save_alone_seconds: Of ``save_file`` without the fsync.
+        save_ratio: The second divided by the first: how many times as fast the ps is.
+        restore_seconds: Of a whole checkpoint.
+        plain_load_seconds: Of ``load_file``, and of copying what it maps into tensors that were there.
+        plain_map_seconds: Of ``load_file`` alone.
+        restore_ratio: As ``save_ratio``.
+        pause_seconds: For which the ps held locks in a save, those of all blocks together.
+        longest_pause_seconds: For which it held the lock of one block: what a push may wait for each of its blocks.
+        memory_copy_seconds: Of one copy of the values in memory, a median.
+        slowest_push_seconds: Of the pushes to one block that were made during a save.
+        slowest_idle_push_seconds: Of those that were made in `IDLE_SECONDS` without one.
+        extra_memory_bytes: What the ps held at its peak beyond what it held before; None where that is not told.
+    """
+
+    values_bytes: int
+    filesystem: str
+    repeats: int
+    save_seconds: float
+    plain_save_seconds: float
+    plain_save_alone_seconds: float
+    save_ratio: float
+    restore_seconds: float
+    plain_load_seconds: float
+    plain_map_seconds: float
+    restore_ratio: float
+    pause_seconds: float
+    longest_pause_seconds: float
+    memory_copy_seconds: float
+    slowest_push_seconds: float
+    slowest_idle_push_seconds: float
+    extra_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A ps, and the chief and a worker who talk to it.
+
+    Attributes:
+        server: The process of the ps.
+        chief: Saves and restores.
+        worker: Pushes meanwhile.
+        layout: Of the one arena.
+        values: The chief's copy of what the ps holds, flat.
+    """
+
+    server: Child
+    chief: ParameterClient
+    worker: ParameterClient
+    layout: ArenaLayout
+    values: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The chief's copy by name."""
+        names = [variable.name for variable in self.layout.variables]
+        return dict(zip(names, self.layout.views(self.values), strict=True))
+
+
+class Pusher(contextlib.AbstractContextManager["Pusher"]):
+    """Pushes zeros to one block after the other for the length of a block of code.
+
+    Args:
+        run: Whose worker pushes.
+
+    Attributes:
+        slowest: Seconds that the slowest push took.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.slowest = 0.0
+        self._run = run
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._push)
+
+    def __enter__(self) -> Pusher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _push(self) -> None:
+        pieces, count = self._run.layout.pieces, 0
+        while not self._over.wait(PUSH_INTERVAL):
+            part = Part(0, "add", (pieces[count % len(pieces)],))
+            begun = time.perf_counter()
+            self._run.worker.push_pull([[part]], [()], counts=False)
+            self.slowest = max(self.slowest, time.perf_counter() - begun)
+            count += 1
+
+
+def measure(megabytes: int, repeats: int, folder: Path) -> Result:
+    """Save and restore in turns with safetensors; what is written into the folder is deleted.
+
+    Raises:
+        BenchmarkError: If what is read is not what was written, or a process fails.
+        ParameterServerError: If the ps refuses.
+    """
+    with _running(megabytes) as run, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        plain = {name: tensor.clone() for name, tensor in run.tensors().items()}
+        memory.reset_peak(run.server.pid)
+        before = memory.read(run.server.pid)
+        turns = [_take_turns(run, plain, Path(scratch, str(repeat))) for repeat in range(repeats)]
+        after = memory.read(run.server.pid)
+        with Pusher(run) as idle:
+            time.sleep(IDLE_SECONDS)
+        with Pusher(run) as pusher:
+            (saved,) = run.chief.save(scratch)
+    medians = {f"{name}_seconds": statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    return Result(
+        values_bytes=run.layout.nbytes,
+        filesystem=_filesystem(folder),
+        repeats=repeats,
+        **medians,
+        save_ratio=medians["plain_save_seconds"] / medians["save_seconds"],
+        restore_ratio=medians["plain_load_seconds"] / medians["restore_seconds"],
+        pause_seconds=saved.pause,
+        longest_pause_seconds=saved.longest_pause,
+        slowest_push_seconds=pusher.slowest,
+        slowest_idle_push_seconds=idle.slowest,
+        extra_memory_bytes=after.peak - before.now if after and before else None,
+    )
+
+
+def _take_turns(run: Run, plain: dict[str, torch.Tensor], place: Path) -> dict[str, float]:
+    """Both sides save and load once; the seconds that each thing took."""
+    manager, file, paths = CheckpointManager(str(place)), place / "plain.safetensors", list[str]()
+    save = _seconds(lambda: paths.append(write_checkpoint(run.chief, manager, 0, {})))
+    save_alone = _seconds(lambda: save_file(plain, file))
+    fsync = _seconds(lambda: _fsync(file))
+    restore = _seconds(lambda: run.chief.restore(*paths))
+    mapped: dict[str, torch.Tensor] = {}
+    load_alone = _seconds(lambda: mapped.update(load_file(file)))
+    copy = _seconds(lambda: [tensor.copy_(mapped[name]) for name, tensor in plain.items()])
+    memory_copy = _seconds(lambda: [tensor.copy_(plain[name]) for name, tensor in run.tensors().items()])
+    run.chief.pull([[0]])
+    if not all(torch.equal(tensor, plain[name]) for name, tensor in run.tensors().items()):
+        raise BenchmarkError("the ps does not hold what was saved")
+    shutil.rmtree(place)
+    os.sync()  # what this turn has left behind must not cost the next one anything
+    return {
+        "save": save,
+        "plain_save": save_alone + fsync,
+        "plain_save_alone": save_alone,
+        "restore": restore,
+        "plain_load": load_alone + copy,
+        "plain_map": load_alone,
+        "memory_copy": memory_copy,
+    }
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _running(megabytes: int) -> Iterator[Run]:
+    """A ps process that holds random values, and its two clients."""
+    rows = megabytes * 1_000_000 // (4 * WIDTH * NUM_TENSORS)
+    specs = tuple(VariableSpec(f"table{index}", (rows, WIDTH), "float32") for index in range(NUM_TENSORS))
+    layout, token = ArenaLayout("float32", None, specs), secrets.token_hex(16)
+    with crew() as its_crew, socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        jobs = {"chief": [NO_ADDRESS], "worker": [NO_ADDRESS], "ps": [f"{HOST}:{port}"]}
+        env = {
+            "TF_CONFIG": json.dumps({"cluster": jobs, "task": {"type": "ps", "index": 0}}),
+            "PARAMSERVER_TOKEN": token,
+            "PARAMSERVER_LISTEN_FD": str(listener.fileno()),
+        }
+        command = (sys.executable, "-m", "paramserver", "server")
+        server = its_crew.start("ps:0", command, env, [listener.fileno()])
+        chief, worker = (
+            to_cluster(ClusterSpec(jobs), TaskId.parse(task), CONNECT_LIMIT, token=token, lane="auto")
+            for task in ("chief:0", "worker:0")
+        )
+        with contextlib.closing(chief), contextlib.closing(worker):
+            values = _assign_random_values(chief, layout)
+            worker.join([[layout]])
+            worker.open()
+            yield Run(server, chief, worker, layout, values)
+            worker.goodbye()
+            chief.goodbye()
+            server.await_end(END_LIMIT)
+
+
+def _assign_random_values(chief: ParameterClient, layout: ArenaLayout) -> torch.Tensor:
+    chief.create([[layout]])
+    (worker_memory,) = chief.open()
+    worker_memory.gradients[0].uniform_()
+    chief.push_pull([[Part(0, "assign")]], [[0]], counts=False)
+    chief.mark_ready(0)
+    return worker_memory.values[0]
+
+
+def _filesystem(folder: Path) -> str:
+    """The type of the file system of a folder, such as ``ext4``; "?" where there is no /proc to read it from."""
+    with contextlib.suppress(OSError):
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+        return max((len(at), kind) for at, kind in mounts if folder.resolve().is_relative_to(at))[1]
+    return "?"
+
+
+def print_result(result: Result) -> None:
+    """Show the result to people."""
+    megabytes = result.values_bytes / 1e6
+    shown = Table(title=f"a checkpoint of {megabytes:,.0f} MB of values on {result.filesystem}")
+    for column in ("", "this", "safetensors", "times as fast", "safetensors alone"):
+        shown.add_column(column, justify="right")
+    rows = [
+        ("save", result.save_seconds, result.plain_save_seconds, result.save_ratio, result.plain_save_alone_seconds),
+        ("restore", result.restore_seconds, result.plain_load_seconds, result.restore_ratio, result.plain_map_seconds),
+    ]
+    for name, ours, plain, ratio, alone in rows:
+        shown.add_row(name, f"{ours:.3f} s", f"{plain:.3f} s", f"{ratio:.2f}", f"{alone:.3f} s")
+    shown.caption = "safetensors: save_file and fsync, load_file and a copy; alone: save_file, load_file"
+    console = Console()
+    console.print(shown)
+    console.print(
+        f"pause of the ps: {result.pause_seconds * 1e3:.0f} ms in all, {result.longest_pause_seconds * 1e3:.2f} ms "
+        f"for a block; a memory copy of its values takes {result.memory_copy_seconds * 1e3:.0f} ms"
+    )
+    console.print(
+        f"slowest push to a block: {result.slowest_push_seconds * 1e3:.1f} ms during a save, "
+        f"{result.slowest_idle_push_seconds * 1e3:.1f} ms without"
+    )
+    if result.extra_memory_bytes is not None:
+        console.print(f"memory of the ps beyond its values, at the most: {result.extra_memory_bytes / MIB:.0f} MiB")
+
+
+def main(
+    megabytes: Annotated[int, typer.Option(metavar="MB", help="Values that the ps holds.")] = 1000,
+    repeats: Annotated[int, typer.Option(metavar="R", help="How often each side takes its turn.")] = 5,
+    folder: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; it must exist.")] = DEFAULT_FOLDER,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of a table.")] = False,
+) -> None:
+    """Measure saving and restoring through the public API, beside safetensors."""
+    try:
+        result = measure(megabytes, repeats, folder)
+    except (BenchmarkError, ParameterServerError, OSError) as error:
+        raise fail(error) from error
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
+    else:
+        print_result(result)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,82 @@
+"""What an Estimator checks before it begins."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from paramserver.cluster import SimpleClusterResolver
+from paramserver.cluster.spec import ClusterSpec
+from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.errors import ConfigError
+from paramserver.estimator.calling import accepts, check_arguments
+from paramserver.estimator.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+MODEL_FN_ARGUMENTS = ("mode", "params", "config")
+
+
+def check_model_fn(model_fn: object, params: Mapping[str, Any] | None) -> None:
+    """Whether a model_fn can be called with what it will get (Q01).
+
+    Raises:
+        ConfigError: If it is no function, asks for something else, or has no use for params that are given.
+    """
+    if not callable(model_fn):
+        raise ConfigError(f"Estimator: model_fn: expected a function returning an EstimatorSpec, got {model_fn!r}")
+    check_arguments(model_fn, MODEL_FN_ARGUMENTS)
+    takes_params = accepts(model_fn, "params")
+    if params is not None and not takes_params:
+        raise ConfigError("Estimator: params are given, but model_fn has no argument 'params' to take them")
+    if params is None and takes_params:
+        logger.warning("model_fn asks for params, and the Estimator got none: it is called with an empty dict")
+
+
+def with_model_dir(config: RunConfig | None, model_dir: str | None) -> RunConfig:
+    """The configuration with the folder that was given, the one it has, or a temporary one (Q05).
+
+    Raises:
+        ConfigError: If it is none, or two folders are given that differ.
+    """
+    if config is not None and not isinstance(config, RunConfig):
+        raise ConfigError(f"Estimator: config: expected a RunConfig, got a {type(config).__name__}")
+    config = config or RunConfig()
+    if model_dir is not None and config.model_dir not in (None, str(model_dir)):
+        raise ConfigError(f"Estimator: model_dir is {model_dir!r}, but the config says {config.model_dir!r}; set one")
+    chosen = model_dir or config.model_dir
+    if chosen is None:
+        chosen = tempfile.mkdtemp(prefix="paramserver-")
+        logger.warning("no model_dir is set: this run writes to the temporary folder %s", chosen)
+    return config.replace(model_dir=str(chosen))
+
+
+def check_steps(where: str, **counts: int | None) -> None:
+    """Whether at most one count is given, and is positive (Q07, Q14).
+
+    Raises:
+        ConfigError: If not.
+    """
+    given = {name: value for name, value in counts.items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"{where}: {' and '.join(given)} cannot both be set")
+    for name, value in given.items():
+        if value <= 0:
+            raise ConfigError(f"{where}: {name}: expected a positive number, got {value}")
+
+
+def training_strategy(train_distribute: object) -> ParameterServerStrategy:
+    """The strategy of a training in this process: the given one, or one replica on the CPU.
+
+    Raises:
+        ConfigError: If it is none of ours.
+    """
+    if train_distribute is None:
+        return ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))
+    if not isinstance(train_distribute, ParameterServerStrategy):
+        raise ConfigError(
+            f"train_distribute: expected a ParameterServerStrategy, got a {type(train_distribute).__name__}"
+        )
+    return train_distribute

@@ -1,0 +1,122 @@
+"""Saved values by name, wherever they lie: a checkpoint, a model_dir, an exported model, a safetensors file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+
+from paramserver.checkpoint_files import VALUES_INDEX, StoredTensor, read_index, stored_tensors
+from paramserver.errors import CheckpointError
+from paramserver.estimator.checkpoint_state import STATE_FILE, latest_checkpoint
+from paramserver.estimator.export import WEIGHTS_FILE
+
+
+@dataclass(frozen=True)
+class SavedValues:
+    """Which values are saved in a place. Immutable; nothing stays open.
+
+    Attributes:
+        folder: Where the files are.
+        files: The file of each variable.
+        aliases: Other names of tied weights, and the variable that each one means.
+    """
+
+    folder: Path
+    files: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, path: str) -> SavedValues:
+        """What lies at a path.
+
+        Raises:
+            CheckpointError: If there is nothing that can be read.
+        """
+        place = Path(path)
+        if place.is_dir():
+            return cls._in(place)
+        if not place.is_file():
+            raise CheckpointError(f"there is no checkpoint, exported model or safetensors file {path}", path)
+        names, aliases = _contents(place)
+        return cls(place.parent, dict.fromkeys(names, place.name), aliases)
+
+    @classmethod
+    def _in(cls, folder: Path) -> SavedValues:
+        if (index := folder / VALUES_INDEX).is_file():
+            return cls(folder, read_index(index), _aliases(index))
+        if (newest := latest_checkpoint(str(folder))) is not None:
+            return cls._in(Path(newest))
+        if (weights := folder / WEIGHTS_FILE).is_file():
+            return cls.at(str(weights))
+        raise CheckpointError(
+            f"{folder} holds no saved values: expected {VALUES_INDEX} of a checkpoint, {STATE_FILE!r} of a model_dir "
+            f"with a whole checkpoint, or {WEIGHTS_FILE} of an exported model",
+            str(folder),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """All names, those of tied weights included, sorted."""
+        return sorted({*self.files, *self.aliases})
+
+    def variable(self, name: str) -> str:
+        """The name that a value is saved by.
+
+        Raises:
+            CheckpointError: If there is none of this name.
+        """
+        found = self.aliases.get(name, name)
+        if found not in self.files:
+            nearest = difflib.get_close_matches(name, self.names, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "get_variable_names() lists those of an Estimator"
+            raise CheckpointError(f"{self.folder} holds no value {name!r}; {hint}", str(self.folder))
+        return found
+
+    def stored(self, variables: Iterable[str]) -> Iterator[StoredTensor]:
+        """Variables, file by file; each can be read until the next one is asked for.
+
+        Raises:
+            CheckpointError: If a file is missing or cut short.
+        """
+        return stored_tensors(self.folder, {name: self.files[name] for name in variables})
+
+    def read(self, name: str) -> torch.Tensor:
+        """The value of a name, on the CPU.
+
+        Raises:
+            CheckpointError: If there is none, or its file is missing or cut short.
+        """
+        (value,) = (stored.read() for stored in self.stored([self.variable(name)]))
+        return value
+
+
+class _Metadata(msgspec.Struct):
+    aliases: dict[str, str] = {}
+
+
+class _Index(msgspec.Struct):
+    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
+
+
+def _aliases(index: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(index.read_bytes(), type=_Index).metadata.aliases
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{index} is no index of a checkpoint: {error}", str(index)) from error
+
+
+def _contents(file: Path) -> tuple[list[str], dict[str, str]]:
+    """The names in a file, and other names of tied weights, as ``safetensors.torch.save_model`` writes them down."""
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; was it cut short?", str(file)) from error
+    return names, {name: kept for name, kept in metadata.items() if kept in names}
