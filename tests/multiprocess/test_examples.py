@@ -47,6 +47,26 @@ def test_two_replicas_on_logical_devices() -> None:
 
 
 @pytest.mark.multiprocess
+def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path) -> None:
+    last = run(sys.executable, str(EXAMPLES / "wide_and_deep.py"), "--model-dir", str(tmp_path), "--epochs", "5")[-1]
+    found = re.fullmatch(r"test accuracy (0\.\d+); who knows the odds has (0\.\d+)", last)
+    assert found
+    assert float(found[1]) > float(found[2]) - 0.01
+
+
+@pytest.mark.multiprocess
+def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path) -> None:
+    options = ("--model-dir", str(tmp_path), "--patience", "400")
+    last = run(sys.executable, str(EXAMPLES / "early_stopping.py"), *options)[-1]
+    found = re.fullmatch(r"test accuracy (0\.\d+) at step (\d+)", last)
+    assert found
+    assert float(found[1]) > 0.9
+    assert int(found[2]) < 20_000
+    (exported,) = (tmp_path / "export" / "best").iterdir()
+    assert {path.name for path in exported.iterdir()} == {"model.pt2", "model.safetensors", "signature.json"}
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
 def test_own_loop_as_a_cluster(lane: str) -> None:
     launch = (sys.executable, "-m", "paramserver", "launch", "--ps", "2", "--workers", "2", "--lane", lane)
