@@ -2,16 +2,17 @@
 
 A ps in a process of its own holds some large tensors. A chief, which talks to it by shared memory, has it write whole
 checkpoints and read them back, in turns with ``safetensors.torch.save_file`` and ``load_file`` of the same tensors in
-the same folder. Rates are medians.
+the same folder. Seconds are medians; ratios are medians of the ratios of neighbours in time, because machines drift.
 
 Rules
     * Both sides end with the values on the disk: the ps does so by itself, after ``save_file`` the file is fsynced. How
       long ``save_file`` takes without is told, too.
     * Both sides end with the values in tensors that were there before: what ``load_file`` returns is copied into them,
       as ``load_state_dict`` does, because by itself it only maps the file and reads nothing.
-    * Files are read from the page cache.
-    * While the ps saves once more, a worker pushes to one block after the other; the slowest push is told, and the
-      slowest of those that were made while nothing was saved.
+    * Files are read from the page cache. The first turn does not count, and every other one begins with the other side:
+      the first writes after a while are slow, because the system has to find memory for the page cache.
+    * While the ps saves some more times, a worker pushes to one block after the other; the slowest push is told, and
+      the slowest of those that were made while nothing was saved.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +52,7 @@ from paramserver.errors import ParameterServerError
 from paramserver.estimator.checkpoint import write_checkpoint
 from paramserver.estimator.checkpoint_state import CheckpointManager
 from paramserver.launch.spec import HOST, NO_ADDRESS
-from paramserver.wire.messages import Part
+from paramserver.wire.messages import Part, Saved
 
 NUM_TENSORS = 8
 WIDTH = 256
@@ -71,17 +73,17 @@ class Result(msgspec.Struct, kw_only=True):
         save_seconds: Of a whole checkpoint, its indexes and the state file included; a median, as all up to ``map``.
         plain_save_seconds: Of ``save_file`` and an fsync.
         plain_save_alone_seconds: Of ``save_file`` without the fsync.
-        save_ratio: The second divided by the first: how many times as fast the ps is.
+        save_ratio: ``plain_save`` divided by ``save``, the median of the turns: how many times as fast the ps is.
         restore_seconds: Of a whole checkpoint.
         plain_load_seconds: Of ``load_file``, and of copying what it maps into tensors that were there.
         plain_map_seconds: Of ``load_file`` alone.
         restore_ratio: As ``save_ratio``.
-        pause_seconds: For which the ps held locks in a save, those of all blocks together.
+        pause_seconds: For which the ps held locks in a save, those of all blocks together; a median.
         longest_pause_seconds: For which it held the lock of one block: what a push may wait for each of its blocks.
         memory_copy_seconds: Of one copy of the values in memory, a median.
-        slowest_push_seconds: Of the pushes to one block that were made during a save.
+        slowest_push_seconds: Of the pushes to one block that were made during saves.
         slowest_idle_push_seconds: Of those that were made in `IDLE_SECONDS` without one.
-        extra_memory_bytes: What the ps held at its peak beyond what it held before; None where that is not told.
+        extra_memory_bytes: What the ps held at its peak beyond what it held when the turns began; None if not known.
     """
 
     values_bytes: int
@@ -172,53 +174,72 @@ def measure(megabytes: int, repeats: int, folder: Path) -> Result:
         plain = {name: tensor.clone() for name, tensor in run.tensors().items()}
         memory.reset_peak(run.server.pid)
         before = memory.read(run.server.pid)
-        turns = [_take_turns(run, plain, Path(scratch, str(repeat))) for repeat in range(repeats)]
+        turns = [_take_turns(run, plain, Path(scratch), turn) for turn in range(repeats + 1)][1:]
         after = memory.read(run.server.pid)
         with Pusher(run) as idle:
             time.sleep(IDLE_SECONDS)
         with Pusher(run) as pusher:
-            (saved,) = run.chief.save(scratch)
+            saved = [_save_shard(run, Path(scratch, f"pushed-{turn}")) for turn in range(repeats)]
     medians = {f"{name}_seconds": statistics.median(turn[name] for turn in turns) for name in turns[0]}
     return Result(
         values_bytes=run.layout.nbytes,
         filesystem=_filesystem(folder),
         repeats=repeats,
         **medians,
-        save_ratio=medians["plain_save_seconds"] / medians["save_seconds"],
-        restore_ratio=medians["plain_load_seconds"] / medians["restore_seconds"],
-        pause_seconds=saved.pause,
-        longest_pause_seconds=saved.longest_pause,
+        save_ratio=statistics.median(turn["plain_save"] / turn["save"] for turn in turns),
+        restore_ratio=statistics.median(turn["plain_load"] / turn["restore"] for turn in turns),
+        pause_seconds=statistics.median(each.pause for each in saved),
+        longest_pause_seconds=max(each.longest_pause for each in saved),
         slowest_push_seconds=pusher.slowest,
         slowest_idle_push_seconds=idle.slowest,
-        extra_memory_bytes=after.peak - before.now if after and before else None,
+        extra_memory_bytes=after.peak - before.peak if after and before else None,
     )
 
 
-def _take_turns(run: Run, plain: dict[str, torch.Tensor], place: Path) -> dict[str, float]:
-    """Both sides save and load once; the seconds that each thing took."""
-    manager, file, paths = CheckpointManager(str(place)), place / "plain.safetensors", list[str]()
+def _take_turns(run: Run, plain: dict[str, torch.Tensor], scratch: Path, turn: int) -> dict[str, float]:
+    """Both sides save and load once, the other one first than in the turn before; the seconds that each thing took."""
+    sides = [partial(_take_ours, run, plain), partial(_take_plain, plain)]
+    seconds: dict[str, float] = {}
+    for number, side in enumerate(sides[:: 1 if turn % 2 else -1]):
+        place = scratch / f"{turn}-{number}"
+        place.mkdir()
+        seconds |= side(place)
+        shutil.rmtree(place)
+        os.sync()  # what this side leaves behind must cost the other nothing
+    copied = {name: torch.empty_like(tensor) for name, tensor in plain.items()}
+    for name, tensor in copied.items():
+        tensor.copy_(plain[name])  # so that its memory is there
+    return seconds | {"memory_copy": _seconds(lambda: [copied[name].copy_(plain[name]) for name in plain])}
+
+
+def _take_ours(run: Run, plain: dict[str, torch.Tensor], place: Path) -> dict[str, float]:
+    manager, paths = CheckpointManager(str(place)), list[str]()
     save = _seconds(lambda: paths.append(write_checkpoint(run.chief, manager, 0, {})))
-    save_alone = _seconds(lambda: save_file(plain, file))
-    fsync = _seconds(lambda: _fsync(file))
+    run.chief.push_pull([[Part(0, "add")]], [()], counts=False)  # so that there is something to restore
     restore = _seconds(lambda: run.chief.restore(*paths))
-    mapped: dict[str, torch.Tensor] = {}
-    load_alone = _seconds(lambda: mapped.update(load_file(file)))
-    copy = _seconds(lambda: [tensor.copy_(mapped[name]) for name, tensor in plain.items()])
-    memory_copy = _seconds(lambda: [tensor.copy_(plain[name]) for name, tensor in run.tensors().items()])
     run.chief.pull([[0]])
     if not all(torch.equal(tensor, plain[name]) for name, tensor in run.tensors().items()):
         raise BenchmarkError("the ps does not hold what was saved")
-    shutil.rmtree(place)
-    os.sync()  # what this turn has left behind must not cost the next one anything
+    return {"save": save, "restore": restore}
+
+
+def _take_plain(plain: dict[str, torch.Tensor], place: Path) -> dict[str, float]:
+    file = place / "plain.safetensors"
+    save = _seconds(lambda: save_file(plain, file))
+    fsync = _seconds(lambda: _fsync(file))
+    mapped: dict[str, torch.Tensor] = {}
+    load = _seconds(lambda: mapped.update(load_file(file)))
+    copy = _seconds(lambda: [tensor.copy_(mapped[name]) for name, tensor in plain.items()])
     return {
-        "save": save,
-        "plain_save": save_alone + fsync,
-        "plain_save_alone": save_alone,
-        "restore": restore,
-        "plain_load": load_alone + copy,
-        "plain_map": load_alone,
-        "memory_copy": memory_copy,
-    }
+        "plain_save": save + fsync, "plain_save_alone": save, "plain_load": load + copy, "plain_map": load
+    }  # fmt: skip
+
+
+def _save_shard(run: Run, place: Path) -> Saved:
+    place.mkdir()
+    (saved,) = run.chief.save(str(place))
+    shutil.rmtree(place)
+    return saved
 
 
 def _seconds(action: Callable[[], object]) -> float:

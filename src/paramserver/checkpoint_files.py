@@ -31,6 +31,8 @@ from paramserver.tensor_file import FileTensor, unreadable
 
 VALUES_INDEX = "model.safetensors.index.json"
 SLOTS_INDEX = "optimizer.safetensors.index.json"
+VALUES_PREFIX = "model"
+"""What the names of all files of values begin with, and of no others."""
 
 
 # --- indexes -----------------------------------------------------------------------------------------------------

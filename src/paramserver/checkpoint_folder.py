@@ -146,7 +146,7 @@ class CheckpointFolder:
             self.flush()
 
     def _checked(self, name: str) -> Path:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise CheckpointError(f"{name!r} is no name of a file in checkpoint {self.path}", str(self.path / name))
         return self.path / name
 

@@ -133,11 +133,11 @@ class RequestHandler:
 
     def _save(self, session: Session, save: messages.Save) -> None:
         directory = Path(save.directory)
-        self._begin(session, saving(self._store, save), directory, is_here=directory.is_dir())
+        self._begin(session, saving(self._store, save), directory, is_here=_sees(directory))
 
     def _restore(self, session: Session, restore: messages.Restore) -> None:
         directory = Path(restore.directory)
-        self._begin(session, restoring(self._store, restore), directory, is_here=digest(directory) == restore.digest)
+        self._begin(session, restoring(self._store, restore), directory, is_here=_sees(directory, restore.digest))
 
     def _begin(self, session: Session, steps: Steps[messages.Reply], directory: Path, *, is_here: bool) -> None:
         if not is_here:
@@ -149,9 +149,11 @@ class RequestHandler:
         job = self._jobs.get(session)
         if job is None:
             raise RefusedError(f"{self._store.task} has nothing to go on with", self._store.task)
-        reply = job.proceed(_bounded(request.timeout), request.content)
-        if job.is_over:
-            del self._jobs[session]
+        try:
+            reply = job.proceed(_bounded(request.timeout), request.content)
+        finally:
+            if job.is_over:
+                del self._jobs[session]
         session.reply(reply)
 
     def _create_variable(self, session: Session, request: messages.CreateVariable) -> None:
@@ -218,6 +220,11 @@ class RequestHandler:
             session.reply(messages.Done())
         finally:  # it has left, whether or not it waits for the answer; after the answer, since this may end the run
             self._roster.leave(session.task)
+
+
+def _sees(directory: Path, expected: str = "") -> bool:
+    """Whether a folder is there, and holds the checkpoint that is expected."""
+    return directory.is_dir() and (not expected or digest(directory) == expected)
 
 
 def _bounded(timeout: float) -> float:

@@ -1,14 +1,24 @@
-"""A partitioned variable in a checkpoint of real ps tasks: one tensor, for any partitioning (B06, V2-05, P07)."""
+"""Checkpoints of real ps tasks: a partitioned variable is one tensor (B06, V2-05, P07), and all of them write (B01)."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from paramserver import client, handler, long_requests
 from paramserver.arena import ArenaLayout, Shard, VariableSpec
-from paramserver.estimator.checkpoint import inspect_checkpoint, load_model, read_values, write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step
+from paramserver.checkpoint_folder import CheckpointFolder
+from paramserver.errors import CheckpointError, UnavailableError
+from paramserver.estimator.checkpoint import (
+    inspect_checkpoint,
+    load_model,
+    read_values,
+    restore_checkpoint,
+    write_checkpoint,
+)
+from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, latest_checkpoint
 from paramserver.placement import FixedShards, RoundRobin, row_ranges
 from paramserver.rules import describe
 from paramserver.testing.local_cluster import LocalCluster
@@ -92,3 +102,123 @@ def test_b06_a_partitioned_variable_is_one_to_inspect_and_to_plain_modules(tmp_p
     module = nn.ModuleDict({"table": nn.Embedding(10, 4)})
     load_model(module, path)
     assert torch.equal(module["table"].weight, values)
+
+
+# --- B01: who writes
+
+
+def ps_of_thread():
+    """The ps that this thread serves for, "" if it is no ps's."""
+    name = threading.current_thread().name
+    return name.split()[0] if name.endswith("serves") else ""
+
+
+@pytest.fixture(params=[(), ("ps:0",), ("ps:0", "ps:1")], ids="blind: {}".format)
+def blind(request, monkeypatch):
+    """Some ps tasks that do not see the folder of the chief."""
+    sees = handler._sees
+    monkeypatch.setattr(handler, "_sees", lambda *args: ps_of_thread() not in request.param and sees(*args))
+    return request.param
+
+
+@pytest.mark.parametrize("lane", ["auto", "tcp"])
+def test_b01_what_a_ps_cannot_write_or_read_itself_goes_through_the_chief(tmp_path, monkeypatch, blind, lane):
+    tasks = at_work(monkeypatch)
+    with LocalCluster(ps=2, workers=1, lane=lane) as cluster:
+        chief = Chief(cluster, 4)
+        saved = chief.push(torch.randn(TABLE.shape, generator=torch.Generator().manual_seed(0)))
+        path = write_checkpoint(chief.client, CheckpointManager(str(tmp_path)), 1, {})
+        written = set(tasks)
+        tasks.clear()
+        chief.push(torch.ones(TABLE.shape))
+        chief.client.restore(path)
+        read = set(tasks)
+        assert torch.equal(chief.values(), saved)
+    assert torch.equal(read_values(path)[TABLE.name], saved)
+    seeing = {"ps:0", "ps:1"} - set(blind)
+    assert written == seeing | ({""} if blind else set())
+    assert read == written
+
+
+def at_work(monkeypatch):
+    """Which tasks read and wrote; "" is the chief."""
+    found, original = [], CheckpointFolder.carry_out
+
+    def carry_out(folder, step):
+        found.append(ps_of_thread())
+        original(folder, step)
+
+    monkeypatch.setattr(CheckpointFolder, "carry_out", carry_out)
+    return found
+
+
+def test_a_long_save_is_heard_of_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "WAIT_INTERVAL", 0.0)  # one step of the ps in each round
+    rounds, content = [], long_requests._content
+    monkeypatch.setattr(long_requests, "_content", lambda folder, reply: rounds.append(reply) or content(folder, reply))
+    with LocalCluster(ps=2, workers=1) as cluster:
+        chief = Chief(cluster, 4)
+        saved = chief.push(torch.ones(TABLE.shape))
+        path = write_checkpoint(chief.client, CheckpointManager(str(tmp_path)), 1, {})
+    assert len(rounds) > 10
+    assert torch.equal(read_values(path)[TABLE.name], saved)
+
+
+def test_a_ps_that_is_lost_during_a_save_is_noticed(tmp_path, monkeypatch):
+    with LocalCluster(ps=2, workers=1) as cluster:
+        chief = Chief(cluster, 4)
+        monkeypatch.setattr(long_requests, "_content", lambda *_: cluster.servers[1].stop() or b"")
+        with pytest.raises(UnavailableError, match="ps:1"):
+            write_checkpoint(chief.client, CheckpointManager(str(tmp_path)), 1, {})
+    assert latest_checkpoint(str(tmp_path)) is None
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_the_chief(tmp_path, monkeypatch):
+    monkeypatch.setattr(handler, "_sees", lambda *_: False)
+    with LocalCluster(ps=1, workers=1) as cluster:
+        chief = Chief(cluster, 1)
+        with pytest.raises(CheckpointError, match="writing the checkpoint file .*gone.* failed"):
+            chief.client.save(str(tmp_path / "gone"))
+        assert chief.values().shape == TABLE.shape  # the client can be used after that
+
+
+def test_pushes_go_on_while_a_checkpoint_is_written(tmp_path):
+    with LocalCluster(ps=1, workers=2) as cluster:
+        chief = Chief(cluster, 1)
+        worker = cluster.client("worker:0")
+        worker.join(layouts(1, 1))
+        worker.open()
+        steps, content = [], long_requests._content
+
+        def push_between(folder, reply):
+            steps.append(worker.push_pull([[Part(0, "rule")]], [(0,)], counts=True).global_step)
+            return content(folder, reply)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client, "WAIT_INTERVAL", 0.0)
+            patch.setattr(long_requests, "_content", push_between)
+            path = write_checkpoint(chief.client, CheckpointManager(str(tmp_path)), 0, {})
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 3
+    assert set(read_values(path)) == {TABLE.name}
+
+
+@pytest.mark.parametrize("place", ["file://{}", "memory://{}"])
+def test_b01_b06_a_model_dir_may_be_a_url_and_the_next_run_of_another_size(tmp_path, blind, place):
+    model_dir = place.format(tmp_path / "run")
+    gradient = torch.randn(TABLE.shape, generator=torch.Generator().manual_seed(0))
+    with LocalCluster(ps=2, workers=1) as cluster:
+        chief = Chief(cluster, 4)
+        saved = chief.push(gradient)
+        path = write_checkpoint(chief.client, CheckpointManager(model_dir), 1, {})
+        expected = chief.push(gradient)
+    assert latest_checkpoint(model_dir) == path
+    assert inspect_checkpoint(path).variables == [("table.weight", "float32", (10, 4), 160)]
+    with LocalCluster(ps=3, workers=1) as cluster:
+        chief = Chief(cluster, 2)
+        restore_checkpoint(chief.client, path)
+        assert torch.equal(chief.values(), saved)
+        torch.testing.assert_close(chief.push(gradient), expected)
+    CheckpointManager(model_dir, keep_max=1).record(2)  # deletes it
+    with pytest.raises(CheckpointError, match="ckpt-1"):
+        read_values(path)

@@ -93,7 +93,7 @@ def test_an_observer_of_a_run_that_failed_is_answered_too(cluster):
         messages.AwaitReady(PATIENCE),
         messages.AwaitWorkers(PATIENCE),
         messages.Save("/", 0, 1),
-        messages.Restore("/"),
+        messages.Restore("/", "", {}, {}),
         messages.Goodbye("out of spite"),
         messages.Done(),
     ],

@@ -112,15 +112,22 @@ def test_b05_only_the_chief_writes_into_model_dir(tmp_path, script):
 def test_t12_t13_t22_t23_hooks_run_on_every_worker_and_saving_listeners_on_the_chief(tmp_path, script):
     """And the ps tasks, which serve meanwhile, leave with the others (T13)."""
     path = script(
+        "import pathlib",
         "class Hook(ps.estimator.TrainingHook):",
+        "    def after_create_session(self, session):",
+        "        pathlib.Path(session.task + ' trains').touch()",
         "    def end(self, session):",
         "        print('hook ended', flush=True)",
         "class Listener(ps.estimator.CheckpointSaverListener):",
         "    def after_save(self, session, step):",
         "        print('saved', flush=True)",
+        "def input_until_all_train():",
+        "    batches = train_input()",
+        "    while len(list(pathlib.Path().glob('* trains'))) < 3:",
+        "        yield next(batches)",
         "config = ps.estimator.RunConfig(model_dir='run', train_distribute=ps.ParameterServerStrategy())",
         "spec = ps.estimator.TrainSpec(",
-        "    train_input, max_steps=60, hooks=[Hook()], saving_listeners=[Listener()])",
+        "    input_until_all_train, hooks=[Hook()], saving_listeners=[Listener()])",
         "ps.estimator.train_and_evaluate(",
         "    ps.estimator.Estimator(model_fn, config=config), spec, ps.estimator.EvalSpec(eval_input))",
     )

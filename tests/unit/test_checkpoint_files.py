@@ -1,19 +1,16 @@
 """The files of a checkpoint: the index, the tensors, and what is said when they are damaged."""
 
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from paramserver.arena import DTYPES
 from paramserver.checkpoint_files import (
     VALUES_INDEX,
     Maps,
-    Rows,
+    digest,
     merge,
     read_index,
     read_shapes,
@@ -21,8 +18,6 @@ from paramserver.checkpoint_files import (
     rows_files,
     stored_tensors,
     write_index,
-    write_rows,
-    write_tensors,
 )
 from paramserver.errors import CheckpointError
 
@@ -88,100 +83,23 @@ def test_an_index_that_cannot_be_written_is_an_error(tmp_path):
         write_index(tmp_path / "no folder" / VALUES_INDEX, {})
 
 
-# --- rows
-
-
-WHOLE = {
-    "w": torch.arange(30.0).view(10, 3),
-    "w/flags": torch.arange(10) % 3 == 0,
-    "w/half": torch.arange(20).view(10, 2).bfloat16(),
-    "w/step": torch.tensor(7, dtype=torch.int64),
-}
-
-
-def rows_of(start, stop):
-    """What the task that holds the rows ``[start, stop)`` has of all; the first one has the scalar."""
-    return {
-        name: Rows(tuple(tensor.shape), start, tensor[start:stop])
-        if tensor.ndim
-        else Rows((), 0, tensor.reshape(1)[: int(start == 0)])
-        for name, tensor in WHOLE.items()
-    }
-
-
-def check(path):
-    found = load_file(path)
-    assert found.keys() == WHOLE.keys()
-    for name, tensor in WHOLE.items():
-        assert torch.equal(found[name], tensor), name
-        assert found[name].dtype == tensor.dtype
-
-
-@pytest.mark.parametrize("order", [[(0, 10)], [(0, 4), (4, 10)], [(7, 10), (3, 7), (0, 3), (3, 7)]])
-def test_b06_rows_of_several_make_one_tensor(tmp_path, order):
-    for rows in order:
-        write_rows(tmp_path / "w.safetensors", rows_of(*rows))
-    check(tmp_path / "w.safetensors")
-
-
-def test_b06_rows_may_be_written_at_the_same_time(tmp_path):
-    parts = [rows_of(row, row + 1) for row in range(10)]
-    with ThreadPoolExecutor(len(parts)) as pool:
-        for _ in pool.map(lambda part: write_rows(tmp_path / "w.safetensors", part), parts):
-            pass
-    check(tmp_path / "w.safetensors")
-
-
-def test_a_write_that_is_done_in_part_goes_on(tmp_path, monkeypatch):
-    pwrite = os.pwrite
-    monkeypatch.setattr("os.pwrite", lambda file, content, offset: pwrite(file, content[:7], offset))
-    write_rows(tmp_path / "w.safetensors", rows_of(0, 10))
-    check(tmp_path / "w.safetensors")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_of_a_ps_can_be_written_by_rows(tmp_path, dtype):
-    tensor = torch.arange(4).to(DTYPES[dtype])
-    write_rows(tmp_path / "t.safetensors", {"t": Rows((4,), 0, tensor)})
-    assert torch.equal(load_file(tmp_path / "t.safetensors")["t"], tensor)
-    assert list(read_shapes(tmp_path, {"t": "t.safetensors"})) == [("t", dtype, (4,))]
-
-
-def test_each_tensor_is_aligned_for_its_dtype(tmp_path):
-    write_rows(tmp_path / "w.safetensors", rows_of(0, 10))
-    content = (tmp_path / "w.safetensors").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    assert length % 8 == 0
-    assert header.pop("__metadata__") == {"format": "pt"}
-    assert {
-        name: entry["data_offsets"][0] % WHOLE[name].element_size() for name, entry in header.items()
-    } == dict.fromkeys(WHOLE, 0)
-
-
 def test_some_rows_are_read_without_the_others(tmp_path):
-    save_file({name: WHOLE[name] for name in ("w", "w/step")}, tmp_path / "w.safetensors")
+    tensors = {"w": torch.arange(30.0).view(10, 3), "w/step": torch.tensor(7)}
+    save_file(tensors, tmp_path / "w.safetensors")
     found = {
         tensor.name: tensor.read((4, 6))
         for tensor in stored_tensors(tmp_path, dict.fromkeys(("w", "w/step"), "w.safetensors"))
     }
-    assert torch.equal(found["w"], WHOLE["w"][4:6])
+    assert torch.equal(found["w"], tensors["w"][4:6])
     assert found["w/step"] == 7
 
 
-def test_no_tensors_make_no_file(tmp_path):
-    write_tensors(tmp_path / "none.safetensors", {})
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("write", [write_rows, write_tensors])
-def test_a_file_that_cannot_be_written_is_named(tmp_path, write):
-    content = rows_of(0, 10) if write is write_rows else WHOLE
-    with pytest.raises(
-        CheckpointError, match="writing the checkpoint file .*w.safetensors failed: .*model_dir"
-    ) as caught:
-        write(tmp_path / "no folder" / "w.safetensors", content)
-    assert caught.value.path == str(tmp_path / "no folder" / "w.safetensors")
+def test_the_digest_tells_checkpoints_apart(folder, tmp_path):
+    one = digest(folder)
+    assert one == digest(folder) != ""
+    write_index(folder / VALUES_INDEX, {}, id="another")
+    assert digest(folder) not in (one, "")
+    assert digest(tmp_path / "nothing") == ""
 
 
 @pytest.mark.parametrize("name", ["w", "a/b.c", "größe", "..", "a b", "%2F", "00001-of-00002", "A*?"])

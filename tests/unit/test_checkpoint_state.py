@@ -1,10 +1,11 @@
-"""The state file of a model_dir and what it retains (B02, B03, Q09, Q17)."""
+"""The state file of a model_dir and what it retains (B02, B03, B04, B07, Q09, Q17)."""
 
 import json
 import logging
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from paramserver.errors import CheckpointError, ConfigError
@@ -13,9 +14,12 @@ from paramserver.estimator.checkpoint_state import (
     INDEX_FILE,
     CheckpointManager,
     checkpoint_step,
+    checkpoint_to_restore,
+    exists,
     latest_checkpoint,
     read_state,
 )
+from paramserver.estimator.storage import join, storage_of
 
 HOUR = 3600
 
@@ -29,6 +33,19 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(params=["folder", "file://", "memory://"])
+def model_dir(request, tmp_path):
+    """A model_dir that is not there yet, as the three kinds of places name it."""
+    yield f"{request.param.removeprefix('folder')}{tmp_path}/run"
+    fsspec.filesystem("memory").store.clear()
+    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
+
+
+def kept(model_dir):
+    """The checkpoints that are there, whole or not."""
+    return sorted(name for name in storage_of(model_dir).names() if name.startswith("ckpt-"))
+
+
 def save(manager, step):
     folder = Path(manager.temporary_path(step))
     (folder / INDEX_FILE).write_text("{}")
@@ -39,16 +56,15 @@ def folders(model_dir):
     return sorted(path.name for path in Path(model_dir).iterdir() if path.is_dir())
 
 
-def test_b02_the_state_names_latest_and_retained_by_relative_names(tmp_path):
-    model_dir = str(tmp_path / "new" / "run")
+def test_b02_the_state_names_latest_and_retained_by_relative_names(model_dir):
     manager = CheckpointManager(model_dir)
     assert latest_checkpoint(model_dir) is None
     assert read_state(model_dir) is None
     assert [save(manager, step) for step in (0, 5)] == [manager.save_path(0), manager.save_path(5)]
-    state = json.loads(Path(model_dir, "checkpoint").read_text())
+    state = json.loads(storage_of(model_dir).read("checkpoint"))
     assert (state["latest"], state["retained"], state["finished"]) == ("ckpt-5", ["ckpt-0", "ckpt-5"], False)
-    assert latest_checkpoint(model_dir) == str(Path(model_dir, "ckpt-5"))
-    assert folders(model_dir) == ["ckpt-0", "ckpt-5"]
+    assert latest_checkpoint(model_dir) == checkpoint_to_restore(model_dir) == join(model_dir, "ckpt-5")
+    assert kept(model_dir) == ["ckpt-0", "ckpt-5"]
 
 
 def test_q09_a_model_dir_can_be_moved(tmp_path):
@@ -81,25 +97,25 @@ def test_b02_an_unreadable_state_is_a_warning_and_no_checkpoint(tmp_path, caplog
 
 
 @pytest.mark.parametrize(
-    ("keep_max", "kept"), [(2, ["ckpt-8", "ckpt-10"]), (1, ["ckpt-10"]), (None, None), (0, None)]
+    ("keep_max", "expected"), [(2, ["ckpt-8", "ckpt-10"]), (1, ["ckpt-10"]), (None, None), (0, None)]
 )
-def test_b03_the_oldest_are_deleted_first(tmp_path, keep_max, kept):
-    manager = CheckpointManager(str(tmp_path), keep_max=keep_max)
+def test_b03_the_oldest_are_deleted_first(model_dir, keep_max, expected):
+    manager = CheckpointManager(model_dir, keep_max=keep_max)
     for step in (0, 9, 8, 10):
         save(manager, step)
-    expected = ["ckpt-0", "ckpt-9", "ckpt-8", "ckpt-10"] if kept is None else kept
+    expected = ["ckpt-0", "ckpt-9", "ckpt-8", "ckpt-10"] if expected is None else expected
     assert list(manager.state.retained) == expected
-    assert folders(tmp_path) == sorted(expected)
+    assert kept(model_dir) == sorted(expected)
 
 
-def test_b03_one_checkpoint_of_each_period_is_spared(tmp_path):
+def test_b03_one_checkpoint_of_each_period_is_spared(model_dir):
     clock = Clock()
     spared = []
     for step in range(10):
         # A new manager each time: what is spared does not depend on restarts.
-        save(CheckpointManager(str(tmp_path), keep_max=1, keep_every_n_hours=2, clock=clock), step)
+        save(CheckpointManager(model_dir, keep_max=1, keep_every_n_hours=2, clock=clock), step)
         clock.now += 0.75 * HOUR
-        spared = [name for name in folders(tmp_path) if name != f"ckpt-{step}"]
+        spared = [name for name in kept(model_dir) if name != f"ckpt-{step}"]
     assert spared == ["ckpt-3", "ckpt-6"]
 
 
@@ -143,6 +159,37 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "ckpt-1", "eval"]
 
 
+def test_what_was_uploaded_in_part_is_a_leftover_unless_the_state_names_it(tmp_path):
+    storage = storage_of(model_dir := f"memory://{tmp_path}/run")
+    manager = CheckpointManager(model_dir)
+    save(manager, 1)
+    save(manager, 2)
+    for half in ("ckpt-2", "ckpt-3"):
+        storage_of(storage.path(half)).replace("model-00001-of-00001.safetensors", b"")
+    storage_of(storage.path("ckpt-2")).delete(INDEX_FILE)
+    CheckpointManager(model_dir).remove_leftovers()
+    assert kept(model_dir) == ["ckpt-1", "ckpt-2"]
+    with pytest.raises(CheckpointError, match="ckpt-2 is cut short"):
+        checkpoint_to_restore(model_dir)
+    for name in storage.names():
+        storage.delete(name)
+
+
+def test_what_was_not_written_to_its_end_is_discarded(model_dir):
+    manager = CheckpointManager(model_dir)
+    folder = manager.temporary_path(3)
+    manager.discard(folder)
+    assert not Path(folder).exists()
+    assert kept(model_dir) == []
+
+
+def test_b04_a_checkpoint_that_was_deleted_is_told_from_one_that_is_damaged(model_dir):
+    path = save(CheckpointManager(model_dir), 1)
+    assert exists(path)
+    storage_of(model_dir).delete("ckpt-1", INDEX_FILE)
+    assert not exists(path)
+
+
 def test_a_folder_of_a_lost_state_is_replaced(tmp_path):
     stale = Path(save(CheckpointManager(str(tmp_path)), 4)) / "stale"
     stale.touch()
@@ -162,7 +209,7 @@ def test_a_reader_never_sees_a_part_of_the_state(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_state.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(CheckpointError, match="No space left on device; check that model_dir") as caught:
         manager.mark_finished("run")
     assert caught.value.path == str(tmp_path / "checkpoint")

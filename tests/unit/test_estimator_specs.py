@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.exporters import Exporter, FinalExporter
 from paramserver.estimator.hooks import TrainingHook
+from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, EvalSpec, ModeKeys, TrainSpec
 
 MODEL = torch.nn.Linear(2, 1)

@@ -1,10 +1,17 @@
 """What a ps answers: each request on an in-process session, and every kind of nonsense that a peer may send."""
 
+import os
+from pathlib import Path
+
+import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from paramserver import handler
 from paramserver.arena import BLOCK, ArenaLayout, VariableSpec
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, digest, write_index
+from paramserver.checkpoint_folder import CheckpointFolder, Read, Write
 from paramserver.errors import RemoteProtocolError, UnavailableError
 from paramserver.handler import RequestHandler
 from paramserver.rules import describe
@@ -115,12 +122,93 @@ def test_status_says_what_is_held_and_done(ps):
     )  # fmt: skip
 
 
-def test_save_and_restore_answer(ps, tmp_path):
-    saved = ps.ask(messages.Save(str(tmp_path), 0, 1))
-    assert isinstance(saved, messages.Saved)
-    assert set(saved.weight_map) == {"w", "b", "n"}
-    refusal = ps.ask(messages.Restore(str(tmp_path)))
-    assert (refusal.kind, refusal.subject.startswith(str(tmp_path))) == ("checkpoint", True)
+# --- checkpoints: what takes long is done bit by bit
+
+
+def carry_out(ps, request, folder):
+    """Ask for something and go on until it is done, as a peer that lends a folder; the last answer, and all kinds."""
+    kinds, content, answer = [], b"", ps.ask(request)
+    while isinstance(answer, (messages.Underway, messages.FilePiece, messages.Wanted)):
+        kinds.append(type(answer))
+        if isinstance(answer, messages.FilePiece):
+            folder.carry_out(Write(*msgspec.structs.astuple(answer)[:-1], memoryview(answer.content)))
+        content = bytearray(answer.count if isinstance(answer, messages.Wanted) else 0)
+        if content:
+            folder.carry_out(Read(answer.file, answer.offset, memoryview(content)))
+        answer = ps.ask(messages.Proceed(0.0, bytes(content)))
+    return answer, set(kinds)
+
+
+def open_files(folder):
+    links = [os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()]
+    return [link for link in links if link.startswith(str(folder))]
+
+
+def finish(folder, saved):
+    """Write the indexes, as the chief does; the request to restore it."""
+    for name, files in ((VALUES_INDEX, saved.weight_map), (SLOTS_INDEX, saved.slot_map)):
+        write_index(folder.path / name, files)
+    return messages.Restore(str(folder.path), digest(folder.path), saved.weight_map, saved.slot_map)
+
+
+def test_b01_a_ps_writes_its_shard_itself_and_says_that_it_is_still_at_it(ps, tmp_path):
+    ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), ()))
+    with CheckpointFolder(tmp_path) as folder:
+        saved, kinds = carry_out(ps, messages.Save(str(tmp_path), 0, 1), folder)
+        assert (set(saved.weight_map), kinds) == ({"w", "b", "n"}, {messages.Underway})
+        assert saved.pause >= saved.longest_pause > 0
+        request = finish(folder, saved)
+        ps.store.arenas[0].values.zero_()
+        assert carry_out(ps, request, folder) == (messages.Done(), {messages.Underway})
+    assert ps.value() == [-0.5] * 3
+
+
+def test_b01_a_ps_that_does_not_see_the_folder_goes_through_its_peer(ps, tmp_path):
+    ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), ()))
+    with CheckpointFolder(tmp_path) as folder:
+        saved, kinds = carry_out(ps, messages.Save("/nowhere/ckpt-1.tmp-12", 0, 1), folder)
+        assert kinds == {messages.Underway, messages.FilePiece}
+        request = finish(folder, saved)
+        folder.flush()
+        assert load_file(tmp_path / saved.weight_map["w"])["w"].tolist() == [-0.5] * 3
+        ps.store.arenas[0].values.zero_()
+        elsewhere = msgspec.structs.replace(request, directory="/nowhere/ckpt-1")
+        assert carry_out(ps, elsewhere, folder) == (messages.Done(), {messages.Underway, messages.Wanted})
+    assert ps.value() == [-0.5] * 3
+
+
+def test_another_checkpoint_of_the_same_name_is_not_mistaken_for_the_one_that_is_meant(ps, tmp_path):
+    """As a host may have it where model_dir is not shared."""
+    with CheckpointFolder(tmp_path) as folder:
+        saved, _ = carry_out(ps, messages.Save(str(tmp_path), 0, 1), folder)
+        request = msgspec.structs.replace(finish(folder, saved), digest="of another one")
+        assert carry_out(ps, request, folder) == (messages.Done(), {messages.Underway, messages.Wanted})
+
+
+def test_what_a_peer_sends_must_be_what_was_asked_for(ps):
+    assert ps.ask(messages.Restore("/nowhere", "", {"w": "f", "b": "f", "n": "f"}, {})) == messages.Underway()
+    assert ps.ask(messages.Proceed(0.0)) == messages.Wanted("f", 0, 8)
+    with pytest.raises(RemoteProtocolError, match="expected 8 bytes of checkpoint file f, got 3"):
+        ps.ask(messages.Proceed(0.0, b"123"))
+    assert "nothing to go on with" in ps.ask(messages.Proceed(0.0)).message
+
+
+def test_a_job_ends_with_its_connection(ps, tmp_path):
+    ps.ask(messages.Save(str(tmp_path), 0, 1))
+    assert ps.ask(messages.Proceed(0.0)) == messages.Underway()
+    stranger = ps.session("worker:0")
+    assert "nothing to go on with" in ps.ask(messages.Proceed(0.0), stranger).message
+    assert open_files(tmp_path)
+    del ps.chief
+    assert not open_files(tmp_path)
+
+
+def test_a_restore_that_fails_is_refused_and_over(ps, tmp_path):
+    request = messages.Restore(str(tmp_path), digest(tmp_path), {"w": "gone", "b": "gone", "n": "gone"}, {})
+    assert ps.ask(request) == messages.Underway()
+    refusal = ps.ask(messages.Proceed(60.0))
+    assert (refusal.kind, refusal.subject) == ("checkpoint", str(tmp_path / "gone"))
+    assert "nothing to go on with" in ps.ask(messages.Proceed(0.0)).message
 
 
 # --- a failed run
@@ -271,7 +359,8 @@ def test_status_counts_variables_of_the_programs_own(table):
 
 
 def test_a12_a_checkpoint_holds_variables_of_the_programs_own(table, tmp_path):
-    assert set(table.ask(messages.Save(str(tmp_path), 0, 1)).weight_map) == {"w", "b", "n", "table"}
+    table.ask(messages.Save(str(tmp_path), 0, 1))
+    assert set(table.ask(messages.Proceed(60.0)).weight_map) == {"w", "b", "n", "table"}
 
 
 VARIABLE_NONSENSE = {

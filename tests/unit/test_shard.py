@@ -83,7 +83,8 @@ def state_at(place):
         for _, run, (begin, end) in overlaps([(start, stop)], [run[:2] for run in copy.runs]):
             run_start, _, state = copy.runs[run]
             for name, slot in state.items():
-                found.setdefault(name, []).append(slot[begin - run_start : end - run_start].clone() if slot.ndim else slot)
+                part = slot[begin - run_start : end - run_start].clone() if slot.ndim else slot
+                found.setdefault(name, []).append(part)
     return {name: torch.cat(parts) if parts[0].ndim else parts[0] for name, parts in found.items()}
 
 
@@ -375,6 +376,71 @@ def test_a_program_s_own_variables_are_saved_and_restored(tmp_path):
     after[0].create_variable(own, 0, torch.zeros(4))
     read_shard(after[0], str(tmp_path))
     assert after[0].variable("own").values.tolist() == [0, 1, 2, 3]
+
+
+# --- while training goes on
+
+
+def begin_to_write(store, directory):
+    """A save that has written its first header; the rest of it."""
+    folder, steps = CheckpointFolder(directory), saving.write_shard(store, 0, 1)
+    folder.carry_out(next(steps))
+
+    def finish():
+        with folder:
+            shard = folder.run(steps)
+        for name, entries in ((VALUES_INDEX, shard.weight_map), (SLOTS_INDEX, shard.slot_map)):
+            (directory / name).write_text(json.dumps({"weight_map": entries}))
+        return shard
+
+    return finish
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_slots_that_a_first_update_makes_during_a_save_are_saved_with_its_values(tmp_path, shards):
+    (before,), (after,) = divide(shards, 1), divide(shards, 1)
+    finish = begin_to_write(before, tmp_path)
+    train_rows([before], steps=1)
+    shard = finish()
+    assert shard.slot_map["bias/exp_avg"] == "optimizer-00001-of-00001-later.safetensors"
+    assert shard.nbytes == sum(tensor.nbytes for tensor in held([before]).values()) - (shards - 1) * 4 * 2
+    read_shard(after, tmp_path)
+    torch.testing.assert_close(state_of([after]), state_of([before]), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_first_update_that_is_under_way_during_a_save_leaves_no_slots(tmp_path):
+    """It has reached the first block of the variable, and will reach the second one after the save has passed it."""
+    (store,) = place(1, {"large": (2 * BLOCK,), "small": (3,)})
+    arena, ones = store.arenas[0], torch.ones(BLOCK)
+    finish = begin_to_write(store, tmp_path)
+    arena.apply("rule", (0, BLOCK), ones, None)
+    arena.apply("rule", arena.layout.ranges[1], ones[:3], None)
+    assert set(finish().slot_map) == {"small/step", "small/exp_avg", "small/exp_avg_sq"}
+
+
+def test_updates_during_a_save_are_in_it_by_whole_blocks(tmp_path):
+    (store,) = place(1, {"large": (2 * BLOCK,)})
+    train([store], steps=1)
+    finish, (arena, *_) = begin_to_write(store, tmp_path), store.arenas
+    before = arena.values.clone()
+    arena.apply("rule", (BLOCK, 2 * BLOCK), torch.ones(BLOCK), None)
+    shard = finish()
+    values = load_file(tmp_path / shard.weight_map["large"])["large"]
+    slots = load_file(tmp_path / shard.slot_map["large/exp_avg"])
+    assert torch.equal(values, arena.values)
+    assert not torch.equal(values, before)
+    assert torch.equal(slots["large/exp_avg"], state_at(places(store)[0])["exp_avg"])
+
+
+def test_a_save_takes_memory_for_a_block_only(tmp_path, monkeypatch):
+    (store,) = place(1, {"large": (5 * BLOCK,)})
+    train([store], steps=1)
+    copies = []
+    monkeypatch.setattr(saving, "BlockCopy", lambda: copies.append(BlockCopy()) or copies[-1])
+    write([store], tmp_path)
+    (copy,) = copies
+    assert sum(memory.nbytes for memory in copy._memory.values()) == 3 * BLOCK * 4 + BLOCK * 8  # and the counter
+    assert 0 < copy.longest < copy.pause
 
 
 # --- what can be wrong

@@ -7,7 +7,8 @@ import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, VariableSpec
 from paramserver.rules import describe
-from paramserver.store.stored_arena import StoredArena, variable_slots
+from paramserver.store.place import overlaps
+from paramserver.store.stored_arena import BlockCopy, SlotKind, StoredArena
 from paramserver.transport.memory import private_store_memory
 
 ADAM = describe(torch.optim.Adam([torch.zeros(1)], lr=0.5), 0)
@@ -18,6 +19,27 @@ def arena_of(*sizes, rule=SGD, dtype="float32"):
     layout = ArenaLayout(dtype, rule, tuple(VariableSpec(f"v{i}", (size,), dtype) for i, size in enumerate(sizes)))
     memory = private_store_memory([layout])
     return StoredArena(layout, memory.values[0], memory.versions[0]), memory.versions[0]
+
+
+def snapshot(arena):
+    """The values, and the slots as runs, copied block by block."""
+    copy, values, runs = BlockCopy(), [], []
+    for block in range(len(arena.layout.pieces)):
+        arena.copy_block(block, copy)
+        values.append(copy.values.clone())
+        for start, stop, state in copy.runs:
+            runs.append((start, stop, {name: slot.clone() for name, slot in state.items()}))
+    return torch.cat(values), runs
+
+
+def slots_of(span, runs):
+    """The slots of one variable, flat."""
+    parts = {}
+    for _, run, (start, stop) in overlaps([span], [run[:2] for run in runs]):
+        first, _, state = runs[run]
+        for name, slot in state.items():
+            parts.setdefault(name, []).append(slot[start - first : stop - first] if slot.ndim else slot)
+    return {name: torch.cat(slots) if slots[0].ndim else slots[0] for name, slots in parts.items()}
 
 
 def push(arena, source, operation="rule"):
@@ -91,7 +113,7 @@ def test_a_snapshot_while_pushes_go_on_is_whole_in_each_block():
     thread = threading.Thread(target=keep_adding)
     thread.start()
     try:
-        snapshots = [arena.snapshot()[0] for _ in range(10)]
+        snapshots = [snapshot(arena)[0] for _ in range(10)]
     finally:
         over.set()
         thread.join()
@@ -105,9 +127,9 @@ def test_slots_of_a_variable_that_blocks_cut_are_put_together():
     arena, _ = arena_of(10, 2 * BLOCK, 10, rule=ADAM)
     gradient = torch.randn(arena.layout.size)
     push(arena, gradient)
-    _, runs = arena.snapshot()
+    _, runs = snapshot(arena)
     for span in arena.layout.ranges:
-        slots = dict(variable_slots(span, runs))
+        slots = slots_of(span, runs)
         assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}
         assert slots["step"] == 1
         torch.testing.assert_close(slots["exp_avg"], gradient[slice(*span)] * 0.1)
@@ -117,11 +139,11 @@ def test_loaded_slots_go_on_as_if_nothing_had_happened():
     arena, _ = arena_of(10, BLOCK, rule=ADAM)
     gradient = torch.randn(arena.layout.size)
     push(arena, gradient)
-    values, runs = arena.snapshot()
+    values, runs = snapshot(arena)
     other, _ = arena_of(10, BLOCK, rule=ADAM)
     push(other, values, "assign")
     for span in arena.layout.ranges:
-        other.load_slots(span, dict(variable_slots(span, runs)))
+        other.load_slots(span, slots_of(span, runs))
     other.join_runs()
     push(arena, gradient)
     push(other, gradient)
@@ -130,12 +152,34 @@ def test_loaded_slots_go_on_as_if_nothing_had_happened():
 
 
 @pytest.mark.parametrize("first", [0, BLOCK])
-def test_a_variable_of_which_only_a_part_has_slots_yet_has_none(first):
-    """A snapshot may fall into the first push, between two blocks of one variable."""
+def test_slots_are_told_for_the_elements_that_have_them(first):
     arena, _ = arena_of(2 * BLOCK, rule=ADAM)
     arena.apply("rule", (first, first + BLOCK), torch.ones(BLOCK), None)
-    _, runs = arena.snapshot()
-    assert dict(variable_slots(arena.layout.ranges[0], runs)) == {}
+    elementwise, scalar = SlotKind("float32", False), SlotKind("float32", True)
+    expected = {"step": scalar, "exp_avg": elementwise, "exp_avg_sq": elementwise}
+    assert list(arena.slot_kinds()) == [(first, first + BLOCK, expected)]
+
+
+def test_a_copy_uses_its_memory_again_and_counts_its_time():
+    arena, _ = arena_of(2 * BLOCK, rule=ADAM)
+    push(arena, torch.ones(2 * BLOCK))
+    copy, memory = BlockCopy(), set()
+    for block in (0, 1):
+        arena.copy_block(block, copy)
+        memory.add((copy.values.data_ptr(), copy.runs[0][2]["exp_avg"].data_ptr()))
+        assert copy.runs[0][:2] == (block * BLOCK, (block + 1) * BLOCK)
+    assert len(memory) == 1
+    assert 0 < copy.longest < copy.pause
+
+
+def test_what_is_filled_is_locked_and_odd_meanwhile():
+    arena, versions = arena_of(4)
+    with arena.filling((1, 3)) as room:
+        assert arena._locks[0].locked()
+        assert versions.tolist() == [1]
+        room.fill_(7.0)
+    assert arena.values.tolist() == [0, 7, 7, 0]
+    assert versions.tolist() == [2]
 
 
 def test_slots_for_variables_that_no_optimizer_updates_do_not_fit():
@@ -155,9 +199,9 @@ def test_after_a_restore_one_update_serves_all_variables_again():
     """The gaps between variables have slots too; without them no two variables would be neighbours."""
     arena, _ = arena_of(10, 3, 21, rule=ADAM)
     push(arena, torch.ones(arena.layout.size))
-    _, runs = arena.snapshot()
+    _, runs = snapshot(arena)
     other, _ = arena_of(10, 3, 21, rule=ADAM)
     for span in other.layout.ranges:
-        other.load_slots(span, dict(variable_slots(span, runs)))
+        other.load_slots(span, slots_of(span, runs))
     other.join_runs()
     assert "1 runs" in repr(other._rules[0])

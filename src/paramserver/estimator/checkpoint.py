@@ -7,8 +7,11 @@ one that was partitioned.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from paramserver.arena import DTYPES
 from paramserver.checkpoint_files import (
     SLOTS_INDEX,
     VALUES_INDEX,
+    VALUES_PREFIX,
     Maps,
     merge,
     read_index,
@@ -29,6 +33,9 @@ from paramserver.checkpoint_files import (
 from paramserver.client import ParameterClient
 from paramserver.errors import CheckpointError
 from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step
+from paramserver.estimator.storage import is_remote, local_copy
+
+logger = logging.getLogger(__name__)
 
 
 def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: int, aliases: dict[str, str]) -> str:
@@ -44,15 +51,47 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
         CheckpointError: If a ps or this task cannot write it.
     """
     folder = manager.temporary_path(step)
-    saved = client.save(str(Path(folder).absolute()))
-    total = sum(shard.nbytes for shard in saved)
-    weight_map, slot_map = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
-    write_index(Path(folder, SLOTS_INDEX), slot_map, global_step=step)
+    try:
+        saved = client.save(folder)
+        maps = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
+        _write_indexes(Path(folder), maps, step, total_size=sum(shard.nbytes for shard in saved), aliases=aliases)
+        path = manager.publish(folder, step)
+    except BaseException:
+        manager.discard(folder)
+        raise
+    pauses = (max(shard.pause for shard in saved), max(shard.longest_pause for shard in saved))
+    logger.debug("checkpoint of step %d: pushes were kept waiting for %.3g s in all, %.3g s at once", step, *pauses)
+    return path
+
+
+def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:
+    """Have the ps tasks read their variables from a checkpoint. Blocks.
+
+    Raises:
+        CheckpointError: If it is cut short or belongs to another model.
+    """
+    with _fetched(checkpoint_path) as folder:
+        client.restore(str(folder.absolute()))
+
+
+def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> None:
+    write_index(folder / SLOTS_INDEX, maps.slot_map, global_step=step)
     identity = secrets.token_hex(8)  # see `checkpoint_files.digest`
-    write_index(
-        Path(folder, VALUES_INDEX), weight_map, total_size=total, global_step=step, aliases=aliases, id=identity
-    )
-    return manager.publish(folder, step)
+    write_index(folder / VALUES_INDEX, maps.weight_map, global_step=step, id=identity, **metadata)
+
+
+@contextlib.contextmanager
+def _fetched(checkpoint_path: str, prefix: str = "") -> Iterator[Path]:
+    """The folder of a checkpoint, or a copy of it; what is wrong with a copy is said of the checkpoint."""
+    try:
+        with local_copy(checkpoint_path, prefix) as folder:
+            yield folder
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {checkpoint_path} cannot be fetched: {error}", checkpoint_path) from error
+    except CheckpointError as error:
+        if not is_remote(checkpoint_path):
+            raise
+        raise CheckpointError(f"checkpoint {checkpoint_path}: {error}", checkpoint_path) from error
 
 
 def load_model(model: nn.Module, checkpoint_path: str) -> None:
@@ -85,7 +124,8 @@ def read_values(checkpoint_path: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: If a file is missing or cut short.
     """
-    return dict(read_tensors(Path(checkpoint_path), read_index(Path(checkpoint_path, VALUES_INDEX))))
+    with _fetched(checkpoint_path, VALUES_PREFIX) as folder:
+        return dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +151,13 @@ def inspect_checkpoint(checkpoint_path: str) -> CheckpointInfo:
     Raises:
         CheckpointError: If it is no checkpoint, or cut short.
     """
-    path = Path(checkpoint_path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no checkpoint: expected a folder such as model_dir/ckpt-100", str(path))
-    slots = {key.rpartition("/")[2] for key in read_index(path / SLOTS_INDEX)}
-    return CheckpointInfo(
-        path=str(path), step=checkpoint_step(str(path)), variables=_described(path), slots=sorted(slots)
-    )
+    with _fetched(checkpoint_path) as path:
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is no checkpoint: expected a folder such as model_dir/ckpt-100", str(path))
+        slots = {key.rpartition("/")[2] for key in read_index(path / SLOTS_INDEX)}
+        return CheckpointInfo(
+            path=checkpoint_path, step=checkpoint_step(checkpoint_path), variables=_described(path), slots=sorted(slots)
+        )
 
 
 def _described(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:

@@ -3,7 +3,8 @@
 Rules:
 
 1. A checkpoint is a folder ``ckpt-STEP`` with an index in it. It is written as ``ckpt-STEP.tmp-XXXX`` and
-   renamed, so a folder of the final name is whole.
+   renamed, so a folder of the final name is whole. Where model_dir is no folder but a URL, it is uploaded, and the
+   index comes last; `storage` knows how.
 2. The state file names a checkpoint only when it is whole, and stops naming it before it is deleted.
 3. The state file is replaced in one move: a reader sees the old or the new one, never a part.
 4. One process writes (the chief), any may read. Names in the file are relative: a model_dir can be moved.
@@ -13,9 +14,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +25,13 @@ import msgspec
 
 from paramserver.checkpoint_files import VALUES_INDEX
 from paramserver.errors import CheckpointError, ConfigError
+from paramserver.estimator.storage import ASIDE, is_remote, storage_of
 
 STATE_FILE = "checkpoint"
 INDEX_FILE = VALUES_INDEX
 
 _NAME = re.compile(r"ckpt-(\d+)")
-_LEFTOVERS = ("ckpt-*.tmp-*", f"{STATE_FILE}.tmp-*")
+_LEFTOVER = re.compile(rf"(ckpt-\d+|{STATE_FILE}){re.escape(ASIDE)}.*")
 _log = logging.getLogger(__name__)
 
 
@@ -55,9 +55,10 @@ class CheckpointState(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_state(model_dir: str) -> CheckpointState | None:
     """The state of a model_dir; None where there is none, or, with a warning, where it cannot be read."""
-    path = Path(model_dir, STATE_FILE)
+    storage = storage_of(model_dir)
+    path = storage.path(STATE_FILE)
     try:
-        state = msgspec.json.decode(path.read_bytes(), type=CheckpointState)
+        state = msgspec.json.decode(storage.read(STATE_FILE), type=CheckpointState)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -77,8 +78,8 @@ def latest_checkpoint(model_dir: str) -> str | None:
     state = read_state(model_dir)
     if state is None or state.latest is None:
         return None
-    path = Path(model_dir, state.latest)
-    return str(path) if is_whole(str(path)) else None
+    path = storage_of(model_dir).path(state.latest)
+    return path if is_whole(path) else None
 
 
 def checkpoint_to_restore(model_dir: str) -> str | None:
@@ -90,14 +91,15 @@ def checkpoint_to_restore(model_dir: str) -> str | None:
     state = read_state(model_dir)
     if state is None or state.latest is None:
         return None
-    path = Path(model_dir, state.latest)
-    if is_whole(str(path)):
-        return str(path)
-    if path.exists():
+    storage = storage_of(model_dir)
+    path = storage.path(state.latest)
+    if is_whole(path):
+        return path
+    if storage.has(state.latest):
         raise CheckpointError(
             f"checkpoint {path} is cut short: it has no {INDEX_FILE}; bring it back, or delete "
-            f"{Path(model_dir, STATE_FILE)} to train from the beginning",
-            str(path),
+            f"{storage.path(STATE_FILE)} to train from the beginning",
+            path,
         )
     _log.warning("checkpoint %s is gone; training starts from the beginning", path)
     return None
@@ -105,7 +107,12 @@ def checkpoint_to_restore(model_dir: str) -> str | None:
 
 def is_whole(checkpoint_path: str) -> bool:
     """Whether a path holds a checkpoint that was written to its end."""
-    return Path(checkpoint_path, INDEX_FILE).is_file()
+    return storage_of(checkpoint_path).has(INDEX_FILE)
+
+
+def exists(checkpoint_path: str) -> bool:
+    """Whether there is anything at a path; a checkpoint may be deleted while it is read (B04)."""
+    return bool(storage_of(checkpoint_path).names())
 
 
 def checkpoint_step(checkpoint_path: str) -> int:
@@ -143,6 +150,7 @@ class CheckpointManager:
                 f"CheckpointManager: keep_every_n_hours: expected a positive number, got {keep_every_n_hours}"
             )
         self.model_dir = model_dir
+        self._storage = storage_of(model_dir)
         self._keep_max = keep_max or 0
         self._period = keep_every_n_hours * 3600
         self._clock = clock
@@ -158,39 +166,44 @@ class CheckpointManager:
 
     def save_path(self, step: int) -> str:
         """Where the checkpoint of a step lies, or will lie."""
-        return str(Path(self.model_dir, f"ckpt-{step}"))
+        return self._storage.path(_name(step))
 
     def temporary_path(self, step: int) -> str:
-        """Make a new folder to write the checkpoint of a step into; `publish` gives it its final name.
+        """Make a new folder to write the checkpoint of a step into; `publish` puts it in place.
+
+        Its path is absolute, and it is always a folder that this task sees.
 
         Raises:
-            CheckpointError: If model_dir cannot be written.
+            CheckpointError: If it cannot be made.
         """
-        folder = _aside(Path(self.save_path(step)))
         with _as_checkpoint_error(self.model_dir, "cannot be written"):
-            folder.mkdir(parents=True)
-        return str(folder)
+            return str(self._storage.new_folder(_name(step)))
 
     def is_saved(self, step: int) -> bool:
         """Whether the checkpoint of a step is recorded and whole, so that it need not be written again."""
-        path = self.save_path(step)
-        return Path(path).name in self._state.retained and is_whole(path)
+        return _name(step) in self._state.retained and is_whole(self.save_path(step))
 
     def publish(self, temporary_path: str, step: int) -> str:
-        """Give a whole checkpoint its final name and record it; its path.
+        """Put a whole checkpoint in place and record it; its path.
 
         Raises:
-            CheckpointError: If it has no index, or cannot be renamed.
+            CheckpointError: If it has no index, or cannot be renamed or uploaded.
         """
         path = self.save_path(step)
         if not is_whole(temporary_path):
             raise CheckpointError(f"{temporary_path}: is cut short: it has no {INDEX_FILE}", temporary_path)
         with _as_checkpoint_error(path, "cannot be put in place"):
-            self._remove(Path(path).name)  # one of an earlier run, after the state that named it was lost
-            Path(temporary_path).rename(path)
-            _sync_folder(Path(self.model_dir))
+            self._remove(_name(step))  # one of an earlier run, after the state that named it was lost
+            self._storage.publish(Path(temporary_path), _name(step), INDEX_FILE)
         self.record(step)
         return path
+
+    def discard(self, temporary_path: str) -> None:
+        """Delete what was not written to its end; a failure is no more than a warning."""
+        try:
+            shutil.rmtree(temporary_path)
+        except OSError as error:
+            _log.warning("%s: cannot be deleted (%s); delete it by hand", temporary_path, error)
 
     def record(self, step: int) -> None:
         """The checkpoint of ``step`` is whole: name it the latest, and delete what is too old.
@@ -198,7 +211,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: If the state file cannot be written.
         """
-        name, now = Path(self.save_path(step)).name, self._clock()
+        name, now = _name(step), self._clock()
         before = self._state
         retained = [*(other for other in before.retained if other != name), name]
         spare_after = now + self._period if before.spare_after is None else before.spare_after
@@ -233,34 +246,37 @@ class CheckpointManager:
 
     def remove_leftovers(self) -> None:
         """Delete what an earlier run began to write and did not finish. Only while no other run writes."""
-        for pattern in _LEFTOVERS:
-            for path in Path(self.model_dir).glob(pattern):
-                _delete(path)
+        for name in self._storage.names():
+            if _LEFTOVER.fullmatch(name) or self._is_half_uploaded(name):
+                self._remove(name)
+
+    def _is_half_uploaded(self, name: str) -> bool:
+        state = read_state(self.model_dir) or CheckpointState()
+        if not is_remote(self.model_dir) or not _NAME.fullmatch(name) or name in (state.latest, *state.retained):
+            return False  # one that is named was whole once, and it is not for us to delete what is left of it
+        return not is_whole(self._storage.path(name))
 
     def _recovered(self) -> CheckpointState:
         state = read_state(self.model_dir) or CheckpointState()
-        there = tuple(name for name in state.retained if is_whole(str(Path(self.model_dir, name))))
+        there = tuple(name for name in state.retained if is_whole(self._storage.path(name)))
         return msgspec.structs.replace(state, retained=there)
 
     def _write(self, **changes: object) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
         text = msgspec.json.format(msgspec.json.encode(self._state), indent=2)
-        with _as_checkpoint_error(str(Path(self.model_dir, STATE_FILE)), "cannot be written"):
-            Path(self.model_dir).mkdir(parents=True, exist_ok=True)
-            _replace_file(Path(self.model_dir, STATE_FILE), text)
+        with _as_checkpoint_error(self._storage.path(STATE_FILE), "cannot be written"):
+            self._storage.replace(STATE_FILE, text)
 
     def _remove(self, name: str) -> None:
-        """Delete a checkpoint: renamed first, so that nobody takes the half of it for a whole."""
-        path = Path(self.model_dir, name)
-        aside = _aside(path)
+        """Delete something; a failure is no more than a warning."""
         try:
-            path.rename(aside)
-        except FileNotFoundError:
-            return
+            self._storage.delete(name, INDEX_FILE if _NAME.fullmatch(name) else "")
         except OSError as error:
-            _log.warning("%s: cannot be deleted (%s); delete it by hand", path, error)
-            return
-        _delete(aside)
+            _log.warning("%s: cannot be deleted (%s); delete it by hand", self._storage.path(name), error)
+
+
+def _name(step: int) -> str:
+    return f"ckpt-{step}"
 
 
 @contextmanager
@@ -271,41 +287,3 @@ def _as_checkpoint_error(path: str, what: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         message = f"{path}: {what}: {reason}; check that model_dir exists and may be written"
         raise CheckpointError(message, path) from error
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    temporary = _aside(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _aside(path: Path) -> Path:
-    """A name beside ``path`` that nobody has, and that `CheckpointManager.remove_leftovers` knows."""
-    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _delete(path: Path) -> None:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except OSError as error:
-        _log.warning("%s: cannot be deleted (%s); delete it by hand", path, error)

@@ -28,6 +28,7 @@ from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.saved_values import SavedValues
 from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
+from paramserver.estimator.storage import join
 from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
 from paramserver.summary import SummaryWriter
 
@@ -356,7 +357,7 @@ class Estimator:
         return call_with_named(input_fn, offered)
 
     def _write_summary(self, name: str | None, results: Mapping[str, float], checkpoint: str | None) -> None:
-        writer = SummaryWriter(str(Path(self.model_dir, f"eval_{name}" if name else "eval")))
+        writer = SummaryWriter(join(self.model_dir, f"eval_{name}" if name else "eval"))
         for key, value in results.items():
             if key != "global_step":
                 writer.scalar(key, value, int(results["global_step"]))

@@ -12,10 +12,11 @@ from typing import Protocol
 
 from paramserver.cluster.report import Reporter
 from paramserver.errors import CheckpointError, ConfigError
-from paramserver.estimator.checkpoint_state import read_state
+from paramserver.estimator.checkpoint_state import exists, read_state
 from paramserver.estimator.exporters import Exporter, ExportingEstimator
 from paramserver.estimator.hooks import TrainingHook
 from paramserver.estimator.specs import EvalSpec
+from paramserver.estimator.storage import join
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Evaluator:
         try:
             self.evaluate(checkpoint, is_last=is_last)
         except CheckpointError:
-            if Path(checkpoint).exists():
+            if exists(checkpoint):
                 raise
             logger.info("evaluator: %s was deleted before it was read; going on with a newer one", checkpoint)
 
@@ -161,9 +162,9 @@ class Evaluator:
         return self.last
 
     def _export(self, exporter: Exporter, checkpoint: str, metrics: dict[str, float], is_final: bool) -> str | None:
-        path = Path(self._estimator.model_dir, "export", exporter.name)
+        path = join(self._estimator.model_dir, "export", exporter.name)
         exported = exporter.export(
-            self._estimator, str(path), checkpoint, dict(metrics), is_the_final_export=is_final
+            self._estimator, path, checkpoint, dict(metrics), is_the_final_export=is_final
         )
         if exported:
             logger.info("exported %s to %s", checkpoint, exported)

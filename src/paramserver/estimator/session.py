@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.variables import aliases
 from paramserver.errors import ConfigError, UnavailableError
 from paramserver.estimator.calling import Batch, as_loss
-from paramserver.estimator.checkpoint import write_checkpoint
+from paramserver.estimator.checkpoint import restore_checkpoint, write_checkpoint
 from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, checkpoint_to_restore
 from paramserver.estimator.hooks import RunValues
 from paramserver.estimator.run_config import RunConfig
@@ -204,7 +203,7 @@ class Session:
             bound.assign()
             return client.global_step
         logger.info("%s restores %s", self.task, checkpoint)
-        client.restore(str(Path(checkpoint).absolute()))
+        restore_checkpoint(client, checkpoint)
         return checkpoint_step(checkpoint)
 
     def _loss(self, features: Any, labels: Any) -> torch.Tensor:

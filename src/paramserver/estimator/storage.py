@@ -1,0 +1,250 @@
+"""Where a model_dir lies: on a file system that this task sees, or anywhere that fsspec reaches.
+
+Rules
+    * A place is a path, or an fsspec URL such as ``s3://bucket/run``. ``file://`` is a path in other words.
+    * A folder is written locally, by whoever sees it, and then put in place: renamed, or uploaded. ``last``, one of its
+      files, comes into place last, so that it is there only when the folder is whole.
+    * A folder is read locally, too: what lies elsewhere is downloaded first.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from paramserver.errors import ConfigError
+
+_FILE = "file://"
+ASIDE = ".tmp-"
+"""Part of the names of what is not in place yet."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL of something other than files.
+
+    >>> is_remote("s3://bucket/run"), is_remote("/run"), is_remote("file:///run")
+    (True, False, False)
+    """
+    return "://" in path and not path.startswith(_FILE)
+
+
+def join(place: str, *names: str) -> str:
+    """The path or URL of something in a place.
+
+    >>> join("s3://bucket/run/", "eval"), join("run", "export", "best")
+    ('s3://bucket/run/eval', 'run/export/best')
+    """
+    if is_remote(place):
+        return "/".join([place.rstrip("/"), *names])
+    return str(Path(place.removeprefix(_FILE), *names))
+
+
+def storage_of(place: str) -> Storage:
+    """What reads and writes in a place. Does not block.
+
+    Raises:
+        ConfigError: If fsspec knows no such URL, or needs a package for it that is not installed.
+    """
+    if not is_remote(place):
+        return LocalStorage(place.removeprefix(_FILE))
+    try:
+        return RemoteStorage(place)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"model_dir {place}: fsspec cannot open it: {error}") from error
+
+
+@contextlib.contextmanager
+def local_copy(folder: str, prefix: str = "") -> Iterator[Path]:
+    """A folder as one that this task sees: itself, or a copy that lives as long as the context. Blocks.
+
+    Args:
+        folder: A path or URL.
+        prefix: What the names of the files begin with that are needed.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with storage_of(folder).fetched(prefix) as local:
+        yield local
+
+
+class Storage(abc.ABC):
+    """A folder, and what lies in it by its name there. Every method blocks, and raises OSError if it cannot be done.
+
+    Attributes:
+        place: Its path or URL.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def path(self, name: str) -> str:
+        """The path or URL of something in it. Does not block."""
+        return join(self.place, name)
+
+    @abc.abstractmethod
+    def read(self, name: str) -> bytes:
+        """A file. Raises FileNotFoundError if there is none."""
+
+    @abc.abstractmethod
+    def replace(self, name: str, content: bytes) -> None:
+        """Write a file, and the folder if need be; a reader sees the old one or the new one."""
+
+    @abc.abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is a file or a folder of this name."""
+
+    @abc.abstractmethod
+    def names(self) -> list[str]:
+        """What lies in it; nothing if there is no such folder."""
+
+    @abc.abstractmethod
+    def new_folder(self, name: str) -> Path:
+        """A new folder that this task sees, to be written and then put in place by `publish`, or to be deleted."""
+
+    @abc.abstractmethod
+    def publish(self, folder: Path, name: str, last: str) -> None:
+        """Put a folder of `new_folder` in place, where there is nothing; then it is on the disk. ``last`` is last."""
+
+    @abc.abstractmethod
+    def delete(self, name: str, first: str = "") -> None:
+        """Delete a file or folder, and of a folder ``first`` before anything else. Does nothing if it is not there."""
+
+    @abc.abstractmethod
+    def fetched(self, prefix: str) -> contextlib.AbstractContextManager[Path]:
+        """The folder as one that this task sees; see `local_copy`."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.place!r})"
+
+
+class LocalStorage(Storage):
+    """A folder that this task sees; see `Storage`."""
+
+    def read(self, name: str) -> bytes:
+        return self._at(name).read_bytes()
+
+    def replace(self, name: str, content: bytes) -> None:
+        Path(self.place).mkdir(parents=True, exist_ok=True)
+        temporary = self._aside(name)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._at(name))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(Path(self.place))
+
+    def has(self, name: str) -> bool:
+        return self._at(name).exists()
+
+    def names(self) -> list[str]:
+        return [path.name for path in Path(self.place).iterdir()] if Path(self.place).is_dir() else []
+
+    def new_folder(self, name: str) -> Path:
+        folder = self._aside(name).absolute()
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish(self, folder: Path, name: str, last: str) -> None:
+        _sync_folder(folder)
+        folder.rename(self._at(name))
+        _sync_folder(Path(self.place))
+
+    def delete(self, name: str, first: str = "") -> None:
+        path = self._at(name)
+        if ASIDE not in name:  # renamed, so that nobody takes the half of it for a whole
+            aside = self._aside(name)
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(aside)
+            path = aside
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def fetched(self, prefix: str) -> contextlib.AbstractContextManager[Path]:
+        return contextlib.nullcontext(Path(self.place))
+
+    def _at(self, name: str) -> Path:
+        return Path(self.place, name)
+
+    def _aside(self, name: str) -> Path:
+        return self._at(f"{name}{ASIDE}{secrets.token_hex(4)}")
+
+
+class RemoteStorage(Storage):
+    """A folder that fsspec reaches; see `Storage`. Local copies lie in the folder for temporary files.
+
+    Raises:
+        ValueError: If fsspec does not know such a URL.
+        ImportError: If it needs a package for it that is not installed.
+    """
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self._files, self._root = fsspec.core.url_to_fs(place)
+
+    def read(self, name: str) -> bytes:
+        return self._files.cat_file(self._at(name))  # type: ignore[no-any-return]  # fsspec is not annotated
+
+    def replace(self, name: str, content: bytes) -> None:
+        self._files.makedirs(self._root, exist_ok=True)
+        self._files.pipe_file(self._at(name), content)
+
+    def has(self, name: str) -> bool:
+        self._files.invalidate_cache()  # another task may have written it
+        return self._files.exists(self._at(name))  # type: ignore[no-any-return]  # as above
+
+    def names(self) -> list[str]:
+        self._files.invalidate_cache()
+        try:
+            return [path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def new_folder(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"{name}{ASIDE}"))
+
+    def publish(self, folder: Path, name: str, last: str) -> None:
+        for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
+            self._files.put_file(str(file), f"{self._at(name)}/{file.name}")
+        shutil.rmtree(folder)
+
+    def delete(self, name: str, first: str = "") -> None:
+        for path in (f"{self._at(name)}/{first}", self._at(name)) if first else (self._at(name),):
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm(path, recursive=True)
+
+    @contextlib.contextmanager
+    def fetched(self, prefix: str) -> Iterator[Path]:
+        if not (names := self.names()):
+            raise FileNotFoundError(errno.ENOENT, "there is nothing", self.place)
+        with tempfile.TemporaryDirectory(prefix="paramserver-") as folder:
+            for name in filter(lambda name: name.startswith(prefix), names):
+                self._files.get_file(self._at(name), str(Path(folder, name)))
+            yield Path(folder)
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make what was renamed or made in a folder last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
