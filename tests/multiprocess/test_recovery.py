@@ -128,13 +128,13 @@ class Launched:
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_every_process_is_killed_once(tmp_path: Path, lane: str) -> None:
+def test_every_process_is_killed_once(tmp_path: Path) -> None:
+    """Over shared memory; tests/integration/test_recovery.py loses ps tasks on both lanes."""
     script = tmp_path / "job.py"
     script.write_text(JOB)
     tasks = ["ps:0", "ps:1", *WORKERS]
-    random.Random(lane).shuffle(tasks)  # noqa: S311  # no secret
-    run = Launched("--ps", "2", "--workers", "3", "--lane", lane, "--restarts", "3", str(script), str(tmp_path))
+    random.Random(4).shuffle(tasks)  # noqa: S311  # no secret
+    run = Launched("--ps", "2", "--workers", "3", "--restarts", "3", str(script), str(tmp_path))
     try:
         run.await_progress()
         for task in tasks:

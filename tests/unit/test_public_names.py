@@ -78,7 +78,10 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
     assert (getattr(ps, name).__doc__ or "").strip()
 
 
-@pytest.mark.parametrize("module", [ps.errors, ps.placement, ps.estimator, ps.summary], ids=lambda module: module.__name__)
+MODULES = [ps.errors, ps.placement, ps.estimator, ps.summary]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_every_name_of_a_public_module_has_a_docstring(module: types.ModuleType) -> None:
     undocumented = [each for each in public(module) if not (inspect.getdoc(each) or "").strip()]
     assert not undocumented

@@ -53,7 +53,7 @@ class BlockCopy:
     ) -> None:
         """Copy the values and slots of the block that begins at ``start``, whose lock the caller holds."""
         begun = time.perf_counter()
-        self.values = self._room("", values.dtype, 0, len(values)).copy_(values)
+        self.values = self._copied("", values, 0)
         self.runs = [
             (start + first, start + last, {name: self._copied(name, slot, first) for name, slot in state.items()})
             for first, last, state in runs
@@ -62,7 +62,14 @@ class BlockCopy:
         self.pause, self.longest = self.pause + took, max(self.longest, took)
 
     def _copied(self, name: str, slot: torch.Tensor, first: int) -> torch.Tensor:
-        return self._room(name, slot.dtype, first, slot.numel()).copy_(slot) if slot.ndim else slot.cpu().clone()
+        if not slot.ndim:
+            return slot.cpu().clone()
+        room = self._room(name, slot.dtype, first, slot.numel())
+        if slot.is_cpu:
+            # By one thread, and not by torch's: those of a push that is at work would make this one wait for a core.
+            np.copyto(room.view(torch.uint8).numpy(), slot.view(torch.uint8).numpy())
+            return room
+        return room.copy_(slot)
 
     def _room(self, name: str, dtype: torch.dtype, first: int, count: int) -> torch.Tensor:
         memory = self._memory.get((name, dtype))

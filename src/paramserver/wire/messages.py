@@ -120,9 +120,10 @@ class Save(Message, frozen=True):
 
 
 class Restore(Message, frozen=True):
-    """Begin to read this ps's variables and slots from a whole checkpoint: from the directory if it holds the very
-    checkpoint that ``digest`` tells, else through the sender.
-    """  # noqa: D205
+    """Begin to read this ps's variables and slots from a whole checkpoint: from the directory, or through the sender.
+
+    The directory is used if it holds the very checkpoint that ``digest`` tells.
+    """
 
     directory: str
     digest: str
