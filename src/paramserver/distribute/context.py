@@ -131,6 +131,12 @@ def set_base(strategy: Strategy | None) -> None:
     _thread.has_base = strategy is not None
 
 
+def current_replica() -> ReplicaContext | None:
+    """The replica that this thread is in, None in cross-replica context and in the default one."""
+    frame = current()
+    return frame.replica if frame else None
+
+
 def in_cross_replica_context() -> bool:
     """Whether this thread is in the cross-replica context of a strategy."""
     frame = current()

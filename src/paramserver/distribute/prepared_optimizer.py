@@ -11,7 +11,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from paramserver.client import PushResult
 from paramserver.distribute import context
-from paramserver.distribute.replica_context import ReplicaContext
 from paramserver.errors import ConfigError
 
 
@@ -82,7 +81,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the replica that this is called on, outside of replicas those of all of them."""
-        if self._num_replicas > 1 and _this_replica() is None:
+        if self._num_replicas > 1 and context.current_replica() is None:
             self._forget_other_replicas()
         if set_to_none:
             for group in self.param_groups:
@@ -130,7 +129,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _merged_step(self) -> PushResult:
-        replica = _this_replica()
+        replica = context.current_replica()
         if replica is None:
             raise RuntimeError(
                 f"optimizer.step: this worker has {self._num_replicas} replicas, and each has gradients of its own; "
@@ -152,11 +151,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         )
-
-
-def _this_replica() -> ReplicaContext | None:
-    frame = context.current()
-    return frame.replica if frame else None
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(PreparedOptimizer._step)

@@ -301,8 +301,7 @@ def _batch_reduced(
 
 
 def _gathered(strategy: Strategy, value: Any, destinations: Destinations, axis: int, call: str) -> Any:
-    frame = context.current()
-    if frame is not None and frame.replica is not None:
+    if context.current_replica() is not None:
         raise RuntimeError(
             f"{call} requires being in cross-replica context, and was called inside a replica; "
             "use get_replica_context().all_gather(), which gives every replica the result"

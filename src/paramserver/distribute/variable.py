@@ -269,10 +269,8 @@ def _strided(tensor: torch.Tensor) -> torch.Tensor:
 
 def here(value: torch.Tensor) -> torch.Tensor:
     """A value on the device of the replica that asks for it; outside of replicas where it is."""
-    frame = context.current()
-    if frame is None or frame.replica is None:
-        return value
-    return value.to(Device.parse(frame.replica.devices[0]).torch_device)
+    replica = context.current_replica()
+    return value if replica is None else value.to(Device.parse(replica.devices[0]).torch_device)
 
 
 def _create(

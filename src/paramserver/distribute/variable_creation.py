@@ -44,12 +44,12 @@ def create(strategy: Strategy, options: VariableOptions) -> Variable:
     Raises:
         RuntimeError: If the replicas create it by different names (P15).
     """
-    frame, anchor = context.current(), _anchor.get()
+    replica, anchor = context.current_replica(), _anchor.get()
     if anchor is not None and anchor.strategy is not strategy:
         anchor = None  # the block of another strategy, whose scope was left inside it
-    if frame is None or frame.replica is None:
+    if replica is None:
         return _create(strategy, options, anchor)
-    created: Variable = frame.replica.merge_call(
+    created: Variable = replica.merge_call(
         lambda strategy, names: _create_for_all(strategy, local_results(names), options, anchor), args=(options.name,)
     )
     return created

@@ -100,8 +100,7 @@ class DistributedIterator(Generic[T]):
         return self.get_next()
 
     def _running(self) -> Iterator[T]:
-        frame = context.current()
-        if frame is not None and frame.replica is not None:
+        if context.current_replica() is not None:
             raise ValueError(
                 "get_next should be called from outside of replica_fn: get the element first, and pass it to "
                 "strategy.run(fn, args=(element,))"
