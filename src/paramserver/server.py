@@ -162,6 +162,8 @@ class Server:
                 if session is not None:
                     with contextlib.closing(session):
                         self._converse(session)
+        except UnavailableError as error:  # whoever is gone is gone, with or without an error: the roster judges it
+            logger.info("%s: %s", self.task, str(error))
         except ParameterServerError as error:
             logger.warning("%s: %s", self.task, str(error))  # as text: a kept record must not keep the session
         except Exception:  # one connection's end must not be the end of another's

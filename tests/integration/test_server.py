@@ -14,6 +14,8 @@ from paramserver.errors import RefusedError, RunOverError, TokenError, Unavailab
 from paramserver.rules import describe
 from paramserver.server import Server, run_standard_server
 from paramserver.testing.local_cluster import LocalCluster
+from paramserver.transport.handshake import Identity, connect, new_incarnation
+from paramserver.wire import messages
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
 MODEL = [[ArenaLayout("float32", SGD, (VariableSpec("w", (4,), "float32"),))]]
@@ -177,6 +179,21 @@ def test_join_ends_when_a_worker_was_lost(lane):
         chief.goodbye()
         assert joining.ended()
         assert joining.error is None
+
+
+@lanes
+def test_a_worker_that_is_lost_before_its_answer_is_no_complaint(lane, caplog):
+    with LocalCluster(ps=1, workers=2, lane=lane, token="right") as cluster:
+        joining = Joining(cluster.servers[0])
+        me = Identity(task="worker:0", token="right", incarnation=new_incarnation())
+        worker = connect(cluster.servers[0].target, "ps:0", me, lane=lane, timeout=PATIENCE)
+        worker.start(messages.GetStatus())
+        worker.close()
+        chief = cluster.client("chief:0")
+        chief.await_workers()
+        chief.goodbye()
+        assert joining.ended()
+    assert caplog.messages == []
 
 
 def test_join_ends_when_a_worker_never_came():

@@ -200,7 +200,8 @@ def test_an_exception_of_the_chief_reaches_the_user_and_ends_the_run(launch, fun
 
 
 def test_faults_of_workers_reach_the_user_and_the_others_go_on(launch, tmp_path):
-    """A wrong token, an exception in model_fn and one in input_fn."""
+    """A wrong token, an exception in model_fn and one in input_fn; the chief trains until all of them have had theirs."""
+    os.mkfifo(tmp_path / "worker 2 fails")
     outcome = launch(
         "build, data = model_fn, train_input",
         "def model_fn(mode):",
@@ -209,7 +210,10 @@ def test_faults_of_workers_reach_the_user_and_the_others_go_on(launch, tmp_path)
         "    return build(mode)",
         "def train_input():",
         "    if is_me('worker:2'):",
+        "        open('worker 2 fails', 'w').close()",
         "        raise LookupError('no such file')",
+        "    if is_me('chief:0'):",
+        "        open('worker 2 fails').close()",
         "    return data()",
         "if is_me('worker:0'):",
         "    os.environ['PARAMSERVER_TOKEN'] = 'wrong'",
