@@ -200,7 +200,7 @@ def test_an_exception_of_the_chief_reaches_the_user_and_ends_the_run(launch, fun
 
 
 def test_faults_of_workers_reach_the_user_and_the_others_go_on(launch, tmp_path):
-    """A wrong token, an exception in model_fn and one in input_fn; the chief trains until all of them have had theirs."""
+    """A wrong token, an exception in model_fn and one in input_fn; the chief waits until they have happened."""
     os.mkfifo(tmp_path / "worker 2 fails")
     outcome = launch(
         "build, data = model_fn, train_input",
