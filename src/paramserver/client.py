@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -66,7 +67,8 @@ class ParameterClient:
 
     Attributes:
         lanes: The lanes.
-        global_step: Updates of the model, as the ps tasks last told it.
+        global_step: Updates of the model, as the ps tasks last told it, and one that is on its way.
+        local_step: The global step of the values that are here, from which staleness is counted.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
@@ -76,8 +78,9 @@ class ParameterClient:
         self._variables: set[str] = set()
         self._made: list[_Made] = []
         self._sequence = 0
-        self._local_step = 0  # what staleness is counted from: the step of the values that are here
+        self._under_way: Future[list[messages.Reply]] | None = None
         self.global_step = 0
+        self.local_step = 0
 
     # --- start
 
@@ -145,6 +148,7 @@ class ParameterClient:
             DeadlineError: If the chief has not initialized them by then.
         """
         self.lanes.replace(lanes)
+        self._under_way = None
         is_ready = self.create(self._layouts) if is_chief else self._join_again(timeout, on_wait)
         for lane, layouts, memory in zip(lanes, self._layouts, self._memories, strict=True):
             lane.open(layouts, memory)
@@ -172,19 +176,26 @@ class ParameterClient:
             pull: For each ps, the arenas to pull.
             counts: Whether this is an update of the model, which the global step counts.
         """
-        self._sequence += 1
-        calls = [
-            Call(
-                lane,
-                messages.Push(self._sequence, self._local_step, counts, tuple(ps_parts), tuple(ps_pull)),
-                _outgoing(layouts, ps_parts),
-                _whole(layouts, ps_pull),
-            )
-            for lane, layouts, ps_parts, ps_pull in zip(self.lanes.each(), self._layouts, parts, pull, strict=True)
-        ]
-        first = self._exchange(calls, messages.Applied)[0]
-        self._arrived(first.global_step)
-        return PushResult(first.global_step, first.staleness)
+        return self._pushed(self.lanes.exchange(self._push(parts, pull, counts, self.local_step)))
+
+    def begin_push_pull(
+        self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]], *, counts: bool, computed_from: int
+    ) -> None:
+        """`push_pull` on a thread: until `end_push_pull` has returned, nobody else may touch the memory of both.
+
+        Args:
+            parts: As for `push_pull`.
+            pull: As for `push_pull`.
+            counts: As for `push_pull`.
+            computed_from: The `local_step` of the values that the gradients were computed from.
+        """
+        self._under_way = self.lanes.exchange_aside(self._push(parts, pull, counts, computed_from))
+        self.global_step += counts
+
+    def end_push_pull(self) -> PushResult | None:
+        """Wait for the end of `begin_push_pull`; None if none is under way. Raises what `push_pull` would."""
+        under_way, self._under_way = self._under_way, None
+        return self._pushed(under_way.result()) if under_way else None
 
     def pull(self, arenas: Sequence[Sequence[int]]) -> int:
         """Bring the value memory of these arenas of each ps up to date; the global step."""
@@ -340,7 +351,33 @@ class ParameterClient:
 
     def _arrived(self, global_step: int) -> None:
         """Values of this step are here."""
-        self.global_step = self._local_step = global_step
+        self.global_step = self.local_step = global_step
+
+    def _push(
+        self,
+        parts: Sequence[Sequence[Part]],
+        pull: Sequence[Sequence[int]],
+        counts: bool,
+        computed_from: int,
+    ) -> list[Call]:
+        self._sequence += 1
+        return [
+            Call(
+                lane,
+                messages.Push(self._sequence, computed_from, counts, tuple(ps_parts), tuple(ps_pull)),
+                _outgoing(layouts, ps_parts),
+                _whole(layouts, ps_pull),
+            )
+            for lane, layouts, ps_parts, ps_pull in zip(self.lanes.each(), self._layouts, parts, pull, strict=True)
+        ]
+
+    def _pushed(self, replies: Sequence[messages.Reply]) -> PushResult:
+        first, *_ = [
+            _expect(lane, reply, messages.Applied) for lane, reply in zip(self.lanes.each(), replies, strict=True)
+        ]
+        self.local_step = first.global_step
+        self.global_step = max(self.global_step, first.global_step)  # it may have been asked for meanwhile
+        return PushResult(first.global_step, first.staleness)
 
     def _join_again(self, timeout: float, on_wait: Callable[[float], None]) -> bool:
         self.await_ready(timeout, on_wait)

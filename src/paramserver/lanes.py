@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 from paramserver.errors import LocalProtocolError, ParameterServerError
@@ -34,6 +35,8 @@ class Lanes:
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = list(lanes)
         self._unanswered: set[Lane] = set()
+        self._executor: ThreadPoolExecutor | None = None
+        self._aside: Future[list[messages.Reply]] | None = None
 
     def each(self) -> list[Lane]:
         """The lanes, by index.
@@ -51,6 +54,21 @@ class Lanes:
         Raises:
             UnavailableError: If one of them is lost; the first one that is.
         """
+        self._await_aside()
+        return self._exchange(calls)
+
+    def exchange_aside(self, calls: Sequence[Call]) -> Future[list[messages.Reply]]:
+        """`exchange` on a thread of its own; whatever is asked next waits until it is over. Does not block for long.
+
+        Until then the memory that the pieces lie in belongs to that thread.
+        """
+        self._await_aside()
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+        self._aside = self._executor.submit(self._exchange, calls)
+        return self._aside
+
+    def _exchange(self, calls: Sequence[Call]) -> list[messages.Reply]:
         asked: list[Call] = []
         replies: list[messages.Reply] = []
         failures: list[ParameterServerError] = []
@@ -84,6 +102,7 @@ class Lanes:
         A lane that was left in the middle of a request, by an interrupt perhaps, is closed without a word: the peer
         would take the word for the rest of that request.
         """
+        self._await_aside()
         for lane in self._lanes:
             if lane not in self._unanswered:
                 try:
@@ -95,8 +114,16 @@ class Lanes:
     def close(self) -> None:
         """Close the connections without a word. Idempotent."""
         for lane in self._lanes:
-            lane.close()
+            lane.close()  # which wakes a thread that waits for it
         self._lanes = []
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = self._aside = None
+
+    def _await_aside(self) -> None:
+        if self._aside is not None:
+            wait([self._aside])
+            self._aside = None
 
     def __repr__(self) -> str:
         return repr(self._lanes)

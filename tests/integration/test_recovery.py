@@ -29,9 +29,11 @@ class Cluster:
         self.servers = [self._serve(index) for index in range(num_ps)]
         self._strategies: list[ps.ParameterServerStrategy] = []
 
-    def strategy(self, worker: int = 0) -> ps.ParameterServerStrategy:
+    def strategy(self, worker: int = 0, *, pipeline: bool = False) -> ps.ParameterServerStrategy:
         resolver = ps.SimpleClusterResolver(self.spec, task_type="worker", task_id=worker)
-        self._strategies.append(ps.ParameterServerStrategy(resolver, session_creation_timeout=PATIENCE))
+        self._strategies.append(
+            ps.ParameterServerStrategy(resolver, pipeline=pipeline, session_creation_timeout=PATIENCE)
+        )
         return self._strategies[-1]
 
     def lose(self, index: int) -> None:
@@ -96,6 +98,28 @@ def test_the_chief_brings_back_what_a_lost_ps_held() -> None:
         step(model, optimizer)
         assert strategy.global_step >= 2
         assert [status.global_step for status in strategy.client.status()] == [strategy.global_step] * 2  # type: ignore[union-attr]
+
+
+def test_a_pipelined_worker_goes_on_from_the_values_that_it_had() -> None:
+    """The step after the loss learns of it; the update that was under way is lost with the ps."""
+    with a_cluster() as cluster:
+        strategy = cluster.strategy(pipeline=True)
+        model, optimizer = prepared(strategy)
+        for _ in range(3):
+            step(model, optimizer)
+        strategy.refresh()
+        before = contents(model)
+        cluster.lose(1)
+        step(model, optimizer)
+        with pytest.raises(UnavailableError, match="ps:1"):
+            step(model, optimizer)
+        strategy.recover()
+        lost = [name for name in before if name.endswith("bias")]  # round robin has put them on ps:1
+        assert all(torch.equal(contents(model)[name], before[name]) for name in lost)
+        for _ in range(2):
+            step(model, optimizer)
+        strategy.refresh()
+        assert not any(torch.equal(contents(model)[name], before[name]) for name in lost[1:])
 
 
 def test_every_parameter_still_trains() -> None:

@@ -41,7 +41,7 @@ def bind(
     bound: BoundArena
     match arena.kind:
         case Kind.TRAINED:
-            bound = TrainedArena(arena, memory, tensors, optimizers[0].param_groups[0], mean)
+            bound = TrainedArena(arena, memory, tensors, optimizers[0].param_groups[0], mean=mean)
         case Kind.COUNTED:
             bound = CountedArena(arena, memory, tensors)
         case _:

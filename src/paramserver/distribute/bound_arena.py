@@ -2,7 +2,8 @@
 
 Rules
     * *Home* is the device of the memory. A replica that computes there uses the memory of the values itself; one
-      elsewhere has a flat block of its own, which is copied as a whole.
+      elsewhere has a flat block of its own, which is copied as a whole. So has every replica of a pipelined model, whose
+      memory is in the lanes' hands while it computes.
     * A single replica at home has its gradients in the memory that is pushed. Otherwise each has a flat block of
       gradients where it computes, which no step changes, so that gradients can be kept over steps; they are added up
       on the first one's device, block by block, into the memory that is pushed.
@@ -36,14 +37,18 @@ class BoundArena:
         plan: What lies in the arena.
         memory: The memory of the ps that holds it.
         tensors: The replicas' tensors.
+        is_apart: Whether no replica may use the memory itself.
     """
 
-    def __init__(self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors) -> None:
+    def __init__(
+        self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors, *, is_apart: bool = False
+    ) -> None:
         self.plan = plan
         self.values = memory.values[plan.index]
         self.gradients = memory.gradients[plan.index]
         self.is_direct = memory.direct
         self._tensors = tensors
+        self._is_apart = is_apart
         self._home = self.values.device
         self._replica_values: list[torch.Tensor] = []
 
@@ -71,7 +76,11 @@ class BoundArena:
         return []
 
     def pulled(self) -> None:
-        """The value memory is fresh."""
+        """The value memory is fresh, by a step."""
+        self.refreshed()
+
+    def refreshed(self) -> None:
+        """The value memory is fresh, and all that counts."""
         for block in self._replica_values:
             if block is not self.values:
                 block.copy_(self.values, non_blocking=True)
@@ -79,7 +88,7 @@ class BoundArena:
     def _values_for(self, replica: int, device: torch.device) -> torch.Tensor:
         holds_buffers = any(member.variable.module is not None for member in self.plan.members)
         is_home = device == self._home and (replica == 0 or not holds_buffers)
-        return self.values if is_home else torch.empty_like(self.values, device=device)
+        return self.values if is_home and not self._is_apart else torch.empty_like(self.values, device=device)
 
     def _bind_replica(self, replica: int, block: torch.Tensor) -> None:
         for member, view in zip(self.plan.members, self.plan.layout.views(block), strict=True):
@@ -95,12 +104,20 @@ class TrainedArena(BoundArena):
         tensors: As for `BoundArena`.
         group: The param group; read for every push.
         mean: Whether the replicas' gradients are averaged; else they are added up.
+        is_apart: As for `BoundArena`.
     """
 
     def __init__(
-        self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors, group: dict[str, object], mean: bool
+        self,
+        plan: ArenaPlan,
+        memory: WorkerMemory,
+        tensors: ReplicaTensors,
+        group: dict[str, object],
+        *,
+        mean: bool,
+        is_apart: bool = False,
     ) -> None:
-        super().__init__(plan, memory, tensors)
+        super().__init__(plan, memory, tensors, is_apart=is_apart)
         assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
         self._group = group
         self._setting_names = setting_names(rule_class(plan.layout.rule))
@@ -129,8 +146,8 @@ class TrainedArena(BoundArena):
                 self._reduce(start, stop)
         return [Part(self.plan.index, "rule", ranges, settings(self._group, self._setting_names))]
 
-    def pulled(self) -> None:
-        super().pulled()
+    def refreshed(self) -> None:
+        super().refreshed()
         for parameter in self._copied:
             parameter.pulled()
 
@@ -167,6 +184,9 @@ class TrainedArena(BoundArena):
     def _reduce(self, start: int, stop: int) -> None:
         """The weighted sum of all replicas' gradients, into the memory that is pushed."""
         first, *others = (gradients[start:stop] for gradients in self._replica_gradients)
+        if not others:
+            self.gradients[start:stop].copy_(first)
+            return
         total = first * self._weight  # before the sum, which could overflow in half precision
         for other in others:
             total.add_(other.to(first.device, non_blocking=True), alpha=self._weight)
@@ -178,39 +198,41 @@ class CountedArena(BoundArena):
 
     def parts(self) -> list[Part]:
         super().parts()
-        self._average()
-        if self.is_direct:
-            return []
-        moved = self.values != self.gradients
-        if not moved.any():
-            return []
-        torch.sub(self.values, self.gradients, out=self.gradients)
-        self.gradients.masked_fill_(moved.logical_not_(), 0)  # infinity less itself would not be zero
-        if self.gradients.isfinite().all():
-            return [Part(self.plan.index, "add")]
-        return self._parts_of_infinite_moves()
+        self._average(self.values)
+        return [] if self.is_direct else self._parts_of_move(self.gradients, self.values)
 
-    def pulled(self) -> None:
-        super().pulled()
+    def refreshed(self) -> None:
+        super().refreshed()
         if not self.is_direct:
             self.gradients.copy_(self.values)
 
-    def _average(self) -> None:
-        """Make the memory's values those that all replicas together have come to."""
+    def _average(self, out: torch.Tensor) -> None:
+        """The values that all replicas together have come to."""
         first, *others = self._replica_values
-        if first is not self.values:
-            self.values.copy_(first)
-        if not self.values.is_floating_point():
+        if first is not out:
+            out.copy_(first)
+        if not out.is_floating_point():
             return
-        moves = [(other.to(self._home) - self.values).nan_to_num_(0, 0, 0) for other in others]  # infinities stay
+        moves = [(other.to(self._home) - out).nan_to_num_(0, 0, 0) for other in others]  # infinities stay
         for move in moves:
-            self.values.add_(move, alpha=1 / len(self._replica_values))
+            out.add_(move, alpha=1 / len(self._replica_values))
 
-    def _parts_of_infinite_moves(self) -> list[Part]:
+    def _parts_of_move(self, before: torch.Tensor, after: torch.Tensor) -> list[Part]:
+        """How to push what the values have changed by, which lies in the gradient memory then."""
+        moved = before != after
+        if not moved.any():
+            return []
+        torch.sub(after, before, out=self.gradients)
+        self.gradients.masked_fill_(moved.logical_not_(), 0)  # infinity less itself would not be zero
+        if self.gradients.isfinite().all():
+            return [Part(self.plan.index, "add")]
+        return self._parts_of_infinite_moves(after)
+
+    def _parts_of_infinite_moves(self, after: torch.Tensor) -> list[Part]:
         index, layout = self.plan.index, self.plan.layout
         views = layout.views(self.gradients)
         finite = [bool(view.isfinite().all()) for view in views]
-        for view, value, is_finite in zip(views, layout.views(self.values), finite, strict=True):
+        for view, value, is_finite in zip(views, layout.views(after), finite, strict=True):
             if not is_finite:
                 view.copy_(value)
         assigned = compress(layout.ranges, (not is_finite for is_finite in finite))
@@ -218,6 +240,45 @@ class CountedArena(BoundArena):
             Part(index, "add", tuple(compress(layout.ranges, finite))),
             Part(index, "assign", tuple(assigned)),
         ]
+
+
+class PipelinedCountedArena(CountedArena):
+    """Buffers of a pipelined model, which the next step changes before the values of this one are here.
+
+    Args:
+        plan: As for `BoundArena`.
+        memory: As for `BoundArena`.
+        tensors: As for `BoundArena`.
+    """
+
+    def __init__(self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors) -> None:
+        super().__init__(plan, memory, tensors, is_apart=True)
+        self._reached = torch.zeros_like(self.values)
+        self._pushed = torch.zeros_like(self.values)  # what of the replicas' values the ps tasks have, or will have
+
+    def parts(self) -> list[Part]:
+        BoundArena.parts(self)
+        self._average(self._reached)
+        parts = self._parts_of_move(self._pushed, self._reached)
+        self._pushed.copy_(self._reached)
+        for block in self._replica_values:
+            block.copy_(self._reached)
+        return parts
+
+    def pulled(self) -> None:
+        """What others have changed is added to what this worker has changed since."""
+        moved = self._pushed != self.values
+        if not moved.any():
+            return
+        move = torch.where(moved, self.values - self._pushed, 0)
+        for block in self._replica_values:
+            shifted = block + move.to(block.device)
+            block.copy_(torch.where(shifted.isfinite(), shifted, self.values.to(block.device)))
+        self._pushed.copy_(self.values)
+
+    def refreshed(self) -> None:
+        BoundArena.refreshed(self)
+        self._pushed.copy_(self.values)
 
 
 def _share(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -4,6 +4,8 @@ Rules
     * A step says which parts of the memory count, and nothing else: one message to each ps, whatever the number of
       variables and of replicas.
     * Of several optimizers each pushes what it holds. Buffers, and the count of the global step, go with the first.
+    * A pipelined model's push and pull go on while the next step computes, from values without this step's update: they
+      come when that step is made. Its global step counts the update that is on its way.
     * Values are the ps tasks': a parameter that a program changes by hand after `prepare` gets their value back with
       the next step, unless the ps is played in this process.
 """
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from paramserver.client import ParameterClient, PushResult
-from paramserver.distribute.bound_arena import BoundArena, CountedArena, TrainedArena
+from paramserver.distribute.bound_arena import BoundArena, CountedArena, PipelinedCountedArena, TrainedArena
 from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
@@ -36,6 +38,8 @@ class BoundModel:
         client: Owned by the caller.
     """
 
+    is_pipelined = False
+
     def __init__(
         self,
         arenas: Sequence[Sequence[ArenaPlan]],
@@ -48,15 +52,19 @@ class BoundModel:
         self._client = client
         self._tensors = tensors
         groups = [(owner, group) for owner, each in enumerate(optimizers) for group in each.param_groups]
+        is_mean, is_apart = reduction is ReduceOp.MEAN, self.is_pipelined
 
         def bound(plan: ArenaPlan, memory: WorkerMemory) -> BoundArena:
             match plan.kind:
                 case Kind.TRAINED | Kind.FROZEN:
-                    return TrainedArena(plan, memory, tensors, groups[plan.group][1], reduction is ReduceOp.MEAN)
+                    group = groups[plan.group][1]
+                    return TrainedArena(plan, memory, tensors, group, mean=is_mean, is_apart=is_apart)
+                case Kind.COUNTED if is_apart:
+                    return PipelinedCountedArena(plan, memory, tensors)
                 case Kind.COUNTED:
                     return CountedArena(plan, memory, tensors)
                 case _:
-                    return BoundArena(plan, memory, tensors)
+                    return BoundArena(plan, memory, tensors, is_apart=is_apart)
 
         self._arenas = [
             [bound(plan, memory) for plan in plans] for plans, memory in zip(arenas, memories, strict=True)
@@ -80,7 +88,10 @@ class BoundModel:
         """Bring all values up to date with the ps tasks'. What buffers changed by since the last step is lost."""
         self._client.pull([[arena.plan.index for arena in arenas] for arenas in self._arenas])
         for arena in self._each():
-            arena.pulled()
+            arena.refreshed()
+
+    def settle(self) -> None:
+        """Wait until nothing is under way any more, as it never is unless the model is pipelined."""
 
     def gradient_places(self) -> dict[int, GradientPlace]:
         """Where each parameter's gradient belongs, by the id of the parameter."""
@@ -94,16 +105,9 @@ class BoundModel:
             owner: The index of the optimizer that makes the step.
         """
         step = self._steps[owner]
-        parts = [[part for arena in arenas for part in arena.parts()] for arenas in step.arenas]
-        pulled = [
-            sorted({*always, *(part.arena for part in ps_parts)})
-            for always, ps_parts in zip(step.always_pulled, parts, strict=True)
-        ]
+        parts, pulled = step.request()
         result = self._client.push_pull(parts, pulled, counts=owner == 0)
-        for arenas, indices in zip(step.arenas, pulled, strict=True):
-            for arena in arenas:
-                if arena.plan.index in indices:
-                    arena.pulled()
+        step.pulled(pulled)
         return result
 
     def activate(self, replica: int) -> None:
@@ -116,6 +120,41 @@ class BoundModel:
 
     def _each(self) -> list[BoundArena]:
         return [arena for arenas in self._arenas for arena in arenas]
+
+
+class PipelinedModel(BoundModel):
+    """A `BoundModel` whose step returns while its push and pull are under way. The arguments are the same.
+
+    A step computes from the values that the step before the last one has brought. What is told of a step is what came
+    of the one before: an error, too.
+    """
+
+    is_pipelined = True
+    _under_way: tuple[_Step, Sequence[Sequence[int]]] | None = None
+
+    def step(self, owner: int = 0) -> PushResult:
+        computed_from = self._client.local_step
+        before = self._arrive()
+        step = self._steps[owner]
+        parts, pulled = step.request()
+        self._client.begin_push_pull(parts, pulled, counts=owner == 0, computed_from=computed_from)
+        self._under_way = step, pulled
+        return PushResult(self._client.global_step, before.staleness if before else 0)
+
+    def refresh(self) -> None:
+        self.settle()
+        super().refresh()
+
+    def settle(self) -> None:
+        self._arrive()
+
+    def _arrive(self) -> PushResult | None:
+        under_way, self._under_way = self._under_way, None
+        result = self._client.end_push_pull()
+        if under_way is not None:
+            step, pulled = under_way
+            step.pulled(pulled)
+        return result
 
 
 class _Step:
@@ -140,3 +179,19 @@ class _Step:
             {arena.plan.index for arena in each if arena.plan.kind in (Kind.TRAINED, Kind.COUNTED)}
             for each in self.arenas
         ]
+
+    def request(self) -> tuple[list[list[Part]], list[list[int]]]:
+        """What to push and what to pull, for each ps."""
+        parts = [[part for arena in arenas for part in arena.parts()] for arenas in self.arenas]
+        pulled = [
+            sorted({*always, *(part.arena for part in ps_parts)})
+            for always, ps_parts in zip(self.always_pulled, parts, strict=True)
+        ]
+        return parts, pulled
+
+    def pulled(self, indices: Sequence[Sequence[int]]) -> None:
+        """The values of these arenas have come."""
+        for arenas, fresh in zip(self.arenas, indices, strict=True):
+            for arena in arenas:
+                if arena.plan.index in fresh:
+                    arena.pulled()

@@ -29,7 +29,7 @@ from paramserver.cluster import (
     worker_count,
 )
 from paramserver.distribute import connection, variables
-from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.bound_model import BoundModel, PipelinedModel
 from paramserver.distribute.devices import Device, DeviceChoice
 from paramserver.distribute.direct_gradients import make_direct
 from paramserver.distribute.input.context import InputContext
@@ -68,6 +68,9 @@ class ParameterServerStrategy(Strategy):
         variable_partitioner: Which variables are divided by rows among ps tasks, and into how many parts: one of
             `paramserver.placement`, or a function of a shape and a dtype; none by default. A worker needs memory for
             the values and gradients of a divided parameter once more.
+        pipeline: Whether a step's push and pull go on while the next one computes, so that a slow network costs
+            little. The next one computes without this one's update, then: one step of staleness more. A worker needs
+            memory for values and gradients once more. Without a cluster nothing is waited for, and it changes nothing.
         session_creation_timeout: Seconds to wait for the ps tasks to come up and for the chief to initialize.
 
     Raises:
@@ -82,12 +85,14 @@ class ParameterServerStrategy(Strategy):
         parameter_device: str | None = None,
         variable_placement: Placement | Callable[[VariableSpec, int], int] | None = None,
         variable_partitioner: Partitioner | None = None,
+        pipeline: bool = False,
         session_creation_timeout: float = SESSION_CREATION_TIMEOUT,
     ) -> None:
         self._resolver = cluster_resolver or TFConfigClusterResolver()
         self._devices = DeviceChoice.of(self._resolver, compute_devices, parameter_device)
         self._placement = as_placement(variable_placement)
         self._partitioner = variable_partitioner
+        self._pipeline = pipeline
         self._timeout = session_creation_timeout
         self._enter_cluster(self._resolver.cluster_spec(), self._resolver.task_type, self._resolver.task_id)
 
@@ -179,7 +184,7 @@ class ParameterServerStrategy(Strategy):
 
     @property
     def global_step(self) -> int:
-        """Updates of the model, as this worker last heard of them."""
+        """Updates of the model, as this worker last heard of them; with ``pipeline``, and its own on the way."""
         return self.client.global_step if self.client else 0
 
     @overload
@@ -267,7 +272,8 @@ class ParameterServerStrategy(Strategy):
         tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
-        bound = BoundModel(arenas, client.open(), optimizers, tensors, gradient_reduction, client)
+        kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
+        bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client)
         if not is_ready:
             client.mark_ready(initialize(client, bound))
         bound.bind()
@@ -368,8 +374,14 @@ class ParameterServerStrategy(Strategy):
     def close(self, failure: str = "") -> None:
         """Say goodbye to the ps tasks: this task has finished, or why it cannot go on. Idempotent.
 
-        Called at the end of the process if it was not before.
+        Called at the end of the process if it was not before. Blocks until a step that is under way has arrived.
+
+        Raises:
+            UnavailableError: If a ps was lost by the last step, with ``pipeline``.
         """
+        if not failure:
+            for model in self._models:
+                model.settle()
         if self.client is not None:
             self.client.goodbye(failure)
 
