@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -48,6 +49,23 @@ class PushResult(NamedTuple):
     staleness: int
 
 
+@dataclass
+class PushTimes:
+    """Seconds that all pushes to one ps have taken.
+
+    Attributes:
+        task: The ps.
+        sending: Until they were handed over.
+        waiting: In which the answer was then waited for, one ps after the other.
+        applying: In which the ps applied them meanwhile, as it says itself.
+    """
+
+    task: str
+    sending: float = 0.0
+    waiting: float = 0.0
+    applying: float = 0.0
+
+
 class _Made(NamedTuple):
     """A variable of the program's own: where it is, and the values that it was made with, None if others made it."""
 
@@ -69,6 +87,7 @@ class ParameterClient:
         lanes: The lanes.
         global_step: Updates of the model, as the ps tasks last told it, and one that is on its way.
         local_step: The global step of the values that are here, from which staleness is counted.
+        push_times: For each ps.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
@@ -81,6 +100,7 @@ class ParameterClient:
         self._under_way: Future[list[messages.Reply]] | None = None
         self.global_step = 0
         self.local_step = 0
+        self.push_times = [PushTimes(lane.task) for lane in lanes]
 
     # --- start
 
@@ -372,9 +392,15 @@ class ParameterClient:
         ]
 
     def _pushed(self, replies: Sequence[messages.Reply]) -> PushResult:
-        first, *_ = [
-            _expect(lane, reply, messages.Applied) for lane, reply in zip(self.lanes.each(), replies, strict=True)
-        ]
+        lanes = self.lanes
+        applied = [_expect(lane, reply, messages.Applied) for lane, reply in zip(lanes.each(), replies, strict=True)]
+        for times, sending, waiting, each in zip(
+            self.push_times, lanes.sending, lanes.waiting, applied, strict=True
+        ):
+            times.sending += sending
+            times.waiting += waiting
+            times.applying += each.seconds
+        first = applied[0]
         self.local_step = first.global_step
         self.global_step = max(self.global_step, first.global_step)  # it may have been asked for meanwhile
         return PushResult(first.global_step, first.staleness)

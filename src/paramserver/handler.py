@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,13 +83,13 @@ class RequestHandler:
         # All is checked before the first part is applied: a push that is refused has changed nothing.
         arenas = [self._checked(part) for part in push.parts]
         pulled = self._whole(push.pull)
-        step, staleness = store.global_step, 0
+        step, staleness, seconds = store.global_step, 0, 0.0
         if store.is_new(session.incarnation, push.sequence):
             for arena, part in zip(arenas, push.parts, strict=True):
-                _apply(session, arena, part)
+                seconds += _apply(session, arena, part)
             if push.counts:
                 step, staleness = store.count_update(push.local_step)
-        session.reply(messages.Applied(step, staleness), pulled, self._read)
+        session.reply(messages.Applied(step, staleness, seconds), pulled, self._read)
 
     def _checked(self, part: messages.Part) -> StoredArena:
         arena = self._store.arena(part.arena)
@@ -231,8 +232,13 @@ def _bounded(timeout: float) -> float:
     return min(LONGEST_WAIT, timeout)  # in this order, which turns a NaN into the limit
 
 
-def _apply(session: Session, arena: StoredArena, part: messages.Part) -> None:
+def _apply(session: Session, arena: StoredArena, part: messages.Part) -> float:
+    """Apply a part, piece by piece as it arrives; the seconds without those in which it was waited for."""
     spans = arena.layout.pieces if part.ranges is None else pieces(part.ranges)
+    seconds = 0.0
     for start, stop in spans:
         gradient = session.gradient(Piece(part.arena, start, stop))
+        begun = time.perf_counter()
         arena.apply(part.operation, (start, stop), gradient, part.settings)
+        seconds += time.perf_counter() - begun
+    return seconds

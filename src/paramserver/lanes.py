@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -30,11 +31,17 @@ class Lanes:
 
     Args:
         lanes: By the ps's index. Owned by this object from now on.
+
+    Attributes:
+        sending: For each call of the last exchange, the seconds until it was handed over.
+        waiting: For each, the seconds in which its answer was then waited for, one after the other.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = list(lanes)
         self._unanswered: set[Lane] = set()
+        self.sending: list[float] = []
+        self.waiting: list[float] = []
         self._executor: ThreadPoolExecutor | None = None
         self._aside: Future[list[messages.Reply]] | None = None
 
@@ -72,6 +79,7 @@ class Lanes:
         asked: list[Call] = []
         replies: list[messages.Reply] = []
         failures: list[ParameterServerError] = []
+        now, sending, waiting = time.perf_counter(), [], []
         for call in calls:
             self._unanswered.add(call.lane)
             try:
@@ -80,6 +88,8 @@ class Lanes:
                 failures.append(error)
             else:
                 asked.append(call)
+            begun, now = now, time.perf_counter()
+            sending.append(now - begun)
         for call in asked:
             try:
                 replies.append(call.lane.finish(call.incoming))
@@ -87,6 +97,9 @@ class Lanes:
                 failures.append(error)
             else:
                 self._unanswered.discard(call.lane)
+            begun, now = now, time.perf_counter()
+            waiting.append(now - begun)
+        self.sending, self.waiting = sending, waiting
         if failures:
             raise failures[0]
         return replies

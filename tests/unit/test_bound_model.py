@@ -11,7 +11,7 @@ import torch
 from torch import nn, optim
 
 from paramserver.arena import ArenaLayout
-from paramserver.client import PushResult
+from paramserver.client import PushResult, PushTimes
 from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
@@ -30,6 +30,7 @@ class Client:
         ))
         self.parts: Sequence[Part] = ()
         self.pulled: Sequence[int] = ()
+        self.push_times: Sequence[PushTimes] = ()
 
     def push_pull(
         self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]], *, counts: bool

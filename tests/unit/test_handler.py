@@ -62,15 +62,18 @@ def ps():
 
 
 def test_a_push_runs_the_rule_and_counts(ps):
-    assert ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))) == messages.Applied(1, 0)
+    first = ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), (0,)))
+    assert (first.global_step, first.staleness) == (1, 0)
+    assert first.seconds > 0
     assert ps.value() == [-0.5] * 3
-    assert ps.ask(Push(2, 0, True, (Part(0, "rule", None, {"lr": 1.0}),), (0,))) == messages.Applied(2, 1)
+    second = ps.ask(Push(2, 0, True, (Part(0, "rule", None, {"lr": 1.0}),), (0,)))
+    assert (second.global_step, second.staleness) == (2, 1)
     assert ps.value() == [-1.5] * 3
 
 
 def test_an_assignment_does_not_count(ps):
     parts = (Part(0, "assign"), Part(1, "add"), Part(1, "add"))
-    assert ps.ask(Push(1, 0, False, parts, ())) == messages.Applied(0, 0)
+    assert ps.ask(Push(1, 0, False, parts, ())).global_step == 0
     assert ps.value() == [1.0] * 3
     assert ps.value((0, 1), arena=1) == [2]
     assert ps.store.statistics().updates == 0
@@ -84,7 +87,9 @@ def test_a_push_of_ranges_leaves_the_rest_alone(ps):
 
 def test_a_repeated_push_is_answered_and_not_applied_again(ps):
     push = Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), ())
-    assert [ps.ask(push), ps.ask(push)] == [messages.Applied(1, 0), messages.Applied(1, 0)]
+    first, again = ps.ask(push), ps.ask(push)
+    assert first.seconds > 0
+    assert again == messages.Applied(first.global_step, first.staleness, seconds=0)
     assert ps.value() == [-0.5] * 3
 
 
@@ -265,7 +270,9 @@ def test_nonsense_is_refused_and_changes_nothing(ps, request_):
     assert "ps:1" in refusal.message
     assert ps.value() == [0.0] * 3
     assert ps.store.global_step == 0
-    assert ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))) == messages.Applied(1, 0)
+    first = ps.ask(Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), (0,)))
+    assert (first.global_step, first.staleness) == (1, 0)
+    assert first.seconds > 0
 
 
 @pytest.mark.parametrize("settings", [{"lr": None}, {"lr": (0.1, 0.2)}])
@@ -273,7 +280,7 @@ def test_a_setting_that_torch_chokes_on_is_refused_and_the_next_push_is_good(ps,
     refusal = ps.ask(Push(1, 0, True, (Part(0, "rule", None, {**SGD.settings, **settings}),), ()))
     assert isinstance(refusal, messages.Refused)
     ps.store.arenas[0].values.zero_()
-    assert ps.ask(Push(2, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))) == messages.Applied(1, 0)
+    assert ps.ask(Push(2, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))).global_step == 1
     assert ps.value() == [-0.5] * 3
 
 

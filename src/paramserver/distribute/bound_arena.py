@@ -2,7 +2,7 @@
 
 Rules
     * *Home* is the device of the memory. A replica that computes there uses the memory of the values itself; one
-      elsewhere has a flat block of its own, which is copied as a whole. So has every replica of a pipelined model, whose
+      elsewhere has a flat block of its own, which is copied as a whole. So has every replica of a pipelined model: the
       memory is in the lanes' hands while it computes.
     * A single replica at home has its gradients in the memory that is pushed. Otherwise each has a flat block of
       gradients where it computes, which no step changes, so that gradients can be kept over steps; they are added up

@@ -12,6 +12,7 @@ Rules
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from paramserver.distribute.bound_arena import BoundArena, CountedArena, Pipelin
 from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
+from paramserver.distribute.step_times import StepClock, StepTimes
 from paramserver.distribute.variables import ArenaPlan, Kind
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
@@ -83,6 +85,7 @@ class BoundModel:
         for arena in self._each():
             arena.bind()  # before the values come, so that the model's own are gone by then
         self.refresh()
+        self._clock = StepClock(self._client.push_times)
 
     def refresh(self) -> None:
         """Bring all values up to date with the ps tasks'. What buffers changed by since the last step is lost."""
@@ -104,11 +107,18 @@ class BoundModel:
         Args:
             owner: The index of the optimizer that makes the step.
         """
+        entered = self._clock.entered()
         step = self._steps[owner]
         parts, pulled = step.request()
+        reducing = time.perf_counter() - entered
         result = self._client.push_pull(parts, pulled, counts=owner == 0)
         step.pulled(pulled)
+        self._clock.left(entered, reducing)
         return result
+
+    def times(self) -> StepTimes:
+        """Where the time of its steps has gone."""
+        return self._clock.times()
 
     def activate(self, replica: int) -> None:
         """Put a replica's tensors into the model's modules."""
@@ -133,12 +143,15 @@ class PipelinedModel(BoundModel):
     _under_way: tuple[_Step, Sequence[Sequence[int]]] | None = None
 
     def step(self, owner: int = 0) -> PushResult:
+        entered = self._clock.entered()
         computed_from = self._client.local_step
         before = self._arrive()
-        step = self._steps[owner]
+        step, arrived = self._steps[owner], time.perf_counter()
         parts, pulled = step.request()
+        reducing = time.perf_counter() - arrived
         self._client.begin_push_pull(parts, pulled, counts=owner == 0, computed_from=computed_from)
         self._under_way = step, pulled
+        self._clock.left(entered, reducing)
         return PushResult(self._client.global_step, before.staleness if before else 0)
 
     def refresh(self) -> None:

@@ -36,6 +36,7 @@ from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
+from paramserver.distribute.step_times import StepTimes
 from paramserver.distribute.strategy import Strategy, StrategyExtended
 from paramserver.errors import ConfigError, RunOverError
 from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
@@ -328,6 +329,25 @@ class ParameterServerStrategy(Strategy):
         for model in self._models:
             model.refresh()
         return self.global_step
+
+    def statistics(self) -> StepTimes:
+        """Where the time of this worker's steps has gone since `prepare`. Does not block, and costs next to nothing.
+
+        Raises:
+            RuntimeError: If no model is prepared, or the run is over for this task.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> strategy = ParameterServerStrategy()
+            >>> model, optimizer = strategy.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> list(strategy.statistics().per_step())
+            ['computing', 'reducing', 'blocked', 'ps:0/sending', 'ps:0/waiting', 'ps:0/applying']
+        """
+        for model in self._models:
+            return model.times()
+        raise RuntimeError(f"statistics: {self!r} has prepared no model")
 
     def activate(self, replica: int) -> None:
         for model in self._models:

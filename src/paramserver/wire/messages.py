@@ -205,10 +205,11 @@ class Declared(Message, frozen=True):
 
 
 class Applied(Message, frozen=True):
-    """A push was applied. ``staleness`` is the global step it met, less its local step."""
+    """A push was applied. ``staleness`` is the global step it met, less its local step; ``seconds`` is what it took."""
 
     global_step: int
     staleness: int
+    seconds: float = 0.0
 
 
 class State(Message, frozen=True):
