@@ -82,10 +82,11 @@ def launch(
     """Run SCRIPT as a cluster of processes on this machine.
 
     Chief, workers and evaluator run the script; parameter servers run the standard server. Every line of
-    output is marked with the task that it comes from. Ctrl-C stops all. The exit code is that of the first
-    task that failed.
+    output is marked with the task that it comes from; on a terminal, a display below them shows how far the
+    run is. Ctrl-C stops all. The exit code is that of the first task that failed.
     """
     from paramserver.launch import local
+    from paramserver.launch.display import launch_displayed
 
     options = LaunchOptions(
         script=script,
@@ -102,7 +103,7 @@ def launch(
     if dry_run:
         typer.echo(local.dry_run(options), nl=False)
     else:
-        raise typer.Exit(local.launch(options))
+        raise typer.Exit(launch_displayed(options))
 
 
 @app.command()

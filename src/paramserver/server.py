@@ -261,6 +261,7 @@ def report_progress(server: Server) -> Iterator[None]:
         status = server.status()
         reporter.tell(
             state=state,
+            global_step=status.global_step,
             updates=status.updates,
             mean_staleness=status.mean_staleness,
             largest_staleness=status.largest_staleness,

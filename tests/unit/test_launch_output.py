@@ -54,16 +54,27 @@ def test_lines_are_marked_and_errors_go_to_stderr() -> None:
     assert err.getvalue() == "chief:0 | odd\nthe launcher's own\n"
 
 
-def test_only_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    """A stream that says that it is one."""
 
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = Terminal()
     Printer([CHIEF], out, io.StringIO())(OutputLine(CHIEF, "[red] fine", is_error=False))
     assert out.getvalue() == "\x1b[36mchief:0 | \x1b[0m[red] fine\n"
+
+
+def test_who_wants_no_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Terminal()
+    Printer([CHIEF], out, io.StringIO())(OutputLine(CHIEF, "fine", is_error=False))
+    assert out.getvalue() == "chief:0 | fine\n"
 
 
 def test_a_character_that_the_terminal_lacks_is_replaced() -> None:

@@ -1,4 +1,4 @@
-"""The line that says how far an evaluation is: on a terminal only, and gone at the end."""
+"""The line that says how far an evaluation is: on a terminal, and gone at the end, or in the launcher's display."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from paramserver.cluster.report import decode
 from paramserver.estimator import Estimator, EstimatorSpec, ModeKeys, progress
 from paramserver.estimator.progress import ProgressLine
 
@@ -28,7 +29,8 @@ class Clock:
 
 def terminal(width: int = 80) -> tuple[Console, io.StringIO]:
     stream = io.StringIO()
-    return Console(file=stream, force_terminal=True, color_system=None, width=width), stream
+    console = Console(file=stream, force_terminal=True, force_interactive=True, color_system=None, width=width)
+    return console, stream
 
 
 def test_it_counts_batches_and_is_drawn_now_and_then() -> None:
@@ -96,12 +98,27 @@ class TestOnATerminal:
             estimator.evaluate(lambda: [("text", None)])
         assert stream.getvalue().endswith(ERASED)
 
-    def test_a_launcher_that_shows_the_run_is_left_the_terminal(
+    def test_a_terminal_that_cannot_be_drawn_on_shows_nothing(
+        self, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stream = io.StringIO()
+        monkeypatch.setenv("TERM", "dumb")
+        monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=stream, force_terminal=True))
+        estimator.evaluate(lambda: [(torch.zeros(2, 1), None)])
+        assert not stream.getvalue()
+
+    def test_a_launcher_that_shows_the_run_is_told_and_left_the_terminal(
         self, estimator: Estimator, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read, write = os.pipe()
         monkeypatch.setenv("PARAMSERVER_REPORT_FD", str(write))
-        estimator.evaluate(lambda: [(torch.zeros(2, 1), None)])
-        assert not stream.getvalue()
-        os.close(read)
+        monkeypatch.setenv("TF_CONFIG", '{"cluster": {"chief": ["a:1"]}, "task": {"type": "evaluator", "index": 0}}')
+        estimator.evaluate(lambda: [(torch.zeros(2, 1), None)] * 2, steps=2)
         os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            first, *_, last = map(decode, pipe)
+        assert not stream.getvalue()
+        assert first.task == "evaluator:0"
+        assert first.state is not None
+        assert first.state.startswith("evaluating a model without a checkpoint: 0 of 2 batches")
+        assert last.state == "running"

@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
-from rich.live import Live
 
 from paramserver.cluster.report import Report
-from paramserver.cluster.task import TaskId
-from paramserver.demo.progress import RunProgress, TaskProgress
+from paramserver.demo.results import evaluations, results
 from paramserver.errors import ConfigError
+from paramserver.launch.display import Display, find_terminal
 from paramserver.launch.local import launch
 from paramserver.launch.output import OutputLine, Printer
-from paramserver.launch.spec import LaunchOptions
+from paramserver.launch.progress import RunProgress
+from paramserver.launch.spec import LaunchOptions, task_ids
 
 SCRIPT = Path(__file__).with_name("digits.py")
 KEPT_LINES = 200
 INTERRUPTED = 128 + signal.SIGINT
-TASKS = ("chief:0", "worker:0", "ps:0", "ps:1", "evaluator:0")
 
 
 def run_demo(steps: int, model_dir: str | None = None, lane: str = "auto") -> int:
@@ -43,38 +42,40 @@ def run_demo(steps: int, model_dir: str | None = None, lane: str = "auto") -> in
         raise ConfigError(f"demo: --steps: expected a positive number, got {steps}")
     folder = _folder(model_dir)
     console = Console()
-    progress = RunProgress({task: TaskProgress() for task in TASKS}, steps)
     lines: deque[OutputLine] = deque(maxlen=KEPT_LINES)
     options = LaunchOptions(
         script=str(SCRIPT), args=(str(folder), str(steps)), ps=2, workers=2, evaluator=True, lane=lane
     )
+    progress = RunProgress.of(task_ids(options))
     console.print("Training on handwritten digits: chief, worker, two ps tasks and an evaluator")
     code = _watched(options, progress, lines, console)
     if code:
-        _tell_failure(lines, code == INTERRUPTED)
+        _tell_failure(options, lines, code == INTERRUPTED)
     else:
         _tell_results(progress, console)
     return code
 
 
 def _watched(options: LaunchOptions, progress: RunProgress, lines: deque[OutputLine], console: Console) -> int:
-    if not console.is_terminal:
-        return launch(options, on_report=_printing(progress, console), on_output=lines.append)
-    with Live(get_renderable=progress.live, console=console, transient=True, refresh_per_second=8):
-        return launch(options, on_report=progress.take, on_output=lines.append)
+    terminal = find_terminal()
+    if terminal is None:
+        return launch(options, _printing(progress, console), lines.append)
+    with Display(progress, terminal):
+        return launch(options, progress.take, lines.append, progress.end)
 
 
 def _tell_results(progress: RunProgress, console: Console) -> None:
-    console.print(progress.summary())
-    results = progress.results()
-    width = max(len(title) for title, _ in results)
-    for title, text in results:
+    console.print("Evaluations on the test images", style="bold")
+    console.print(evaluations(progress))
+    found = results(progress)
+    width = max(len(title) for title, _ in found)
+    for title, text in found:
         console.print(f"{title:<{width}}  {text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _tell_failure(lines: Iterable[OutputLine], by_user: bool) -> None:
+def _tell_failure(options: LaunchOptions, lines: Iterable[OutputLine], by_user: bool) -> None:
     """What the tasks have printed; where the user has ended the run, only what the launcher has."""
-    show = Printer(TaskId.parse(task) for task in TASKS)
+    show = Printer(task_ids(options))
     for line in lines:
         if line.task is None or not by_user:
             show(line)

@@ -1,4 +1,4 @@
-"""A line on the terminal that says how far an evaluation or a prediction is, and goes away with it."""
+"""How far an evaluation or a prediction is: a line on the terminal that goes away with it, or one for the launcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
-from paramserver.cluster import environment
+from paramserver.cluster import TFConfigClusterResolver, environment
+from paramserver.cluster.report import Reporter
 
 T = TypeVar("T")
 
@@ -30,14 +31,21 @@ class ProgressLine:
         total: How many batches there will be, None if nobody knows.
         console: Where it is shown; None shows nothing.
         clock: Returns seconds.
+        reporter: Tells the launcher; None tells nobody.
     """
 
     def __init__(
-        self, what: str, total: int | None, console: Console | None, clock: Callable[[], float] = time.monotonic
+        self,
+        what: str,
+        total: int | None,
+        console: Console | None,
+        clock: Callable[[], float] = time.monotonic,
+        reporter: Reporter | None = None,
     ) -> None:
         self._what = what
         self._total = total
         self._console = console
+        self._reporter = reporter
         self._clock = clock
         self._began = self._drawn_at = clock()
         self._is_shown = False
@@ -65,20 +73,31 @@ class ProgressLine:
 
     def _draw(self) -> None:
         now = self._clock()
-        if self._console is None or now - self._drawn_at < INTERVAL:
+        if now - self._drawn_at < INTERVAL:
             return
-        self.clear()
-        text = str(self)[: self._console.width - 1]  # a full line would make the terminal begin another one
-        self._console.print(Text(text, style="dim"), end="")
-        self._drawn_at, self._is_shown = now, True
+        self._drawn_at = now
+        if self._reporter is not None:
+            self._reporter.tell(state=str(self))
+        if self._console is not None:
+            self.clear()
+            text = str(self)[: self._console.width - 1]  # a full line would make the terminal begin another one
+            self._console.print(Text(text, style="dim"), end="")
+            self._is_shown = True
 
 
 @contextlib.contextmanager
 def shown(what: str, total: int | None = None) -> Iterator[ProgressLine]:
-    """A line on stderr for a ``with`` block, where that is a terminal which no launcher draws on."""
-    console = Console(stderr=True) if environment.read().report_fd is None else None
-    line = ProgressLine(what, total, console if console is not None and console.is_terminal else None)
+    """A line for a ``with`` block: in the launcher's display where there is one, else on stderr if it is a terminal."""
+    reporter = _reporter()
+    console = None if reporter.is_on else Console(stderr=True)
+    line = ProgressLine(what, total, console if console and console.is_interactive else None, reporter=reporter)
     try:
         yield line
     finally:
         line.clear()
+        reporter.tell(state="running")
+
+
+def _reporter() -> Reporter:
+    me = TFConfigClusterResolver()
+    return Reporter(f"{me.task_type}:{me.task_id}", environment.read().report_fd)

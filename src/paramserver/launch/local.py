@@ -22,7 +22,7 @@ from paramserver.errors import ConfigError
 from paramserver.launch.guard import Guard
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
-from paramserver.launch.rules import Rules
+from paramserver.launch.rules import Ending, Rules
 from paramserver.launch.spec import HOST, THREAD_VARIABLES, LaunchOptions, LaunchSpec, describe, plan
 
 LINGER = 1.0
@@ -35,10 +35,14 @@ READ_BYTES = 65536
 
 OnReport = Callable[[Report], None]
 OnOutput = Callable[[OutputLine], None]
+OnEnd = Callable[[TaskId, Ending], None]
 
 
 def launch(
-    options: LaunchOptions, on_report: OnReport | None = None, on_output: OnOutput | None = None
+    options: LaunchOptions,
+    on_report: OnReport | None = None,
+    on_output: OnOutput | None = None,
+    on_end: OnEnd | None = None,
 ) -> int:
     """Run what ``options`` ask for on this machine and wait for its end; the arguments are those of `run`.
 
@@ -50,7 +54,7 @@ def launch(
         ports = [sock.getsockname()[1] for sock in sockets]
         spec = _plan(options, ports, secrets.token_hex(16), secrets.token_hex(4))
         listeners = {TaskId(Role.PS, index): sock for index, sock in enumerate(sockets)}
-        return run(spec, on_report, on_output, listeners)
+        return run(spec, on_report, on_output, listeners, on_end)
 
 
 def dry_run(options: LaunchOptions) -> str:
@@ -63,6 +67,7 @@ def run(
     on_report: OnReport | None = None,
     on_output: OnOutput | None = None,
     listeners: Mapping[TaskId, socket.socket] | None = None,
+    on_end: OnEnd | None = None,
 ) -> int:
     """Start the tasks of ``spec``, wait for the end of the run, and leave no process behind.
 
@@ -73,6 +78,7 @@ def run(
         on_report: Called with every report of a task. Without it tasks are not asked for reports.
         on_output: Called with every line that a task prints, and with the launcher's own; None prints them.
         listeners: Listening sockets that tasks inherit. They are closed here once handed over.
+        on_end: Called with each task that has ended and is not started again, and how.
 
     Returns:
         The exit code: that of the first task that failed, 128 + N after an interrupt by signal N, else 0.
@@ -80,7 +86,7 @@ def run(
     Raises:
         ConfigError: If a task cannot be started.
     """
-    return LocalRun(spec, on_report, on_output, listeners).run()
+    return LocalRun(spec, on_report, on_output, listeners, on_end).run()
 
 
 class LocalRun:
@@ -92,9 +98,11 @@ class LocalRun:
         on_report: OnReport | None = None,
         on_output: OnOutput | None = None,
         listeners: Mapping[TaskId, socket.socket] | None = None,
+        on_end: OnEnd | None = None,
     ) -> None:
         self._spec = spec
         self._on_report = on_report
+        self._on_end = on_end
         self._on_output = on_output or Printer(task.task for task in spec.tasks)
         self._listeners = listeners or {}
         self._rules = Rules((task.task for task in spec.tasks), spec.grace, spec.restarts)
@@ -173,8 +181,11 @@ class LocalRun:
             process.signal(signal.SIGKILL)  # what it has started must not go on beside its successor
             self._replaced.append(process)
             self._start(task, guard)
-        elif task in self._listeners:
+            return
+        if task in self._listeners:
             self._listeners[task].close()
+        if self._on_end is not None:
+            self._on_end(task, ending)
 
     def _read(self, descriptor: int, buffer: LineBuffer, handle: Callable[[bytes], None]) -> None:
         data = os.read(descriptor, READ_BYTES)

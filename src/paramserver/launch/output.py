@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable
 from typing import NamedTuple, TextIO
@@ -80,14 +81,17 @@ class Printer:
         stream.flush()
 
 
+def colours(tasks: Iterable[TaskId]) -> dict[TaskId, str]:
+    """The colour of each task's prefix."""
+    return dict(zip(tasks, itertools.cycle(COLOURS), strict=False))
+
+
 def _prefixes(tasks: tuple[TaskId, ...], stream: TextIO) -> dict[TaskId, str]:
     plain = {task: f"{task} | " for task in tasks}
-    if Console(file=stream).color_system is None:  # no terminal, or one whose user wants no colours
+    console = Console(file=stream)
+    if console.color_system is None or console.no_color:  # no terminal, or one whose user wants no colours
         return plain
-    styles = [Style.parse(colour) for colour in COLOURS]
-    return {
-        task: styles[index % len(styles)].render(prefix) for index, (task, prefix) in enumerate(plain.items())
-    }
+    return {task: Style.parse(colour).render(plain[task]) for task, colour in colours(tasks).items()}
 
 
 def _pieces(line: bytes) -> list[bytes]:

@@ -137,9 +137,19 @@ def plan(
             _command(task, options, python),
             {"TF_CONFIG": _tf_config(addresses, task), **shared},
         )
-        for task in _task_ids(options)
+        for task in task_ids(options)
     )
     return LaunchSpec(run_id, tasks, addresses, options.grace, options.restarts)
+
+
+def task_ids(options: LaunchOptions) -> list[TaskId]:
+    """The tasks of a run, in the order in which they are started."""
+    tasks = [TaskId(Role.PS, index) for index in range(options.ps)]
+    tasks.append(TaskId(Role.CHIEF, 0))
+    tasks += [TaskId(Role.WORKER, index) for index in range(options.workers - 1)]
+    if options.evaluator:
+        tasks.append(TaskId(Role.EVALUATOR, 0))
+    return tasks
 
 
 def describe(spec: LaunchSpec) -> str:
@@ -161,15 +171,6 @@ def _describe_task(spec: LaunchSpec, task: TaskSpec) -> str:
 def _check_least(name: str, value: int, why: str, least: int = 1) -> None:
     if value < least:
         raise ConfigError(f"{name}: expected {least} or more, got {value}; {why}")
-
-
-def _task_ids(options: LaunchOptions) -> list[TaskId]:
-    tasks = [TaskId(Role.PS, index) for index in range(options.ps)]
-    tasks.append(TaskId(Role.CHIEF, 0))
-    tasks += [TaskId(Role.WORKER, index) for index in range(options.workers - 1)]
-    if options.evaluator:
-        tasks.append(TaskId(Role.EVALUATOR, 0))
-    return tasks
 
 
 def _command(task: TaskId, options: LaunchOptions, python: str) -> tuple[str, ...]:

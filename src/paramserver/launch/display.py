@@ -1,0 +1,101 @@
+"""A launched run on a terminal: the lines of its tasks, and below them how far it is."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from paramserver.cluster.task import TaskId
+from paramserver.launch import local
+from paramserver.launch.output import OutputLine, colours
+from paramserver.launch.progress import RunProgress
+from paramserver.launch.spec import LaunchOptions, task_ids
+
+INTERVAL = 0.25
+"""Seconds between two drawings, each of which takes milliseconds. Lines wait for the next one: to draw with every line
+would slow a task that prints many."""
+
+LINES_AT_ONCE = 1000
+"""Lines that may wait; more are drawn at once, so that a task cannot fill our memory."""
+
+
+def launch_displayed(options: LaunchOptions) -> int:
+    """`launch`, with a display where there is a terminal for one; elsewhere the lines of the tasks alone."""
+    console = find_terminal()
+    if console is None:
+        return local.launch(options)
+    tasks = task_ids(options)
+    progress = RunProgress.of(tasks)
+    with Display(progress, console, tasks) as display:
+        return local.launch(options, progress.take, display.show, progress.end)
+
+
+def find_terminal() -> Console | None:
+    """The terminal that stdout and stderr are; None if one of them is none, or it cannot be drawn on."""
+    console = Console()
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # the console could take a file for one, by FORCE_COLOR
+        return None
+    return console if console.is_interactive and console.encoding.startswith("utf") else None
+
+
+class Display:
+    """Draws while it is entered, on a thread of its own, and is gone afterwards; what was printed stays.
+
+    Args:
+        progress: What is drawn, at the bottom.
+        console: The terminal.
+        tasks: Those that print lines.
+    """
+
+    def __init__(self, progress: RunProgress, console: Console, tasks: Iterable[TaskId] = ()) -> None:
+        self._console = console
+        self._colours = colours(tasks)
+        self._live = Live(progress, console=console, auto_refresh=False, transient=True)
+        self._lines: list[OutputLine] = []
+        self._drawing = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_drawing, name="display")
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        try:
+            self._draw()
+        finally:
+            self._live.stop()
+
+    def show(self, line: OutputLine) -> None:
+        """Print one line above what is drawn, soon. For one thread."""
+        self._lines.append(line)
+        if len(self._lines) >= LINES_AT_ONCE:
+            self._draw()
+
+    def _keep_drawing(self) -> None:
+        while not self._over.wait(INTERVAL):
+            self._draw()
+
+    def _draw(self) -> None:
+        with self._drawing:  # or else lines could change their order
+            count = len(self._lines)
+            lines = self._lines[:count]
+            del self._lines[:count]
+            if lines:
+                self._console.print(Text("\n").join(map(self._text, lines)), soft_wrap=True)
+            else:
+                self._live.refresh()
+
+    def _text(self, line: OutputLine) -> Text:
+        # What would move the cursor is left out, colours stay.
+        text = Text.from_ansi(line.text)
+        return Text.assemble((f"{line.task} | ", self._colours[line.task]), text) if line.task else text

@@ -1,0 +1,176 @@
+"""How far a run is, from the reports of its tasks, and what of it is shown while it goes on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress_bar import ProgressBar
+from rich.rule import Rule
+from rich.table import Column, Table
+from rich.text import Text
+
+from paramserver.cluster.report import Report
+from paramserver.cluster.task import TaskId
+from paramserver.launch.rules import Ending
+
+WINDOW = 5.0
+"""Seconds that the rate shown is a mean over."""
+
+OTHER_LINES = 4
+"""Of the display, beside those of tasks: a rule, the global step, the table's head, how many tasks have no line."""
+
+
+@dataclass
+class TaskProgress:
+    """The newest report of each kind from one task.
+
+    Attributes:
+        state: What it does, in words; of a task that reports nothing no more is known than this.
+        ending: How it ended; None before that.
+    """
+
+    state: str = "running"
+    global_step: int = 0
+    loss: float | None = None
+    updates: int | None = None
+    mean_staleness: float | None = None
+    largest_staleness: int | None = None
+    ending: Ending | None = None
+
+    @property
+    def doing(self) -> str:
+        """What it does, or how it ended."""
+        if self.ending is None:
+            return self.state
+        return str(self.ending) if self.ending.code else "ended"
+
+    @property
+    def staleness(self) -> str:
+        """Of the updates that a ps has applied; empty where nobody has told it."""
+        if self.mean_staleness is None:
+            return ""
+        return f"{self.mean_staleness:.2f} (max {self.largest_staleness})"
+
+
+class Pace:
+    """How fast the global step moves.
+
+    Args:
+        clock: Returns seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began: tuple[float, int] | None = None
+        self._moments: deque[tuple[float, int]] = deque()
+
+    def take(self, step: int) -> None:
+        """The global step is this now. It counts from the first one that is not 0, which may be a checkpoint's."""
+        if step <= (self._moments[-1][1] if self._moments else 0):
+            return
+        now = self._clock()
+        self._moments.append((now, step))
+        self._began = self._began or self._moments[0]
+        while self._moments[0][0] < now - WINDOW and len(self._moments) > 2:
+            self._moments.popleft()
+
+    @property
+    def recent(self) -> float:
+        """Global steps per second in the last `WINDOW` seconds; 0.0 if nothing is known."""
+        return self._rate(self._moments[0], self._clock()) if self._moments else 0.0
+
+    @property
+    def overall(self) -> float:
+        """Global steps per second from the first step to the last; 0.0 if nothing is known."""
+        return self._rate(self._began, self._moments[-1][0]) if self._began else 0.0
+
+    def _rate(self, since: tuple[float, int], now: float) -> float:
+        then, step = since
+        return (self._moments[-1][1] - step) / (now - then) if now > then else 0.0
+
+
+@dataclass
+class RunProgress:
+    """The state of a run, as its tasks report it. Shown by `rich` as the lines of a display.
+
+    One thread may change it while another one shows it.
+
+    Attributes:
+        tasks: By name, in the order in which they are shown. What other tasks report is nobody's business.
+        max_steps: The global step that the run goes to; None where nobody has told it.
+        pace: How fast the global step moves.
+        evaluations: Metrics of each finished evaluation.
+        paths: Where results lie, by what they are.
+    """
+
+    tasks: dict[str, TaskProgress]
+    max_steps: int | None = None
+    pace: Pace = field(default_factory=Pace)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tasks: Iterable[TaskId]) -> RunProgress:
+        """Of a run that begins: those who train are shown first."""
+        return cls({str(task): TaskProgress() for task in sorted(tasks, key=lambda task: not task.role.trains)})
+
+    def take(self, report: Report) -> None:
+        """Take in one report."""
+        task = self.tasks.get(report.task)
+        if task is None:  # whatever the user's script starts may write into its pipe
+            return
+        for name in TaskProgress.__dataclass_fields__:
+            value = getattr(report, name, None)
+            if value is not None:
+                setattr(task, name, value)
+        self.max_steps = report.max_steps or self.max_steps
+        self.paths.update(report.paths or {})
+        if report.evaluation:
+            self.evaluations.append(report.evaluation)
+        self.pace.take(report.global_step or 0)
+
+    def end(self, task: TaskId, ending: Ending) -> None:
+        """A task has ended for good."""
+        self.tasks[str(task)].ending = ending
+
+    @property
+    def global_step(self) -> int:
+        """The highest step that any task has reported."""
+        return max((task.global_step for task in self.tasks.values()), default=0)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Rule(style="dim")
+        yield self._step_line()
+        yield from self._task_lines(max(console.height // 2 - OTHER_LINES, 1))
+
+    def _step_line(self) -> Table:
+        """The global step; where it is known how far it goes, a bar takes what the numbers leave."""
+        end, step = self.max_steps, self.global_step
+        of = f" of {end:,}" if end else ""
+        rate = f"  {self.pace.recent:,.0f} steps/s" if step else ""
+        line = Table.grid(Column(no_wrap=True), Column(ratio=1), padding=(0, 2, 0, 0), expand=True)
+        line.add_row(f"global step {step:,}{of}{rate}", ProgressBar(end, min(step, end)) if end else "")
+        return line
+
+    def _task_lines(self, limit: int) -> Iterable[Table | Text]:
+        """A line for each task, but for the last ones where they are too many."""
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
+        table.add_column("task", no_wrap=True)
+        table.add_column("does")
+        for title in ("loss", "updates", "staleness"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for name, task in list(self.tasks.items())[:limit]:
+            # A column that may wrap is the first to get narrower, and this text is then cut.
+            doing = Text(task.doing, no_wrap=True, overflow="ellipsis")
+            table.add_row(name, doing, _shown(task.loss, ".4f"), _shown(task.updates, ",d"), task.staleness)
+        yield table
+        if len(self.tasks) > limit:
+            yield Text(f"and {len(self.tasks) - limit} more", style="dim")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
