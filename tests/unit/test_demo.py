@@ -64,3 +64,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="demo: --model-dir: .*file/run cannot be made"):
         run_demo(steps=1, model_dir=str(tmp_path / "file" / "run"))
+
+
+def test_a_url_is_refused():
+    with pytest.raises(ConfigError, match="demo: --model-dir: expected a folder of this machine, got s3://bucket/run"):
+        run_demo(steps=1, model_dir="s3://bucket/run")

@@ -29,6 +29,8 @@ from paramserver.estimator import (
 from paramserver.estimator import train_and_evaluate as run_locally
 from paramserver.estimator.early_stopping import STOP
 from paramserver.estimator.hooks import HookRunner, RunValues
+from paramserver.estimator.storage import join
+from paramserver.estimator.uploading import summary_writer
 from paramserver.summary import SummaryWriter
 
 EVALUATIONS = {
@@ -325,3 +327,14 @@ def test_the_reason_is_logged(evaluated, caplog):
     stops(stop_if_no_decrease_hook(evaluated, "loss", 500, **OFTEN))
     assert "accuracy was 0.7 at step 3000, beyond the threshold 0.6" in caplog.text
     assert "loss was best at step 3000 with 0.4, and not better until step 3500" in caplog.text
+
+
+@pytest.mark.parametrize("eval_dir", [None, "other"])
+@pytest.mark.parametrize("url", ["file://{}", "memory://{}"])
+def test_y06_evaluations_may_lie_at_a_url(tmp_path, url, eval_dir):
+    place = url.format(tmp_path / "run")
+    estimator, folder = Estimator(model_fn, place), join(place, eval_dir or "eval")
+    assert steps_until_stop(stop_if_higher_hook(estimator, "accuracy", 0.6, eval_dir and folder, **OFTEN)) is None
+    with summary_writer(folder) as writer:
+        writer.scalar("accuracy", 0.7, 3000)
+    assert steps_until_stop(stop_if_higher_hook(estimator, "accuracy", 0.6, eval_dir and folder, **OFTEN)) == 1

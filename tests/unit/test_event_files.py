@@ -6,6 +6,8 @@ import math
 import pytest
 
 from paramserver.estimator import read_eval_metrics
+from paramserver.estimator.event_files import read_metrics
+from paramserver.estimator.storage import join, storage_of
 from paramserver.summary import SummaryWriter
 
 
@@ -86,3 +88,21 @@ def test_y06_a_number_of_few_digits_is_read_as_it_was(tmp_path, value):
     """Though it is stored as float32, which of 0.6 makes a little more than 0.6."""
     write(tmp_path, {1: {"loss": value}})
     assert read_eval_metrics(tmp_path) == {1: {"loss": value}}
+
+
+# --- at a URL
+
+
+@pytest.mark.parametrize("url", ["file://{}", "memory://{}"])
+def test_y08_evaluations_are_read_from_a_url(eval_dir, tmp_path, caplog, url):
+    place = url.format(tmp_path / "run" / "eval")
+    assert read_eval_metrics(place) == {}
+    for file in eval_dir.iterdir():
+        storage_of(place).replace(file.name, file.read_bytes())
+    expected = read_eval_metrics(eval_dir)
+    assert read_eval_metrics(place) == expected
+    assert read_metrics(url.format(tmp_path / "run"), "eval/*.tfevents.*") == expected
+    assert not caplog.records
+    storage_of(place).replace("events.out.tfevents.1000.host", b"text" * 9)
+    assert set(read_eval_metrics(place)) == {20, 30}
+    assert f"{join(place)}/events.out.tfevents.1000.host cannot be read beyond byte" in caplog.text

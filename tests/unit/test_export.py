@@ -18,6 +18,7 @@ from paramserver.estimator import BestExporter, Estimator, EstimatorSpec, EvalSp
 from paramserver.estimator import train_and_evaluate as run_locally
 from paramserver.estimator.export import signature, trace, write_export
 from paramserver.estimator.specs import ModeKeys
+from paramserver.estimator.storage import join, local_copy, storage_of
 
 
 def net():
@@ -331,3 +332,28 @@ def test_v25_an_exporter_exports_the_program_during_a_training(estimator):
     exports = names(Path(estimator.model_dir, "export", "best"))
     assert exports
     assert load(Path(estimator.model_dir, "export", "best", exports[-1]))(rows(5)).shape == (5, 1)
+
+
+# --- at a URL
+
+
+@pytest.mark.parametrize("url", ["file://{}", "memory://{}"])
+def test_q19_a_model_and_its_assets_lie_at_urls(tmp_path, url):
+    model, words = net(), url.format(tmp_path / "words.txt")
+    storage_of(url.format(tmp_path)).replace("words.txt", b"a b c")
+    place = url.format(tmp_path / "export")
+    exported = write_export(place, spec_of(model), 7, lambda: rows(4), {"more/words.txt": words})
+    assert storage_of(place).names() == [Path(exported).name]
+    assert storage_of(join(exported, "assets.extra", "more")).read("words.txt") == b"a b c"
+    assert storage_of(exported).is_file("signature.json")
+    batch = rows(3)
+    with local_copy(exported) as folder:
+        torch.testing.assert_close(load(folder)(batch), model(batch))
+
+
+@pytest.mark.parametrize("source", ["memory://{}/missing", "memory://{}"])
+def test_q19_an_asset_that_is_missing_at_its_url_is_refused(tmp_path, source):
+    storage_of(f"memory://{tmp_path}").replace("words.txt", b"")
+    with pytest.raises(ConfigError, match="'words' is to be a copy of memory://.*, and there is no such file"):
+        write_export(f"memory://{tmp_path}/export", spec_of(net()), 7, assets_extra={"words": source.format(tmp_path)})
+    assert storage_of(f"memory://{tmp_path}").names() == ["words.txt"]

@@ -8,7 +8,9 @@ import pytest
 
 from paramserver.errors import ConfigError
 from paramserver.estimator import BestExporter, FinalExporter, LatestExporter, loss_smaller
-from paramserver.estimator.exporters import delete_export, delete_old_exports
+from paramserver.estimator.export_folder import delete_export, delete_old_exports
+from paramserver.estimator.storage import join, storage_of
+from paramserver.estimator.uploading import summary_writer
 from paramserver.summary import SummaryWriter
 
 
@@ -223,3 +225,28 @@ def test_j05_a_folder_that_is_gone_is_warned_of(tmp_path, caplog):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert f"the old export {tmp_path / '1700000001'} cannot be deleted" in record.message
+
+
+# --- at a URL
+
+
+class UrlEstimator(FakeEstimator):
+    """Makes its folders wherever model_dir is."""
+
+    def export_model(self, export_path, serving_input_fn, checkpoint_path, assets_extra):
+        self.now += 1
+        storage_of(join(export_path, str(self.now))).replace("model.safetensors", b"")
+        return join(export_path, str(self.now))
+
+
+@pytest.mark.parametrize("url", ["file://{}", "memory://{}"])
+def test_j02_j04_a_model_dir_may_be_a_url(tmp_path, url):
+    estimator = UrlEstimator(url.format(tmp_path / "run"))
+    with summary_writer(join(estimator.model_dir, "eval")) as writer:
+        writer.scalar("loss", 50.0, 1)
+    assert exported(BestExporter(), estimator, 100.0, 55.0, 49.0, path="best") == [True, False, True]
+    assert all(exported(LatestExporter("latest", exports_to_keep=2), estimator, 5.0, 4.0, 3.0, path="latest"))
+    assert exported(FinalExporter("final"), estimator, 5.0, path="final", final=True) == [True]
+    for name, stamps in {"best": (1, 2), "latest": (4, 5), "final": (6,)}.items():
+        there = storage_of(join(estimator.model_dir, name)).names()
+        assert sorted(there) == [str(1_700_000_000 + stamp) for stamp in stamps]

@@ -9,6 +9,7 @@ import torch
 from paramserver import CentralStorageStrategy, get_replica_context
 from paramserver.estimator import ProfilerHook, RunValues
 from paramserver.estimator.hooks import HookRunner
+from paramserver.estimator.storage import join, storage_of
 
 
 class Session:
@@ -96,3 +97,15 @@ def test_a_step_that_fails_is_not_written_and_leaves_no_profile_running(tmp_path
     train(hook, Session(tmp_path, ends_at=1))
     assert names(tmp_path) == ["worker-1.1.pt.trace.json"]
     assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("url", ["file://{}", "memory://{}"])
+def test_a_trace_goes_to_a_url(tmp_path, caplog, url):
+    caplog.set_level("INFO")
+    run, traces = url.format(tmp_path / "run"), url.format(tmp_path / "traces")
+    train(ProfilerHook(save_steps=1), Session(run, ends_at=1))
+    train(ProfilerHook(save_steps=1, output_dir=traces), Session(run, ends_at=1, is_chief=False))
+    for place in (run, traces):
+        assert storage_of(place).names() == ["worker-1.1.pt.trace.json"]
+        assert json.loads(storage_of(place).read("worker-1.1.pt.trace.json"))["traceEvents"]
+        assert f"wrote a profile of step 1 to {join(place)}/worker-1.1.pt.trace.json" in caplog.text

@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 from paramserver import CentralStorageStrategy, ParameterServerStrategy, SimpleClusterResolver, summary
 from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
 from paramserver.cluster import ClusterSpec
+from paramserver.cluster.report import Reporter
 from paramserver.errors import ConfigError
 from paramserver.estimator import (
     Estimator,
@@ -35,6 +36,7 @@ from paramserver.estimator import (
 )
 from paramserver.estimator.checkpoint import read_values
 from paramserver.estimator.schedule import Schedule
+from paramserver.estimator.storage import local_copy
 
 
 @pytest.fixture(autouse=True)
@@ -363,6 +365,19 @@ def test_e14_the_model_records_once_in_the_steps_that_are_written(num_replicas, 
     assert events(tmp_path / "eval").Tags()["histograms"] == []
     recorded, mean = (written.Scalars(name)[0].value for name in ("model/loss", "loss"))
     assert (recorded == mean) is (num_replicas == 1), "the first replica's, and the mean of all"
+
+
+@pytest.mark.parametrize("url", ["{}", "file://{}", "memory://{}"])
+def test_the_launcher_is_told_where_the_summaries_are(tmp_path, monkeypatch, url):
+    """In a folder their whole path, at a URL the URL."""
+    told = []
+    monkeypatch.setattr(Reporter, "is_on", True)
+    monkeypatch.setattr(Reporter, "tell", lambda self, **report: told.append(report.get("paths")))
+    make(url.format(tmp_path / "run")).train(batches, steps=1)
+    place = f"memory://{tmp_path}/run" if "memory" in url else f"{tmp_path}/run"
+    assert {"summaries": place} in told
+    with local_copy(place, "*.tfevents.*") as folder:
+        assert list(folder.glob("*.tfevents.*"))
 
 
 @pytest.mark.parametrize(("name", "folder"), [(None, "eval"), ("test", "eval_test")])

@@ -94,6 +94,8 @@ def _printing(progress: RunProgress, console: Console) -> Callable[[Report], Non
 def _folder(model_dir: str | None) -> Path:
     if model_dir is None:
         return Path(tempfile.mkdtemp(prefix="paramserver-demo-"))
+    if "://" in model_dir:
+        raise ConfigError(f"demo: --model-dir: expected a folder of this machine, got {model_dir}")
     folder = Path(model_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,9 @@ one that was partitioned.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +30,7 @@ from paramserver.checkpoint_files import (
 )
 from paramserver.client import ParameterClient
 from paramserver.errors import CheckpointError
-from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step
-from paramserver.estimator.storage import is_remote, local_copy
+from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, readable
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +67,7 @@ def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:
     Raises:
         CheckpointError: If it is cut short or belongs to another model.
     """
-    with _fetched(checkpoint_path) as folder:
+    with readable(checkpoint_path) as folder:
         client.restore(str(folder.absolute()))
 
 
@@ -78,20 +75,6 @@ def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> N
     write_index(folder / SLOTS_INDEX, maps.slot_map, global_step=step)
     identity = secrets.token_hex(8)  # see `checkpoint_files.digest`
     write_index(folder / VALUES_INDEX, maps.weight_map, global_step=step, id=identity, **metadata)
-
-
-@contextlib.contextmanager
-def _fetched(checkpoint_path: str, prefix: str = "") -> Iterator[Path]:
-    """The folder of a checkpoint, or a copy of it; what is wrong with a copy is said of the checkpoint."""
-    try:
-        with local_copy(checkpoint_path, prefix) as folder:
-            yield folder
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {checkpoint_path} cannot be fetched: {error}", checkpoint_path) from error
-    except CheckpointError as error:
-        if not is_remote(checkpoint_path):
-            raise
-        raise CheckpointError(f"checkpoint {checkpoint_path}: {error}", checkpoint_path) from error
 
 
 def load_model(model: nn.Module, checkpoint_path: str) -> None:
@@ -124,7 +107,7 @@ def read_values(checkpoint_path: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: If a file is missing or cut short.
     """
-    with _fetched(checkpoint_path, VALUES_PREFIX) as folder:
+    with readable(checkpoint_path, f"{VALUES_PREFIX}*") as folder:
         return dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
 
 
@@ -151,7 +134,7 @@ def inspect_checkpoint(checkpoint_path: str) -> CheckpointInfo:
     Raises:
         CheckpointError: If it is no checkpoint, or cut short.
     """
-    with _fetched(checkpoint_path) as path:
+    with readable(checkpoint_path) as path:
         if not path.is_dir():
             raise CheckpointError(f"{path} is no checkpoint: expected a folder such as model_dir/ckpt-100", str(path))
         slots = {key.rpartition("/")[2] for key in read_index(path / SLOTS_INDEX)}

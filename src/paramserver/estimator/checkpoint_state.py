@@ -25,7 +25,7 @@ import msgspec
 
 from paramserver.checkpoint_files import VALUES_INDEX
 from paramserver.errors import CheckpointError, ConfigError
-from paramserver.estimator.storage import ASIDE, is_remote, storage_of
+from paramserver.estimator.storage import ASIDE, is_remote, local_copy, storage_of
 
 STATE_FILE = "checkpoint"
 INDEX_FILE = VALUES_INDEX
@@ -113,6 +113,30 @@ def is_whole(checkpoint_path: str) -> bool:
 def exists(checkpoint_path: str) -> bool:
     """Whether there is anything at a path; a checkpoint may be deleted while it is read (B04)."""
     return bool(storage_of(checkpoint_path).names())
+
+
+@contextmanager
+def readable(place: str, pattern: str = "*") -> Iterator[Path]:
+    """A folder of saved values, or a copy of it; what is wrong with a copy is said of the folder. Blocks.
+
+    Args:
+        place: A checkpoint, or another folder that holds values: a path or URL.
+        pattern: Of the files that are needed.
+
+    Raises:
+        CheckpointError: If it cannot be fetched; and in the place of one that the context raises of a copy.
+    """
+    try:
+        if is_remote(place) and not exists(place):
+            raise FileNotFoundError("there is nothing")
+        with local_copy(place, pattern) as folder:
+            yield folder
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be fetched: {error}", place) from error
+    except CheckpointError as error:
+        if not is_remote(place):
+            raise
+        raise CheckpointError(f"{place}: {error}", place) from error
 
 
 def checkpoint_step(checkpoint_path: str) -> int:

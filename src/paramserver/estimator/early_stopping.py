@@ -18,7 +18,6 @@ import operator
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 from paramserver.distribute.variable import Variable, VariableAggregation
 from paramserver.errors import ConfigError
@@ -26,6 +25,7 @@ from paramserver.estimator.basic_hooks import SecondOrStepTimer
 from paramserver.estimator.estimator import Estimator
 from paramserver.estimator.event_files import read_eval_metrics
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
+from paramserver.estimator.storage import join
 
 STOP = "early_stopping/stop"
 """The name of the variable that tells workers to stop."""
@@ -89,8 +89,8 @@ def stop_if_higher_hook(
         estimator: Which trains.
         metric_name: Such as ``"accuracy"``.
         threshold: To be higher than; equal is not.
-        eval_dir: Where the evaluations are written; ``model_dir/eval`` by default, for an EvalSpec with a name
-            ``model_dir/eval_NAME``.
+        eval_dir: Where the evaluations are written, a path or URL; ``model_dir/eval`` by default, for an EvalSpec with
+            a name ``model_dir/eval_NAME``.
         min_steps: Evaluations of an earlier global step do not count.
         run_every_secs: As for `make_early_stopping_hook`.
         run_every_steps: As for `make_early_stopping_hook`.
@@ -175,7 +175,7 @@ def _metric_hook(
     run_every_steps: int | None,
 ) -> TrainingHook:
     def should_stop() -> bool:
-        reason = rule(_values(eval_dir or Path(estimator.model_dir, "eval"), metric_name, min_steps))
+        reason = rule(_values(eval_dir or join(estimator.model_dir, "eval"), metric_name, min_steps))
         if reason:
             logger.info("%s %s", metric_name, reason)
         return bool(reason)

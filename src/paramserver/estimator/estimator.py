@@ -29,8 +29,8 @@ from paramserver.estimator.saved_values import SavedValues
 from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
 from paramserver.estimator.storage import join
+from paramserver.estimator.uploading import summary_writer
 from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
-from paramserver.summary import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class Estimator:
     Args:
         model_fn: Builds the model for one mode and returns an `EstimatorSpec`; may ask for ``mode``, ``params`` and
             ``config`` by name.
-        model_dir: Where checkpoints and summaries go, if the config does not say; else a temporary folder.
+        model_dir: Where checkpoints and summaries go, a path or URL, if the config does not say; else a temporary
+            folder.
         config: Of the run.
         params: Passed to the functions that ask for them.
         warm_start_from: Where the model's first values come from, as long as model_dir has no checkpoint: a path, or
@@ -263,12 +264,12 @@ class Estimator:
         See `paramserver.estimator.export` for what is in it.
 
         Args:
-            export_path: Where the folder, named by the time in seconds, is made.
+            export_path: Where the folder, named by the time in seconds, is made: a path or URL.
             serving_input_fn: Returns one example batch of features, as the model takes them: a tensor, an array or a
                 nest of them; may ask for ``mode``, ``params`` and ``config`` by name. The model, built for PREDICT, is
                 traced with it, and runs without this library for batches of any size. None exports the weights only.
             checkpoint_path: Which; the latest by default.
-            assets_extra: Files to put beside the model: source path by name.
+            assets_extra: Files to put beside the model: source, a path or URL, by name.
 
         Raises:
             ConfigError: If there is no checkpoint, the model cannot be traced, or an asset is missing. Nothing is
@@ -357,13 +358,13 @@ class Estimator:
         return call_with_named(input_fn, offered)
 
     def _write_summary(self, name: str | None, results: Mapping[str, float], checkpoint: str | None) -> None:
-        writer = SummaryWriter(join(self.model_dir, f"eval_{name}" if name else "eval"))
-        for key, value in results.items():
-            if key != "global_step":
-                writer.scalar(key, value, int(results["global_step"]))
-        if checkpoint is not None:
-            writer.text("checkpoint_path", checkpoint, int(results["global_step"]))
-        writer.close()
+        step = int(results["global_step"])
+        with summary_writer(join(self.model_dir, f"eval_{name}" if name else "eval")) as writer:
+            for key, value in results.items():
+                if key != "global_step":
+                    writer.scalar(key, value, step)
+            if checkpoint is not None:
+                writer.text("checkpoint_path", checkpoint, step)
 
 
 _DOING = {ModeKeys.EVAL: "evaluating", ModeKeys.PREDICT: "predicting with"}

@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from paramserver.estimator.storage import join, local_copy
 
 EVENT_FILES = "*.tfevents.*"
 
@@ -34,10 +36,13 @@ def read_eval_metrics(eval_dir: str | os.PathLike[str]) -> EvalMetrics:
     """The metrics of all evaluations in a folder, by global step, the steps sorted (Y08). Reads all files anew.
 
     Args:
-        eval_dir: Such as ``model_dir/eval``; a folder that is missing or empty gives ``{}``.
+        eval_dir: Such as ``model_dir/eval``, a path or URL; a folder that is missing or empty gives ``{}``.
 
     Returns:
         For each step the metrics that were written for it.
+
+    Raises:
+        OSError: If a URL cannot be read.
 
     Example:
         >>> import tempfile
@@ -50,17 +55,18 @@ def read_eval_metrics(eval_dir: str | os.PathLike[str]) -> EvalMetrics:
         ...     read_eval_metrics(eval_dir)
         {10: {'loss': 2.0}, 20: {'loss': 0.5}}
     """
-    return read_metrics(Path(eval_dir).glob(EVENT_FILES))
+    return read_metrics(os.fspath(eval_dir), EVENT_FILES)
 
 
-def read_metrics(files: Iterable[Path]) -> EvalMetrics:
-    """The scalars of some event files, as `read_eval_metrics` gives them."""
+def read_metrics(place: str, pattern: str) -> EvalMetrics:
+    """The scalars of the event files below a place that a pattern matches, as `read_eval_metrics` gives them."""
     found: EvalMetrics = defaultdict(dict)
-    for file in sorted(files):
-        for event in _events(file):
-            scalars = {each.tag: _shortest(each.simple_value) for each in event.summary.value if _is_scalar(each)}
-            if scalars:
-                found[event.step].update(scalars)
+    with local_copy(place, pattern) as folder:
+        for file in sorted(folder.glob(pattern)):
+            for event in _events(file, join(place, str(file.relative_to(folder)))):
+                scalars = {each.tag: _shortest(each.simple_value) for each in event.summary.value if _is_scalar(each)}
+                if scalars:
+                    found[event.step].update(scalars)
     return dict(sorted(found.items()))
 
 
@@ -73,7 +79,8 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _events(file: Path) -> Iterator[Any]:
+def _events(file: Path, path: str) -> Iterator[Any]:
+    """The events of a file, of which messages say that it lies at ``path``."""
     # Imported here because it takes a second that most tasks need not spend.
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -83,4 +90,4 @@ def _events(file: Path) -> Iterator[Any]:
         read += len(record) + _RECORD_OVERHEAD
         yield Event.FromString(record)
     if read < size:
-        logger.warning("%s cannot be read beyond byte %d of %d: it is cut short or damaged there", file, read, size)
+        logger.warning("%s cannot be read beyond byte %d of %d: it is cut short or damaged there", path, read, size)

@@ -12,8 +12,7 @@ Without an example of the features there is no program to write, and the folder 
 
 Rules
 
-1. The folder is written aside and then renamed: one that is named by a time is whole. If anything fails, there is
-   none.
+1. The folder is written aside and then put in place; `export_folder` knows how. If anything fails, there is none.
 2. The program is the model in evaluation mode, with ``predict_fn`` around it if the spec has one. It holds no
    gradients, no optimizer, and not the example that it was traced with.
 3. Nothing in it is pickled; that is looked up in every file that is written (docs/decisions/0010-exported-models.md).
@@ -23,8 +22,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
@@ -40,9 +37,10 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from paramserver import __version__
 from paramserver.distribute.nest import is_nest, leaves, map_leaves
 from paramserver.errors import ConfigError
+from paramserver.estimator.export_folder import WEIGHTS_FILE, new_export
 from paramserver.estimator.specs import EstimatorSpec
+from paramserver.estimator.storage import local_file, split, storage_of
 
-WEIGHTS_FILE = "model.safetensors"
 PROGRAM_FILE = "model.pt2"
 SIGNATURE_FILE = "signature.json"
 ASSETS_FOLDER = "assets.extra"
@@ -60,33 +58,32 @@ def write_export(
     """Write a model into a new folder; the folder's path. Blocks, for some seconds if a program is written.
 
     Args:
-        export_path: Where the folder is made; need not exist.
+        export_path: Where the folder is made, a path or URL; need not exist.
         spec: Its model is filled; it is in evaluation mode and needs no gradients afterwards.
         global_step: Of the weights.
         serving_input: Returns one example batch of features; None writes no program.
-        assets_extra: By name below ``assets.extra`` the path of the file to copy.
+        assets_extra: By name below ``assets.extra`` the path or URL of the file to copy.
 
     Raises:
         ConfigError: If an asset is missing or named beyond its folder, the example is no batch, or the model cannot be
             traced.
-        OSError: If ``export_path`` cannot be written.
+        OSError: If ``export_path`` cannot be written, or an asset not be read.
     """
     assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-    assets = _checked_assets(assets_extra or {})
+    _check_assets(assets_extra or {})
     model = spec.model.eval().requires_grad_(False)
     program = None if serving_input is None else trace(_served(spec, model), serving_input())
-    Path(export_path).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=export_path) as aside:
-        folder = Path(aside, "model")
-        folder.mkdir()
+
+    def write(folder: Path) -> None:
         save_model(model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
         if program is None:
             logger.info("the export has no serving_input_fn: only the weights are written, no program that runs them")
         else:
             _write_program(program, folder / PROGRAM_FILE)
             _write_signature(program, folder / SIGNATURE_FILE, global_step)
-        _copy(assets, folder / ASSETS_FOLDER)
-        return str(folder.rename(_free_timestamp(Path(export_path))))
+        _copy(assets_extra or {}, folder / ASSETS_FOLDER)
+
+    return new_export(export_path, write)
 
 
 # --- the program -------------------------------------------------------------------------------------------------
@@ -226,26 +223,20 @@ def _write_signature(program: ExportedProgram, path: Path, global_step: int) -> 
 # --- assets ------------------------------------------------------------------------------------------------------
 
 
-def _checked_assets(assets: Mapping[str, str]) -> dict[str, Path]:
+def _check_assets(assets: Mapping[str, str]) -> None:
     for name, source in assets.items():
         if not name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise ConfigError(f"export: assets_extra: expected names below {ASSETS_FOLDER}, got {name!r}")
-        if not Path(source).is_file():
+        place, file = split(str(source))
+        if not storage_of(place).is_file(file):
             raise ConfigError(f"export: assets_extra: {name!r} is to be a copy of {source}, and there is no such file")
-    return {name: Path(source) for name, source in assets.items()}
 
 
-def _copy(assets: Mapping[str, Path], folder: Path) -> None:
+def _copy(assets: Mapping[str, str], folder: Path) -> None:
     for name, source in assets.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
-
-
-def _free_timestamp(folder: Path) -> Path:
-    stamp = int(time.time())
-    while (folder / str(stamp)).exists():
-        stamp += 1
-    return folder / str(stamp)
+        with local_file(*split(str(source))) as file:
+            shutil.copyfile(file, folder / name)
 
 
 def _shown(example: Any) -> str:

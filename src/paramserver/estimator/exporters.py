@@ -1,32 +1,23 @@
 """Exporters: what is made of an evaluated checkpoint.
 
-Rules
-
-1. Each exporter of an EvalSpec has a folder of its own, ``model_dir/export/NAME``; the models in it are folders that
-   are named by the time of their export, in ten digits.
-2. What is named otherwise is not the exporter's, and is never deleted (J02).
+Each exporter of an EvalSpec has a folder of its own, ``model_dir/export/NAME``; `export_folder` has the rules for the
+models in it.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from paramserver.errors import ConfigError
 from paramserver.estimator.calling import accepts, check_arguments
 from paramserver.estimator.event_files import read_metrics
-
-logger = logging.getLogger(__name__)
+from paramserver.estimator.export_folder import delete_old_exports
 
 EvalResult = Mapping[str, float]
 """The metrics of one evaluation, ``loss`` and ``global_step`` among them."""
 
-_EXPORT = re.compile(r"\d{10}")
 _COMPARED = ("best_eval_result", "current_eval_result")
 
 
@@ -276,9 +267,9 @@ class BestExporter(_ModelExporter):
 
     def _best_before(self, model_dir: str, like: EvalResult) -> EvalResult | None:
         """The best evaluation of the event files; one that lacks a metric is no evaluation of this kind."""
-        files = Path(model_dir).glob(self._pattern) if self._pattern else ()
         best: EvalResult | None = None
-        for step, metrics in read_metrics(files).items():
+        earlier = read_metrics(model_dir, self._pattern) if self._pattern else {}
+        for step, metrics in earlier.items():
             result = {**metrics, "global_step": step}
             if like.keys() <= result.keys() and (best is None or self._is_better(best, result)):
                 best = result
@@ -286,28 +277,6 @@ class BestExporter(_ModelExporter):
 
     def _is_better(self, best: EvalResult, current: EvalResult) -> bool:
         return bool(self._compare_fn(best_eval_result=best, current_eval_result=current))
-
-
-def delete_old_exports(export_path: str, keep: int | None) -> None:
-    """Delete all but the newest exports in a folder: of its folders those that are named by ten digits (J02, J05).
-
-    Args:
-        export_path: The folder; need not exist.
-        keep: How many stay; None deletes none.
-    """
-    if keep is None or not Path(export_path).is_dir():
-        return
-    exports = sorted(path for path in Path(export_path).iterdir() if _EXPORT.fullmatch(path.name) and path.is_dir())
-    for path in exports[:-keep]:
-        delete_export(path)
-
-
-def delete_export(path: Path) -> None:
-    """Delete one export. One that cannot be deleted, or is gone already, is warned of."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        logger.warning("the old export %s cannot be deleted: %s; delete it by hand", path, error)
 
 
 def check_exporter_name(name: object, where: str) -> str:

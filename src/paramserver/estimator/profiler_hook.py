@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
 
 from paramserver.estimator.basic_hooks import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
+from paramserver.estimator.storage import storage_of
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ class ProfilerHook(TrainingHook):
     Args:
         save_steps: Global steps between two traces; exactly one of the two is given.
         save_secs: Seconds between two traces.
-        output_dir: Where traces go, from every task that has this hook. By default into the model_dir, where only the
-            chief writes: other workers write none.
+        output_dir: Where traces go, a path or URL, from every task that has this hook. By default into the model_dir,
+            where only the chief writes: other workers write none.
         record_shapes: Note the shapes of operators' arguments.
         profile_memory: Note what is allocated and freed.
         with_stack: Note the Python lines that called; slow.
@@ -79,17 +79,17 @@ class ProfilerHook(TrainingHook):
         """Writes the trace.
 
         Raises:
-            OSError: If the folder cannot be made.
+            OSError: If the trace cannot be written or uploaded.
         """
         if self._profile is None:
             return
         self._timer.update_last_triggered_step(values.global_step)
-        folder = Path(self._output_dir or context.session.model_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{context.session.task.replace(':', '-')}.{values.global_step}.pt.trace.json"
-        self._profile.export_chrome_trace(str(path))
+        storage = storage_of(self._output_dir or context.session.model_dir)
+        name = f"{context.session.task.replace(':', '-')}.{values.global_step}.pt.trace.json"
+        with storage.new_file(name) as path:
+            self._profile.export_chrome_trace(str(path))
         self._profile = None
-        _log.info("wrote a profile of step %d to %s", values.global_step, path)
+        _log.info("wrote a profile of step %d to %s", values.global_step, storage.path(name))
 
 
 def _all_threads() -> _ExperimentalConfig | None:

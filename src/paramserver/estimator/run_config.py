@@ -73,8 +73,8 @@ class RunConfig:
     """
 
     model_dir: str | None = None
-    """Where checkpoints and summaries go; paths of any kind become strings. None takes TF_CONFIG's
-    ``model_dir``, if it has one."""
+    """Where checkpoints and summaries go: a folder, or a URL that fsspec knows, such as ``s3://bucket/run``. Paths of
+    any kind become strings. None takes TF_CONFIG's ``model_dir``, if it has one."""
     seed: int | None = None
     """Seeds every task before input and model are built (tf.estimator's ``tf_random_seed``); None leaves
     torch's seed alone."""

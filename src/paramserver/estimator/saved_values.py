@@ -1,8 +1,12 @@
-"""Saved values by name, wherever they lie: a checkpoint, a model_dir, an exported model, a safetensors file."""
+"""Saved values by name, wherever they lie: a checkpoint, a model_dir, an exported model, a safetensors file.
+
+Where that is a URL, an index is fetched when it is opened, and a file of values when one of them is read.
+"""
 
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +15,11 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from paramserver.checkpoint_files import VALUES_INDEX, StoredTensor, read_index, stored_tensors
+from paramserver.checkpoint_files import VALUES_INDEX, StoredTensor, by_file, read_index, stored_tensors
 from paramserver.errors import CheckpointError
-from paramserver.estimator.checkpoint_state import STATE_FILE, latest_checkpoint
-from paramserver.estimator.export import WEIGHTS_FILE
+from paramserver.estimator.checkpoint_state import STATE_FILE, latest_checkpoint, readable
+from paramserver.estimator.export_folder import WEIGHTS_FILE
+from paramserver.estimator.storage import split, storage_of
 
 
 @dataclass(frozen=True)
@@ -22,42 +27,51 @@ class SavedValues:
     """Which values are saved in a place. Immutable; nothing stays open.
 
     Attributes:
-        folder: Where the files are.
+        folder: Where the files are, a path or URL.
         files: The file of each variable.
         aliases: Other names of tied weights, and the variable that each one means.
     """
 
-    folder: Path
+    folder: str
     files: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def at(cls, path: str) -> SavedValues:
-        """What lies at a path.
+        """What lies at a path or URL. Blocks.
 
         Raises:
             CheckpointError: If there is nothing that can be read.
+            ConfigError: If fsspec knows no such URL.
         """
-        place = Path(path)
-        if place.is_dir():
-            return cls._in(place)
-        if not place.is_file():
-            raise CheckpointError(f"there is no checkpoint, exported model or safetensors file {path}", path)
-        names, aliases = _contents(place)
-        return cls(place.parent, dict.fromkeys(names, place.name), aliases)
+        folder, name = split(path)
+        storage = storage_of(folder)
+        if storage.is_file(name):
+            return cls._of_file(folder, name)
+        if storage.has(name):
+            return cls._in(path)
+        raise CheckpointError(f"there is no checkpoint, exported model or safetensors file {path}", path)
 
     @classmethod
-    def _in(cls, folder: Path) -> SavedValues:
-        if (index := folder / VALUES_INDEX).is_file():
-            return cls(folder, read_index(index), _aliases(index))
-        if (newest := latest_checkpoint(str(folder))) is not None:
-            return cls._in(Path(newest))
-        if (weights := folder / WEIGHTS_FILE).is_file():
-            return cls.at(str(weights))
+    def _of_file(cls, folder: str, name: str) -> SavedValues:
+        with readable(folder, glob.escape(name)) as local:
+            names, aliases = _contents(local / name)
+        return cls(folder, dict.fromkeys(names, name), aliases)
+
+    @classmethod
+    def _in(cls, folder: str) -> SavedValues:
+        storage = storage_of(folder)
+        if storage.is_file(VALUES_INDEX):
+            with readable(folder, VALUES_INDEX) as local:
+                return cls(folder, read_index(local / VALUES_INDEX), _aliases(local / VALUES_INDEX))
+        if (newest := latest_checkpoint(folder)) is not None:
+            return cls._in(newest)
+        if storage.is_file(WEIGHTS_FILE):
+            return cls._of_file(folder, WEIGHTS_FILE)
         raise CheckpointError(
             f"{folder} holds no saved values: expected {VALUES_INDEX} of a checkpoint, {STATE_FILE!r} of a model_dir "
             f"with a whole checkpoint, or {WEIGHTS_FILE} of an exported model",
-            str(folder),
+            folder,
         )
 
     @property
@@ -75,7 +89,7 @@ class SavedValues:
         if found not in self.files:
             nearest = difflib.get_close_matches(name, self.names, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "get_variable_names() lists those of an Estimator"
-            raise CheckpointError(f"{self.folder} holds no value {name!r}; {hint}", str(self.folder))
+            raise CheckpointError(f"{self.folder} holds no value {name!r}; {hint}", self.folder)
         return found
 
     def stored(self, variables: Iterable[str]) -> Iterator[StoredTensor]:
@@ -84,7 +98,9 @@ class SavedValues:
         Raises:
             CheckpointError: If a file is missing or cut short.
         """
-        return stored_tensors(self.folder, {name: self.files[name] for name in variables})
+        for file, names in by_file({name: self.files[name] for name in variables}).items():
+            with readable(self.folder, glob.escape(file)) as local:
+                yield from stored_tensors(local, dict.fromkeys(names, file))
 
     def read(self, name: str) -> torch.Tensor:
         """The value of a name, on the CPU.

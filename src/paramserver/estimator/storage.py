@@ -4,14 +4,14 @@ Rules
     * A place is a path, or an fsspec URL such as ``s3://bucket/run``. ``file://`` is a path in other words.
     * A folder is written locally, by whoever sees it, and then put in place: renamed, or uploaded. ``last``, one of its
       files, comes into place last, so that it is there only when the folder is whole.
-    * A folder is read locally, too: what lies elsewhere is downloaded first.
+    * A folder is read locally, too: what lies elsewhere is downloaded first, and only what is needed of it.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import errno
+import glob
 import os
 import secrets
 import shutil
@@ -44,8 +44,30 @@ def join(place: str, *names: str) -> str:
     ('s3://bucket/run/eval', 'run/export/best')
     """
     if is_remote(place):
-        return "/".join([place.rstrip("/"), *names])
+        return "/".join([place.removesuffix("/"), *names])
     return str(Path(place.removeprefix(_FILE), *names))
+
+
+def split(path: str) -> tuple[str, str]:
+    """The folder that something lies in, and its name there.
+
+    >>> split("s3://bucket/run/model.safetensors"), split("run/export/")
+    (('s3://bucket/run/', 'model.safetensors'), ('run', 'export'))
+    """
+    if is_remote(path):
+        name = path.rstrip("/").rpartition("/")[2]
+        return path.rstrip("/").removesuffix(name), name
+    local = Path(path.removeprefix(_FILE))
+    return str(local.parent), local.name
+
+
+def absolute(place: str) -> str:
+    """A place as another process finds it, whatever folder that runs in.
+
+    >>> absolute("s3://bucket/run"), absolute("file:///run")
+    ('s3://bucket/run', '/run')
+    """
+    return place if is_remote(place) else str(Path(join(place)).absolute())
 
 
 def storage_of(place: str) -> Storage:
@@ -59,22 +81,29 @@ def storage_of(place: str) -> Storage:
     try:
         return RemoteStorage(place)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"model_dir {place}: fsspec cannot open it: {error}") from error
+        raise ConfigError(f"{place}: fsspec cannot open it: {error}") from error
 
 
 @contextlib.contextmanager
-def local_copy(folder: str, prefix: str = "") -> Iterator[Path]:
+def local_copy(folder: str, pattern: str = "*") -> Iterator[Path]:
     """A folder as one that this task sees: itself, or a copy that lives as long as the context. Blocks.
 
     Args:
-        folder: A path or URL.
-        prefix: What the names of the files begin with that are needed.
+        folder: A path or URL. Where there is nothing, a copy is empty.
+        pattern: Of the files that are needed, such as ``"eval/*.tfevents.*"``; a copy holds no others.
 
     Raises:
         OSError: If it cannot be read.
     """
-    with storage_of(folder).fetched(prefix) as local:
+    with storage_of(folder).fetched(pattern) as local:
         yield local
+
+
+@contextlib.contextmanager
+def local_file(folder: str, name: str) -> Iterator[Path]:
+    """One file of a folder; see `local_copy`."""
+    with local_copy(folder, glob.escape(name)) as local:
+        yield local / name
 
 
 class Storage(abc.ABC):
@@ -100,8 +129,19 @@ class Storage(abc.ABC):
         """Write a file, and the folder if need be; a reader sees the old one or the new one."""
 
     @abc.abstractmethod
+    def new_file(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """The path of a new file that this task sees; what is written there comes into place when the context ends.
+
+        So does the folder, if need be; if the context fails, nothing does. A reader sees the old file or the new one.
+        """
+
+    @abc.abstractmethod
     def has(self, name: str) -> bool:
         """Whether there is a file or a folder of this name."""
+
+    @abc.abstractmethod
+    def is_file(self, name: str) -> bool:
+        """Whether there is a file of this name."""
 
     @abc.abstractmethod
     def names(self) -> list[str]:
@@ -113,14 +153,17 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def publish(self, folder: Path, name: str, last: str) -> None:
-        """Put a folder of `new_folder` in place, where there is nothing; then it is on the disk. ``last`` is last."""
+        """Put a folder of `new_folder` in place, where there is nothing; then it is on the disk. ``last`` is last.
+
+        If that fails, there is nothing in place of what can be deleted.
+        """
 
     @abc.abstractmethod
     def delete(self, name: str, first: str = "") -> None:
         """Delete a file or folder, and of a folder ``first`` before anything else. Does nothing if it is not there."""
 
     @abc.abstractmethod
-    def fetched(self, prefix: str) -> contextlib.AbstractContextManager[Path]:
+    def fetched(self, pattern: str) -> contextlib.AbstractContextManager[Path]:
         """The folder as one that this task sees; see `local_copy`."""
 
     def __repr__(self) -> str:
@@ -134,21 +177,27 @@ class LocalStorage(Storage):
         return self._at(name).read_bytes()
 
     def replace(self, name: str, content: bytes) -> None:
+        with self.new_file(name) as file:
+            file.write_bytes(content)
+
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
         Path(self.place).mkdir(parents=True, exist_ok=True)
         temporary = self._aside(name)
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            _sync(temporary)
             temporary.replace(self._at(name))
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(Path(self.place))
+        _sync(Path(self.place))
 
     def has(self, name: str) -> bool:
         return self._at(name).exists()
+
+    def is_file(self, name: str) -> bool:
+        return self._at(name).is_file()
 
     def names(self) -> list[str]:
         return [path.name for path in Path(self.place).iterdir()] if Path(self.place).is_dir() else []
@@ -159,9 +208,9 @@ class LocalStorage(Storage):
         return folder
 
     def publish(self, folder: Path, name: str, last: str) -> None:
-        _sync_folder(folder)
+        _sync(folder)
         folder.rename(self._at(name))
-        _sync_folder(Path(self.place))
+        _sync(Path(self.place))
 
     def delete(self, name: str, first: str = "") -> None:
         path = self._at(name)
@@ -175,7 +224,7 @@ class LocalStorage(Storage):
         else:
             path.unlink(missing_ok=True)
 
-    def fetched(self, prefix: str) -> contextlib.AbstractContextManager[Path]:
+    def fetched(self, pattern: str) -> contextlib.AbstractContextManager[Path]:
         return contextlib.nullcontext(Path(self.place))
 
     def _at(self, name: str) -> Path:
@@ -204,9 +253,19 @@ class RemoteStorage(Storage):
         self._files.makedirs(self._root, exist_ok=True)
         self._files.pipe_file(self._at(name), content)
 
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="paramserver-") as folder:
+            yield Path(folder, name)
+            self._upload(Path(folder, name), name)
+
     def has(self, name: str) -> bool:
         self._files.invalidate_cache()  # another task may have written it
         return self._files.exists(self._at(name))  # type: ignore[no-any-return]  # as above
+
+    def is_file(self, name: str) -> bool:
+        self._files.invalidate_cache()
+        return self._files.isfile(self._at(name))  # type: ignore[no-any-return]  # as above
 
     def names(self) -> list[str]:
         self._files.invalidate_cache()
@@ -219,8 +278,14 @@ class RemoteStorage(Storage):
         return Path(tempfile.mkdtemp(prefix=f"{name}{ASIDE}"))
 
     def publish(self, folder: Path, name: str, last: str) -> None:
-        for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
-            self._files.put_file(str(file), f"{self._at(name)}/{file.name}")
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        try:
+            for file in sorted(files, key=lambda file: file == last):
+                self._upload(folder / file, f"{name}/{file}")
+        except BaseException:
+            with contextlib.suppress(OSError):  # what has failed is said already, and without ``last`` it is not whole
+                self.delete(name, last)
+            raise
         shutil.rmtree(folder)
 
     def delete(self, name: str, first: str = "") -> None:
@@ -229,21 +294,28 @@ class RemoteStorage(Storage):
                 self._files.rm(path, recursive=True)
 
     @contextlib.contextmanager
-    def fetched(self, prefix: str) -> Iterator[Path]:
-        if not (names := self.names()):
-            raise FileNotFoundError(errno.ENOENT, "there is nothing", self.place)
+    def fetched(self, pattern: str) -> Iterator[Path]:
+        self._files.invalidate_cache()
+        found = self._files.glob(f"{glob.escape(self._root)}/{pattern}", detail=True)
         with tempfile.TemporaryDirectory(prefix="paramserver-") as folder:
-            for name in filter(lambda name: name.startswith(prefix), names):
-                self._files.get_file(self._at(name), str(Path(folder, name)))
+            for path in (path for path, info in found.items() if info["type"] == "file"):
+                target = Path(folder, path.removeprefix(self._root).lstrip("/"))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(path, str(target))
             yield Path(folder)
+
+    def _upload(self, file: Path, name: str) -> None:
+        path = self._at(name)
+        self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self._files.put_file(str(file), path)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make what was renamed or made in a folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or what was renamed or made in a folder, last through a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

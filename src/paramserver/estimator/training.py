@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,8 @@ from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.saving_hooks import CheckpointSaverHook, CheckpointSaverListener, SummarySaverHook
 from paramserver.estimator.session import Session
 from paramserver.estimator.specs import EstimatorSpec
+from paramserver.estimator.storage import absolute
+from paramserver.estimator.uploading import summary_writer
 from paramserver.estimator.watching_hooks import LoggingHook, NanLossHook, StepCounterHook
 from paramserver.summary import SummaryWriter
 
@@ -63,7 +64,7 @@ def train(
     with contextlib.ExitStack() as stack, strategy.scope():
         stack.enter_context(_telling_failure(strategy))
         spec = build()
-        writer = stack.enter_context(contextlib.closing(SummaryWriter(config.model_dir or "")))
+        writer = stack.enter_context(contextlib.closing(summary_writer(config.model_dir or "")))
         stop = [StopAtStepHook(num_steps=steps, last_step=max_steps)] if steps or max_steps else []
         user = (*hooks, *spec.training_hooks)
         runner = HookRunner(
@@ -167,7 +168,7 @@ class _ReportHook(TrainingHook):
 
     def __init__(self, reporter: Reporter, config: RunConfig) -> None:
         self._reporter = reporter
-        self._summaries = str(Path(config.model_dir or "").absolute())
+        self._summaries = absolute(config.model_dir or "")
         self._last = (time.monotonic(), 0)
 
     def after_create_session(self, session: TrainingSession) -> None:

@@ -38,7 +38,8 @@ class WarmStartSettings:
     """
 
     ckpt_to_initialize_from: str
-    """A checkpoint, a model_dir (its latest checkpoint), the folder of an exported model, or a safetensors file."""
+    """A checkpoint, a model_dir (its latest checkpoint), the folder of an exported model, or a safetensors file: its
+    path or URL."""
     _: KW_ONLY
     vars_to_warm_start: str | Sequence[str] = ".*"
     """A regular expression for names of parameters; or a list of expressions or names, of parameters and buffers."""
