@@ -5,7 +5,7 @@ from rich.console import Console
 
 from paramserver.cluster.report import Report
 from paramserver.cluster.task import TaskId
-from paramserver.demo.results import evaluations, results
+from paramserver.demo.results import evaluations, results, times
 from paramserver.demo.run import run_demo
 from paramserver.errors import ConfigError
 from paramserver.launch.progress import RunProgress
@@ -53,6 +53,21 @@ def test_the_results_name_everything_and_keep_paths_whole(progress):
         "TensorBoard files": LONG,
         "exported model": f"{LONG}/export/final/1700000000",
     }
+
+
+def test_where_the_time_went_has_a_line_for_each_worker_and_ps_in_80_columns(progress):
+    spent = {"computing": 0.0004321, "reducing": 0.0, "blocked": 0.0125}
+    servers = {f"ps:{index}/{what}": 0.25 for index in range(2) for what in ("sending", "waiting", "applying")}
+    progress.take(Report(task="worker:0", step_seconds=spent | servers))
+    console = Console(width=80, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(times(progress))
+    head, *rows = (row.split() for row in capture.get().splitlines())
+    assert head == ["task", "computing", "reducing", "blocked", "ps", "sending", "waiting", "applying"]
+    assert rows == [
+        ["worker:0", "0.432", "0.000", "12.500", "ps:0", "250.000", "250.000", "250.000"],
+        ["ps:1", "250.000", "250.000", "250.000"],
+    ]
 
 
 def test_steps_must_be_positive():

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from paramserver import summary
+from paramserver.client import PushTimes
+from paramserver.distribute.step_times import StepTimes
 from paramserver.estimator import (
     CheckpointSaverHook,
     CheckpointSaverListener,
@@ -38,6 +40,10 @@ class Session:
         self.saved.append(self.global_step)
         return f"run/ckpt-{self.global_step}"
 
+    def statistics(self):
+        steps = self.global_step
+        return StepTimes(steps, 0.25 * steps, 0.0, 0.125 * steps, (PushTimes("ps:0", 0.0, 0.125 * steps, 0.0),))
+
     def should_stop(self):
         return self._ends_at is not None and self.global_step >= self._ends_at
 
@@ -67,13 +73,13 @@ class Listener(CheckpointSaverListener):
 
 
 class Writer:
-    """Keeps its points."""
+    """Keeps its points, those that tell times apart from the others."""
 
     def __init__(self):
-        self.points, self.distributions, self.flushed = [], [], 0
+        self.points, self.times, self.distributions, self.flushed = [], [], [], 0
 
     def scalar(self, name, value, step):
-        self.points.append((name, value, step))
+        (self.times if name.startswith("milliseconds/") else self.points).append((name, value, step))
 
     def histogram(self, name, values, step):
         self.distributions.append((name, values.tolist(), step))
@@ -111,6 +117,19 @@ def test_n10_summaries_at_the_first_step_then_when_due_and_flushed_at_the_end():
     train(hook, session=Session(ends_at=3), step=step)
     assert writer.points == [("loss", 0.5, 1), ("loss", 0.5, 3), ("global_step/sec", 2.0, 3)]
     assert writer.flushed == 1
+
+
+def test_summaries_tell_where_the_time_of_the_steps_since_the_last_one_has_gone():
+    writer = Writer()
+    train(SummarySaverHook(writer, save_steps=2), session=Session(start=10, ends_at=13))
+    assert [point for point in writer.times if point[2] == 13] == [
+        ("milliseconds/computing", 250.0, 13),
+        ("milliseconds/reducing", 0.0, 13),
+        ("milliseconds/blocked", 125.0, 13),
+        ("milliseconds/ps:0/sending", 0.0, 13),
+        ("milliseconds/ps:0/waiting", 125.0, 13),
+        ("milliseconds/ps:0/applying", 0.0, 13),
+    ]
 
 
 def test_n10_summaries_by_seconds():

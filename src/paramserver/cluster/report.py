@@ -19,8 +19,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the task does, in words: ``training``, ``waiting for the chief``, ``done``."""
     global_step: int | None = None
     max_steps: int | None = None
-    steps_per_second: float | None = None
-    """Global steps per second, of all workers together."""
     loss: float | None = None
     updates: int | None = None
     """Pushes that a ps task has applied."""
@@ -28,6 +26,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     largest_staleness: int | None = None
     evaluation: dict[str, float] | None = None
     """Metrics of one finished evaluation, ``global_step`` among them."""
+    step_seconds: dict[str, float] | None = None
+    """Where the time of a step of this task has gone, in seconds: as ``StepTimes.per_step`` has it."""
     paths: dict[str, str] | None = None
     """Where results lie, by what they are: ``checkpoint``, ``summaries``, ``export``."""
 

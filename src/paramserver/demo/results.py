@@ -6,6 +6,8 @@ from rich.table import Table
 
 from paramserver.launch.progress import RunProgress
 
+OF_A_WORKER = ("computing", "reducing", "blocked")
+OF_A_PS = ("sending", "waiting", "applying")
 SHOWN_PATHS = {"checkpoint": "last checkpoint", "summaries": "TensorBoard files", "export": "exported model"}
 
 
@@ -16,6 +18,21 @@ def evaluations(progress: RunProgress) -> Table:
         column.justify = "right"
     for metrics in progress.evaluations:
         table.add_row(f"{metrics['global_step']:.0f}", f"{metrics['accuracy']:.3f}", f"{metrics['loss']:.4f}")
+    return table
+
+
+def times(progress: RunProgress) -> Table:
+    """Where the time of a step has gone: a line for each worker and ps, in milliseconds."""
+    table = Table("task", *OF_A_WORKER, "ps", *OF_A_PS, box=None, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        column.justify = "left" if column.header in ("task", "ps") else "right"
+    for name, task in progress.tasks.items():
+        spent = {what: f"{seconds * 1e3:.3f}" for what, seconds in (task.step_seconds or {}).items()}
+        own = [name, *(spent.get(what, "") for what in OF_A_WORKER)]
+        for server in progress.tasks:
+            if f"{server}/{OF_A_PS[0]}" in spent:
+                table.add_row(*own, server, *(spent[f"{server}/{what}"] for what in OF_A_PS))
+                own = [""] * len(own)
     return table
 
 

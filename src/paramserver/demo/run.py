@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from paramserver.cluster.report import Report
-from paramserver.demo.results import evaluations, results
+from paramserver.demo.results import evaluations, results, times
 from paramserver.errors import ConfigError
 from paramserver.launch.display import Display, find_terminal
 from paramserver.launch.local import launch
@@ -67,6 +67,8 @@ def _watched(options: LaunchOptions, progress: RunProgress, lines: deque[OutputL
 def _tell_results(progress: RunProgress, console: Console) -> None:
     console.print("Evaluations on the test images", style="bold")
     console.print(evaluations(progress))
+    console.print("Milliseconds of a step", style="bold")
+    console.print(times(progress))
     found = results(progress)
     width = max(len(title) for title, _ in found)
     for title, text in found:

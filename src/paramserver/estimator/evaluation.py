@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from paramserver.distribute.step_times import StepTimes
 from paramserver.errors import ConfigError
 from paramserver.estimator.calling import Batch, as_loss
 from paramserver.estimator.hooks import HookRunner, RunValues, TrainingHook
@@ -46,6 +47,10 @@ class EvaluationSession:
     def save(self) -> NoReturn:
         """Refused. Raises ConfigError."""
         raise ConfigError(f"save: {self.task} reads a checkpoint, and only a training can write one")
+
+    def statistics(self) -> StepTimes:
+        """None: nothing is pushed."""
+        return StepTimes(0, 0.0, 0.0, 0.0, ())
 
     def should_stop(self) -> bool:
         """Never: the input or a hook ends it."""

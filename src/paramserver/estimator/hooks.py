@@ -22,6 +22,8 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+from paramserver.distribute.step_times import StepTimes
+
 
 class TrainingSession(Protocol):
     """What a hook may ask of the running training."""
@@ -63,6 +65,9 @@ class TrainingSession(Protocol):
             CheckpointError: If it cannot be written.
             UnavailableError: If a ps task cannot be reached.
         """
+
+    def statistics(self) -> StepTimes:
+        """Where the time of this task's steps has gone. Does not block."""
 
     def should_stop(self) -> bool:
         """Whether the session ends by itself, because the run is over or `max_steps` is reached."""

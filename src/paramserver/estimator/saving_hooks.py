@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from paramserver.distribute.step_times import StepTimes
 from paramserver.estimator.basic_hooks import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession, as_tuple
 from paramserver.summary import Point, Writer, collecting
@@ -21,11 +22,12 @@ _log = logging.getLogger(__name__)
 
 
 class SummarySaverHook(TrainingHook):
-    """Writes summaries for TensorBoard, on the chief: the loss, the staleness, the speed, and what the model records.
+    """Writes summaries for TensorBoard, on the chief: loss, staleness, speed, times, and what the model records.
 
     In the steps that it writes it takes what the model's code records with `paramserver.summary`; in all others those
     calls do nothing. All points of a step have the global step of its update. A ``loss`` that the code records itself
-    stands in for the loss. ``staleness`` is that of all of this task's pushes since the last time. Closes nothing.
+    stands in for the loss. ``staleness`` is that of all of this task's pushes since the last time;
+    ``milliseconds/`` is where the time of its steps has gone since then. Closes nothing.
 
     Args:
         writer: Where they go.
@@ -50,6 +52,11 @@ class SummarySaverHook(TrainingHook):
         self._is_due = False
         self._points: list[Point] = []
         self._staleness: Counter[int] = Counter()
+        self._times: StepTimes | None = None
+
+    def after_create_session(self, session: TrainingSession) -> None:
+        """Times count from here."""
+        self._times = self._times or session.statistics()
 
     def before_run(self, context: RunContext) -> None:
         """Has the first step recorded, then those that are due."""
@@ -64,6 +71,7 @@ class SummarySaverHook(TrainingHook):
         self._staleness[values.staleness] += 1
         if self._is_due:
             self._write(values)
+            self._write_times(context.session.statistics(), values.global_step)
 
     def end(self, session: TrainingSession) -> None:
         """Makes all points visible."""
@@ -81,6 +89,13 @@ class SummarySaverHook(TrainingHook):
             self._writer.scalar("global_step/sec", steps / seconds, step)
         self._points.clear()
         self._staleness.clear()
+
+    def _write_times(self, times: StepTimes, step: int) -> None:
+        """Mean milliseconds of a step since the last time, in a group of their own."""
+        since = times.since(self._times) if self._times else times
+        for name, seconds in since.per_step().items():
+            self._writer.scalar(f"milliseconds/{name}", seconds * 1e3, step)
+        self._times = times
 
 
 class CheckpointSaverListener:

@@ -15,6 +15,7 @@ from paramserver.cluster.report import Reporter
 from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.reduction import ReduceOp
+from paramserver.distribute.step_times import StepTimes
 from paramserver.distribute.variables import aliases
 from paramserver.errors import ConfigError, UnavailableError
 from paramserver.estimator.calling import Batch, as_loss
@@ -104,6 +105,10 @@ class Session:
             UnavailableError: If a ps is lost.
         """
         return self._strategy.refresh()
+
+    def statistics(self) -> StepTimes:
+        """Where the time of this task's steps has gone. Does not block."""
+        return self._strategy.statistics()
 
     def should_stop(self) -> bool:
         """Whether the step to stop at is reached."""

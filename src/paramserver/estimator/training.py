@@ -76,7 +76,9 @@ def train(
             )
         )
         _loop(runner, lambda: Session(strategy, spec, config, max_steps, reporter), read)
-    reporter.tell(state="done", global_step=strategy.global_step)
+    reporter.tell(
+        state="done", global_step=strategy.global_step, step_seconds=strategy.statistics().per_step()
+    )
     return counter.steps
 
 
@@ -169,23 +171,21 @@ class _ReportHook(TrainingHook):
     def __init__(self, reporter: Reporter, config: RunConfig) -> None:
         self._reporter = reporter
         self._summaries = absolute(config.model_dir or "")
-        self._last = (time.monotonic(), 0)
+        self._last = time.monotonic()
 
     def after_create_session(self, session: TrainingSession) -> None:
-        self._last = (time.monotonic(), session.global_step)
+        self._last = time.monotonic()
         paths = {"summaries": self._summaries} if session.is_chief else None
         self._reporter.tell(state="training", global_step=session.global_step, paths=paths)
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
         now = time.monotonic()
-        then, step = self._last
-        if now - then < REPORT_INTERVAL:
+        if now - self._last < REPORT_INTERVAL:
             return
-        self._last = (now, values.global_step)
+        self._last = now
         self._reporter.tell(
             state="training",
             global_step=values.global_step,
-            steps_per_second=(values.global_step - step) / (now - then),
             loss=float(values.loss),
         )
 

@@ -30,6 +30,7 @@ class TaskProgress:
 
     Attributes:
         state: What it does, in words; of a task that reports nothing no more is known than this.
+        step_seconds: Where the time of its steps has gone, told at their end.
         ending: How it ended; None before that.
     """
 
@@ -39,6 +40,7 @@ class TaskProgress:
     updates: int | None = None
     mean_staleness: float | None = None
     largest_staleness: int | None = None
+    step_seconds: dict[str, float] | None = None
     ending: Ending | None = None
 
     @property
