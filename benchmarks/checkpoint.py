@@ -11,6 +11,8 @@ Rules
       as ``load_state_dict`` does, because by itself it only maps the file and reads nothing.
     * Files are read from the page cache. The first turn does not count, and every other one begins with the other side:
       the first writes after a while are slow, because the system has to find memory for the page cache.
+    * With ``--partitioned`` each tensor stands in a file of its own, as partitioned variables do; safetensors still
+      writes one file.
     * While the ps saves some more times, a worker pushes to one block after the other; the slowest push is told, and
       the slowest of those that were made while nothing was saved.
 """
@@ -44,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import memory
 from benchmarks.processes import BenchmarkError, Child, crew
 from benchmarks.step import MIB, fail
-from paramserver.arena import ArenaLayout, VariableSpec
+from paramserver.arena import ArenaLayout, Shard, VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterSpec, TaskId
 from paramserver.distribute.connection import to_cluster
@@ -68,16 +70,19 @@ class Result(msgspec.Struct, kw_only=True):
 
     Attributes:
         values_bytes: What the ps holds.
+        is_partitioned: Whether each tensor stands in a file of its own.
         filesystem: Which it is written to.
         repeats: How often each side took its turn.
         save_seconds: Of a whole checkpoint, its indexes and the state file included; a median, as all up to ``map``.
         plain_save_seconds: Of ``save_file`` and an fsync.
         plain_save_alone_seconds: Of ``save_file`` without the fsync.
         save_ratio: ``plain_save`` divided by ``save``, the median of the turns: how many times as fast the ps is.
+        save_ratios: The smallest and the largest of them.
         restore_seconds: Of a whole checkpoint.
         plain_load_seconds: Of ``load_file``, and of copying what it maps into tensors that were there.
         plain_map_seconds: Of ``load_file`` alone.
         restore_ratio: As ``save_ratio``.
+        restore_ratios: As ``save_ratios``.
         pause_seconds: For which the ps held locks in a save, those of all blocks together; a median.
         longest_pause_seconds: For which it held the lock of one block: what a push may wait for each of its blocks.
         memory_copy_seconds: Of one copy of the values in memory, a median.
@@ -87,16 +92,19 @@ class Result(msgspec.Struct, kw_only=True):
     """
 
     values_bytes: int
+    is_partitioned: bool
     filesystem: str
     repeats: int
     save_seconds: float
     plain_save_seconds: float
     plain_save_alone_seconds: float
     save_ratio: float
+    save_ratios: tuple[float, float]
     restore_seconds: float
     plain_load_seconds: float
     plain_map_seconds: float
     restore_ratio: float
+    restore_ratios: tuple[float, float]
     pause_seconds: float
     longest_pause_seconds: float
     memory_copy_seconds: float
@@ -163,14 +171,14 @@ class Pusher(contextlib.AbstractContextManager["Pusher"]):
             count += 1
 
 
-def measure(megabytes: int, repeats: int, folder: Path) -> Result:
+def measure(megabytes: int, repeats: int, folder: Path, *, partitioned: bool) -> Result:
     """Save and restore in turns with safetensors; what is written into the folder is deleted.
 
     Raises:
         BenchmarkError: If what is read is not what was written, or a process fails.
         ParameterServerError: If the ps refuses.
     """
-    with _running(megabytes) as run, tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with _running(_layout(megabytes, partitioned)) as run, tempfile.TemporaryDirectory(dir=folder) as scratch:
         plain = {name: tensor.clone() for name, tensor in run.tensors().items()}
         memory.reset_peak(run.server.pid)
         before = memory.read(run.server.pid)
@@ -180,14 +188,19 @@ def measure(megabytes: int, repeats: int, folder: Path) -> Result:
             time.sleep(IDLE_SECONDS)
         with Pusher(run) as pusher:
             saved = [_save_shard(run, Path(scratch, f"pushed-{turn}")) for turn in range(repeats)]
+    save_ratios = [turn["plain_save"] / turn["save"] for turn in turns]
+    restore_ratios = [turn["plain_load"] / turn["restore"] for turn in turns]
     medians = {f"{name}_seconds": statistics.median(turn[name] for turn in turns) for name in turns[0]}
     return Result(
         values_bytes=run.layout.nbytes,
+        is_partitioned=partitioned,
         filesystem=_filesystem(folder),
         repeats=repeats,
         **medians,
-        save_ratio=statistics.median(turn["plain_save"] / turn["save"] for turn in turns),
-        restore_ratio=statistics.median(turn["plain_load"] / turn["restore"] for turn in turns),
+        save_ratio=statistics.median(save_ratios),
+        save_ratios=(min(save_ratios), max(save_ratios)),
+        restore_ratio=statistics.median(restore_ratios),
+        restore_ratios=(min(restore_ratios), max(restore_ratios)),
         pause_seconds=statistics.median(each.pause for each in saved),
         longest_pause_seconds=max(each.longest_pause for each in saved),
         slowest_push_seconds=pusher.slowest,
@@ -253,12 +266,19 @@ def _fsync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def _running(megabytes: int) -> Iterator[Run]:
-    """A ps process that holds random values, and its two clients."""
+def _layout(megabytes: int, partitioned: bool) -> ArenaLayout:
+    """Tensors of equal sizes: whole variables, or variables of one part."""
     rows = megabytes * 1_000_000 // (4 * WIDTH * NUM_TENSORS)
-    specs = tuple(VariableSpec(f"table{index}", (rows, WIDTH), "float32") for index in range(NUM_TENSORS))
-    layout, token = ArenaLayout("float32", None, specs), secrets.token_hex(16)
+    names = [f"table{index}" for index in range(NUM_TENSORS)]
+    shards = [Shard(name, 0, 0, rows) if partitioned else None for name in names]
+    specs = (VariableSpec(name, (rows, WIDTH), "float32", shard) for name, shard in zip(names, shards, strict=True))
+    return ArenaLayout("float32", None, tuple(specs))
+
+
+@contextlib.contextmanager
+def _running(layout: ArenaLayout) -> Iterator[Run]:
+    """A ps process that holds random values, and its two clients."""
+    token = secrets.token_hex(16)
     with crew() as its_crew, socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
         jobs = {"chief": [NO_ADDRESS], "worker": [NO_ADDRESS], "ps": [f"{HOST}:{port}"]}
@@ -303,15 +323,19 @@ def _filesystem(folder: Path) -> str:
 def print_result(result: Result) -> None:
     """Show the result to people."""
     megabytes = result.values_bytes / 1e6
-    shown = Table(title=f"a checkpoint of {megabytes:,.0f} MB of values on {result.filesystem}")
+    variables = "partitioned variables" if result.is_partitioned else "values"
+    shown = Table(title=f"a checkpoint of {megabytes:,.0f} MB of {variables} on {result.filesystem}")
     for column in ("", "this", "safetensors", "times as fast", "safetensors alone"):
         shown.add_column(column, justify="right")
+    saves = result.save_seconds, result.plain_save_seconds, result.plain_save_alone_seconds
+    restores = result.restore_seconds, result.plain_load_seconds, result.plain_map_seconds
     rows = [
-        ("save", result.save_seconds, result.plain_save_seconds, result.save_ratio, result.plain_save_alone_seconds),
-        ("restore", result.restore_seconds, result.plain_load_seconds, result.restore_ratio, result.plain_map_seconds),
+        ("save", saves, result.save_ratio, result.save_ratios),
+        ("restore", restores, result.restore_ratio, result.restore_ratios),
     ]
-    for name, ours, plain, ratio, alone in rows:
-        shown.add_row(name, f"{ours:.3f} s", f"{plain:.3f} s", f"{ratio:.2f}", f"{alone:.3f} s")
+    for name, seconds, ratio, (low, high) in rows:
+        ours, plain, alone = (f"{each:.3f} s" for each in seconds)
+        shown.add_row(name, ours, plain, f"{ratio:.2f} ({low:.2f} to {high:.2f})", alone)
     shown.caption = "safetensors: save_file and fsync, load_file and a copy; alone: save_file, load_file"
     console = Console()
     console.print(shown)
@@ -331,11 +355,12 @@ def main(
     megabytes: Annotated[int, typer.Option(metavar="MB", help="Values that the ps holds.")] = 1000,
     repeats: Annotated[int, typer.Option(metavar="R", help="How often each side takes its turn.")] = 5,
     folder: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; it must exist.")] = DEFAULT_FOLDER,
+    partitioned: Annotated[bool, typer.Option("--partitioned", help="Have each tensor in a file of its own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of a table.")] = False,
 ) -> None:
     """Measure saving and restoring through the public API, beside safetensors."""
     try:
-        result = measure(megabytes, repeats, folder)
+        result = measure(megabytes, repeats, folder, partitioned=partitioned)
     except (BenchmarkError, ParameterServerError, OSError) as error:
         raise fail(error) from error
     if as_json:

@@ -12,14 +12,17 @@ pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_benchmark_of_checkpoints_measures_both_sides_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--partitioned"]], ids=["whole", "partitioned"])
+def test_the_benchmark_of_checkpoints_measures_both_sides_and_leaves_nothing(tmp_path: Path, more: list[str]) -> None:
     options = ["--megabytes", "8", "--repeats", "1", "--folder", tmp_path, "--json"]
-    command = [sys.executable, "-m", "benchmarks.checkpoint", *options]
+    command = [sys.executable, "-m", "benchmarks.checkpoint", *options, *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["values_bytes"] == pytest.approx(8e6, rel=0.01)
-    assert result["save_ratio"] > 0
-    assert result["restore_ratio"] > 0
+    assert result["is_partitioned"] == bool(more)
+    for ratio in ("save_ratio", "restore_ratio"):
+        assert [result[ratio]] * 2 == result[f"{ratio}s"]  # of the one turn
+        assert result[ratio] > 0
     assert result["pause_seconds"] >= result["longest_pause_seconds"] > 0
     assert not list(tmp_path.iterdir())

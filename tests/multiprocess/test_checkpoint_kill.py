@@ -100,11 +100,11 @@ def start_child(model_dir):
         traceback.print_exc()
     os._exit(1)
 
-def kill_once(model_dir, delay, after_start):
+def kill_once(model_dir, words, delay):
     pid, reading = start_child(model_dir)
     told = b""
-    if after_start:
-        told = os.read(reading, 4096)
+    while told.count(b"\\n") < words and (more := os.read(reading, 4096)):
+        told += more
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
@@ -118,7 +118,8 @@ torch.set_num_threads(1)
 model_dir, kills, chance = sys.argv[1], int(sys.argv[2]), random.Random(0)
 saved = 0
 for round in range(kills):
-    told = kill_once(model_dir, chance.uniform(0.0, 0.12), after_start=round % 5 > 0)
+    words = chance.randint(1, 4) if round % 5 else 0
+    told = kill_once(model_dir, words, chance.uniform(0.0, 0.08))
     saved = max([saved, *(int(step) for what, step in told if what == "saved")])
     leftovers = len(list(Path(model_dir).glob("*.tmp-*")))
     print(json.dumps({"latest": check(model_dir, saved), "told": told, "leftovers": leftovers}), flush=True)

@@ -1,6 +1,7 @@
 """The folder of a checkpoint: what is written by several tasks is one file, and what is wrong is named."""
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -89,6 +90,43 @@ def iter_steps(*steps):
     yield from steps
 
 
+def test_a_large_read_is_shared_by_several_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "SHARE_BYTES", 100)
+    content = bytes(range(256)) * 4
+    (tmp_path / FILE).write_bytes(content)
+    out, preadv, threads = bytearray(1000), os.preadv, set()
+    both = threading.Barrier(checkpoint_folder.READERS, timeout=10)
+
+    def meet_and_read(file, outs, offset):
+        if offset < 13 + 2 * 100:
+            both.wait()
+        threads.add(threading.get_ident())
+        return preadv(file, outs, offset)
+
+    monkeypatch.setattr("os.preadv", meet_and_read)
+    write(tmp_path, iter_steps(Read(FILE, 13, memoryview(out))))
+    assert out == content[13:1013]
+    assert len(threads) == checkpoint_folder.READERS == 2
+
+
+def test_nobody_reads_any_more_when_a_large_read_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "SHARE_BYTES", 10)
+    (tmp_path / FILE).write_bytes(bytes(10_000))
+    preadv, begun = os.preadv, []
+
+    def fail_at_once(file, outs, offset):
+        begun.append(offset)
+        if offset == 0:
+            raise OSError("the disk is gone")
+        return preadv(file, outs, offset)
+
+    monkeypatch.setattr("os.preadv", fail_at_once)
+    with CheckpointFolder(tmp_path) as folder:
+        with pytest.raises(CheckpointError, match="w.safetensors cannot be read: the disk is gone"):
+            folder.carry_out(Read(FILE, 0, memoryview(bytearray(10_000))))
+        assert sorted(begun) == list(range(0, 10_000, 10))
+
+
 def test_what_is_written_is_flushed_again_and_again_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_folder, "FLUSH_BYTES", 10)
     fsync, flushed = os.fsync, []
@@ -165,6 +203,15 @@ def test_a_header_of_an_impossible_length_takes_no_memory(tmp_path):
     (tmp_path / FILE).write_bytes(b"\xff" * 8)
     with CheckpointFolder(tmp_path) as folder, pytest.raises(CheckpointError, match="its header would have"):
         folder.run(read_header(str(tmp_path), FILE))
+
+
+def test_b01_a_large_read_of_a_file_that_is_cut_short_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "SHARE_BYTES", 10)
+    (tmp_path / FILE).write_bytes(bytes(95))
+    message = "it ends at byte 95, 5 bytes before it should"
+    with CheckpointFolder(tmp_path) as folder, pytest.raises(CheckpointError, match=message) as caught:
+        folder.carry_out(Read(FILE, 0, memoryview(bytearray(100))))
+    assert caught.value.path == str(tmp_path / FILE)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

@@ -137,6 +137,15 @@ def test_variables_that_blocks_cut_keep_values_and_slots(tmp_path):
     assert torch.equal(arena.values, before[0].arenas[0].values[slice(*large)])
 
 
+def test_a_value_is_read_in_several_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(restoring, "READ_SIZE", 7)
+    before, after = divide(2, 2), divide(3, 1)
+    train_rows(before, steps=1)
+    write(before, tmp_path)
+    read_shard(after[0], str(tmp_path))
+    torch.testing.assert_close(state_of(after), state_of(before), rtol=0, atol=0, equal_nan=True)
+
+
 def test_plain_safetensors_and_a_plain_module_read_the_values(checkpoint):
     module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))
     index = json.loads((checkpoint / VALUES_INDEX).read_text())["weight_map"]
@@ -291,6 +300,33 @@ def test_b06_files_of_partitioned_variables_are_named_after_them(tmp_path):
         SLOTS_INDEX,
     }
     assert [shard.weight_map["table"] for shard in shards] == ["model-table.safetensors"] * 2
+
+
+def writes_of(store, shard, num_shards):
+    """What a ps writes into the files of partitioned variables: file, bytes, and whether it says they are shared."""
+    for step in saving.write_shard(store, shard, num_shards):
+        if "-of-" not in step.file:
+            yield step.file, range(step.offset, step.offset + step.content.nbytes), step.is_shared
+
+
+def test_b06_what_others_may_write_beside_is_told_and_nothing_else(monkeypatch):
+    """It goes to the disk at once, which makes it slow, so it must be no more than the first and last blocks."""
+    page = 4096
+    monkeypatch.setattr(saving, "PAGE", page)
+    stores = divide(2, 2, shapes={"table": (7 * BLOCK,)})
+    writes = [list(writes_of(store, shard, 2)) for shard, store in enumerate(stores)]
+    pages_of = [
+        {(file, number) for file, span, _ in mine for number in range(span.start // page, -(-span.stop // page))}
+        for mine in writes
+    ]
+    for mine, others in zip(writes, reversed(pages_of), strict=True):
+        for file, span, is_shared in mine:
+            pages = {(file, number) for number in range(span.start // page, -(-span.stop // page))}
+            assert is_shared or not pages & others
+    assert [[is_shared for *_, is_shared in mine] for mine in writes] == [
+        [True, True, False, False, True],  # the header and four blocks
+        [True, True, False, False, True],
+    ]
 
 
 def test_a_ps_that_writes_again_changes_nothing_of_the_others(tmp_path):

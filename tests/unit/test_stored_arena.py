@@ -182,6 +182,17 @@ def test_what_is_filled_is_locked_and_odd_meanwhile():
     assert versions.tolist() == [2]
 
 
+def test_all_blocks_of_what_is_filled_are_locked_and_odd_meanwhile():
+    arena, versions = arena_of(4 * BLOCK)
+    with arena.filling((BLOCK - 1, 3 * BLOCK)) as room:
+        assert [lock.locked() for lock in arena._locks] == [True, True, True, False]
+        assert versions.tolist() == [1, 1, 1, 0]
+        room.fill_(7.0)
+    assert not any(lock.locked() for lock in arena._locks)
+    assert versions.tolist() == [2, 2, 2, 0]
+    assert arena.values.nonzero().flatten()[[0, -1]].tolist() == [BLOCK - 1, 3 * BLOCK - 1]
+
+
 def test_slots_for_variables_that_no_optimizer_updates_do_not_fit():
     arena, _ = arena_of(4, rule=None)
     with pytest.raises(ValueError, match="no optimizer"):

@@ -2,8 +2,9 @@
 
 Rules
     * Only what lies here is read: of a partitioned variable its rows that are here.
-    * Values are read straight into their place, block by block. A block is locked meanwhile, which nobody notices: a
-      restore comes before the first step. Slots are read block by block, too, and take memory for one block of them.
+    * Values are read straight into their place, many blocks in one go, so that several threads can share it. The blocks
+      are locked meanwhile, which nobody notices: a restore comes before the first step.
+    * Slots are read block by block, and take memory for one block of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from paramserver.errors import CheckpointError
 from paramserver.store.place import Place, by_variable
 from paramserver.store.store import Store
 from paramserver.tensor_file import FileTensor
+
+READ_SIZE = 32 * BLOCK
+"""Elements of a value that are read in one go."""
 
 Located = tuple[str, FileTensor]
 """A tensor, and the file that it is in."""
@@ -98,8 +102,10 @@ class _Reader:
                 f"{place.whole.dtype}{list(place.whole.shape)}; does it belong to another model?",
                 self._directory,
             )
-        for start, stop in pieces([place.span]):
-            offset = tensor.begin + (place.skipped + start - place.span[0]) * tensor.spec.itemsize
+        first, end = place.span
+        for start in range(first, end, READ_SIZE):
+            stop = min(start + READ_SIZE, end)
+            offset = tensor.begin + (place.skipped + start - first) * tensor.spec.itemsize
             with place.arena.filling((start, stop)) as room:
                 yield Read(file, offset, tensor_bytes(room))
 

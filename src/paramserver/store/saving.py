@@ -30,6 +30,9 @@ from paramserver.store.store import Store
 from paramserver.store.stored_arena import BlockCopy, SlotKind, StoredArena
 from paramserver.tensor_file import FileLayout, TensorSpec, lay_out
 
+PAGE = 1 << 16
+"""Bytes of a page of memory, in which a system keeps what it has of a file, where they are largest."""
+
 _VALUE = ""
 """What the value of a variable is called among its slots."""
 
@@ -171,16 +174,29 @@ class _Files:
         place, (start, _), state = piece
         for name, target in self._targets.get(place, {}).items():
             if name in state and (state[name].ndim or (place.is_first and start == place.span[0])):
-                content = tensor_bytes(state[name].view(-1))
-                elements = place.skipped + start - place.span[0] if state[name].ndim else 0
+                content, layout = tensor_bytes(state[name].view(-1)), self._layouts[target.file]
+                first, last = _held(layout.begins[target.tensor], place, state[name])
+                offset = first + (start - place.span[0]) * state[name].element_size()  # a scalar comes with the first
+                is_shared = place.shard is not None and not _fills_pages(offset, content.nbytes, (first, last))
                 self.nbytes += content.nbytes
-                layout = self._layouts[target.file]
-                offset = layout.begins[target.tensor] + elements * state[name].element_size()
-                yield Write(target.file, layout.size, place.shard is not None, offset, content)
+                yield Write(target.file, layout.size, is_shared, offset, content)
 
     def files(self, place: Place) -> dict[str, str]:
         """The file of each tensor of a place."""
         return {target.tensor: target.file for target in self._targets.get(place, {}).values()}
+
+
+def _held(begin: int, place: Place, slot: torch.Tensor) -> Range:
+    """The bytes of a file that come from a place, of a tensor that begins there."""
+    if not slot.ndim:
+        return begin, begin + slot.nbytes
+    first = begin + place.skipped * slot.element_size()
+    return first, first + place.spec.size * slot.element_size()
+
+
+def _fills_pages(offset: int, nbytes: int, held: Range) -> bool:
+    """Whether the pages of a file into which bytes are written lie in what is held here."""
+    return held[0] <= offset // PAGE * PAGE and -(-(offset + nbytes) // PAGE) * PAGE <= held[1]
 
 
 def _tensor_name(place: Place, name: str) -> str:

@@ -200,22 +200,24 @@ class StoredArena:
             copy.take(self.values[start:stop], start, self._rules[block].slots() if self._rules else ())
 
     @contextlib.contextmanager
-    def filling(self, piece: Range) -> Iterator[torch.Tensor]:
-        """Memory on the CPU, flat, whose content the piece has afterwards: its own where it lies on the CPU.
+    def filling(self, span: Range) -> Iterator[torch.Tensor]:
+        """Memory on the CPU, flat, whose content the range has afterwards: its own where it lies on the CPU.
 
-        The block is locked meanwhile.
+        Its blocks are locked meanwhile. They are in their order, so that two who fill never wait for each other.
         """
-        start, stop = piece
-        values, block = self.values[start:stop], start // BLOCK
+        start, stop = span
+        values, blocks = self.values[start:stop], slice(start // BLOCK, num_blocks(stop))
         room = values if values.is_cpu else torch.empty_like(values, device="cpu")
-        with self._locks[block]:
-            self._versions[block] += 1
+        with contextlib.ExitStack() as locked:
+            for lock in self._locks[blocks]:
+                locked.enter_context(lock)
+            self._versions[blocks] += 1
             try:
                 yield room
                 if room is not values:
                     values.copy_(room)
             finally:
-                self._versions[block] += 1
+                self._versions[blocks] += 1
 
     def load_slots(self, span: Range, state: dict[str, torch.Tensor]) -> None:
         """Put back the slots of a range: flat tensors as long as the range, or scalars.

@@ -238,7 +238,7 @@ class Underway(Message, frozen=True):
 class FilePiece(Message, frozen=True):
     """Write this into a file of the checkpoint, which will have ``size`` bytes, and `Proceed`.
 
-    ``is_shared``: other tasks write into it, too.
+    ``is_shared``: other tasks may write into the same pages of it.
     """
 
     file: str
