@@ -21,7 +21,7 @@ import torch
 
 from paramserver.arena import ALIGNMENT, merge, pieces
 from paramserver.distribute import bound_parameter
-from paramserver.distribute.bound_parameter import BoundParameter, same_kind
+from paramserver.distribute.bound_parameter import BoundParameter, BoundParameters, same_kind
 from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.replica_tensors import ReplicaTensors, kept
 from paramserver.distribute.variables import ArenaPlan
@@ -124,7 +124,7 @@ class TrainedArena(BoundArena):
         self._gap = ALIGNMENT // plan.layout.itemsize - 1
         self._weight = 1 / len(tensors.devices) if mean else 1.0
         self._replica_gradients: list[torch.Tensor] = []
-        self._parameters: list[list[BoundParameter]] = []
+        self._parameters: list[BoundParameters] = []
         self._copied: list[BoundParameter] = []
 
     def gradient_places(self) -> Iterator[GradientPlace]:
@@ -138,9 +138,11 @@ class TrainedArena(BoundArena):
         if not any(present):
             return []
         # The lane writes values behind autograd's back: a graph that was built on the old ones must not go unnoticed.
+        are_all = all(present)
         for parameters in self._parameters:
-            torch.autograd.graph.increment_version([each.tensor for each in compress(parameters, present)])
-        ranges = None if all(present) else merge(list(compress(self.plan.layout.ranges, present)), self._gap)
+            tensors = parameters.tensors if are_all else list(compress(parameters.tensors, present))
+            torch.autograd.graph.increment_version(tensors)
+        ranges = None if are_all else merge(list(compress(self.plan.layout.ranges, present)), self._gap)
         if self._replica_gradients[0] is not self.gradients:
             for start, stop in pieces(ranges or [(0, self.plan.layout.size)]):
                 self._reduce(start, stop)
@@ -162,7 +164,7 @@ class TrainedArena(BoundArena):
             for member, value, gradient in views
         ]
         self._replica_gradients.append(gradients)
-        self._parameters.append(bound)
+        self._parameters.append(BoundParameters(bound))
         self._copied.extend(
             parameter
             for parameter, member in zip(bound, self.plan.members, strict=True)
@@ -171,7 +173,7 @@ class TrainedArena(BoundArena):
 
     def _present(self) -> list[bool]:
         """Which parameters have a gradient; each is in its place then, on every replica."""
-        has = [[parameter.has_gradient() for parameter in parameters] for parameters in self._parameters]
+        has = [parameters.present() for parameters in self._parameters]
         if len(has) == 1:
             return has[0]
         present = list(map(any, zip(*has, strict=True)))

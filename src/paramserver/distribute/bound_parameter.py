@@ -11,7 +11,8 @@ Rules
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -46,6 +47,39 @@ def bind(member: Member, tensor: torch.Tensor, value: torch.Tensor, gradient: to
     return _PartOfParameter(member, tensor, value, gradient)
 
 
+class BoundParameters:
+    """The parameters of one arena, of one replica.
+
+    In nearly every step all of them have a gradient, and nothing was put in anybody's place. That is seen here without
+    asking each one, which would cost more than the push of many small parameters.
+
+    Args:
+        each: They, in the order of the arena.
+
+    Attributes:
+        tensors: The whole parameters, in that order.
+    """
+
+    def __init__(self, each: Sequence[BoundParameter]) -> None:
+        self.tensors = [parameter.tensor for parameter in each]
+        self._each = each
+        self._all = [True] * len(each)
+        homes = [parameter.home for parameter in each if isinstance(parameter, _WholeParameter)]
+        self._gradients = [gradient for _, gradient in homes]
+        self._addresses = [address for address, _ in homes]
+
+    def present(self) -> list[bool]:
+        """Which of them have a gradient; it is in its place then."""
+        return self._all if self._are_at_home() else [parameter.has_gradient() for parameter in self._each]
+
+    def _are_at_home(self) -> bool:
+        return (
+            len(self._gradients) == len(self._each)
+            and all(map(operator.is_, [tensor.grad for tensor in self.tensors], self._gradients))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self._addresses
+        )
+
+
 class _WholeParameter(BoundParameter):
     """The views themselves are the parameter's data and gradient."""
 
@@ -62,6 +96,11 @@ class _WholeParameter(BoundParameter):
         self._address = self.tensor.data_ptr()
         self._land = _lander(self._spec, self._gradient)
         self._call_when_whole()
+
+    @property
+    def home(self) -> tuple[int, torch.Tensor]:
+        """The address of its values, and its place for the gradient."""
+        return self._address, self._gradient
 
     def has_gradient(self) -> bool:
         if self.tensor.data_ptr() != self._address:
