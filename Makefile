@@ -1,16 +1,17 @@
-# make demo | test | check | bench; `make help` lists all. Everything runs in .venv, which is made on first use.
+# make demo | test | check | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PLOTTING := .venv/.plotting
 PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types check bench clean
+.PHONY: help demo test lint types check bench bench-report bench-check bench-peers clean
 
 help: ## show this
-	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 .venv: $(INSTALLED) ## the virtual environment with what is pinned, and the package
 
@@ -41,6 +42,19 @@ check: lint types test ## what CI runs
 bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with what was promised
 	@$(BIN)/python -m benchmarks
 
+bench-report: $(PLOTTING) ## docs/performance.md from benchmarks/results.jsonl
+	@$(BIN)/python -m benchmarks.report benchmarks/results.jsonl
+
+bench-check: $(INSTALLED) ## measures anew, and fails where a ratio is worse than the committed one
+	@$(BIN)/python -m benchmarks.check
+
+bench-peers: $(INSTALLED) ## other ways to train, each in a virtual environment of its own, beside this one
+	@$(BIN)/python -m benchmarks.peers
+
+$(PLOTTING): $(INSTALLED) requirements-bench.lock
+	@$(PIP) install -r requirements-bench.lock
+	@touch $@
+
 clean: ## remove .venv and all caches
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	@rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -74,6 +74,7 @@ class Training:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
     ) -> None:
+        warm_kernels()
         self._model = model
         self._optimizer = optimizer
         self._batches = itertools.cycle(batches)

@@ -7,6 +7,7 @@ Rules
     * A window is entered and left between two steps, so that only whole steps and their whole time count.
     * A participant trains from the order to the window's ``stop``, so that all of them are at work while any of them
       measures.
+    * This module imports no training library, so that programs of other libraries can take part.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
-
-from benchmarks.models import warm_kernels
 
 WARM_UP_SECONDS = 0.7
 WARM_UP_STEPS = 6
@@ -69,17 +68,23 @@ Step = Callable[[], int]
 Message = TypeVar("Message", Ready, Measured)
 
 
-def take_part(step: Step, loss: Callable[[], float], store_bytes: Callable[[], int]) -> None:
-    """Warm up, say so, and carry out orders until there are no more. Blocks."""
+def take_part(step: Step, loss: Callable[[], float], store_bytes: Callable[[], int], stride: int = 1) -> None:
+    """Warm up, say so, and carry out orders until there are no more. Blocks.
+
+    Args:
+        step: Called again and again.
+        loss: That of the last step.
+        store_bytes: What all ps tasks hold.
+        stride: How many steps one call of ``step`` takes, where one process takes those of several.
+    """
     step_seconds = warm_up(step)
     _tell(Ready(step_seconds=step_seconds, store_bytes=store_bytes()))
     for line in sys.stdin.buffer:
-        _tell(measure(step, loss, msgspec.json.decode(line, type=Window)))
+        _tell(measure(step, loss, msgspec.json.decode(line, type=Window), stride))
 
 
 def warm_up(step: Step) -> float:
     """Take steps until they are as fast as they get; the seconds that one of them takes."""
-    warm_kernels()
     step()
     started, count = time.monotonic(), 0
     while count < WARM_UP_STEPS or time.monotonic() - started < WARM_UP_SECONDS:
@@ -88,7 +93,7 @@ def warm_up(step: Step) -> float:
     return (time.monotonic() - started) / count
 
 
-def measure(step: Step, loss: Callable[[], float], window: Window) -> Measured:
+def measure(step: Step, loss: Callable[[], float], window: Window, stride: int = 1) -> Measured:
     """Train through a window.
 
     Raises:
@@ -99,7 +104,7 @@ def measure(step: Step, loss: Callable[[], float], window: Window) -> Measured:
     steps = total = largest = 0
     while (ended := time.monotonic()) < window.end or not steps:
         staleness = step()
-        steps += 1
+        steps += stride
         total += staleness
         largest = max(largest, staleness)
     while time.monotonic() < window.stop:

@@ -59,8 +59,8 @@ class StepOptions:
     repeats: int = 5
 
     def __post_init__(self) -> None:
-        _check_choice("model", self.model, MODELS)
-        _check_choice("lane", self.lane, LANES)
+        check_choice("model", self.model, MODELS)
+        check_choice("lane", self.lane, LANES)
         for name in ("workers", "ps", "repeats"):
             if getattr(self, name) < 1:
                 raise BenchmarkError(f"{name}: expected 1 or more, got {getattr(self, name)}")
@@ -174,27 +174,27 @@ class Footprint:
 
 
 def _measure_idle(idle_crew: Crew, options: StepOptions) -> Footprint:
-    cluster = _start_cluster(idle_crew, IDLE, options)
-    _await_ready(cluster.workers)
+    cluster = start_cluster(idle_crew, IDLE, options)
+    await_ready(cluster.workers)
     footprint = Footprint(cluster)
-    _run_window(cluster.workers, IDLE_SECONDS, step_seconds=0.0)
+    run_window(cluster.workers, IDLE_SECONDS, step_seconds=0.0)
     footprint.look()
     cluster.end()
     return footprint
 
 
 def _measure_full(full_crew: Crew, options: StepOptions, idle: Footprint) -> Result:
-    cluster = _start_cluster(full_crew, options.model, options)
+    cluster = start_cluster(full_crew, options.model, options)
     plain = full_crew.start_plain(options.model, options.threads)
-    ready = _await_ready([*cluster.workers, plain])
+    ready = await_ready([*cluster.workers, plain])
     footprint = Footprint(cluster)
     step_seconds = max(one.step_seconds for one in ready)
     distributed: list[list[Measured]] = []
     alone: list[list[Measured]] = []
     for _ in range(options.repeats):
-        distributed.append(_run_window(cluster.workers, options.seconds, step_seconds))
+        distributed.append(run_window(cluster.workers, options.seconds, step_seconds))
         footprint.look()
-        alone.append(_run_window([plain], options.seconds, step_seconds))
+        alone.append(run_window([plain], options.seconds, step_seconds))
     plain.dismiss()
     cluster.end()
     return _result(options, distributed, alone, footprint, idle, ready[0].store_bytes)
@@ -208,8 +208,8 @@ def _result(
     idle: Footprint,
     store_bytes: int,
 ) -> Result:
-    rates, plain_rates = ([_rate(window) for window in windows] for windows in (distributed, alone))
-    ratios = [rate / plain for rate, plain in zip(rates, plain_rates, strict=True)]
+    rates, plain_rates = ([rate(window) for window in windows] for windows in (distributed, alone))
+    ratios = [ours / plain for ours, plain in zip(rates, plain_rates, strict=True)]
     parts = [part for window in distributed for part in window]
     return Result(
         model=options.model,
@@ -230,7 +230,8 @@ def _result(
     )
 
 
-def _rate(window: Iterable[Measured]) -> float:
+def rate(window: Iterable[Measured]) -> float:
+    """Steps per second of all participants together."""
     return sum(part.steps / part.seconds for part in window)
 
 
@@ -270,16 +271,32 @@ def _holding(found: tuple[int, int, int], copy_bytes: int) -> Holding:
     )
 
 
-def _start_cluster(its_crew: Crew, model: str, options: StepOptions) -> Cluster:
+def start_cluster(its_crew: Crew, model: str, options: StepOptions) -> Cluster:
+    """Start a cluster that trains ``model``, with the threads of all workers shared among them."""
     threads = options.threads // options.workers
     return its_crew.start_cluster(model, workers=options.workers, ps=options.ps, lane=options.lane, threads=threads)
 
 
-def _await_ready(children: Sequence[Child]) -> list[Ready]:
+def await_ready(children: Sequence[Child]) -> list[Ready]:
+    """Wait until all participants are warm.
+
+    Raises:
+        BenchmarkError: If one of them ends or takes too long.
+    """
     return [child.receive(Ready, START_LIMIT) for child in children]
 
 
-def _run_window(children: Sequence[Child], seconds: float, step_seconds: float) -> list[Measured]:
+def run_window(children: Sequence[Child], seconds: float, step_seconds: float) -> list[Measured]:
+    """Have all participants measure the same ``seconds``. Blocks.
+
+    Args:
+        children: The participants.
+        seconds: Length of the window.
+        step_seconds: What a step takes, about: it decides how long they train before and after.
+
+    Raises:
+        BenchmarkError: If one of them ends or takes too long.
+    """
     begin = time.monotonic() + max(0.2, 2 * step_seconds)
     end = begin + seconds
     window = Window(begin=begin, end=end, stop=end + max(0.05, 2 * step_seconds))
@@ -289,7 +306,8 @@ def _run_window(children: Sequence[Child], seconds: float, step_seconds: float) 
     return [child.receive(Measured, limit) for child in children]
 
 
-def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise BenchmarkError if an option has a value that it cannot have."""
     if value not in known:
         raise BenchmarkError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 

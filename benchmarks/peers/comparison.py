@@ -1,0 +1,163 @@
+"""A peer beside paramserver: both stand ready at the same time and take turns, as in ``benchmarks.step``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.models import BATCHES, LEARNING_RATE, MODELS
+from benchmarks.peers.assignment import Assignment
+from benchmarks.peers.catalogue import PEERS, Peer
+from benchmarks.peers.environments import interpreter, versions
+from benchmarks.processes import END_LIMIT, BenchmarkError, Child, Crew, crew
+from benchmarks.step import StepOptions, await_ready, rate, run_window, start_cluster
+from paramserver.cluster.task import Role, TaskId
+from paramserver.errors import ParameterServerError
+from paramserver.launch.spec import HOST, THREAD_VARIABLES
+
+
+class Comparison(msgspec.Struct, kw_only=True):
+    """What was measured, or why nothing was; rates are medians over the repeats, in steps per second.
+
+    Attributes:
+        peer: Its name in `PEERS`.
+        versions: Of the peer's packages that are installed.
+        model: As in `StepOptions`, like the next five.
+        steps_per_second: Global steps of paramserver, of all workers together.
+        peer_steps_per_second: Global steps of the peer; worker-steps where all workers step together.
+        ratio: The median of ``ratios``; more than 1 if paramserver is faster.
+        ratios: Ours to the peer's, of each pair of windows.
+        failure: Why there is no measurement; "" if there is one.
+    """
+
+    peer: str
+    versions: dict[str, str]
+    model: str
+    workers: int
+    ps: int
+    threads: int
+    seconds: float
+    repeats: int
+    steps_per_second: float = 0.0
+    peer_steps_per_second: float = 0.0
+    ratio: float = 0.0
+    ratios: list[float] = []
+    failure: str = ""
+
+
+def compare(name: str, options: StepOptions) -> Comparison:
+    """Measure one peer beside paramserver. Blocks for about ``2 * repeats * seconds`` and the start, at most minutes.
+
+    A peer that cannot be installed or does not run is a result, too, which says so.
+    """
+    peer = PEERS[name]
+    rates: list[tuple[float, float]] = []
+    failure = ""
+    try:
+        rates = _measure(name, peer, options)
+    except (BenchmarkError, ParameterServerError) as error:
+        failure = str(error)
+    return result(name, versions(peer.environment, peer.packages), options, rates, failure)
+
+
+def result(
+    name: str, installed: dict[str, str], options: StepOptions, rates: Sequence[tuple[float, float]], failure: str
+) -> Comparison:
+    """What pairs of rates, ours and the peer's, come to."""
+    comparison = Comparison(
+        peer=name,
+        versions=installed,
+        model=options.model,
+        workers=options.workers,
+        ps=options.ps,
+        threads=options.threads,
+        seconds=options.seconds,
+        repeats=options.repeats,
+        failure=failure,
+    )
+    if rates:
+        comparison.steps_per_second, comparison.peer_steps_per_second = map(statistics.median, zip(*rates, strict=True))
+        comparison.ratios = [ours / theirs for ours, theirs in rates]
+        comparison.ratio = statistics.median(comparison.ratios)
+    return comparison
+
+
+def _measure(name: str, peer: Peer, options: StepOptions) -> list[tuple[float, float]]:
+    python = interpreter(peer.environment)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, crew() as its_crew:
+        ours = start_cluster(its_crew, options.model, options)
+        theirs = _start_peer(its_crew, name, python, options, folder)
+        step_seconds = max(one.step_seconds for one in await_ready([*ours.workers, *theirs]))
+        rates = []
+        for _ in range(options.repeats):
+            our_window = run_window(ours.workers, options.seconds, step_seconds)
+            their_window = run_window(theirs, options.seconds, step_seconds)
+            rates.append((rate(our_window), rate(their_window)))
+        ours.end()
+        _end_peer(theirs)
+    return rates
+
+
+def _end_peer(participants: Sequence[Child]) -> None:
+    """Let a peer end by itself, so that it cleans up; what it has measured counts even if it does not."""
+    for child in participants:
+        child.dismiss()
+    with contextlib.suppress(BenchmarkError):  # it is killed then, as its helpers are
+        for child in participants:
+            child.await_end(END_LIMIT)
+
+
+def _start_peer(its_crew: Crew, name: str, python: Path, options: StepOptions, folder: str) -> list[Child]:
+    """Start all tasks of a peer; those that take part."""
+    peer = PEERS[name]
+    tasks = (*peer.helpers, *peer.participants)
+    addresses = _addresses(tasks) if peer.has_addresses else {}
+    threads = options.threads // options.workers
+    children = []
+    for task in tasks:
+        assignment = _assignment(task, tasks, options, threads, folder)
+        command = (str(python), "-m", f"benchmarks.peers.{peer.module}", msgspec.json.encode(assignment).decode())
+        env = {**peer.variables, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **tf_config(task, addresses)}
+        children.append(its_crew.start(f"{name} {task}", command, env))
+    return children[len(peer.helpers) :]
+
+
+def _assignment(task: TaskId, tasks: Sequence[TaskId], options: StepOptions, threads: int, folder: str) -> Assignment:
+    config = MODELS[options.model]
+    return Assignment(
+        role=task.role,
+        index=task.index,
+        tasks=tuple(map(str, tasks)),
+        workers=options.workers,
+        model=options.model,
+        sizes=config.sizes,
+        batch=config.batch,
+        batches=BATCHES,
+        learning_rate=LEARNING_RATE,
+        threads=threads,
+        folder=folder,
+    )
+
+
+def _addresses(tasks: Sequence[TaskId]) -> dict[TaskId, str]:
+    """An address for each task, free at the moment; TensorFlow cannot be handed a socket."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server((HOST, 0))) for _ in tasks]
+        return {task: f"{HOST}:{one.getsockname()[1]}" for task, one in zip(tasks, sockets, strict=True)}
+
+
+def tf_config(task: TaskId, addresses: dict[TaskId, str]) -> dict[str, str]:
+    """The variable that tells a TensorFlow process its cluster; none if there are no addresses."""
+    if not addresses:
+        return {}
+    cluster: dict[Role, list[str]] = {}
+    for other, address in sorted(addresses.items()):
+        cluster.setdefault(other.role, []).append(address)
+    return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": task.role, "index": task.index}})}

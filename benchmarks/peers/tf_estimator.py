@@ -1,0 +1,88 @@
+"""A task of TensorFlow's Estimator with ParameterServerStrategyV1: what paramserver stands in the place of.
+
+The Estimator's loop is its own: a hook holds each step until the participant, on a thread, asks for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import tensorflow as tf  # type: ignore[import-untyped]  # installed for this peer only
+
+from benchmarks.participant import take_part
+from benchmarks.peers.assignment import Assignment, read_assignment
+from benchmarks.peers.tf_mlp import dataset, initial_values, mean_loss
+
+
+class Turnstile(tf.compat.v1.train.SessionRunHook):  # type: ignore[misc]  # TensorFlow ships no types
+    """Lets the loop take one step for each call of `step`."""
+
+    def __init__(self) -> None:
+        self._wanted = threading.Semaphore(0)
+        self._done = threading.Semaphore(0)
+        self._is_over = False
+        self._loss: Any = None
+        self._last_loss = 0.0
+
+    def begin(self) -> None:
+        self._loss = tf.compat.v1.losses.get_losses()[0]
+        threading.Thread(target=self._participate, daemon=True).start()
+
+    def before_run(self, run_context: Any) -> Any:
+        self._wanted.acquire()
+        return tf.compat.v1.train.SessionRunArgs(self._loss)
+
+    def after_run(self, run_context: Any, run_values: Any) -> None:
+        self._last_loss = float(run_values.results)
+        if self._is_over:
+            run_context.request_stop()
+        self._done.release()
+
+    def step(self) -> int:
+        """Have one step taken. Blocks until it is."""
+        self._wanted.release()
+        self._done.acquire()
+        return 0
+
+    def _participate(self) -> None:
+        take_part(self.step, lambda: self._last_loss, lambda: 0)
+        self._is_over = True
+        self._wanted.release()  # one more step, after which the loop is told
+
+
+def model_fn(features: Any, labels: Any, params: Assignment) -> Any:
+    """The model as an Estimator has it."""
+    values = initial_values(params)
+    variables = [tf.compat.v1.get_variable(f"value_{index}", initializer=make) for index, make in enumerate(values)]
+    loss = mean_loss(variables, features, labels)
+    tf.compat.v1.losses.add_loss(loss)
+    optimizer = tf.compat.v1.train.GradientDescentOptimizer(params.learning_rate)
+    train_op = optimizer.minimize(loss, tf.compat.v1.train.get_global_step())
+    return tf.estimator.EstimatorSpec(tf.estimator.ModeKeys.TRAIN, loss=loss, train_op=train_op)
+
+
+def main(assignment: Assignment) -> None:
+    """Be the task that TF_CONFIG names: a ps until it is killed, any other until the input ends."""
+    config = tf.estimator.RunConfig(
+        model_dir=assignment.folder,
+        train_distribute=tf.compat.v1.distribute.experimental.ParameterServerStrategy(),
+        session_config=tf.compat.v1.ConfigProto(
+            intra_op_parallelism_threads=assignment.threads, inter_op_parallelism_threads=assignment.threads
+        ),
+        save_summary_steps=None,
+        save_checkpoints_secs=None,
+        log_step_count_steps=None,
+    )
+    estimator = tf.estimator.Estimator(lambda features, labels: model_fn(features, labels, assignment), config=config)
+
+    def input_fn() -> Any:
+        return dataset(assignment)
+
+    tf.estimator.train_and_evaluate(
+        estimator, tf.estimator.TrainSpec(input_fn, hooks=[Turnstile()]), tf.estimator.EvalSpec(input_fn)
+    )
+
+
+if __name__ == "__main__":
+    main(read_assignment())

@@ -1,0 +1,96 @@
+"""A task of torch.distributed.rpc, as in a tutorial of PyTorch.
+
+In "Implementing Batch RPC Processing Using Asynchronous Executions", too, a trainer sends its gradients to the ps and
+gets the updated model. A batch of updates is of one trainer's gradients here, so that nobody waits for anybody.
+
+PyTorch's older tutorial of a parameter server has the model compute on the ps. With two trainers at once that fails:
+"one of the variables needed for gradient computation has been modified by an inplace operation".
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+
+import torch.distributed.rpc as rpc
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.models import MODELS, plain_optimizer
+from benchmarks.participant import take_part
+from benchmarks.peers.assignment import Assignment, read_assignment
+
+SERVER = "ps:0"
+
+
+class ParameterServer:
+    """The model and its optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._optimizer = plain_optimizer(model)
+        self._lock = threading.Lock()
+
+    def update(self, gradients: list[Tensor]) -> None:
+        """Apply gradients, in the order of the parameters. Thread-safe."""
+        with self._lock:
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            self._optimizer.step()
+
+
+@functools.cache
+def parameter_server(model: str) -> ParameterServer:
+    """The one of this process, which all trainers share."""
+    return ParameterServer(MODELS[model].build())
+
+
+def fetch_model(model: str) -> nn.Module:
+    """On the ps: the model of now, of which the caller gets a copy."""
+    return parameter_server(model).model
+
+
+def update_and_fetch_model(model: str, gradients: list[Tensor]) -> nn.Module:
+    """On the ps: `ParameterServer.update`, then `fetch_model`."""
+    parameter_server(model).update(gradients)
+    return fetch_model(model)
+
+
+class Trainer:
+    """A worker: its loop is the tutorial's."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._model: nn.Module = rpc.rpc_sync(SERVER, fetch_model, args=(name,))
+        self._batches = itertools.cycle(MODELS[name].batches())
+        self.loss = 0.0
+
+    def step(self) -> int:
+        """One step."""
+        features, labels = next(self._batches)
+        loss = functional.cross_entropy(self._model(features), labels)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        gradients = [parameter.grad for parameter in self._model.parameters()]
+        self._model = rpc.rpc_sync(SERVER, update_and_fetch_model, args=(self._name, gradients))
+        self.loss = loss.item()
+        return 0
+
+
+def main(assignment: Assignment) -> None:
+    """A trainer takes part until the input ends; the ps serves until all trainers are done."""
+    if assignment.task == SERVER:
+        parameter_server(assignment.model)  # before two trainers ask for it at once
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{assignment.folder}/meeting")
+    rank, world_size = assignment.tasks.index(assignment.task), len(assignment.tasks)
+    rpc.init_rpc(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        assignment.task, rank=rank, world_size=world_size, rpc_backend_options=options
+    )
+    if assignment.task != SERVER:
+        trainer = Trainer(assignment.model)
+        take_part(trainer.step, lambda: trainer.loss, lambda: 0)
+    rpc.shutdown()
+
+
+if __name__ == "__main__":
+    main(read_assignment())

@@ -1,0 +1,63 @@
+"""The benchmarks run, with the least that they can measure; what they measure then means nothing."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from benchmarks.figure import read
+from benchmarks.proxy import Proxy
+
+pytestmark = pytest.mark.multiprocess
+
+ROOT = Path(__file__).parents[2]
+
+CASES = {
+    "null": {"null step, shared memory", "null step, TCP"},
+    "lanes": {
+        f"{lane}, {what}"
+        for lane in ("shared memory", "TCP")
+        for what in ("round trip of a small message", "pull", "push and apply")
+    },
+    "growth": {"null step of 16 MB", "memory of a connection to a ps", "updates/s, 1 ps"},
+    "latency": {"step"},
+    "startup": {
+        "launch to first step", "import paramserver", "from paramserver import ParameterServerStrategy"
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_benchmark_measures_both_sides(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = list(read(done.stdout.splitlines()))
+    assert {figure.case for figure in figures} >= CASES[name]
+    assert {figure.benchmark for figure in figures} == {name}
+    assert all(figure.ratio > 0 and figure.measured > 0 and figure.baseline > 0 for figure in figures)
+
+
+def test_a_proxy_delays_both_ways_and_loses_nothing() -> None:
+    sent = bytes(range(256)) * 4096
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Proxy() as proxy,
+    ):
+        host, _, port = proxy.toward(listener.getsockname()[1]).rpartition(":")
+        with socket.create_connection((host, int(port))) as near, listener.accept()[0] as far:
+            for delay in (0.0, 0.02):
+                proxy.delay = delay
+                begun = time.monotonic()
+                for source, target in ((near, far), (far, near)):
+                    source.sendall(b"x")
+                    assert target.recv(1) == b"x"
+                assert time.monotonic() - begun >= 2 * delay
+            near.sendall(sent)
+            near.shutdown(socket.SHUT_WR)
+            with far.makefile("rb") as stream:
+                assert stream.read() == sent
