@@ -20,6 +20,7 @@ from paramserver.errors import (
     ParameterServerError,
     RefusedError,
     RemoteProtocolError,
+    RunOverError,
     TokenError,
     UnavailableError,
 )
@@ -334,6 +335,15 @@ def test_a_ps_that_never_comes_up_is_named_with_its_address():
         with pytest.raises(DeadlineError, match=rf"ps:0 at {address} did not .* 0\.05 s .*refused") as caught:
             connect(address, "ps:0", WORKER, lane="auto", timeout=0.05)
         assert caught.value.timeout == 0.05
+
+
+def test_nobody_waits_for_a_ps_that_has_ended():
+    """Where it had listened from the beginning, as behind a launcher."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        with pytest.raises(RunOverError, match=f"ps:0 at {address} has left"):
+            connect(address, "ps:0", WORKER, lane="auto", timeout=TIMEOUT, listens=True)
 
 
 def test_a_ps_that_says_nothing_is_named_with_its_address():

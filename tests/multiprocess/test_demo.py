@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,23 +15,6 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
 DEMO = (sys.executable, "-m", "paramserver", "demo")
 SHOW_CURSOR = b"\x1b[?25h"
-
-
-@pytest.fixture
-def mark() -> Iterator[dict[str, str]]:
-    """An environment that every process of a run inherits; in the end, none of them may be left."""
-    mark = uuid.uuid4().hex
-    yield {**os.environ, "PARAMSERVER_TEST_MARK": mark, "COLUMNS": "80"}
-    assert _processes_with(mark.encode()) == []
-
-
-def _processes_with(text: bytes) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if text in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text())
-    return found
 
 
 def test_the_demo_trains_and_says_what_came_of_it(tmp_path, mark):

@@ -5,31 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
-SCRIPT = """
-import sys
-import torch
-import paramserver as ps
-
-def model_fn(mode):
-    model = torch.nn.Linear(3, 1)
-    return ps.estimator.EstimatorSpec(
-        mode, model=model, loss_fn=lambda model, x, y: (model(x)[:, 0] - y).square().mean(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
-
-def train_input():
-    while True:
-        x = torch.rand(8, 3)
-        yield x, x.sum(1)
-
-def eval_input():
-    return [(torch.ones(4, 3), torch.full((4,), 3.0))]
-
+STOPPING = """
 threshold, max_steps = float(sys.argv[1]), int(sys.argv[2])
 config = ps.estimator.RunConfig(
     model_dir="run", train_distribute=ps.ParameterServerStrategy(),
@@ -46,12 +29,11 @@ ps.estimator.train_and_evaluate(
 """
 
 
-def launch(folder: Path, *arguments: object, evaluator: bool) -> str:
+def launch(script: Path, *arguments: object, evaluator: bool) -> str:
     """What a cluster of a chief, a worker and a ps says."""
-    (folder / "script.py").write_text(SCRIPT)
     tasks = ("--ps", "1", "--workers", "2", *(["--evaluator"] if evaluator else []))
-    command = [sys.executable, "-m", "paramserver", "launch", *tasks, "script.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150, check=False)
+    command = [sys.executable, "-m", "paramserver", "launch", *tasks, script.name, *map(str, arguments)]
+    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -62,8 +44,11 @@ def last_step(folder: Path) -> int:
     return int(state["latest"].partition("-")[2])
 
 
-def test_y02_y05_v31_an_early_stop_ends_every_task_and_training_can_go_on(tmp_path: Path) -> None:
-    said = launch(tmp_path, 1e9, 10**9, evaluator=True)  # any evaluation is below the threshold
+def test_y02_y05_v31_an_early_stop_ends_every_task_and_training_can_go_on(
+    tmp_path: Path, script: Callable[..., Path]
+) -> None:
+    program = script(STOPPING)
+    said = launch(program, 1e9, 10**9, evaluator=True)  # any evaluation is below the threshold
     reached = last_step(tmp_path)
     assert 1 <= reached < 10**9
     assert "chief:0 | training is stopped early" in said
@@ -72,6 +57,6 @@ def test_y02_y05_v31_an_early_stop_ends_every_task_and_training_can_go_on(tmp_pa
     assert list((tmp_path / "run" / "export" / "final").glob("*/model.safetensors"))
     assert list((tmp_path / "run" / "export" / "best").glob("*/model.pt2"))
 
-    said = launch(tmp_path, -1.0, reached + 100, evaluator=False)
+    said = launch(program, -1.0, reached + 100, evaluator=False)
     assert "stops early" not in said
     assert last_step(tmp_path) >= reached + 100

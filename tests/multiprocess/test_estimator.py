@@ -22,36 +22,6 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "estimator.py"
 LAUNCH = (sys.executable, "-m", "paramserver", "launch")
 
-LINEAR = """
-import sys
-import torch
-import paramserver as ps
-
-def model_fn(mode):
-    model = torch.nn.Linear(3, 1)
-    return ps.estimator.EstimatorSpec(
-        mode, model=model, loss_fn=lambda model, x, y: (model(x)[:, 0] - y).square().mean(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
-
-def train_input():
-    while True:
-        x = torch.rand(8, 3)
-        yield x, x.sum(1)
-
-def eval_input():
-    return [(torch.ones(4, 3), torch.full((4,), 3.0))]
-
-def main(model_dir, max_steps, **options):
-    config = ps.estimator.RunConfig(
-        model_dir=model_dir, train_distribute=ps.ParameterServerStrategy(),
-        **({"save_checkpoints_steps": 50, "log_step_count_steps": None} | options))
-    ps.estimator.train_and_evaluate(
-        ps.estimator.Estimator(model_fn, config=config),
-        ps.estimator.TrainSpec(train_input, max_steps=max_steps),
-        ps.estimator.EvalSpec(eval_input, start_delay_secs=0, throttle_secs=0))
-"""
-
-
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=150, check=False)
 
@@ -62,18 +32,6 @@ def steps(model_dir: Path) -> list[int]:
 
 def state(model_dir: Path) -> dict[str, object]:
     return json.loads((model_dir / "checkpoint").read_text())
-
-
-@pytest.fixture
-def script(tmp_path: Path):
-    """Writes a program: the little model above, and some lines of the test's own."""
-
-    def write(*lines: str) -> Path:
-        path = tmp_path / "script.py"
-        path.write_text(LINEAR + "\n".join(lines))
-        return path
-
-    return write
 
 
 def test_the_example_runs_alone(tmp_path):

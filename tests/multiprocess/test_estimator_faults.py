@@ -83,10 +83,10 @@ def run(*arguments: str | Path, cwd: Path, module: str = "paramserver", **env: s
 def run_alone(tmp_path: Path) -> Callable[..., Outcome]:
     """Runs the program above as the one task that ``tf_config`` names."""
 
-    def run_alone(tf_config: str, *lines: str) -> Outcome:
+    def run_alone(tf_config: str, *lines: str, **env: str) -> Outcome:
         script = tmp_path / "script.py"
         script.write_text(PROGRAM + "\n".join(lines))
-        return run(script, cwd=tmp_path, module="paramserver.launch.task", TF_CONFIG=tf_config)
+        return run(script, cwd=tmp_path, module="paramserver.launch.task", TF_CONFIG=tf_config, **env)
 
     return run_alone
 
@@ -164,6 +164,17 @@ def test_a_ps_that_never_comes_up_is_named(run_alone):
     (error,) = (line for line in outcome.lines if line.startswith("error: "))
     assert "ps:0" in error
     assert "1 s" in error
+
+
+def test_a_worker_that_is_started_again_after_the_end_leaves(run_alone):
+    """It was lost, so the ps tasks have not waited for it."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        cluster = {"chief": ["127.0.0.1:0"], "worker": ["127.0.0.1:0"], "ps": [address]}
+        tf_config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 0}})
+        outcome = run_alone(tf_config, "main()", PARAMSERVER_PS_LISTEN="1")
+    assert (outcome.code, outcome.lines[-1]) == (0, f"ps:0 at {address} has left: the run is over")
 
 
 # --- what the user's own code does

@@ -55,6 +55,13 @@ def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path) -
 
 
 @pytest.mark.multiprocess
+def test_recovery_alone(tmp_path: Path) -> None:
+    """And see test_recovery.py."""
+    lines = run(sys.executable, str(EXAMPLES / "recovery.py"), "--model-dir", str(tmp_path), "--max-steps", "500")
+    assert accuracies(lines)[""] > 0.85
+
+
+@pytest.mark.multiprocess
 def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path) -> None:
     options = ("--model-dir", str(tmp_path), "--patience", "400")
     last = run(sys.executable, str(EXAMPLES / "early_stopping.py"), *options)[-1]

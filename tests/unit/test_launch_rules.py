@@ -134,3 +134,11 @@ def test_who_ends_well_or_is_told_to_end_is_not_started_again() -> None:
     rules.interrupted(SIGINT, 0.0)
     rules.take_due(0.0)
     assert not any(rules.ended(task, Ending(143, SIGTERM), 1.0) for task in (PS, CHIEF, EVALUATOR))
+
+
+def test_a_ps_is_not_started_again_when_the_chief_has_finished() -> None:
+    """What it held is lost, and nobody would bring it back; a late worker would wait for that."""
+    rules = Rules(ALL, GRACE, restarts=1)
+    rules.ended(CHIEF, WELL, 0)
+    assert not rules.ended(PS, Ending(137, 9), 1)
+    assert rules.ended(WORKER, Ending(137, 9), 1) is False  # nor anybody, because the run is stopped

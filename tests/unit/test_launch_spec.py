@@ -101,6 +101,11 @@ def test_every_task_gets_token_run_id_and_lane() -> None:
         assert task.env["PARAMSERVER_LANE"] == "tcp"
 
 
+def test_tasks_are_told_that_the_ports_are_listened_on() -> None:
+    """Not in a dry run: whoever starts its tasks by hand may start a worker first."""
+    assert all(task.env["PARAMSERVER_PS_LISTEN"] == "1" for task in plan_of(LaunchOptions(script="train.py")).tasks)
+
+
 @pytest.mark.parametrize(
     ("workers", "cores", "share"), [(1, 8, "8"), (2, 8, "4"), (3, 8, "2"), (4, 2, "1"), (1, 1, "1")]
 )

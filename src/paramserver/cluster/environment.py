@@ -12,6 +12,9 @@ PARAMSERVER_LANE
     ``auto`` (the default) or ``tcp``.
 PARAMSERVER_LISTEN_FD
     A listening socket that a ps task inherits instead of binding its address.
+PARAMSERVER_PS_LISTEN
+    ``1`` where the addresses of the ps tasks are listened on before any task is started, and until the run is over: a
+    connection that is refused has come too late then, instead of too early.
 PARAMSERVER_REPORT_FD
     A pipe that a task inherits and writes its reports to (``cluster/report.py``).
 """
@@ -36,6 +39,7 @@ class Environment:
     run_id: str = ""
     lane: str = "auto"
     listen_fd: int | None = None
+    ps_listen: bool = False
     report_fd: int | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +59,7 @@ def read() -> Environment:
         run_id=os.environ.get("PARAMSERVER_RUN_ID", ""),
         lane=os.environ.get("PARAMSERVER_LANE", "auto"),
         listen_fd=_descriptor("PARAMSERVER_LISTEN_FD"),
+        ps_listen=os.environ.get("PARAMSERVER_PS_LISTEN") == "1",
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),
     )
 

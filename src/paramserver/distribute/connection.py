@@ -38,6 +38,7 @@ def to_cluster(
     Raises:
         DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
         TokenError: If the run's token does not fit.
+        RunOverError: If the ps tasks have left already.
     """
     client = ParameterClient(_lanes(cluster, me, timeout, token, lane))
     weakref.finalize(client, _leave, client.lanes, os.getpid())
@@ -66,7 +67,8 @@ def _lanes(
         for index, task in enumerate(cluster.tasks(Role.PS)):
             remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
             kind = ways[index] if ways else way
-            lanes.append(connect(cluster.address(task), str(task), identity, lane=kind, timeout=remaining))
+            address, listens = cluster.address(task), surroundings.ps_listen
+            lanes.append(connect(address, str(task), identity, lane=kind, timeout=remaining, listens=listens))
     except BaseException:
         Lanes(lanes).close()
         raise

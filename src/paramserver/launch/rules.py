@@ -77,7 +77,7 @@ class Rules:
 
     def ended(self, task: TaskId, ending: Ending, now: float) -> bool:
         """A task has ended; whether it is to be started again."""
-        if ending.code and not self.is_stopping and task not in self._told and self.restarts_left[task]:
+        if ending.code and task not in self._told and self.restarts_left[task] and self._is_of_use(task):
             self.restarts_left[task] -= 1
             return True
         self.running.discard(task)
@@ -114,6 +114,11 @@ class Rules:
     def next_due(self) -> float | None:
         """When `take_due` will next have something, unless something else happens before."""
         return min((when for when, _ in self._due.values()), default=None)
+
+    def _is_of_use(self, task: TaskId) -> bool:
+        """Whether there is something left to do for a task; a ps is of none when its chief has finished."""
+        has_chief = any(other.role is Role.CHIEF for other in self.running)
+        return not self.is_stopping and (has_chief or task.role is not Role.PS)
 
     def _stop(self, now: float) -> None:
         self.is_stopping = True

@@ -111,7 +111,7 @@ def plan(
 
     Args:
         options: What the user asked for.
-        ps_ports: The port of each ps; None where it is not chosen yet, as in a dry run.
+        ps_ports: The port of each ps, which is listened on; None where it is not chosen yet, as in a dry run.
         token: The secret that lets tasks into the run.
         run_id: The run's name.
         cores: How many cores there are to share.
@@ -129,6 +129,7 @@ def plan(
         "PARAMSERVER_RUN_ID": run_id,
         "PARAMSERVER_LANE": options.lane,
         "PYTHONUNBUFFERED": "1",
+        **({} if None in ps_ports else {"PARAMSERVER_PS_LISTEN": "1"}),
         **_thread_variables(options, cores, thread_variables_set),
     }
     tasks = tuple(

@@ -18,7 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from paramserver.errors import DeadlineError, RemoteProtocolError, TokenError
+from paramserver.errors import DeadlineError, RemoteProtocolError, RunOverError, TokenError
 from paramserver.errors import UnavailableError as Unavailable
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
@@ -63,19 +63,21 @@ def new_incarnation() -> str:
 # --- the worker's side -----------------------------------------------------------------------------------------
 
 
-def connect(address: str, peer: str | None, me: Identity, *, lane: str, timeout: float) -> Lane:
+def connect(address: str, peer: str | None, me: Identity, *, lane: str, timeout: float, listens: bool = False) -> Lane:
     """Connect to the ps ``peer`` at ``address`` (``host:port``), trying again until it is up.
 
-    Blocks for at most about ``timeout`` seconds. Without a ``peer``, whichever ps is there is the right one.
+    Blocks for at most about ``timeout`` seconds. Without a ``peer``, whichever ps is there is the right one. A ps that
+    ``listens`` is up: where nobody listens, it has ended, and with it the run.
 
     Raises:
+        RunOverError: If a ps that ``listens`` has ended.
         DeadlineError: If the ps does not come up in time.
         TokenError: If this task or the ps does not hold the token of the run.
         RefusedError: If another ps is at the address.
         RemoteProtocolError: If something else answers, or another version.
         UnavailableError: If the ps goes away after its challenge.
     """
-    frames, challenge = _reach(address, peer or "the ps", timeout)
+    frames, challenge = _reach(address, peer or "the ps", timeout, listens=listens)
     if peer is None:
         frames.task = peer = challenge.task
     try:
@@ -89,7 +91,7 @@ def connect(address: str, peer: str | None, me: Identity, *, lane: str, timeout:
         raise
 
 
-def _reach(address: str, peer: str, timeout: float) -> tuple[FrameSocket, Challenge]:
+def _reach(address: str, peer: str, timeout: float, *, listens: bool) -> tuple[FrameSocket, Challenge]:
     """The ps and its challenge, as soon as there is one.
 
     A connection that is closed before the challenge counts as none: a proxy accepts before its ps is up.
@@ -100,6 +102,8 @@ def _reach(address: str, peer: str, timeout: float) -> tuple[FrameSocket, Challe
         try:
             return _try_to_reach(address, peer, give_up)
         except OSError as error:  # an UnavailableError is one
+            if listens and isinstance(error, ConnectionRefusedError):
+                raise RunOverError(f"{peer} at {address} has left: the run is over") from error
             if time.monotonic() + RETRY_INTERVAL > give_up:
                 raise DeadlineError(
                     f"{peer} at {address} did not come up within {timeout:g} s ({error}); "
