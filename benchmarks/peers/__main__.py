@@ -17,6 +17,7 @@ from benchmarks.peers.comparison import Comparison, compare
 from benchmarks.peers.environments import NotInstalledError, interpreter, versions
 from benchmarks.processes import BenchmarkError
 from benchmarks.step import StepOptions, check_choice, fail
+from paramserver.cluster.environment import LANES
 
 app = typer.Typer(add_completion=False)
 
@@ -43,6 +44,7 @@ def main(
     context: typer.Context,
     model: Annotated[list[str] | None, typer.Option(metavar="|".join(MODELS), help="What is trained; all.")] = None,
     peer: Annotated[list[str] | None, typer.Option(metavar="|".join(PEERS), help="Beside whom; all.")] = None,
+    lane: Annotated[str, typer.Option(metavar="|".join(LANES), help="Of paramserver.")] = "auto",
     seconds: Annotated[float, typer.Option(metavar="S", help="Length of a window.")] = 3.0,
     repeats: Annotated[int, typer.Option(metavar="R", help="How many pairs of windows.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each result instead.")] = False,
@@ -54,7 +56,7 @@ def main(
         for name in peer or ():
             check_choice("peer", name, PEERS)
         plans = [
-            StepOptions(model=name, workers=WORKERS, threads=WORKERS, seconds=seconds, repeats=repeats)
+            StepOptions(model=name, lane=lane, workers=WORKERS, threads=WORKERS, seconds=seconds, repeats=repeats)
             for name in model or MODELS
         ]
     except BenchmarkError as error:
@@ -83,13 +85,14 @@ def print_results(results: Sequence[Comparison]) -> None:
 def table(results: Iterable[Comparison]) -> Table:
     """The measurements for people."""
     shown = Table(title="steps/s of all workers, beside others in the same run")
-    for column in ("model", "peer", "versions"):
+    for column in ("model", "lane", "peer", "versions"):
         shown.add_column(column)
     for column in ("steps/s", "peer's", "ratio", "ratios"):
         shown.add_column(column, justify="right")
     for result in results:
         shown.add_row(
             result.model,
+            result.lane,
             result.peer,
             _text(result.versions),
             f"{result.steps_per_second:,.4g}",

@@ -29,7 +29,7 @@ class Comparison(msgspec.Struct, kw_only=True):
     Attributes:
         peer: Its name in `PEERS`.
         versions: Of the peer's packages that are installed.
-        model: As in `StepOptions`, like the next five.
+        model: As in `StepOptions`, like the next six.
         steps_per_second: Global steps of paramserver, of all workers together.
         peer_steps_per_second: Global steps of the peer; worker-steps where all workers step together.
         ratio: The median of ``ratios``; more than 1 if paramserver is faster.
@@ -40,6 +40,7 @@ class Comparison(msgspec.Struct, kw_only=True):
     peer: str
     versions: dict[str, str]
     model: str
+    lane: str
     workers: int
     ps: int
     threads: int
@@ -75,6 +76,7 @@ def result(
         peer=name,
         versions=installed,
         model=options.model,
+        lane=options.lane,
         workers=options.workers,
         ps=options.ps,
         threads=options.threads,

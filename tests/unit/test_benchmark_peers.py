@@ -138,5 +138,5 @@ def test_the_table_has_the_ratio_and_the_versions() -> None:
         console.print(table([measured]))
     [row] = [line for line in captured.get().splitlines() if "torch-ddp" in line]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
-        "small", "torch-ddp", "torch 2.0", "65", "25", "2.50", "2.00-3.00",
+        "small", "auto", "torch-ddp", "torch 2.0", "65", "25", "2.50", "2.00-3.00",
     ]  # fmt: skip
