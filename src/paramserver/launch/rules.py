@@ -53,6 +53,7 @@ class Rules:
         self._grace = grace
         self._due: dict[TaskId, tuple[float, signal.Signals]] = {}
         self._told: set[TaskId] = set()
+        self._chief_has_finished = False
         self.is_stopping = False
         """Whether all tasks are to end, by an interrupt or because of a failure."""
 
@@ -82,6 +83,7 @@ class Rules:
             return True
         self.running.discard(task)
         self._due.pop(task, None)
+        self._chief_has_finished |= task.role is Role.CHIEF
         trains = any(other.role.trains for other in self.running)
         if ending.code and task not in self._told:
             self.failures.append((task, ending))
@@ -117,8 +119,7 @@ class Rules:
 
     def _is_of_use(self, task: TaskId) -> bool:
         """Whether there is something left to do for a task; a ps is of none when its chief has finished."""
-        has_chief = any(other.role is Role.CHIEF for other in self.running)
-        return not self.is_stopping and (has_chief or task.role is not Role.PS)
+        return not self.is_stopping and not (self._chief_has_finished and task.role is Role.PS)
 
     def _stop(self, now: float) -> None:
         self.is_stopping = True
