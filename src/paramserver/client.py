@@ -97,7 +97,7 @@ class ParameterClient:
         self._variables: set[str] = set()
         self._made: list[_Made] = []
         self._sequence = 0
-        self._under_way: Future[list[messages.Reply]] | None = None
+        self._under_way: tuple[list[Call], Future[list[messages.Reply]]] | None = None
         self.global_step = 0
         self.local_step = 0
         self.push_times = [PushTimes(lane.task) for lane in lanes]
@@ -196,7 +196,7 @@ class ParameterClient:
             pull: For each ps, the arenas to pull.
             counts: Whether this is an update of the model, which the global step counts.
         """
-        return self._pushed(self.lanes.exchange(self._push(parts, pull, counts, self.local_step)))
+        return self._pushed(self._exchange(self._push(parts, pull, counts, self.local_step), messages.Applied))
 
     def begin_push_pull(
         self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]], *, counts: bool, computed_from: int
@@ -209,13 +209,17 @@ class ParameterClient:
             counts: As for `push_pull`.
             computed_from: The `local_step` of the values that the gradients were computed from.
         """
-        self._under_way = self.lanes.exchange_aside(self._push(parts, pull, counts, computed_from))
+        calls = self._push(parts, pull, counts, computed_from)
+        self._under_way = calls, self.lanes.exchange_aside(calls)
         self.global_step += counts
 
     def end_push_pull(self) -> PushResult | None:
         """Wait for the end of `begin_push_pull`; None if none is under way. Raises what `push_pull` would."""
         under_way, self._under_way = self._under_way, None
-        return self._pushed(under_way.result()) if under_way else None
+        if under_way is None:
+            return None
+        calls, replies = under_way
+        return self._pushed(self._expected(calls, replies.result(), messages.Applied))
 
     def pull(self, arenas: Sequence[Sequence[int]]) -> int:
         """Bring the value memory of these arenas of each ps up to date; the global step."""
@@ -391,12 +395,9 @@ class ParameterClient:
             for lane, layouts, ps_parts, ps_pull in zip(self.lanes.each(), self._layouts, parts, pull, strict=True)
         ]
 
-    def _pushed(self, replies: Sequence[messages.Reply]) -> PushResult:
-        lanes = self.lanes
-        applied = [_expect(lane, reply, messages.Applied) for lane, reply in zip(lanes.each(), replies, strict=True)]
-        for times, sending, waiting, each in zip(
-            self.push_times, lanes.sending, lanes.waiting, applied, strict=True
-        ):
+    def _pushed(self, applied: Sequence[messages.Applied]) -> PushResult:
+        each_ps = zip(self.push_times, self.lanes.sending, self.lanes.waiting, applied, strict=True)
+        for times, sending, waiting, each in each_ps:
             times.sending += sending
             times.waiting += waiting
             times.applying += each.seconds

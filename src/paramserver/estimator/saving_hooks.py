@@ -54,10 +54,6 @@ class SummarySaverHook(TrainingHook):
         self._staleness: Counter[int] = Counter()
         self._times: StepTimes | None = None
 
-    def after_create_session(self, session: TrainingSession) -> None:
-        """Times count from here."""
-        self._times = self._times or session.statistics()
-
     def before_run(self, context: RunContext) -> None:
         """Has the first step recorded, then those that are due."""
         session = context.session
