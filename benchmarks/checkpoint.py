@@ -210,15 +210,20 @@ def measure(megabytes: int, repeats: int, folder: Path, *, partitioned: bool) ->
 
 
 def _take_turns(run: Run, plain: dict[str, torch.Tensor], scratch: Path, turn: int) -> dict[str, float]:
-    """Both sides save and load once, the other one first than in the turn before; the seconds that each thing took."""
+    """Both sides save and load, the other one first than in the turn before; the seconds that each thing took.
+
+    Each does it twice and the second time counts. A virtual machine may give free memory back to its host within
+    seconds, and getting it again for the page cache takes several times as long as writing to it.
+    """
     sides = [partial(_take_ours, run, plain), partial(_take_plain, plain)]
     seconds: dict[str, float] = {}
-    for number, side in enumerate(sides[:: 1 if turn % 2 else -1]):
-        place = scratch / f"{turn}-{number}"
-        place.mkdir()
-        seconds |= side(place)
-        shutil.rmtree(place)
-        os.sync()  # what this side leaves behind must cost the other nothing
+    for side in sides[:: 1 if turn % 2 else -1]:
+        for number in range(2):
+            place = scratch / f"{turn}-{number}"
+            place.mkdir()
+            seconds |= side(place)
+            shutil.rmtree(place)
+            os.sync()  # what this side leaves behind must cost the next one nothing
     copied = {name: torch.empty_like(tensor) for name, tensor in plain.items()}
     for name, tensor in copied.items():
         tensor.copy_(plain[name])  # so that its memory is there

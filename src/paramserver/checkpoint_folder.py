@@ -4,15 +4,16 @@ Rules
     * Who saves or restores says what to read and write, as `Read` and `Write`, and does neither. So the same steps run
       where the folder is, or on a ps that does not see it, through a task that does.
     * Every write says where it goes: several tasks write into one folder, and into one file, in any order.
-    * What was written is on the disk when the folder is closed, and never are more than `FLUSH_BYTES` left for that.
+    * What was written is on the disk when the folder is closed. It goes there while more is written, and never are more
+      than twice `FLUSH_BYTES` left for the end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
@@ -20,9 +21,9 @@ from typing import NamedTuple, Self, TypeVar
 from paramserver.errors import CheckpointError
 from paramserver.tensor_file import LENGTH_BYTES, FileTensor, header_length, parse_header, unreadable
 
-FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 64 << 20
 MAX_OPEN_FILES = 16
-READERS = 2
+THREADS = 2
 """Threads that share a large read: two copy faster from the page cache than one, and more no faster than two."""
 SHARE_BYTES = 8 << 20
 """What one of them reads in one go."""
@@ -70,7 +71,8 @@ class CheckpointFolder:
         self._reading: dict[_Opening, int] = {}
         self._writing: dict[_Opening, int] = {}
         self._unflushed = 0
-        self._readers = ThreadPoolExecutor(READERS, "checkpoint-reader")
+        self._flushing: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(THREADS, "checkpoint-folder")
 
     def __enter__(self) -> Self:
         return self
@@ -113,14 +115,12 @@ class CheckpointFolder:
         Raises:
             CheckpointError: If it cannot be.
         """
-        for (name, _), file in self._writing.items():
-            with _writing(self.path / name):
-                os.fsync(file)
-        self._unflushed = 0
+        self._begin_flush()
+        self._await_flush()
 
     def close(self) -> None:
         """Let go of all files. Idempotent."""
-        self._readers.shutdown()
+        self._threads.shutdown()
         for files in (self._reading, self._writing):
             while files:
                 os.close(files.popitem()[1])
@@ -139,7 +139,7 @@ class CheckpointFolder:
 
     def _fill_in_shares(self, file: int, step: Read) -> None:
         shares = [
-            self._readers.submit(_fill, file, step.offset + begin, step.out[begin : begin + SHARE_BYTES])
+            self._threads.submit(_fill, file, step.offset + begin, step.out[begin : begin + SHARE_BYTES])
             for begin in range(0, step.out.nbytes, SHARE_BYTES)
         ]
         wait(shares)  # for all of them, also after an error: nobody writes into this memory once the step is over
@@ -161,7 +161,23 @@ class CheckpointFolder:
                 content, offset = content[count:], offset + count
         self._unflushed += step.content.nbytes
         if self._unflushed > FLUSH_BYTES:
-            self.flush()
+            self._begin_flush()
+
+    def _begin_flush(self) -> None:
+        """Have a thread bring to the disk what was written so far, once it is through with what it has."""
+        self._await_flush()
+        self._unflushed = 0
+        self._flushing = self._threads.submit(self._sync, dict(self._writing))
+
+    def _sync(self, files: Mapping[_Opening, int]) -> None:
+        for (name, _), file in files.items():
+            with _writing(self.path / name):
+                os.fsync(file)
+
+    def _await_flush(self) -> None:
+        if flushing := self._flushing:
+            self._flushing = None
+            flushing.result()
 
     def _checked(self, name: str) -> Path:
         if Path(name).name != name or name in ("", ".."):
@@ -173,7 +189,7 @@ class CheckpointFolder:
             if len(files) == MAX_OPEN_FILES:
                 oldest = next(iter(files))
                 if files is self._writing:
-                    os.fsync(files[oldest])
+                    self.flush()
                 os.close(files.pop(oldest))
             name, flags = opening
             files[opening] = os.open(self.path / name, flags | os.O_CLOEXEC, 0o666)

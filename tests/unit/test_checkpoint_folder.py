@@ -95,7 +95,7 @@ def test_a_large_read_is_shared_by_several_threads(tmp_path, monkeypatch):
     content = bytes(range(256)) * 4
     (tmp_path / FILE).write_bytes(content)
     out, preadv, threads = bytearray(1000), os.preadv, set()
-    both = threading.Barrier(checkpoint_folder.READERS, timeout=10)
+    both = threading.Barrier(checkpoint_folder.THREADS, timeout=10)
 
     def meet_and_read(file, outs, offset):
         if offset < 13 + 2 * 100:
@@ -106,7 +106,7 @@ def test_a_large_read_is_shared_by_several_threads(tmp_path, monkeypatch):
     monkeypatch.setattr("os.preadv", meet_and_read)
     write(tmp_path, iter_steps(Read(FILE, 13, memoryview(out))))
     assert out == content[13:1013]
-    assert len(threads) == checkpoint_folder.READERS == 2
+    assert len(threads) == checkpoint_folder.THREADS == 2
 
 
 def test_nobody_reads_any_more_when_a_large_read_has_failed(tmp_path, monkeypatch):
@@ -127,16 +127,37 @@ def test_nobody_reads_any_more_when_a_large_read_has_failed(tmp_path, monkeypatc
         assert sorted(begun) == list(range(0, 10_000, 10))
 
 
-def test_what_is_written_is_flushed_again_and_again_and_at_the_end(tmp_path, monkeypatch):
+def test_what_is_written_goes_to_the_disk_while_more_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_folder, "FLUSH_BYTES", 10)
-    fsync, flushed = os.fsync, []
-    monkeypatch.setattr("os.fsync", lambda file: flushed.append(fsync(file)))
+    fsync, go_on, flushed = os.fsync, threading.Event(), []
+
+    def flush_when_told(file):
+        assert go_on.wait(10)
+        flushed.append(fsync(file))
+
+    monkeypatch.setattr("os.fsync", flush_when_told)
     with CheckpointFolder(tmp_path) as folder:
         folder.carry_out(Write("a", 20, False, 0, memoryview(bytes(11))))
-        assert len(flushed) == 1
         folder.carry_out(Write("a", 20, False, 11, memoryview(bytes(9))))
-        assert len(flushed) == 1
+        assert not flushed
+        go_on.set()
     assert len(flushed) == 2
+
+
+def test_what_cannot_be_brought_to_the_disk_is_an_error_of_a_later_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "FLUSH_BYTES", 10)
+    fsync, failures = os.fsync, [OSError("the disk is full")]
+
+    def fail_once(file):
+        if failures:
+            raise failures.pop()
+        fsync(file)
+
+    monkeypatch.setattr("os.fsync", fail_once)
+    with CheckpointFolder(tmp_path) as folder:
+        folder.carry_out(Write("a", 40, False, 0, memoryview(bytes(11))))
+        with pytest.raises(CheckpointError, match="/a failed: the disk is full"):
+            folder.carry_out(Write("a", 40, False, 11, memoryview(bytes(11))))
 
 
 def test_many_files_may_be_written_in_turns(tmp_path, monkeypatch):
