@@ -196,6 +196,19 @@ def num_blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
+def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The blocks in which rows of ``width`` elements begin and end.
+
+    >>> first, last = blocks_of_rows(np.array([0, 1, 2]), BLOCK - 1)
+    >>> first.tolist(), last.tolist()
+    ([0, 0, 1], [0, 1, 2])
+    """
+    if BLOCK % width == 0:
+        first = ids // (BLOCK // width)
+        return first, first
+    return ids * width // BLOCK, ((ids + 1) * width - 1) // BLOCK
+
+
 def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
     """The ranges, cut at block boundaries, in order.
 

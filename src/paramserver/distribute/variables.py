@@ -220,7 +220,7 @@ def _change(parameter: torch.Tensor, groups: dict[int, int], *, is_table: bool) 
     """How a parameter changes, and its optimizer group."""
     if id(parameter) not in groups or not parameter.is_floating_point():
         return Kind.CONSTANT, -1  # nobody trains it, or autograd cannot
-    if is_table and parameter.requires_grad:
+    if is_table and parameter.requires_grad and parameter.numel():
         return Kind.TABLE, groups[id(parameter)]
     return Kind.TRAINED if parameter.requires_grad else Kind.FROZEN, groups[id(parameter)]
 

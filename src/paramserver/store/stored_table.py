@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, Range
+from paramserver.arena import Range, blocks_of_rows
 from paramserver.rules import Setting, row_fault
 from paramserver.store.row_rule import RowRule
 from paramserver.store.stored_arena import Operation, StoredArena
@@ -71,7 +71,10 @@ class StoredTable(StoredArena):
             settings: Of the rule.
         """
         rows, source = torch.from_numpy(ids).to(self._table.device), source.to(self._table.device)
-        blocks = np.union1d(ids * self._width // BLOCK, ((ids + 1) * self._width - 1) // BLOCK)
+        is_touched = np.zeros(len(self._versions), dtype=bool)
+        for blocks in blocks_of_rows(ids, self._width):
+            is_touched[blocks] = True
+        touched = np.flatnonzero(is_touched)
         with self._lock:
             if operation == "rule":
                 fresh = self._rule.update(rows, source, settings or {})
@@ -79,11 +82,11 @@ class StoredTable(StoredArena):
                 fresh = source
             else:
                 fresh = self._table.index_select(0, rows).add_(source)
-            self._versions[blocks] += 1
+            self._versions[touched] += 1
             try:
                 self._table.index_copy_(0, rows, fresh)
             finally:
-                self._versions[blocks] += 1
+                self._versions[touched] += 1
 
     def read_rows(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy ``[rows, width]`` of rows."""

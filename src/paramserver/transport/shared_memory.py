@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory
+from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
@@ -150,11 +150,13 @@ class _RowsCopy:
 
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
-        first, last = ids * self._width // BLOCK, ((ids + 1) * self._width - 1) // BLOCK
-        before, before_last = self._versions[first], self._versions[last]
+        places = blocks_of_rows(ids, self._width)
+        before = [self._versions[blocks] for blocks in places]
         torch.index_select(self._table, 0, torch.from_numpy(ids), out=out)
-        moved = (self._versions[first] != before) | (self._versions[last] != before_last)
-        return np.flatnonzero(moved | ((before | before_last) % 2 == 1))
+        is_torn = np.zeros(len(ids), dtype=bool)
+        for blocks, versions in zip(places, before, strict=True):
+            is_torn |= (self._versions[blocks] != versions) | (versions % 2 == 1)
+        return np.flatnonzero(is_torn)
 
 
 def _dead_writer(task: str) -> UnavailableError:
