@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory
+from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
 from paramserver.wire.refusals import raised
@@ -49,15 +49,21 @@ class SharedMemoryLane(Lane):
         self._theirs = memory.store_memory(layouts, values)
         return self._mine
 
-    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
-        self._frames.send(request)
+    def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
+        self._frames.send(request, rows)
 
-    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
+    def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
         reply = expect_reply(self._frames)
         if not isinstance(reply, Refused):
+            for out in rows:
+                self._frames.receive_into(out)
             for piece in incoming:
                 self._copy(piece)
         return reply
+
+    def copy_rows(self, arena: int, rows: TableRows) -> bool:
+        _RowsCopy(self._theirs, arena, rows.values.shape[1]).run(rows, self.task)
+        return True
 
     def close(self) -> None:
         self._frames.close()
@@ -77,15 +83,13 @@ class SharedMemoryLane(Lane):
         if copy is None:
             copy = self._copies[piece] = _BlockCopy(piece, self._theirs, self._mine)
         if not copy.run():
-            raise UnavailableError(
-                f"{self.task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", self.task
-            )
+            raise _dead_writer(self.task)
 
 
 def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
     gradients = memory.SharedFile.create(memory.gradient_bytes(layouts))
     return WorkerMemory(
-        values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+        values=[torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
         gradients=memory.gradient_tensors(layouts, gradients.data),
         file=gradients,
     )
@@ -123,6 +127,42 @@ class _BlockCopy:
         return self._versions.item(self._block) == before
 
 
+class _RowsCopy:
+    """Copies rows of a table, those again that somebody wrote to meanwhile. See `_BlockCopy` about fences."""
+
+    def __init__(self, theirs: StoreMemory, arena: int, width: int) -> None:
+        self._table = theirs.values[arena].view(-1, width)
+        self._versions: npt.NDArray[np.uint64] = theirs.versions[arena]
+        self._width = width
+
+    def run(self, rows: TableRows, task: str) -> None:
+        ids, out = rows
+        torn = self._copy(ids, out)
+        give_up = time.monotonic() + TORN_READ_LIMIT
+        while len(torn):
+            if time.monotonic() > give_up:
+                raise _dead_writer(task)
+            os.sched_yield()
+            again = torch.empty(len(torn), self._width, dtype=out.dtype)
+            still = self._copy(ids[torn], again)
+            out[torch.from_numpy(torn)] = again
+            torn = torn[still]
+
+    def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
+        """Copy these rows; which of them have to be copied again."""
+        places = blocks_of_rows(ids, self._width)
+        before = [self._versions[blocks] for blocks in places]
+        torch.index_select(self._table, 0, torch.from_numpy(ids), out=out)
+        is_torn = np.zeros(len(ids), dtype=bool)
+        for blocks, versions in zip(places, before, strict=True):
+            is_torn |= (self._versions[blocks] != versions) | (versions % 2 == 1)
+        return np.flatnonzero(is_torn)
+
+
+def _dead_writer(task: str) -> UnavailableError:
+    return UnavailableError(f"{task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", task)
+
+
 class SharedMemorySession(Session):
     """The ps's end; see `Session`."""
 
@@ -150,8 +190,17 @@ class SharedMemorySession(Session):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
         return self._gradients[piece.arena][piece.start : piece.stop]
 
-    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
-        self._frames.send(reply)
+    def take_rows(self, out: memoryview) -> None:
+        self._frames.receive_into(out)
+
+    def reply(
+        self,
+        reply: Reply,
+        pieces: Sequence[Piece] = (),
+        read: ReadPiece | None = None,
+        rows: memoryview | None = None,
+    ) -> None:
+        self._frames.send(reply, [] if rows is None else [rows])
 
     def close(self) -> None:
         self._frames.close()
