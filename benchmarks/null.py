@@ -2,8 +2,8 @@
 
     * Dense: the gradients are there; a step is ``optimizer.step()`` through the public API and nothing else. One worker
       pushes them to one ps, which applies SGD, and pulls what comes of it.
-    * Rows: a step looks up 32 random rows, 64 wide, of an embedding table on one ps, and SGD updates them. What it takes
-      must not depend on how large the table is: beside the larger table stands the same step with the smaller one.
+    * Rows: a step looks up 32 random rows, 64 wide, of an embedding table on one ps, and SGD updates them. How long it
+      takes must not depend on the table's size: beside a larger table stands the same step with a smaller one, too.
 
 Beside a step stands a process of plain PyTorch that takes the same step in its own memory. What the two differ by is
 what a step pays for having its variables elsewhere. Each task has one thread.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.figure import Effort, Figure, compared, run, take_turns
+from benchmarks.figure import Effort, Figure, amount, compared, run, take_turns
 from benchmarks.processes import Child, Crew, crew
 from benchmarks.serving import ONE_THREAD, start_servers
 from benchmarks.stepper import Spec, slowest_step, start, steps_per_second
@@ -25,14 +25,14 @@ FEW = (4, 100_000_000)
 NAMES = {"auto": "shared memory", "tcp": "TCP"}
 
 ROWS = 32
-TABLE = 250_000_000
-LARGER_TABLES = (1_000_000_000, 4_000_000_000)
+TABLE = 256_000_000
+LARGER_TABLES = (1_024_000_000, 4_096_000_000)
 MOST_FOR_LARGER = 1.1
 JUDGED = LARGER_TABLES[-1]
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Steps of each size on each lane. Blocks for about two minutes; takes five times 10^9 bytes of memory."""
+    """Steps of each size on each lane. Blocks for about two minutes; takes 6 GB of memory."""
     for nbytes in effort.pick(SIZES, FEW):
         yield from _dense(nbytes, effort)
     for lane in LANES:
@@ -69,7 +69,7 @@ def _rows(lane: str, effort: Effort) -> Iterator[Figure]:
                 f"step of {ROWS} rows of a larger table, {NAMES[lane]}",
                 size=nbytes,
                 size_unit="B",
-                beside="250 MB",
+                beside=amount(TABLE, "B"),
                 unit="s",
                 better="less",
                 target=MOST_FOR_LARGER if nbytes == JUDGED else None,

@@ -6,6 +6,7 @@ It trains with parameter servers as the task that TF_CONFIG names, or with plain
 from __future__ import annotations
 
 import inspect
+import mmap
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,8 +60,13 @@ class Rows:
 
     def build(self) -> nn.Module:
         """A table of zeros, which take no memory until they are written."""
-        zeros = torch.zeros(self.nbytes // 4 // WIDTH, WIDTH)
-        return nn.Embedding.from_pretrained(zeros, freeze=False, sparse=True)
+        # torch writes its own zeros, and those of NumPy are in huge pages, which take a second to be written all.
+        memory = mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        zeros = torch.frombuffer(memory, dtype=torch.float32).view(-1, WIDTH)
+        table: nn.Module = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            zeros, freeze=False, sparse=True
+        )
+        return table
 
     def batches(self) -> list[Batch]:
         """Random ids ``[count]``, the same every time."""
