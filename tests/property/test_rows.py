@@ -3,6 +3,7 @@
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ def pushes(draw: st.DrawFn) -> tuple[int, int, list[tuple[list[int], float]]]:
     return count, width, draw(st.lists(steps, max_size=6))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # once, by torch's own optimizers
 @settings(deadline=None)  # torch imports half of itself when the first optimizer is made
 @given(st.sampled_from(CASES), pushes(), st.integers(1, 12))
 def test_any_sequence_of_rows_equals_torch(

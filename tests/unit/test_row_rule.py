@@ -14,6 +14,9 @@ from paramserver.rules import ROW_RULES, Rule, describe_row_rule
 from paramserver.store import row_rule
 from paramserver.store.row_rule import RowRule
 
+# What torch says, once in a process, of the sparse tensors that its own optimizers make.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+
 # To test a new rule, add a row.
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1}),
