@@ -10,10 +10,15 @@ from torch import nn, optim
 
 import paramserver as ps
 from paramserver.errors import ConfigError, RefusedError, UnsupportedOptimizerError
+from paramserver.estimator.checkpoint import read_values, restore_checkpoint, write_checkpoint
+from paramserver.estimator.checkpoint_state import CheckpointManager
 from paramserver.placement import FixedShards
 from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.lane import TableRows
 from paramserver.wire.messages import Part
+
+# What torch says, once in a process, of the sparse tensors that its own optimizers make.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 
 ROWS, WIDTH = 40, 6
 RULES = {
@@ -326,6 +331,43 @@ def test_rows_that_are_none_are_refused_and_change_nothing(monkeypatch, lane, id
                 rows=[[TableRows(torch.arange(41).numpy(), torch.ones(41, WIDTH))]],
             )  # fmt: skip
         assert torch.equal(model.state_dict()["weight"], before)
+        strategy.close()
+
+
+@pytest.mark.parametrize("rule", ["Adagrad", "SparseAdam"])
+@pytest.mark.parametrize(("before", "after"), [((2, 3), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 3))])
+def test_b06_training_goes_on_from_a_checkpoint_with_another_division(tmp_path, rule, before, after):
+    plain = a_net()
+    theirs = optimizers_of(plain, rule)
+    checkpoint = ""
+    for num_ps, shards in (before, after):
+        with LocalCluster(ps=num_ps, workers=1) as cluster:
+            strategy = ps.ParameterServerStrategy(
+                cluster.resolver("chief:0"), variable_partitioner=FixedShards(shards), session_creation_timeout=30
+            )
+            model = a_net()
+            model, ours = strategy.prepare(model, optimizers_of(model, rule))
+            if checkpoint:
+                restore_checkpoint(strategy.client, checkpoint)
+                strategy.refresh()
+                assert_same_values(model, plain)
+            for batch in batches(4, seed=num_ps + shards):
+                step(plain, theirs, batch)
+                step(model, ours, batch)
+            assert_same_values(model, plain)
+            checkpoint = write_checkpoint(strategy.client, CheckpointManager(str(tmp_path)), strategy.global_step, {})
+            torch.testing.assert_close(read_values(checkpoint), dict(plain.state_dict()))
+            strategy.close()
+
+
+def test_after_the_loss_of_a_ps_a_table_needs_a_checkpoint():
+    with LocalCluster(ps=1, workers=1) as cluster:
+        strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=30)
+        kept = a_table(strategy)
+        (bound,) = strategy._models
+        with pytest.raises(ConfigError, match=r"'weight' is a table, of which workers hold no values"):
+            bound.assign()
+        del kept
         strategy.close()
 
 

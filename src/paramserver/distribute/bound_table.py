@@ -121,18 +121,17 @@ class BoundTable:
 
     def parts(self) -> list[tuple[int, Part, TableRows]]:
         """What a step pushes of this table, and to which ps."""
-        gradient = self._gradient()
-        if gradient is None:
+        rows = self._gradients()
+        if rows is None:
             return []
         numbers = self._settings_of()
-        rows = TableRows(gradient.indices()[0].cpu().numpy(), gradient.values().cpu().contiguous())
         return [
             (part.ps, Part(part.arena, "rule", None, numbers, len(each.ids)), each)
             for part, each in self._divided(rows)
         ]
 
-    def _gradient(self) -> torch.Tensor | None:
-        """The replicas' gradients as one, coalesced; None if none has one."""
+    def _gradients(self) -> TableRows | None:
+        """The replicas' gradients as one; None if none has one."""
         found = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         for gradient in found:
             if gradient.layout is not torch.sparse_coo or gradient.dtype is not self._dtype:
@@ -141,11 +140,16 @@ class BoundTable:
                     f"a gradient of {gradient.dtype} and {gradient.layout}; use its weight by nn.Embedding only, or "
                     "make that sparse=False"
                 )
-        if len(found) < 2:
-            return (found[0] * self._weight if self._weight != 1 else found[0]).coalesce() if found else None
-        ids = torch.cat([gradient._indices().cpu() for gradient in found], 1)
-        values = torch.cat([gradient._values().cpu() * self._weight for gradient in found])
-        return torch.sparse_coo_tensor(ids, values, found[0].shape, check_invariants=False).coalesce()
+        if not found:
+            return None
+        ids = _joined([gradient._indices().cpu() for gradient in found], 1)
+        values = _joined([gradient._values().cpu() for gradient in found], 0)
+        if self._weight != 1:
+            values = values * self._weight
+        if np.any(np.diff(ids[0].numpy()) <= 0):  # else a lookup has made it, which names each row once
+            merged = torch.sparse_coo_tensor(ids, values, found[0].shape, check_invariants=False).coalesce()
+            ids, values = merged.indices(), merged.values()
+        return TableRows(ids[0].numpy(), values.contiguous())
 
     def _divided(self, rows: TableRows) -> Iterator[tuple[_Part, TableRows]]:
         """Which rows each part holds, by its own ids."""
@@ -166,6 +170,10 @@ class BoundTable:
 
     def __repr__(self) -> str:
         return f"<BoundTable {self.name!r} of {self._rows} rows in {len(self._parts)} parts>"
+
+
+def _joined(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    return torch.cat(list(tensors), axis) if len(tensors) > 1 else tensors[0]
 
 
 class Lookups(NamedTuple):

@@ -77,13 +77,12 @@ class RowRule:
             self._optimizer.param_groups[0].update(settings)
             self._settings = dict(settings)
         self._make_slots()
-        self._step += 1
         rows = nn.Parameter(self._values.index_select(0, ids), requires_grad=False)
         gathered = {name: slot.index_select(0, ids) for name, slot in self._slots.items()}
         self._optimizer.param_groups[0]["params"] = [rows]
         if gathered:
-            step = self._step - 1  # torch.optim counts the one that it makes
-            self._optimizer.state[rows] = {**gathered, "step": int(step) if self._takes_sparse else step}
+            step = int(self._step) if self._takes_sparse else self._step.clone()
+            self._optimizer.state[rows] = {**gathered, "step": step}
         rows.grad = _sparse(gradient) if self._takes_sparse else gradient
         try:
             # torch warns of sparse tensors that nobody has asked to check; its own steps make some.
@@ -91,6 +90,7 @@ class RowRule:
                 self._run(self._optimizer)
         finally:
             self._optimizer.state.clear()
+        self._step += 1  # after it: a step that torch refuses has changed nothing
         for name, slot in self._slots.items():
             slot.index_copy_(0, ids, gathered[name])
         return rows.detach()

@@ -227,7 +227,7 @@ class StoredArena:
         values, blocks = self.values[start:stop], slice(start // BLOCK, num_blocks(stop))
         room = values if values.is_cpu else torch.empty_like(values, device="cpu")
         with contextlib.ExitStack() as locked:
-            for lock in self._locks[blocks]:
+            for lock in dict.fromkeys(self._locks[blocks]):  # blocks of a table share one
                 locked.enter_context(lock)
             self._versions[blocks] += 1
             try:

@@ -29,7 +29,7 @@ class StoredTable(StoredArena):
         rows, self._width = self.layout.table_shape
         self._table = self.values.view(rows, self._width)
         self._rule = RowRule(self.layout.rule, self._table)
-        self._lock = threading.RLock()  # one for all blocks: `filling` enters it several times
+        self._lock = threading.Lock()  # one for all blocks
         self._locks = [self._lock] * count
         self._slots = [self._rule.block(block) for block in range(count)]
 

@@ -115,14 +115,13 @@ class Lane(abc.ABC):
         """
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
-        """Copy rows of a table without asking the ps, where this end sees its memory; whether it does.
+        """Copy rows of a table without asking the ps; whether it did.
+
+        It does not where this end does not see the memory of the ps, or others keep writing to these rows.
 
         Args:
             arena: The table.
             rows: Their ids, in its range, and where they go; each row that is copied is of one version.
-
-        Raises:
-            UnavailableError: If a row cannot be read whole, because its writer died.
         """
         return False
 

@@ -26,6 +26,8 @@ from paramserver.wire.refusals import raised
 
 TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
+ROW_TRIES = 16
+"""How often rows are copied that others write to meanwhile, before the ps is asked for them."""
 
 
 class SharedMemoryLane(Lane):
@@ -62,8 +64,7 @@ class SharedMemoryLane(Lane):
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
-        _RowsCopy(self._theirs, arena, rows.values.shape[1]).run(rows, self.task)
-        return True
+        return _RowsCopy(self._theirs, arena, rows.values.shape[1]).run(rows)
 
     def close(self) -> None:
         self._frames.close()
@@ -83,7 +84,9 @@ class SharedMemoryLane(Lane):
         if copy is None:
             copy = self._copies[piece] = _BlockCopy(piece, self._theirs, self._mine)
         if not copy.run():
-            raise _dead_writer(self.task)
+            raise UnavailableError(
+                f"{self.task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", self.task
+            )
 
 
 def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
@@ -135,18 +138,19 @@ class _RowsCopy:
         self._versions: npt.NDArray[np.uint64] = theirs.versions[arena]
         self._width = width
 
-    def run(self, rows: TableRows, task: str) -> None:
+    def run(self, rows: TableRows) -> bool:
+        """Whether each of them is whole: of rows that others write to all the time, some may never be met so."""
         ids, out = rows
         torn = self._copy(ids, out)
-        give_up = time.monotonic() + TORN_READ_LIMIT
-        while len(torn):
-            if time.monotonic() > give_up:
-                raise _dead_writer(task)
+        for _ in range(ROW_TRIES):
+            if not len(torn):
+                break
             os.sched_yield()
             again = torch.empty(len(torn), self._width, dtype=out.dtype)
             still = self._copy(ids[torn], again)
             out[torch.from_numpy(torn)] = again
             torn = torn[still]
+        return not len(torn)
 
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
@@ -157,10 +161,6 @@ class _RowsCopy:
         for blocks, versions in zip(places, before, strict=True):
             is_torn |= (self._versions[blocks] != versions) | (versions % 2 == 1)
         return np.flatnonzero(is_torn)
-
-
-def _dead_writer(task: str) -> UnavailableError:
-    return UnavailableError(f"{task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", task)
 
 
 class SharedMemorySession(Session):
