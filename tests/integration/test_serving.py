@@ -21,19 +21,21 @@ lanes = pytest.mark.parametrize("lane", ["auto", "tcp"])
 
 
 def ready(cluster):
+    """The chief, which has made all values zero and the store ready, and its memory."""
     chief = cluster.client("chief:0")
     chief.create(MODEL)
-    chief.open()
+    (memory,) = chief.open()
     chief.push_pull([[messages.Part(0, "assign")]], [[0]], counts=False)
     chief.mark_ready(0)
-    return chief
+    return chief, memory
 
 
 def quick(cluster, task):
-    """A worker that has made a quick request."""
+    """A worker that has made a quick request: it has added ones."""
     worker = cluster.client(task)
     worker.join(MODEL)
-    worker.open()
+    (memory,) = worker.open()
+    memory.gradients[0].fill_(1.0)
     worker.push_pull(PARTS, [[0]], counts=True)
     return worker
 
@@ -103,7 +105,7 @@ def _fits(connection, data):
 @lanes
 def test_a_worker_that_waits_delays_nobody(lane):
     with LocalCluster(ps=1, workers=4, lane=lane) as cluster:
-        chief = ready(cluster)
+        chief, _ = ready(cluster)
         workers = [quick(cluster, f"worker:{index}") for index in (0, 1)]
         waiting = threading.Thread(target=chief.await_workers)
         waiting.start()
@@ -121,13 +123,11 @@ def test_a_worker_that_waits_delays_nobody(lane):
 def test_many_connections_share_a_thread_and_lose_nothing(lane):
     count, rounds = 24, 10
     with LocalCluster(ps=1, workers=count + 1, lane=lane) as cluster:
-        chief = ready(cluster)
+        chief, memory = ready(cluster)
         workers = [quick(cluster, f"worker:{index}") for index in range(count)]
-        for worker in workers:
-            worker.memory[0].gradients[0].fill_(1.0)
         threads = [
             threading.Thread(
-                target=lambda worker=worker: [worker.push_pull(PARTS, [[0]], counts=True) for _ in range(rounds)]
+                target=lambda worker=worker: [worker.push_pull(PARTS, [[0]], counts=True) for _ in range(rounds - 1)]
             )
             for worker in workers
         ]
@@ -138,13 +138,13 @@ def test_many_connections_share_a_thread_and_lose_nothing(lane):
         serving = [thread for thread in threading.enumerate() if thread.name == "ps:0 serves"]
         assert len(serving) <= 4
         chief.pull([[0]])
-        assert torch.equal(chief.memory[0].values[0], torch.full((4096,), float(count * rounds)))
+        assert torch.equal(memory.values[0], torch.full((4096,), float(count * rounds)))
 
 
 @lanes
 def test_of_connections_that_came_and_went_nothing_is_left(lane):
     with LocalCluster(ps=1, workers=2, lane=lane) as cluster:
-        chief = ready(cluster)
+        chief, _ = ready(cluster)
         for _ in range(20):
             quick(cluster, "worker:0").close()
         chief.await_workers()

@@ -29,13 +29,15 @@ class Echo:
 
     def proceed(self):
         byte = self._connection.recv(1)
+        if not byte:
+            return Pace.OVER
         self.threads.append(threading.get_ident())
         if self.before_wait and byte in (SLOW, WAIT):
             self.before_wait()
         if byte == WAIT:
             self._gate.wait(PATIENCE)
         self._connection.sendall(byte)
-        return Pace.OVER if not byte else Pace.QUICK if byte in (QUICK, WAIT) else Pace.SLOW
+        return Pace.QUICK if byte in (QUICK, WAIT) else Pace.SLOW
 
     def end(self):
         self.num_ends += 1
