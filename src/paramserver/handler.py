@@ -35,7 +35,7 @@ LONGEST_WAIT = 30.0
 
 
 class RequestHandler:
-    """Carries out the requests of sessions on one store. Thread-safe: each session has a thread of its own."""
+    """Carries out the requests of sessions on one store. Thread-safe; a session is used by one thread at a time."""
 
     def __init__(self, store: Store, roster: Roster) -> None:
         self._store = store

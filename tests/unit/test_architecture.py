@@ -36,7 +36,9 @@ ARROWS = {
     "jobs": {"store", "checkpoint_folder", "wire", "errors"},
     "client": {"long_requests", "lanes", "checkpoint_files", "transport", "wire", "arena", "rules", "errors"},
     "handler": {"jobs", "store", "checkpoint_files", "checkpoint_folder", "transport", "wire", "arena", "errors"},
-    "server": {"handler", "store", "transport", "wire", "cluster", "arena", "errors"},
+    "serving": set(),
+    "conversation": {"serving", "handler", "store", "transport", "wire", "errors"},
+    "server": {"conversation", "serving", "handler", "store", "transport", "wire", "cluster", "arena", "errors"},
     "distribute": {
         "client", "lanes", "server", "transport", "wire", "cluster",
         "placement", "partition", "arena", "rules", "errors",

@@ -89,6 +89,11 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
     return header
 
 
+def frame_bytes(data: bytes | memoryview) -> int:
+    """The length of a whole frame, which begins with these `HEADER_BYTES`."""
+    return HEADER_BYTES + sum(Header(*_HEADER.unpack_from(data)))
+
+
 def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:
     """The message of a frame.
 
