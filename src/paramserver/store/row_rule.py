@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paramserver.arena import BLOCK
 from paramserver.errors import UnsupportedOptimizerError
+from paramserver.rows import Ids, Rows
 from paramserver.rules import ROW_RULES, Rule, Setting
 from paramserver.store.optimizers import build
 
@@ -35,9 +36,10 @@ class RowRule:
         ConfigError: A setting that the rule does not have, or a value that torch.optim refuses.
 
     Example:
+        >>> import numpy as np
         >>> table = torch.zeros(4, 2)
         >>> rule = RowRule(Rule("Adagrad", {"lr": 0.5}), table)
-        >>> ids = torch.tensor([1, 3])
+        >>> ids = np.array([1, 3])
         >>> table[ids] = rule.update(ids, torch.ones(2, 2), {"lr": 0.5})
         >>> table.tolist()
         [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0], [-0.5, -0.5]]
@@ -48,8 +50,10 @@ class RowRule:
             raise UnsupportedOptimizerError(f"no update rule for rows is called {rule.name!r}", rule.name)
         self._class = ROW_RULES[rule.name]
         self._values = values
+        self._rows = Rows(values)
         self._settings = dict(rule.settings)
         self._slots: dict[str, Tensor] = {}
+        self._slot_rows: dict[str, Rows] = {}
         self._step = torch.zeros(())
         self._first_slots = _first_slots(rule)
         self._takes_sparse = rule.name == "SparseAdam"
@@ -64,11 +68,11 @@ class RowRule:
         """Bytes of state beside the values."""
         return sum(slot.nbytes for slot in self._slots.values())
 
-    def update(self, ids: Tensor, gradient: Tensor, settings: Mapping[str, Setting]) -> Tensor:
+    def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> Tensor:
         """What the rows ``ids`` are after a step; their slots are updated.
 
         Args:
-            ids: ``[rows]``, int64, ascending, none twice.
+            ids: ``[rows]``, ascending, none twice.
             gradient: ``[rows, width]``, of the values' dtype; read only.
             settings: What the param group says for this step, checked by the caller. A setting that is left out stays
                 as it was.
@@ -77,8 +81,8 @@ class RowRule:
             self._optimizer.param_groups[0].update(settings)
             self._settings = dict(settings)
         self._make_slots()
-        rows = nn.Parameter(self._values.index_select(0, ids), requires_grad=False)
-        gathered = {name: slot.index_select(0, ids) for name, slot in self._slots.items()}
+        rows = nn.Parameter(self._rows.take(ids), requires_grad=False)
+        gathered = {name: slot.take(ids) for name, slot in self._slot_rows.items()}
         self._optimizer.param_groups[0]["params"] = [rows]
         if gathered:
             step = int(self._step) if self._takes_sparse else self._step.clone()
@@ -91,8 +95,8 @@ class RowRule:
         finally:
             self._optimizer.state.clear()
         self._step += 1  # after it: a step that torch refuses has changed nothing
-        for name, slot in self._slots.items():
-            slot.index_copy_(0, ids, gathered[name])
+        for name, slot in self._slot_rows.items():
+            slot.put(ids, gathered[name])
         return rows.detach()
 
     def block(self, index: int) -> RowRuleBlock:
@@ -134,6 +138,7 @@ class RowRule:
             if name not in self._slots:  # zeros take no memory until they are written
                 made = torch.zeros_like(self._values, memory_format=torch.contiguous_format)
                 self._slots[name] = made.fill_(first) if first else made
+                self._slot_rows[name] = Rows(self._slots[name])
 
 
 class RowRuleBlock:

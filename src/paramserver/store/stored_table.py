@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from paramserver.arena import Range, blocks_of_rows
+from paramserver.rows import Rows
 from paramserver.rules import Setting, row_fault
 from paramserver.store.row_rule import RowRule
 from paramserver.store.stored_arena import Operation, StoredArena
@@ -28,6 +29,7 @@ class StoredTable(StoredArena):
         assert self.layout.rule is not None  # noqa: S101  # the store has checked it
         rows, self._width = self.layout.table_shape
         self._table = self.values.view(rows, self._width)
+        self._rows = Rows(self._table)
         self._rule = RowRule(self.layout.rule, self._table)
         self._lock = threading.Lock()  # one for all blocks
         self._locks = [self._lock] * count
@@ -70,28 +72,28 @@ class StoredTable(StoredArena):
             source: ``[rows, width]``: gradients, or values.
             settings: Of the rule.
         """
-        rows, source = torch.from_numpy(ids).to(self._table.device), source.to(self._table.device)
+        source = source.to(self._table.device)
         is_touched = np.zeros(len(self._versions), dtype=bool)
         for blocks in blocks_of_rows(ids, self._width):
             is_touched[blocks] = True
         touched = np.flatnonzero(is_touched)
         with self._lock:
             if operation == "rule":
-                fresh = self._rule.update(rows, source, settings or {})
+                fresh = self._rule.update(ids, source, settings or {})
             elif operation == "assign":
                 fresh = source
             else:
-                fresh = self._table.index_select(0, rows).add_(source)
+                fresh = self._rows.take(ids).add_(source)
             self._versions[touched] += 1
             try:
-                self._table.index_copy_(0, rows, fresh)
+                self._rows.put(ids, fresh)
             finally:
                 self._versions[touched] += 1
 
     def read_rows(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy ``[rows, width]`` of rows."""
         with self._lock:
-            return self._table.index_select(0, torch.from_numpy(ids).to(self._table.device)).cpu()
+            return self._rows.take(ids).cpu()
 
     @property
     def slots_bytes(self) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
+from paramserver.rows import Rows
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
@@ -134,7 +135,7 @@ class _RowsCopy:
     """Copies rows of a table, those again that somebody wrote to meanwhile. See `_BlockCopy` about fences."""
 
     def __init__(self, theirs: StoreMemory, arena: int, width: int) -> None:
-        self._table = theirs.values[arena].view(-1, width)
+        self._rows = Rows(theirs.values[arena].view(-1, width))
         self._versions: npt.NDArray[np.uint64] = theirs.versions[arena]
         self._width = width
 
@@ -156,7 +157,7 @@ class _RowsCopy:
         """Copy these rows; which of them have to be copied again."""
         places = blocks_of_rows(ids, self._width)
         before = [self._versions[blocks] for blocks in places]
-        torch.index_select(self._table, 0, torch.from_numpy(ids), out=out)
+        self._rows.take(ids, out)
         is_torn = np.zeros(len(ids), dtype=bool)
         for blocks, versions in zip(places, before, strict=True):
             is_torn |= (self._versions[blocks] != versions) | (versions % 2 == 1)
