@@ -8,6 +8,8 @@ Rules
     * An arena is divided into *blocks* of `BLOCK` elements. A block is what is locked, updated, sent and checked
       for torn reads in one go: large enough that Python does not show, small enough to stay in a cache and to
       bound every buffer. A *range* ``[start, stop)`` counts elements; a *piece* is a range inside one block.
+    * A *table* is a variable whose rows are pulled and pushed one by one: it has an arena to itself, and workers have
+      no memory for it.
 """
 
 from __future__ import annotations
@@ -68,6 +70,8 @@ class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
 class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """Which variables lie in one arena, in which order, and the rule that updates them (None: none does).
 
+    ``is_table``: it holds one variable, a table.
+
     >>> variables = (VariableSpec("w", (3, 2), "float32"), VariableSpec("b", (2,), "float32"))
     >>> layout = ArenaLayout("float32", None, variables)
     >>> layout.offsets, layout.size, layout.nbytes
@@ -77,6 +81,18 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
     dtype: str
     rule: Rule | None
     variables: tuple[VariableSpec, ...]
+    is_table: bool = False
+
+    @property
+    def on_worker(self) -> ArenaLayout:
+        """What a worker has memory for."""
+        return ArenaLayout(self.dtype, None, ()) if self.is_table else self
+
+    @cached_property
+    def table_shape(self) -> tuple[int, int]:
+        """Rows of a table, and elements of each."""
+        rows = self.variables[0].shape[0]
+        return rows, self.size // max(rows, 1)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -180,6 +196,19 @@ def num_blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
+def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The blocks in which rows of ``width`` elements begin and end.
+
+    >>> first, last = blocks_of_rows(np.array([0, 1, 2]), BLOCK - 1)
+    >>> first.tolist(), last.tolist()
+    ([0, 0, 1], [0, 1, 2])
+    """
+    if BLOCK % width == 0:
+        first = ids // (BLOCK // width)
+        return first, first
+    return ids * width // BLOCK, ((ids + 1) * width - 1) // BLOCK
+
+
 def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
     """The ranges, cut at block boundaries, in order.
 
@@ -210,4 +239,4 @@ def merge(ranges: Sequence[Range], gap: int) -> tuple[Range, ...]:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor, to be sent from or received into."""
-    return tensor.view(torch.uint8).numpy().data
+    return tensor.view(-1).view(torch.uint8).numpy().data

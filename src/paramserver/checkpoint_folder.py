@@ -115,8 +115,9 @@ class CheckpointFolder:
         Raises:
             CheckpointError: If it cannot be.
         """
-        self._begin_flush()
         self._await_flush()
+        self._sync(self._writing)
+        self._unflushed = 0
 
     def close(self) -> None:
         """Let go of all files. Idempotent."""

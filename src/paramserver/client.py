@@ -23,7 +23,7 @@ from paramserver.errors import (
 )
 from paramserver.lanes import Call, Lanes
 from paramserver.long_requests import ask_at_length
-from paramserver.transport.lane import Lane, Piece, WorkerMemory
+from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
 from paramserver.wire.refusals import raised
@@ -187,7 +187,12 @@ class ParameterClient:
     # --- steps
 
     def push_pull(
-        self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]], *, counts: bool
+        self,
+        parts: Sequence[Sequence[Part]],
+        pull: Sequence[Sequence[int]],
+        *,
+        counts: bool,
+        rows: Sequence[Sequence[TableRows]] | None = None,
     ) -> PushResult:
         """Push what lies in the gradient memory, and bring the value memory up to date. The hot path.
 
@@ -195,11 +200,18 @@ class ParameterClient:
             parts: For each ps, what to do to its arenas.
             pull: For each ps, the arenas to pull.
             counts: Whether this is an update of the model, which the global step counts.
+            rows: For each ps, what the parts that are about tables push, in their order; None if there is none.
         """
-        return self._pushed(self._exchange(self._push(parts, pull, counts, self.local_step), messages.Applied))
+        return self._pushed(self._exchange(self._push(parts, pull, counts, self.local_step, rows), messages.Applied))
 
     def begin_push_pull(
-        self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]], *, counts: bool, computed_from: int
+        self,
+        parts: Sequence[Sequence[Part]],
+        pull: Sequence[Sequence[int]],
+        *,
+        counts: bool,
+        computed_from: int,
+        rows: Sequence[Sequence[TableRows]] | None = None,
     ) -> None:
         """`push_pull` on a thread: until `end_push_pull` has returned, nobody else may touch the memory of both.
 
@@ -208,8 +220,9 @@ class ParameterClient:
             pull: As for `push_pull`.
             counts: As for `push_pull`.
             computed_from: The `local_step` of the values that the gradients were computed from.
+            rows: As for `push_pull`.
         """
-        calls = self._push(parts, pull, counts, computed_from)
+        calls = self._push(parts, pull, counts, computed_from, rows)
         self._under_way = calls, self.lanes.exchange_aside(calls)
         self.global_step += counts
 
@@ -229,6 +242,20 @@ class ParameterClient:
         ]
         self._arrived(self._exchange(calls, messages.State)[0].global_step)
         return self.global_step
+
+    def pull_rows(self, wanted: Sequence[tuple[int, int, TableRows]]) -> None:
+        """Fetch rows of tables.
+
+        Args:
+            wanted: The ps, the arena of the table there, and the rows, whose values are filled.
+        """
+        lanes, calls = self.lanes.each(), list[Call]()
+        for ps, arena, rows in wanted:
+            if len(rows.ids) and not lanes[ps].copy_rows(arena, rows):
+                request = messages.PullRows(arena, len(rows.ids))
+                calls.append(Call(lanes[ps], request, rows_out=[rows.id_bytes], rows_in=[rows.value_bytes]))
+        if calls:
+            self._exchange(calls, messages.State)
 
     def read_global_step(self) -> int:
         """Ask ps:0 for the global step."""
@@ -383,16 +410,21 @@ class ParameterClient:
         pull: Sequence[Sequence[int]],
         counts: bool,
         computed_from: int,
+        rows: Sequence[Sequence[TableRows]] | None,
     ) -> list[Call]:
         self._sequence += 1
+        lanes = self.lanes.each()
         return [
             Call(
                 lane,
                 messages.Push(self._sequence, computed_from, counts, tuple(ps_parts), tuple(ps_pull)),
                 _outgoing(layouts, ps_parts),
                 _whole(layouts, ps_pull),
+                [view for each in ps_rows for view in (each.id_bytes, each.value_bytes)],
             )
-            for lane, layouts, ps_parts, ps_pull in zip(self.lanes.each(), self._layouts, parts, pull, strict=True)
+            for lane, layouts, ps_parts, ps_pull, ps_rows in zip(
+                lanes, self._layouts, parts, pull, rows or [()] * len(lanes), strict=True
+            )
         ]
 
     def _pushed(self, applied: Sequence[messages.Applied]) -> PushResult:
@@ -472,6 +504,7 @@ def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Pie
     return [
         Piece(part.arena, start, stop)
         for part in parts
+        if part.rows is None
         for start, stop in (pieces(part.ranges) if part.ranges is not None else layouts[part.arena].pieces)
     ]
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from paramserver.arena import DTYPES, pieces
+from paramserver.arena import DTYPES, pieces, tensor_bytes
 from paramserver.checkpoint_files import digest
 from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
@@ -20,6 +22,7 @@ from paramserver.jobs import Job, here, restoring, saving, through_peer
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
 from paramserver.store.stored_arena import StoredArena
+from paramserver.store.stored_table import StoredTable
 from paramserver.transport.lane import Piece, Session
 from paramserver.wire import messages
 from paramserver.wire.refusals import refused
@@ -32,7 +35,7 @@ LONGEST_WAIT = 30.0
 
 
 class RequestHandler:
-    """Carries out the requests of sessions on one store. Thread-safe: each session has a thread of its own."""
+    """Carries out the requests of sessions on one store. Thread-safe; a session is used by one thread at a time."""
 
     def __init__(self, store: Store, roster: Roster) -> None:
         self._store = store
@@ -41,6 +44,7 @@ class RequestHandler:
         self._handlers: Mapping[type, Callable[[Session, Any], None]] = {
             messages.Push: self._push,
             messages.Pull: self._pull,
+            messages.PullRows: self._pull_rows,
             messages.Declare: self._declare,
             messages.MarkReady: self._mark_ready,
             messages.AwaitReady: self._await_ready,
@@ -81,11 +85,15 @@ class RequestHandler:
         store = self._store
         store.check_alive()
         # All is checked before the first part is applied: a push that is refused has changed nothing.
-        arenas = [self._checked(part) for part in push.parts]
+        tables = [part for part in push.parts if part.rows is not None]
+        dense = [(self._checked(part), part) for part in push.parts if part.rows is None]
+        rows = [self._taken_rows(session, part) for part in tables]
         pulled = self._whole(push.pull)
         step, staleness, seconds = store.global_step, 0, 0.0
         if store.is_new(session.incarnation, push.sequence):
-            for arena, part in zip(arenas, push.parts, strict=True):
+            for apply_rows in rows:
+                seconds += apply_rows()
+            for arena, part in dense:
                 seconds += _apply(session, arena, part)
             if push.counts:
                 step, staleness = store.count_update(push.local_step)
@@ -99,6 +107,48 @@ class RequestHandler:
             task, what = self._store.task, f"{part.operation!r} on arena {part.arena}"
             raise RefusedError(f"push to {task} refused: {what}: {error}", task) from error
         return arena
+
+    def _taken_rows(self, session: Session, part: messages.Part) -> Callable[[], float]:
+        """What applies the rows of a part, which are taken and checked here; it returns the seconds that it took."""
+        table, count = self._table(part.arena), part.rows or 0
+        try:
+            table.check_rows(part.operation, count, part.settings)
+            ids = _taken_ids(session, count)
+            values = torch.empty((count, table.layout.table_shape[1]), dtype=table.layout.torch_dtype, device="cpu")
+            session.take_rows(tensor_bytes(values))
+            table.check_ids(ids)
+        except ValueError as error:
+            raise self._refused_rows(part.arena, error) from error
+
+        def apply() -> float:
+            begun = time.perf_counter()
+            table.apply_rows(part.operation, ids, values, part.settings)
+            return time.perf_counter() - begun
+
+        return apply
+
+    def _table(self, index: int) -> StoredTable:
+        table = self._store.arena(index)
+        if not isinstance(table, StoredTable):
+            task = self._store.task
+            raise RefusedError(f"rows of arena {index} of {task}: it is no table, and has no rows", task)
+        return table
+
+    def _refused_rows(self, index: int, error: ValueError) -> RefusedError:
+        task, table = self._store.task, self._store.arena(index).layout.variables[0].name
+        return RefusedError(f"rows of {table!r} on {task} refused: {error}", task)
+
+    def _pull_rows(self, session: Session, pull: messages.PullRows) -> None:
+        self._store.check_alive()
+        table = self._table(pull.arena)
+        try:
+            table.check_rows("assign", pull.rows, None)
+            ids = _taken_ids(session, pull.rows)
+            table.check_ids(ids)
+        except ValueError as error:
+            raise self._refused_rows(pull.arena, error) from error
+        rows = table.read_rows(ids)
+        session.reply(messages.State(True, self._store.global_step), rows=tensor_bytes(rows))
 
     def _pull(self, session: Session, pull: messages.Pull) -> None:
         self._store.check_alive()
@@ -230,6 +280,12 @@ def _sees(directory: Path, expected: str = "") -> bool:
 
 def _bounded(timeout: float) -> float:
     return min(LONGEST_WAIT, timeout)  # in this order, which turns a NaN into the limit
+
+
+def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
+    ids = np.empty(count, dtype=np.int64)
+    session.take_rows(ids.view(np.uint8).data)
+    return ids
 
 
 def _apply(session: Session, arena: StoredArena, part: messages.Part) -> float:

@@ -16,12 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class Call(NamedTuple):
-    """A request to one ps, and the pieces that go and come with it."""
+    """A request to one ps, and the pieces and the rows of tables that go and come with it."""
 
     lane: Lane
     request: messages.Request
     outgoing: Sequence[Piece] = ()
     incoming: Sequence[Piece] = ()
+    rows_out: Sequence[memoryview] = ()
+    rows_in: Sequence[memoryview] = ()
 
 
 class Lanes:
@@ -83,7 +85,7 @@ class Lanes:
         for call in calls:
             self._unanswered.add(call.lane)
             try:
-                call.lane.start(call.request, call.outgoing)
+                call.lane.start(call.request, call.outgoing, call.rows_out)
             except ParameterServerError as error:
                 failures.append(error)
             else:
@@ -92,7 +94,7 @@ class Lanes:
             sending.append(now - begun)
         for call in asked:
             try:
-                replies.append(call.lane.finish(call.incoming))
+                replies.append(call.lane.finish(call.incoming, call.rows_in))
             except ParameterServerError as error:
                 failures.append(error)
             else:

@@ -4,6 +4,8 @@ A rule is one of torch.optim's own optimizers; the formulas stand in its documen
 (https://docs.pytorch.org/docs/stable/optim.html). It travels as a name and the numbers of one param group,
 never as code, so a peer can choose among `RULES` and nothing else. To add a rule, which must be elementwise,
 add its class to `RULES` and a row to the table in tests/unit/test_rules.py.
+
+`ROW_RULES` are those that torch.optim runs with sparse gradients: they change the rows that have one, and no other.
 """
 
 from __future__ import annotations
@@ -31,12 +33,20 @@ RULES: dict[str, type[optim.Optimizer]] = {
     "Adadelta": optim.Adadelta,
 }
 
+ROW_RULES: dict[str, type[optim.Optimizer]] = {
+    "SGD": optim.SGD,
+    "Adagrad": optim.Adagrad,
+    "SparseAdam": optim.SparseAdam,
+}
+
+_ALL_RULES = RULES | ROW_RULES
+
 # By name: not every supported version of torch has all of them.
 _REFUSED = {
     "LBFGS": "its line search moves all parameters at once and evaluates the loss several times in a step",
     "Muon": "it orthogonalises whole matrices, and a ps updates elements without knowing their matrix",
     "Adafactor": "its state is row and column factors of whole matrices, and a ps updates elements",
-    "SparseAdam": "it takes sparse gradients only, and these rules are for dense ones; use Adam",
+    "SparseAdam": "it takes sparse gradients only, so it can hold weights of nn.Embedding(sparse=True) and no others",
 }
 
 # How an optimizer computes, not what: each machine decides these for itself.
@@ -67,9 +77,53 @@ def describe(optimizer: optim.Optimizer, group: int) -> Rule:
         UnsupportedOptimizerError: The optimizer is not elementwise, is a subclass, or is unknown.
         ConfigError: A setting is no number.
     """
-    name = type(optimizer).__name__
-    if RULES.get(name) is not type(optimizer):
+    if RULES.get(type(optimizer).__name__) is not type(optimizer):
         raise _refusal(type(optimizer))
+    return _described(optimizer, group)
+
+
+def describe_row_rule(optimizer: optim.Optimizer, group: int, table: str) -> Rule:
+    """Describes a param group as the rule of a table, whose gradients are sparse.
+
+    Raises:
+        UnsupportedOptimizerError: torch.optim does not run it with sparse gradients, or would change other rows.
+        ConfigError: A setting is no number.
+    """
+    name = type(optimizer).__name__
+    if ROW_RULES.get(name) is not type(optimizer):
+        raise UnsupportedOptimizerError(
+            f"{name} cannot update {table!r}, whose gradient is sparse (nn.Embedding with sparse=True): that can "
+            f"{', '.join(ROW_RULES)}; give it to an optimizer of these, or make it sparse=False",
+            name,
+        )
+    rule = _described(optimizer, group)
+    if fault := row_fault(rule.settings):
+        raise UnsupportedOptimizerError(
+            f"{name} cannot update {table!r}, whose gradient is sparse: {fault}; give it a param group without, "
+            "or make it sparse=False",
+            name,
+        )
+    return rule
+
+
+def row_fault(numbers: Mapping[str, Setting]) -> str:
+    """What of a rule's settings would change rows that have no gradient; empty if nothing.
+
+    >>> row_fault({"lr": 0.1, "momentum": 0.9})
+    'momentum=0.9 would move rows that have no gradient'
+    """
+    return next(
+        (
+            f"{name}={numbers[name]} would move rows that have no gradient"
+            for name in ("momentum", "weight_decay")
+            if numbers.get(name)
+        ),
+        "",
+    )
+
+
+def _described(optimizer: optim.Optimizer, group: int) -> Rule:
+    name = type(optimizer).__name__
     param_group = optimizer.param_groups[group]
     if param_group.get("differentiable"):
         raise UnsupportedOptimizerError(
@@ -109,18 +163,18 @@ def rule_class(rule: Rule) -> type[optim.Optimizer]:
     """The torch.optim class of a rule that came from a peer, after checking its name and setting names.
 
     Raises:
-        UnsupportedOptimizerError: The name is not in `RULES`.
+        UnsupportedOptimizerError: The name is in neither `RULES` nor `ROW_RULES`.
         ConfigError: A setting is none of this rule's.
     """
-    if rule.name not in RULES:
+    if rule.name not in _ALL_RULES:
         raise UnsupportedOptimizerError(
-            f"no update rule is called {rule.name!r}; {_known(rule.name, RULES)}", rule.name
+            f"no update rule is called {rule.name!r}; {_known(rule.name, _ALL_RULES)}", rule.name
         )
-    names = setting_names(RULES[rule.name])
+    names = setting_names(_ALL_RULES[rule.name])
     for name in rule.settings:
         if name not in names:
             raise ConfigError(f"update rule {rule.name} has no setting {name!r}; {_known(name, names)}")
-    return RULES[rule.name]
+    return _ALL_RULES[rule.name]
 
 
 def _number(value: object) -> Setting:

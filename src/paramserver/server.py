@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
-from paramserver.errors import ConfigError, ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
+from paramserver.conversation import Conversation, Host
+from paramserver.errors import ConfigError, UnavailableError
 from paramserver.handler import RequestHandler
+from paramserver.serving import ServingThreads
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
 from paramserver.transport import memory
-from paramserver.transport.handshake import OBSERVER, Identity, accept, new_incarnation
+from paramserver.transport.handshake import Identity, new_incarnation
 from paramserver.transport.in_process import InProcessLane, InProcessSession
-from paramserver.transport.lane import Session
 from paramserver.transport.listener import Listener
 from paramserver.wire import messages
-from paramserver.wire.refusals import refused
-
-logger = logging.getLogger(__name__)
 
 GRACE = 60.0
 """Seconds that a ps waits for workers that it never saw, and for a chief that was lost, when all others are done."""
@@ -66,22 +62,23 @@ class Server:
         self.cluster_spec = ClusterSpec(cluster_spec)  # type: ignore[arg-type]  # checked there
         self.task = _which_task(self.cluster_spec, job_name, task_index)
         surroundings = environment.read()
-        self._me = Identity(
-            task=str(self.task),
-            token=surroundings.token if token is None else token,
-            incarnation=new_incarnation(),
-        )
         self._grace = grace
         self._store = Store(str(self.task), memory.shared_store_memory)
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
         self._roster = Roster(workers[0] if workers else "", workers)
-        self._handler = RequestHandler(self._store, self._roster)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
         # Its threads are daemons: a program that fails before it has stopped its server must end all the same.
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
-        self._open: dict[threading.Thread, Callable[[], None]] = {}
-        self._lock = threading.Lock()
+        token = surroundings.token if token is None else token
+        self._host = Host(
+            me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
+            local_socket=self._listener.local_socket,
+            store=self._store,
+            roster=self._roster,
+            handler=RequestHandler(self._store, self._roster),
+        )
+        self._threads = ServingThreads(f"{self.task} serves")
         if start:
             self.start()
 
@@ -127,11 +124,7 @@ class Server:
         if self._acceptor.ident:
             self._acceptor.join()
         self._listener.release()
-        with self._lock:
-            connections = dict(self._open)
-        for thread, close in connections.items():
-            close()
-            thread.join()
+        self._threads.stop()
 
     def request_stop(self) -> None:
         """Let `join` end soon. Does not block, so that a signal handler may call it."""
@@ -140,85 +133,14 @@ class Server:
 
     def status(self) -> messages.Status:
         """What this ps holds and has done."""
-        return self._handler.status()
+        return self._host.handler.status()
 
     def __repr__(self) -> str:
         return f"<Server {self.task} at {self.target}: {self._store!r}>"
 
     def _accept(self) -> None:
         for connection in self._listener.connections():
-            thread = threading.Thread(
-                target=self._serve, args=(connection,), name=f"{self.task} serves", daemon=True
-            )
-            with self._lock:
-                self._forget_ended()
-                self._open[thread] = partial(_hang_up, connection)
-                thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        try:
-            with contextlib.closing(connection):
-                session = self._accept_session(connection)
-                if session is not None:
-                    with contextlib.closing(session):
-                        self._converse(session)
-        except UnavailableError as error:  # whoever is gone is gone, with or without an error: the roster judges it
-            logger.info("%s: %s", self.task, str(error))
-        except ParameterServerError as error:
-            logger.warning("%s: %s", self.task, str(error))  # as text: a kept record must not keep the session
-        except Exception:  # one connection's end must not be the end of another's
-            logger.exception("%s: a connection has failed", self.task)
-        finally:
-            with self._lock:  # the thread stays known, so that `stop` waits until it has let go of all memory
-                self._open[threading.current_thread()] = _nothing
-
-    def _forget_ended(self) -> None:
-        for thread in [thread for thread in self._open if not thread.is_alive()]:
-            del self._open[thread]
-
-    def _accept_session(self, connection: socket.socket) -> Session | None:
-        try:
-            session = accept(connection, self._me, self._listener.local_socket)
-        except UnavailableError as error:  # also a worker that goes on by the local socket instead
-            logger.debug("%s: %s", self.task, error)
-            return None
-        with self._lock:
-            self._open[threading.current_thread()] = session.close
-        return session
-
-    def _converse(self, session: Session) -> None:
-        if session.task == OBSERVER:
-            self._observe(session)
-            return
-        try:
-            self._store.check_alive()  # comes first: a run that has failed is over as well
-            self._roster.join(session.task)
-        except ParameterServerError as error:
-            session.receive()
-            session.reply(refused(error))
-            if isinstance(error, RunOverError):
-                self._roster.leave(session.task)  # it was expected, has heard the news, and need not be waited for
-            return
-        try:
-            while (request := session.receive()) is not None:
-                self._handler.handle(session, request)
-        except RemoteProtocolError as error:
-            with contextlib.suppress(UnavailableError):  # it may have gone away
-                session.reply(refused(error))
-            raise
-        finally:
-            self._roster.disconnect(session.task)
-
-    def _observe(self, session: Session) -> None:
-        """Tell somebody who takes no part in the run how it stands; nobody waits for them, and they change nothing."""
-        while (request := session.receive()) is not None:
-            if isinstance(request, messages.GetStatus):
-                self._handler.handle(session, request)
-            else:
-                what = f"{type(request).__name__} of {session.task}"
-                session.reply(
-                    messages.Refused("refused", f"{self.task} refused {what}: an observer may only ask for the status")
-                )
+            self._threads.add(Conversation(connection, self._host))
 
 
 def run_standard_server() -> None:
@@ -300,12 +222,3 @@ def _which_task(cluster: ClusterSpec, job_name: str | None, task_index: int | No
         raise ConfigError(f"{job_name}:{task_index} cannot serve: only ps tasks listen, all others connect to them")
     cluster.task_address(job_name, task_index)
     return TaskId(Role.PS, task_index)
-
-
-def _nothing() -> None:
-    """How to close what is closed."""
-
-
-def _hang_up(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it may be closed already
-        connection.shutdown(socket.SHUT_RDWR)

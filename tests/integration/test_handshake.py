@@ -75,7 +75,7 @@ class Ps:
 
     def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            session = accept(connection, self._me, self._local_socket)
+            session = accept(FrameSocket(connection, handshake.STRANGER), self._me, self._local_socket)
         except ParameterServerError as error:
             self.outcomes.put(error)
         else:
@@ -361,7 +361,7 @@ def test_a_ps_that_comes_up_late_is_reached(monkeypatch):
 
         def be_late():
             listening.accept()[0].close()
-            return accept(listening.accept()[0], PS, "")
+            return accept(FrameSocket(listening.accept()[0], handshake.STRANGER), PS, "")
 
         accepted = pool.submit(be_late)
         with join(f"127.0.0.1:{listening.getsockname()[1]}") as lane, contextlib.closing(accepted.result(TIMEOUT)):
@@ -384,7 +384,7 @@ STRANGERS = {
 def test_a_stranger_is_turned_away(data, words):
     with dialled_by_a_stranger(data) as (connection, peer):
         with pytest.raises(RemoteProtocolError, match=f"a peer that has not said who it is {words}"):
-            accept(connection, PS, "")
+            accept(FrameSocket(connection, handshake.STRANGER), PS, "")
         assert connection.fileno() < 0
         assert peer.recv(codec.PREAMBLE_BYTES) == codec.preamble()
 
@@ -394,7 +394,7 @@ def test_a_peer_that_says_nothing_more_is_not_waited_for(data, monkeypatch):
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 0.05)
     with dialled_by_a_stranger(data) as (connection, _):
         with pytest.raises(UnavailableError, match=r"neither sent nor took anything for 0\.05 s"):
-            accept(connection, PS, "")
+            accept(FrameSocket(connection, handshake.STRANGER), PS, "")
         assert connection.fileno() < 0
 
 

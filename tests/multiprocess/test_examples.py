@@ -47,6 +47,17 @@ def test_two_replicas_on_logical_devices() -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("lane", ["", "auto", "tcp"])
+def test_tables_learn_from_rows_alone(lane: str) -> None:
+    launch = ("-m", "paramserver", "launch", "--ps", "2", "--workers", "2", "--lane", lane) if lane else ()
+    lines = run(sys.executable, *launch, str(EXAMPLES / "tables.py"))
+    found = (re.search(r"test error (0\.\d+), of noise alone 0.250", line) for line in lines)
+    errors = [float(each[1]) for each in found if each]
+    assert len(errors) == (2 if lane else 1)
+    assert max(errors) < 0.4
+
+
+@pytest.mark.multiprocess
 def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path) -> None:
     last = run(sys.executable, str(EXAMPLES / "wide_and_deep.py"), "--model-dir", str(tmp_path), "--epochs", "5")[-1]
     found = re.fullmatch(r"test accuracy (0\.\d+); who knows the odds has (0\.\d+)", last)

@@ -125,3 +125,78 @@ def test_a_connection_between_hosts_sends_at_once_and_notices_a_dead_host():
             assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             user_timeout = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
             assert user_timeout == frames.DEAD_HOST_TIMEOUT * 1000
+
+
+# --- where waiting is announced
+
+
+def test_a_frame_is_gathered_until_it_is_whole_and_received_without_waiting(pair):
+    worker, ps = pair
+    waits = []
+    ps.before_wait = lambda: waits.append(1)
+    frame = codec.encode(Pull((1, 2)), 3) + b"abc"
+    assert not ps.gather()
+    for place in range(len(frame) - 1):
+        worker.send_raw(frame[place : place + 1])
+        assert not ps.gather()
+    worker.send_raw(frame[-1:])
+    assert ps.gather()
+    assert ps.receive() == Pull((1, 2))
+    assert ps.has_more
+    ps.receive_into(read := memoryview(bytearray(3)))
+    assert (bytes(read), ps.has_more, waits) == (b"abc", False, [])
+
+
+def test_a_frame_that_is_too_large_to_be_gathered_is_received_with_an_announcement(pair):
+    worker, ps = pair
+    waits = []
+    ps.before_wait = lambda: waits.append(1)
+    worker.send(Goodbye("x" * 2 * RECEIVE_BYTES))
+    assert ps.gather()
+    assert ps.receive() == Goodbye("x" * 2 * RECEIVE_BYTES)
+    assert waits
+
+
+def test_the_end_of_the_stream_is_gathered(pair):
+    worker, ps = pair
+    ps.before_wait = lambda: None
+    worker.send_raw(b"\0")
+    assert not ps.gather()
+    worker.close()
+    assert ps.gather()
+    with pytest.raises(UnavailableError, match="in the middle of a message"):
+        ps.receive()
+
+
+def test_a_send_that_would_wait_is_announced_and_loses_nothing(pair):
+    worker, ps = pair
+    arrived = bytearray()
+
+    def drain():
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                arrived.extend(worker_end.recv(1 << 20, socket.MSG_DONTWAIT))
+
+    def make_room():
+        ps.before_wait = None
+        drain()
+
+    worker_end, sent = worker._socket, bytearray()
+    ps.before_wait = make_room
+    while ps.before_wait:
+        payload = bytes([len(sent) % 251]) * 50_000
+        ps.send(Done(), [memoryview(payload)])
+        sent += codec.encode(Done(), len(payload)) + payload
+    drain()
+    assert arrived == sent
+
+
+def test_an_error_is_announced_before_the_descriptor_is_given_back(pair):
+    worker, ps = pair
+    descriptors = []
+    ps.before_wait = lambda: descriptors.append(ps._socket.fileno())
+    worker.close()
+    with pytest.raises(UnavailableError):
+        ps.send(Done())
+    assert descriptors[-1] >= 0
+    assert ps._socket.fileno() < 0

@@ -206,6 +206,17 @@ def test_n08_q09_saves_at_the_start_when_due_and_the_last_step_once(start, end, 
     assert session.saved == saved
 
 
+@pytest.mark.parametrize("start", [0, 2, 3])
+def test_n08_v22_the_last_checkpoint_holds_what_others_pushed_after_the_step_to_stop_at(start):
+    """An evaluator that sees a checkpoint of that step takes it for the last (V22)."""
+    hook, session = CheckpointSaverHook(save_steps=1), Session(start, ends_at=3)
+    hook.after_create_session(session)
+    see(hook, session, 3)
+    session.global_step = 4
+    hook.end(session)
+    assert [step for step in session.saved if step >= 3] == [4]
+
+
 def test_n08_saves_by_seconds():
     clock = Clock()
     hook = CheckpointSaverHook(save_secs=10, clock=clock)

@@ -13,20 +13,22 @@ Rules
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from paramserver.client import ParameterClient, PushResult
 from paramserver.distribute import device_copies
 from paramserver.distribute.bound_arena import BoundArena, CountedArena, PipelinedCountedArena, TrainedArena
+from paramserver.distribute.bound_table import BoundTable, by_table
 from paramserver.distribute.device_copies import DeviceCopies
 from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.step_times import StepClock, StepTimes
 from paramserver.distribute.variables import ArenaPlan, Kind
-from paramserver.transport.lane import WorkerMemory
+from paramserver.errors import ConfigError
+from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
 
 
@@ -40,6 +42,10 @@ class BoundModel:
         tensors: The replicas' parameters and buffers.
         reduction: How the replicas' gradients become one.
         client: Owned by the caller.
+        tables: The first values of tables, by name, unless others initialize.
+
+    Attributes:
+        tables: What is looked up by rows, by name.
     """
 
     is_pipelined = False
@@ -52,9 +58,11 @@ class BoundModel:
         tensors: ReplicaTensors,
         reduction: ReduceOp,
         client: ParameterClient,
+        tables: Mapping[str, torch.Tensor],
     ) -> None:
         self._client = client
         self._tensors = tensors
+        self._first_rows = dict(tables)
         groups = [(owner, group) for owner, each in enumerate(optimizers) for group in each.param_groups]
         is_mean, is_apart = reduction is ReduceOp.MEAN, self.is_pipelined
         self._copies = copies = device_copies.choose(memories, tensors.devices)
@@ -72,13 +80,32 @@ class BoundModel:
                     return BoundArena(plan, memory, tensors, copies, is_apart=is_apart)
 
         self._arenas = [
-            [bound(plan, memory) for plan in plans] for plans, memory in zip(arenas, memories, strict=True)
+            [bound(plan, memory) for plan in plans if plan.kind is not Kind.TABLE]
+            for plans, memory in zip(arenas, memories, strict=True)
+        ]
+        bound_tables = [
+            BoundTable(plans, memories, tensors, groups[plans[0].group][1], client, mean=is_mean)
+            for plans in by_table(plan for each in arenas for plan in each)
+        ]
+        self.tables = {table.name: table for table in bound_tables}
+        self._steps = [
+            _Step(self._arenas, bound_tables, owner, groups, copies) for owner in range(max(len(optimizers), 1))
         ]
         copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
-        self._steps = [_Step(self._arenas, owner, groups, copies) for owner in range(max(len(optimizers), 1))]
 
     def assign(self) -> None:
-        """Make the model's present values those of the ps tasks."""
+        """Make the model's present values those of the ps tasks.
+
+        Raises:
+            ConfigError: If it has none of a table any more.
+        """
+        for name, table in self.tables.items():
+            if name not in self._first_rows:
+                raise ConfigError(  # a ps was lost
+                    f"variable {name!r} is a table, of which workers hold no values: after the loss of a ps it "
+                    "can only be restored from a checkpoint; pass recover(initialize=...) that does"
+                )
+            table.assign(self._first_rows.pop(name))
         self._copies.finish()
         for arena in self._each():
             arena.offer_values()
@@ -87,6 +114,9 @@ class BoundModel:
 
     def bind(self) -> None:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
+        self._first_rows.clear()
+        for table in self.tables.values():
+            table.bind()
         for arena in self._each():
             arena.bind()  # before the values come, so that the model's own are gone by then
         self.refresh()
@@ -115,9 +145,9 @@ class BoundModel:
         """
         entered = self._clock.entered()
         step = self._steps[owner]
-        parts, pulled = step.request()
+        parts, pulled, rows = step.request()
         reducing = time.perf_counter() - entered
-        result = self._client.push_pull(parts, pulled, counts=owner == 0)
+        result = self._client.push_pull(parts, pulled, counts=owner == 0, rows=rows)
         step.pulled(pulled)
         self._clock.left(entered, reducing)
         return result
@@ -153,9 +183,9 @@ class PipelinedModel(BoundModel):
         computed_from = self._client.local_step
         before = self._arrive()
         step, arrived = self._steps[owner], time.perf_counter()
-        parts, pulled = step.request()
+        parts, pulled, rows = step.request()
         reducing = time.perf_counter() - arrived
-        self._client.begin_push_pull(parts, pulled, counts=owner == 0, computed_from=computed_from)
+        self._client.begin_push_pull(parts, pulled, counts=owner == 0, computed_from=computed_from, rows=rows)
         self._under_way = step, pulled
         self._clock.left(entered, reducing)
         return PushResult(self._client.global_step, before.staleness if before else 0)
@@ -181,28 +211,31 @@ class _Step:
 
     Attributes:
         arenas: What may be pushed.
+        tables: What may be pushed by rows.
         always_pulled: The indices of what is pulled also where nothing is pushed: others change it.
     """
 
     def __init__(
         self,
         arenas: Sequence[Sequence[BoundArena]],
+        tables: Sequence[BoundTable],
         owner: int,
         groups: Sequence[tuple[int, dict[str, object]]],
         copies: DeviceCopies,
     ) -> None:
-        def takes_part(plan: ArenaPlan) -> bool:
-            return (groups[plan.group][0] if plan.group >= 0 else 0) == owner
+        def takes_part(group: int) -> bool:
+            return (groups[group][0] if group >= 0 else 0) == owner
 
-        self.arenas = [[arena for arena in each if takes_part(arena.plan)] for each in arenas]
+        self.arenas = [[arena for arena in each if takes_part(arena.plan.group)] for each in arenas]
+        self.tables = [table for table in tables if takes_part(table.group)]
         self.always_pulled = [
             {arena.plan.index for arena in each if arena.plan.kind in (Kind.TRAINED, Kind.COUNTED)}
             for each in self.arenas
         ]
         self._copies = copies
 
-    def request(self) -> tuple[list[list[Part]], list[list[int]]]:
-        """What to push and what to pull, for each ps."""
+    def request(self) -> tuple[list[list[Part]], list[list[int]], list[list[TableRows]] | None]:
+        """What to push, what to pull, and the rows of tables to push, for each ps."""
         for arenas in self.arenas:
             for arena in arenas:
                 arena.gather()
@@ -212,7 +245,14 @@ class _Step:
             sorted({*always, *(part.arena for part in ps_parts)})
             for always, ps_parts in zip(self.always_pulled, parts, strict=True)
         ]
-        return parts, pulled
+        if not self.tables:
+            return parts, pulled, None
+        rows: list[list[TableRows]] = [[] for _ in parts]
+        for table in self.tables:
+            for ps, part, each in table.parts():
+                parts[ps].append(part)
+                rows[ps].append(each)
+        return parts, pulled, rows
 
     def pulled(self, indices: Sequence[Sequence[int]]) -> None:
         """The values of these arenas have come."""

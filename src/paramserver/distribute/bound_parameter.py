@@ -188,6 +188,6 @@ def _lander(spec: VariableSpec, view: torch.Tensor) -> Callable[[torch.Tensor], 
 def _check_dense(spec: VariableSpec, gradient: torch.Tensor) -> None:
     if gradient.layout is not torch.strided:
         raise NotImplementedError(
-            f"variable {spec.name!r} got a sparse gradient, which cannot be pushed to a ps; "
-            "use nn.Embedding(..., sparse=False)"
+            f"variable {spec.name!r} got a sparse gradient, and it is no table: not only nn.Embedding(sparse=True) and "
+            "nn.EmbeddingBag(sparse=True) use it; make them sparse=False"
         )

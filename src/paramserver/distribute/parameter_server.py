@@ -30,6 +30,7 @@ from paramserver.cluster import (
 )
 from paramserver.distribute import connection, variables
 from paramserver.distribute.bound_model import BoundModel, PipelinedModel
+from paramserver.distribute.bound_table import take_tables
 from paramserver.distribute.devices import Device, DeviceChoice
 from paramserver.distribute.direct_gradients import make_direct
 from paramserver.distribute.input.context import InputContext
@@ -265,19 +266,22 @@ class ParameterServerStrategy(Strategy):
         for optimizer in optimizers:
             check_fresh(optimizer)
         limit = self._timeout if timeout is None else timeout
-        arenas = variables.plan(
-            variables.collect(model, optimizers), optimizers, self._place, self.num_ps, self.row_ranges
-        )
+        collected = variables.collect(model, optimizers)
+        arenas = variables.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
         self._has_prepared = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
-        tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
+        lookups = take_tables(model, collected, optimizers)
+        tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
+        first_rows = {name: lookup.values for name, lookup in lookups.items()}
         kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
-        bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client)
+        bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client, first_rows)
         if not is_ready:
             client.mark_ready(initialize(client, bound))
         bound.bind()
+        for name, lookup in lookups.items():
+            lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
         self._models.add(bound)
         self._separate_random_streams()

@@ -3,7 +3,8 @@
 Rules
     * Every parameter and every persistent buffer of the model is a variable, named as in ``state_dict()``. Of names
       that share one tensor (tied weights), the first is the variable's.
-    * A parameter that an optimizer holds is updated by its rule; all others are kept but never updated.
+    * A parameter that an optimizer holds is updated by its rule; all others are kept but never updated. One that only
+      sparse embeddings use is a table, which `embeddings` tells about.
     * A floating point or integer buffer (BatchNorm's running statistics, counters) is updated by adding what each
       worker changed it by: for one worker that is its own value (but for the rounding of the sum), for several the
       sum of their moves, as in the original. A move that is no number, such as one away from infinity, cannot be
@@ -22,10 +23,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramserver.arena import ArenaLayout, Range, VariableSpec, dtype_name
+from paramserver.distribute.embeddings import tables_of
 from paramserver.errors import ConfigError
 from paramserver.partition import part_specs
 from paramserver.placement import Place
-from paramserver.rules import Rule, describe
+from paramserver.rules import Rule, describe, describe_row_rule
 
 RowRanges = Callable[[VariableSpec], Sequence[Range]]
 """The ranges of rows that a variable is divided into; none or one for a variable that stays whole."""
@@ -37,6 +39,8 @@ class Kind(enum.Enum):
     TRAINED = "trained"
     FROZEN = "frozen"
     """Held by an optimizer, but without ``requires_grad`` at the start; may be trained later."""
+    TABLE = "table"
+    """Trained by rows; workers hold no values of it."""
     COUNTED = "counted"
     """A buffer, changed by adding."""
     CONSTANT = "constant"
@@ -105,10 +109,10 @@ def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> li
         ConfigError: If an optimizer holds a parameter that is not the model's or another one's, or a tensor cannot live
             on a ps.
     """
-    groups = _groups(optimizers)
+    groups, tables = _groups(optimizers), tables_of(model)
     variables: dict[int, Variable] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        kind, group = _change(parameter, groups)
+        kind, group = _change(parameter, groups, is_table=id(parameter) in tables)
         variables.setdefault(id(parameter), Variable(_spec(name, parameter), parameter, kind, group))
     for name, buffer, module in persistent_buffers(model):
         kind = Kind.CONSTANT if buffer.dtype is torch.bool else Kind.COUNTED
@@ -158,14 +162,15 @@ def plan(
         num_ps: How many ps tasks there are.
         row_ranges: The parts of a parameter that an optimizer holds; none for one that stays whole.
     """
-    rules = [describe(optimizer, group) for optimizer in optimizers for group in range(len(optimizer.param_groups))]
-    together: list[dict[tuple[str, int, Kind], list[Member]]] = [{} for _ in range(num_ps)]
+    groups = [(optimizer, group) for optimizer in optimizers for group in range(len(optimizer.param_groups))]
+    together: list[dict[tuple[str, int, Kind, str], list[Member]]] = [{} for _ in range(num_ps)]
     for variable in variables:
-        key = (variable.spec.dtype, variable.group, variable.kind)
         for member in _members(variable, row_ranges):
+            table = member.spec.name if variable.kind is Kind.TABLE else ""
+            key = (variable.spec.dtype, variable.group, variable.kind, table)
             together[place(member.spec)].setdefault(key, []).append(member)
     return [
-        [_arena(members, rules, ps, index) for index, members in enumerate(arenas.values())]
+        [_arena(members, groups, ps, index) for index, members in enumerate(arenas.values())]
         for ps, arenas in enumerate(together)
     ]
 
@@ -178,11 +183,24 @@ def _members(variable: Variable, row_ranges: RowRanges) -> list[Member]:
     return [Member(variable, spec, rows) for spec, rows in zip(specs, ranges, strict=True)]
 
 
-def _arena(members: list[Member], rules: list[Rule], ps: int, index: int) -> ArenaPlan:
-    first = members[0]
-    rule = rules[first.variable.group] if first.variable.group >= 0 else None
-    layout = ArenaLayout(first.spec.dtype, rule, tuple(member.spec for member in members))
+def _arena(
+    members: list[Member], groups: Sequence[tuple[torch.optim.Optimizer, int]], ps: int, index: int
+) -> ArenaPlan:
+    variable, spec = members[0].variable, members[0].spec
+    is_table = variable.kind is Kind.TABLE
+    layout = ArenaLayout(
+        spec.dtype, _rule(variable, groups), tuple(member.spec for member in members), is_table=is_table
+    )
     return ArenaPlan(layout, tuple(members), ps, index)
+
+
+def _rule(variable: Variable, groups: Sequence[tuple[torch.optim.Optimizer, int]]) -> Rule | None:
+    if variable.group < 0:
+        return None
+    optimizer, group = groups[variable.group]
+    if variable.kind is Kind.TABLE:
+        return describe_row_rule(optimizer, group, variable.spec.name)
+    return describe(optimizer, group)
 
 
 def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, int]:
@@ -198,10 +216,12 @@ def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, int]:
     return found
 
 
-def _change(parameter: torch.Tensor, groups: dict[int, int]) -> tuple[Kind, int]:
+def _change(parameter: torch.Tensor, groups: dict[int, int], *, is_table: bool) -> tuple[Kind, int]:
     """How a parameter changes, and its optimizer group."""
     if id(parameter) not in groups or not parameter.is_floating_point():
         return Kind.CONSTANT, -1  # nobody trains it, or autograd cannot
+    if is_table and parameter.requires_grad and parameter.numel():
+        return Kind.TABLE, groups[id(parameter)]
     return Kind.TRAINED if parameter.requires_grad else Kind.FROZEN, groups[id(parameter)]
 
 

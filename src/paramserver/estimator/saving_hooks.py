@@ -113,6 +113,9 @@ class CheckpointSaverListener:
 class CheckpointSaverHook(TrainingHook):
     """Saves when the session starts, every so many global steps or seconds, and at the end.
 
+    From the step to stop at on only the end saves: workers may still be in their last steps, and what an evaluator
+    takes for the last checkpoint should hold these.
+
     Args:
         save_secs: Seconds between two checkpoints; exactly one of the two is given.
         save_steps: Global steps between two checkpoints.
@@ -151,11 +154,12 @@ class CheckpointSaverHook(TrainingHook):
 
     def after_create_session(self, session: TrainingSession) -> None:
         """Saves what training starts from; a stop that a listener asks for here follows the first step."""
-        self._save(session)
+        if not session.should_stop():
+            self._save(session)
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
         """Saves when due, and stops if a listener wants it."""
-        if self._timer.should_trigger_for_step(values.global_step):
+        if self._timer.should_trigger_for_step(values.global_step) and not context.session.should_stop():
             self._save(context.session)
         if self._stop:
             context.request_stop()

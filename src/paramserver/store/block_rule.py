@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
-from paramserver.errors import ConfigError
-from paramserver.rules import RULES, Rule, Setting, rule_class, setting_names
+from paramserver.rules import Rule, Setting, rule_class, setting_names
+from paramserver.store.optimizers import build
 
 
 class _Run(NamedTuple):
@@ -65,7 +64,7 @@ class BlockRule:
         self._settings = dict(rule.settings)
         self._runs = [self._run(0, len(values))]
         self._starts = [0]
-        self._optimizer = _build(self._class, rule.settings, self._runs[0].parameter)
+        self._optimizer = build(self._class, rule.settings, self._runs[0].parameter)
         # The decorated step spends 8 to 10 us on profiler ranges, hooks and the autograd mode: as much as SGD
         # takes to update 100,000 elements. Nothing of it means anything here.
         self._step = inspect.unwrap(self._class.step)
@@ -234,45 +233,10 @@ class BlockRule:
         parameter = nn.Parameter(torch.zeros_like(self._values[:1]), requires_grad=False)
         parameter.grad = torch.zeros_like(parameter)
         group = self._optimizer.param_groups[0]
-        optimizer = _build(self._class, {name: group[name] for name in self._names}, parameter)
+        optimizer = build(self._class, {name: group[name] for name in self._names}, parameter)
         with torch.no_grad():
             self._step(optimizer)
         return dict(optimizer.state.get(parameter, {}))
-
-
-def _build(
-    optimizer: type[optim.Optimizer], settings: Mapping[str, Setting], parameter: nn.Parameter
-) -> optim.Optimizer:
-    """An optimizer over one flat parameter, with the fastest exact way to compute that there is."""
-    options: dict[str, bool] = {"foreach": False}
-    if parameter.dtype in (torch.float32, torch.float64) and _fused_pays(optimizer, settings):
-        options["fused"] = True
-    try:
-        return _light(optimizer.__name__)([parameter], **settings, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"torch.optim.{optimizer.__name__} refuses {dict(settings)}: {error}") from error
-
-
-def _fused_pays(optimizer: type[optim.Optimizer], settings: Mapping[str, Setting]) -> bool:
-    """Whether torch has a fused CPU kernel for this and it is faster than the passes it replaces.
-
-    It is 2 to 10 times faster where there are several passes; plain SGD is one pass already and loses by it.
-    """
-    if optimizer is optim.SGD:
-        return bool(settings.get("momentum") or settings.get("weight_decay"))
-    return optimizer in (optim.Adam, optim.AdamW, optim.Adagrad)
-
-
-@functools.cache
-def _light(name: str) -> Callable[..., optim.Optimizer]:
-    """The class of a rule, without the guard around `add_param_group`.
-
-    The guard keeps torch.compile away and, for that, imports the whole compiler when the first optimizer is
-    made: a second and 70 MB that a ps has no use for.
-    """
-    optimizer = RULES[name]
-    unguarded = {"add_param_group": inspect.unwrap(optimizer.add_param_group)}
-    return type(optimizer.__name__, (optimizer,), unguarded)
 
 
 def _check_slots(

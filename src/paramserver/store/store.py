@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from paramserver.arena import DTYPES, ArenaLayout, Range, StoreMemory, VariableSpec, num_blocks
 from paramserver.errors import ModelMismatchError, RefusedError
 from paramserver.store.stored_arena import StoredArena
+from paramserver.store.stored_table import StoredTable
 
 Allocate = Callable[[Sequence[ArenaLayout]], StoreMemory]
 
@@ -75,7 +77,7 @@ class Store:
             if self.memory is None:
                 _check(self.task, layouts)
                 memory = self._allocate(layouts)
-                self.arenas = list(map(StoredArena, layouts, memory.values, memory.versions))
+                self.arenas = list(map(_stored, layouts, memory.values, memory.versions))
                 self.memory = memory  # last: until here it may fail, and the store be empty still
             return self.compare(layouts)
 
@@ -274,6 +276,10 @@ class Store:
         )
 
 
+def _stored(layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> StoredArena:
+    return (StoredTable if layout.is_table else StoredArena)(layout, values, versions)
+
+
 def _check(task: str, layouts: Sequence[ArenaLayout]) -> None:
     seen: set[str] = set()
     for layout in layouts:
@@ -292,6 +298,8 @@ def _faults(layout: ArenaLayout, variable: VariableSpec, seen: set[str]) -> Iter
         yield f"its shape is {list(variable.shape)}; expected no negative dimension"
     if variable.name in seen:
         yield "it is declared twice"
+    if layout.is_table and (layout.rule is None or len(layout.variables) != 1 or len(variable.shape) != 2):
+        yield f"it is declared as a table of {len(layout.variables)} variables, of shape {list(variable.shape)}"
     if layout.rule and not layout.torch_dtype.is_floating_point:
         yield f"its dtype is {variable.dtype}, which {layout.rule.name} cannot update; expected a floating dtype"
 
@@ -320,10 +328,16 @@ def _compare(task: str, held: Sequence[ArenaLayout], declared: Sequence[ArenaLay
 
 def _by_name(layouts: Sequence[ArenaLayout]) -> dict[str, tuple[VariableSpec, str]]:
     return {
-        variable.name: (variable, layout.rule.name if layout.rule else "no optimizer")
+        variable.name: (variable, _rule_shown(layout))
         for layout in layouts
         for variable in layout.variables
     }
+
+
+def _rule_shown(layout: ArenaLayout) -> str:
+    if layout.rule is None:
+        return "no optimizer"
+    return f"{layout.rule.name} by rows" if layout.is_table else layout.rule.name
 
 
 def _places(layouts: Sequence[ArenaLayout]) -> list[tuple[int, str]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from paramserver.arena import BLOCK, ArenaLayout, Range, num_blocks, pieces
-from paramserver.rules import RULES, Setting, setting_names
+from paramserver.rules import Setting, rule_class, setting_names
 from paramserver.store.block_rule import BlockRule
 
 Operation = Literal["rule", "assign", "add"]
@@ -78,6 +78,16 @@ class BlockCopy:
         return memory[first : first + count]
 
 
+class BlockSlots(Protocol):
+    """The slots of one block."""
+
+    def slots(self) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+        """See `BlockRule.slots`."""
+
+    def load(self, start: int, stop: int, state: Mapping[str, torch.Tensor]) -> None:
+        """See `BlockRule.load`."""
+
+
 class StoredArena:
     """Values, slots and versions of one arena.
 
@@ -94,14 +104,19 @@ class StoredArena:
         self.layout = layout
         self.values = values
         self._versions = versions
-        count = num_blocks(layout.size)
+        self._setting_names = frozenset(setting_names(rule_class(layout.rule)) if layout.rule else ())
+        self._locks: Sequence[contextlib.AbstractContextManager[object]] = ()
+        self._rules: Sequence[BlockRule] = ()
+        self._slots: Sequence[BlockSlots] = ()
+        self._divide(num_blocks(layout.size))
+
+    def _divide(self, count: int) -> None:
+        """Make the locks and the rules of all blocks."""
         self._locks = [threading.Lock() for _ in range(count)]
-        self._rules = (
-            [BlockRule(layout.rule, values[block * BLOCK : (block + 1) * BLOCK]) for block in range(count)]
-            if layout.rule
-            else []
-        )
-        self._setting_names = frozenset(setting_names(RULES[layout.rule.name]) if layout.rule else ())
+        if rule := self.layout.rule:
+            values = [self.values[block * BLOCK : (block + 1) * BLOCK] for block in range(count)]
+            self._rules = [BlockRule(rule, each) for each in values]
+            self._slots = self._rules
 
     def check(
         self, operation: Operation, ranges: Sequence[Range] | None, settings: Collection[str] | None
@@ -114,9 +129,7 @@ class StoredArena:
         if operation == "rule":
             if self.layout.rule is None:
                 raise ValueError("no update rule was declared for it")
-            if settings and not self._setting_names.issuperset(settings):
-                unknown = min(set(settings) - self._setting_names)
-                raise ValueError(f"update rule {self.layout.rule.name} has no setting {unknown!r}")
+            self._check_settings(settings or ())
         for start, stop in ranges or ():
             if not 0 <= start < stop <= self.layout.size:
                 raise ValueError(f"[{start}, {stop}) is no range of its {self.layout.size} elements")
@@ -143,6 +156,11 @@ class StoredArena:
                     self.values[start:stop].add_(source)
             finally:
                 self._versions[block] += 1
+
+    def _check_settings(self, settings: Collection[str]) -> None:
+        if settings and not self._setting_names.issuperset(settings):
+            rule = self.layout.rule.name if self.layout.rule else "none"
+            raise ValueError(f"update rule {rule} has no setting {min(set(settings) - self._setting_names)!r}")
 
     def check_piece(self, piece: Range) -> None:
         """Raises ValueError unless these are elements of one block."""
@@ -184,7 +202,7 @@ class StoredArena:
 
     def slot_kinds(self) -> Iterator[tuple[int, int, dict[str, SlotKind]]]:
         """The slots that there are now, as runs ``(start, stop, kinds)``, in order. A slot never goes away again."""
-        for block, rule in enumerate(self._rules):
+        for block, rule in enumerate(self._slots):
             with self._locks[block]:
                 runs = [
                     (start, stop, {name: SlotKind.of(slot) for name, slot in state.items()})
@@ -197,7 +215,7 @@ class StoredArena:
         """Copy values and slots of a block as they are at one moment. Whoever pushes to it waits for that."""
         start, stop = self.layout.pieces[block]
         with self._locks[block]:
-            copy.take(self.values[start:stop], start, self._rules[block].slots() if self._rules else ())
+            copy.take(self.values[start:stop], start, self._slots[block].slots() if self._slots else ())
 
     @contextlib.contextmanager
     def filling(self, span: Range) -> Iterator[torch.Tensor]:
@@ -209,7 +227,7 @@ class StoredArena:
         values, blocks = self.values[start:stop], slice(start // BLOCK, num_blocks(stop))
         room = values if values.is_cpu else torch.empty_like(values, device="cpu")
         with contextlib.ExitStack() as locked:
-            for lock in self._locks[blocks]:
+            for lock in dict.fromkeys(self._locks[blocks]):  # blocks of a table share one
                 locked.enter_context(lock)
             self._versions[blocks] += 1
             try:
@@ -225,7 +243,7 @@ class StoredArena:
         Raises:
             ValueError: If they are not the slots of this arena's rule.
         """
-        if not self._rules:
+        if not self._slots:
             raise ValueError("no optimizer of this model updates it")
         # With the gap behind it, or else gaps without slots would keep neighbours apart for ever; see `join_runs`.
         end = self.layout.gap_end(span[1])
@@ -238,7 +256,7 @@ class StoredArena:
                 for name, slot in state.items()
             }
             with self._locks[block]:
-                self._rules[block].load(start - block * BLOCK, stop - block * BLOCK, part)
+                self._slots[block].load(start - block * BLOCK, stop - block * BLOCK, part)
 
     def join_runs(self) -> None:
         """After the slots of all variables were put back: serve those that are alike by one update again."""

@@ -38,11 +38,16 @@ class FrameSocket:
 
     Attributes:
         max_message_bytes: The largest message that is received; larger payloads are fine.
+        before_wait: Called, if it is not None, before anything that may wait for the peer but `gather`, and before the
+            descriptor is given back after an error.
+        is_local: Whether the peer is on this host, at a Unix socket.
     """
 
     def __init__(self, connection: socket.socket, task: str) -> None:
         self.task = task
         self.max_message_bytes = codec.MAX_MESSAGE_BYTES
+        self.before_wait: Callable[[], None] | None = None
+        self.is_local = connection.family == socket.AF_UNIX
         self._socket = connection
         self._timeout = 0.0
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
@@ -52,7 +57,7 @@ class FrameSocket:
         # only after the call that it woke has returned.
         self._in_use = threading.RLock()
         connection.settimeout(None)
-        if connection.family != socket.AF_UNIX:
+        if not self.is_local:
             _tune(connection)
 
     def set_timeout(self, seconds: float) -> None:
@@ -72,15 +77,39 @@ class FrameSocket:
             header = codec.encode(message, sum(view.nbytes for view in payload))
             self._send_vectors([memoryview(header), *payload])
         else:
-            self._call(self._socket.sendall, codec.encode(message))
+            self.send_raw(codec.encode(message))
 
     def send_raw(self, view: memoryview | bytes) -> None:
         """Bytes of a payload that was announced by `announce`, or bytes outside of any frame."""
-        self._call(self._socket.sendall, view)
+        if self.before_wait is None:
+            self._call(self._socket.sendall, view)
+        else:
+            self._send_vectors([memoryview(view)])
 
     def announce(self, message: Message, payload_bytes: int, first: memoryview = NOTHING) -> None:
         """The head of a frame and the first bytes of its payload, whose rest follows in several `send_raw`."""
         self._send_vectors([memoryview(codec.encode(message, payload_bytes)), first])
+
+    def gather(self) -> bool:
+        """Receive what is there, without waiting for more; whether `receive` can go on.
+
+        It can with a whole frame, payload and all, with one that is too large to be gathered, and with the end of the
+        stream. Called between two messages; nothing may be left of the last one's payload.
+        """
+        self._make_room()
+        received = self._call(self._try, self._socket.recv_into, self._buffer[self._end :], 0)
+        if not received:
+            return received is not None
+        self._end += received
+        gathered = self._end
+        if gathered < codec.HEADER_BYTES:
+            return False
+        return gathered >= min(codec.frame_bytes(self._buffer), RECEIVE_BYTES)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something came, or was announced, beyond the last message."""
+        return self._end > self._start or self._payload_left > 0
 
     def receive(self) -> AnyMessage | None:
         """The next message; None at the end of the stream, or once `close` was called.
@@ -130,6 +159,7 @@ class FrameSocket:
 
     def send_descriptor(self, descriptor: int) -> None:
         """Pass an open file to the peer, beside one byte outside of any frame. Unix sockets only."""
+        self._may_wait()
         self._call(socket.send_fds, self._socket, [b"\0"], [descriptor])
 
     def receive_descriptor(self) -> int:
@@ -138,6 +168,7 @@ class FrameSocket:
         Raises:
             RemoteProtocolError: If the peer sent something else.
         """
+        self._may_wait()
         data, descriptors, _, _ = self._call(socket.recv_fds, self._socket, 1, 1)
         self._check_open(len(data))
         if not descriptors:
@@ -161,11 +192,19 @@ class FrameSocket:
 
     def _send_vectors(self, views: list[memoryview]) -> None:
         while views:
-            sent = self._call(self._socket.sendmsg, views[:MAX_VECTORS])
+            sent = self._send_some(views[:MAX_VECTORS])
             while views and sent >= views[0].nbytes:
                 sent -= views.pop(0).nbytes
             if sent:
                 views[0] = views[0][sent:]
+
+    def _send_some(self, views: list[memoryview]) -> int:
+        if self.before_wait:
+            sent = self._call(self._try, self._socket.sendmsg, views, ())
+            if sent is not None:
+                return sent
+            self._may_wait()
+        return self._call(self._socket.sendmsg, views)
 
     def _body(self, count: int) -> memoryview | bytearray:
         if count > RECEIVE_BYTES:
@@ -178,11 +217,9 @@ class FrameSocket:
 
     def _fill(self, count: int, *, at_start: bool) -> bool:
         """Have ``count`` bytes in the buffer; False if the stream ends before the first of them."""
-        kept = self._end - self._start
-        if kept >= count:
+        if self._end - self._start >= count:
             return True
-        self._buffer[:kept] = self._buffer[self._start : self._end]
-        self._start, self._end = 0, kept
+        self._make_room()
         while self._end < count:
             received = self._receive(self._buffer[self._end :])
             if not received and at_start and not self._end:
@@ -190,6 +227,11 @@ class FrameSocket:
             self._check_open(received)
             self._end += received
         return True
+
+    def _make_room(self) -> None:
+        kept = self._end - self._start
+        self._buffer[:kept] = self._buffer[self._start : self._end]
+        self._start, self._end = 0, kept
 
     def _read_into(self, view: memoryview) -> None:
         ready = min(self._end - self._start, view.nbytes)
@@ -202,8 +244,13 @@ class FrameSocket:
 
     def _receive(self, view: memoryview, flags: int = 0) -> int:
         """How many bytes came; 0 at the end of the stream, also when it was ended by `close`."""
+        self._may_wait()
         with self._in_use:
             return 0 if self._is_closed else self._call(self._socket.recv_into, view, 0, flags)
+
+    def _may_wait(self) -> None:
+        if self.before_wait:
+            self.before_wait()
 
     def _check_open(self, received: int) -> None:
         if not received:
@@ -216,8 +263,17 @@ class FrameSocket:
                 return operation(*args, **kwargs)
             except OSError as error:
                 lost = self._lost(error)
+                self._may_wait()
                 self.close()
                 raise lost from error
+
+    @staticmethod
+    def _try(operation: Callable[..., int], *args: object) -> int | None:
+        """A system call that takes flags last; None where it would have to wait."""
+        try:
+            return operation(*args, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
 
     def _lost(self, error: OSError) -> UnavailableError:
         if self._is_closed:

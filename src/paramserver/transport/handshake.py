@@ -35,6 +35,7 @@ REQUEST_TIMEOUT = 600.0
 """Seconds after which a ps that does not answer a request counts as lost. The longest are to write or read a shard."""
 OBSERVER = "observer:0"
 """Who takes no part in a run and asks how it stands. Any number of processes may say so at once."""
+STRANGER = "a peer that has not said who it is"
 RETRY_INTERVAL = 0.1
 SHORTEST_WAIT = 0.01
 _NONCE_BYTES = 16
@@ -168,11 +169,11 @@ def _introduce(frames: FrameSocket, challenge: Challenge, me: Identity) -> Frame
 # --- the ps's side ---------------------------------------------------------------------------------------------
 
 
-def accept(connection: socket.socket, me: Identity, local_socket: str) -> Session:
+def accept(frames: FrameSocket, me: Identity, local_socket: str) -> Session:
     """Make sure of whoever connected. Blocks for at most `HANDSHAKE_TIMEOUT` for each message.
 
     Args:
-        connection: A connection that was just accepted; closed if it comes to nothing.
+        frames: A connection to a `STRANGER`, just accepted; closed if it comes to nothing.
         me: This ps.
         local_socket: The abstract name under which it also listens, "" if it does not.
 
@@ -182,15 +183,13 @@ def accept(connection: socket.socket, me: Identity, local_socket: str) -> Sessio
         RemoteProtocolError: If it is no task, or of another version.
         UnavailableError: If it goes away or says nothing.
     """
-    is_local = connection.family == socket.AF_UNIX
-    frames = FrameSocket(connection, "a peer that has not said who it is")
     try:
         hello = _examine(frames, me, local_socket)
     except BaseException:
         frames.close()
         raise
     frames.task = hello.task
-    session = SharedMemorySession if is_local else TcpSession
+    session = SharedMemorySession if frames.is_local else TcpSession
     return session(frames, hello.incarnation)
 
 

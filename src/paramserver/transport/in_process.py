@@ -8,8 +8,8 @@ import torch
 
 from paramserver.arena import ArenaLayout, StoreMemory
 from paramserver.errors import LocalProtocolError
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
-from paramserver.wire.messages import Reply, Request
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
+from paramserver.wire.messages import Refused, Reply, Request
 
 
 class InProcessSession(Session):
@@ -21,6 +21,7 @@ class InProcessSession(Session):
         self.memory = StoreMemory([], [])
         self.gradients: list[torch.Tensor] = []
         self.answer: Reply | None = None
+        self.rows: list[memoryview] = []
 
     def receive(self) -> Request | None:
         raise LocalProtocolError("a session inside one process is handed its requests, it does not wait for them")
@@ -31,8 +32,21 @@ class InProcessSession(Session):
     def gradient(self, piece: Piece) -> torch.Tensor:
         return self.gradients[piece.arena][piece.start : piece.stop]
 
-    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
+    def take_rows(self, out: memoryview) -> None:
+        if not self.rows or self.rows[0].nbytes != out.nbytes:
+            held = self.rows[0].nbytes if self.rows else 0
+            raise LocalProtocolError(f"{self.task} asked for {out.nbytes} bytes of rows, and was given {held}")
+        out[:] = self.rows.pop(0)
+
+    def reply(
+        self,
+        reply: Reply,
+        pieces: Sequence[Piece] = (),
+        read: ReadPiece | None = None,
+        rows: memoryview | None = None,
+    ) -> None:
         self.answer = reply
+        self.rows = [] if rows is None else [rows]
 
     def close(self) -> None:
         self.gradients = []
@@ -55,17 +69,29 @@ class InProcessLane(Lane):
         self._handle = handle
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
-        self._session.gradients = list(map(torch.zeros_like, self._session.memory.values))
+        self._session.gradients = [
+            torch.zeros(layout.on_worker.size, dtype=values.dtype, device=values.device)
+            for layout, values in zip(layouts, self._session.memory.values, strict=True)
+        ]
         return WorkerMemory(self._session.memory.values, self._session.gradients, direct=True)
 
-    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
+    def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
+        self._session.rows = list(rows)
         self._handle(self._session, request)
 
-    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
+    def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
         reply, self._session.answer = self._session.answer, None
         if reply is None:
             raise LocalProtocolError(f"{self.task} has no request to answer")
+        if not isinstance(reply, Refused):
+            for out in rows:
+                self._session.take_rows(out)
         return reply
+
+    def copy_rows(self, arena: int, rows: TableRows) -> bool:
+        table = self._session.memory.values[arena].view(-1, rows.values.shape[1])
+        rows.values.copy_(table.index_select(0, torch.from_numpy(rows.ids).to(table.device)))
+        return True
 
     def close(self) -> None:
         self._session.close()

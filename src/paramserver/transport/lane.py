@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from paramserver.arena import ArenaLayout, HasFileno, StoreMemory
+from paramserver.arena import ArenaLayout, HasFileno, StoreMemory, tensor_bytes
 from paramserver.wire.messages import Reply, Request
 
 
@@ -23,6 +25,23 @@ class Piece(NamedTuple):
     arena: int
     start: int
     stop: int
+
+
+class TableRows(NamedTuple):
+    """Rows of a table: ``ids [rows]``, ascending, none twice, and ``values [rows, width]``, contiguous on the CPU."""
+
+    ids: npt.NDArray[np.int64]
+    values: torch.Tensor
+
+    @property
+    def id_bytes(self) -> memoryview:
+        """What travels of the ids."""
+        return np.ascontiguousarray(self.ids).view(np.uint8).data
+
+    @property
+    def value_bytes(self) -> memoryview:
+        """The memory of the values."""
+        return tensor_bytes(self.values)
 
 
 @dataclass(frozen=True)
@@ -69,25 +88,42 @@ class Lane(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
-        """Send a request with these pieces of the gradient memory as its payload. Blocks until it is handed over.
+    def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
+        """Send a request with a payload. Blocks until it is handed over.
 
-        The gradient memory belongs to the lane until `finish` returns.
+        Args:
+            request: The message.
+            outgoing: Pieces of the gradient memory, which belongs to the lane until `finish` returns.
+            rows: Of tables: their ids and values, from wherever they lie. They come first.
 
         Raises:
             UnavailableError: If the connection is lost.
         """
 
     @abc.abstractmethod
-    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
-        """Wait for the reply and bring these pieces of the value memory up to date, unless it is a refusal.
+    def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
+        """Wait for the reply and take what belongs to it, unless it is a refusal.
 
-        Values are whole block by block: what is read of one block is of one version.
+        Args:
+            incoming: Pieces of the value memory, to be brought up to date. They are whole block by block: what is
+                read of one block is of one version.
+            rows: Where the rows of tables go that were asked for; they come first, and each is of one version.
 
         Raises:
             UnavailableError: If the connection is lost, or nothing comes for the lane's time limit.
             RemoteProtocolError: If the peer sends what does not belong here.
         """
+
+    def copy_rows(self, arena: int, rows: TableRows) -> bool:
+        """Copy rows of a table without asking the ps; whether it did.
+
+        It does not where this end does not see the memory of the ps, or others keep writing to these rows.
+
+        Args:
+            arena: The table.
+            rows: Their ids, in its range, and where they go; each row that is copied is of one version.
+        """
+        return False
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -133,13 +169,29 @@ class Session(abc.ABC):
         """
 
     @abc.abstractmethod
-    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
+    def take_rows(self, out: memoryview) -> None:
+        """Fill ``out`` with the next bytes of what the current request's payload holds of tables. Blocks.
+
+        Raises:
+            UnavailableError: If the connection is lost.
+            RemoteProtocolError: If the payload holds less than is asked for.
+        """
+
+    @abc.abstractmethod
+    def reply(
+        self,
+        reply: Reply,
+        pieces: Sequence[Piece] = (),
+        read: ReadPiece | None = None,
+        rows: memoryview | None = None,
+    ) -> None:
         """Answer the current request; what is left of its payload is dropped.
 
         Args:
             reply: The message.
             pieces: What the payload holds.
             read: Copies a piece, whole, into a tensor of its size; not called where the worker reads for itself.
+            rows: The rows that were asked for.
 
         Raises:
             UnavailableError: If the connection is lost.

@@ -125,12 +125,12 @@ def _mapped_bytes(nbytes: int) -> int:
 
 def gradient_bytes(layouts: Sequence[ArenaLayout]) -> int:
     """How large the file of a worker's gradients is."""
-    return _place(layouts, start=0)[1]
+    return _place([layout.on_worker for layout in layouts], start=0)[1]
 
 
 def gradient_tensors(layouts: Sequence[ArenaLayout], data: torch.Tensor) -> list[torch.Tensor]:
     """A flat tensor for each arena, in a file of `gradient_bytes`."""
-    return _carve(layouts, data, start=0)
+    return _carve([layout.on_worker for layout in layouts], data, start=0)
 
 
 def store_bytes(layouts: Sequence[ArenaLayout]) -> int:

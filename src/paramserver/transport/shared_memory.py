@@ -15,17 +15,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory
+from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
+from paramserver.rows import Rows
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
 from paramserver.wire.refusals import raised
 
 TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
+ROW_TRIES = 16
+"""How often rows are copied that others write to meanwhile, before the ps is asked for them."""
 
 
 class SharedMemoryLane(Lane):
@@ -49,15 +52,20 @@ class SharedMemoryLane(Lane):
         self._theirs = memory.store_memory(layouts, values)
         return self._mine
 
-    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
-        self._frames.send(request)
+    def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
+        self._frames.send(request, rows)
 
-    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
+    def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
         reply = expect_reply(self._frames)
         if not isinstance(reply, Refused):
+            for out in rows:
+                self._frames.receive_into(out)
             for piece in incoming:
                 self._copy(piece)
         return reply
+
+    def copy_rows(self, arena: int, rows: TableRows) -> bool:
+        return _RowsCopy(self._theirs, arena, rows.values.shape[1]).run(rows)
 
     def close(self) -> None:
         self._frames.close()
@@ -85,7 +93,7 @@ class SharedMemoryLane(Lane):
 def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
     gradients = memory.SharedFile.create(memory.gradient_bytes(layouts))
     return WorkerMemory(
-        values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+        values=[torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
         gradients=memory.gradient_tensors(layouts, gradients.data),
         file=gradients,
     )
@@ -123,6 +131,39 @@ class _BlockCopy:
         return self._versions.item(self._block) == before
 
 
+class _RowsCopy:
+    """Copies rows of a table, those again that somebody wrote to meanwhile. See `_BlockCopy` about fences."""
+
+    def __init__(self, theirs: StoreMemory, arena: int, width: int) -> None:
+        self._rows = Rows(theirs.values[arena].view(-1, width))
+        self._versions: npt.NDArray[np.uint64] = theirs.versions[arena]
+        self._width = width
+
+    def run(self, rows: TableRows) -> bool:
+        """Whether each of them is whole: of rows that others write to all the time, some may never be met so."""
+        ids, out = rows
+        torn = self._copy(ids, out)
+        for _ in range(ROW_TRIES):
+            if not len(torn):
+                break
+            os.sched_yield()
+            again = torch.empty(len(torn), self._width, dtype=out.dtype)
+            still = self._copy(ids[torn], again)
+            out[torch.from_numpy(torn)] = again
+            torn = torn[still]
+        return not len(torn)
+
+    def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
+        """Copy these rows; which of them have to be copied again."""
+        places = blocks_of_rows(ids, self._width)
+        before = [self._versions[blocks] for blocks in places]
+        self._rows.take(ids, out)
+        is_torn = np.zeros(len(ids), dtype=bool)
+        for blocks, versions in zip(places, before, strict=True):
+            is_torn |= (self._versions[blocks] != versions) | (versions % 2 == 1)
+        return np.flatnonzero(is_torn)
+
+
 class SharedMemorySession(Session):
     """The ps's end; see `Session`."""
 
@@ -150,8 +191,17 @@ class SharedMemorySession(Session):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
         return self._gradients[piece.arena][piece.start : piece.stop]
 
-    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
-        self._frames.send(reply)
+    def take_rows(self, out: memoryview) -> None:
+        self._frames.receive_into(out)
+
+    def reply(
+        self,
+        reply: Reply,
+        pieces: Sequence[Piece] = (),
+        read: ReadPiece | None = None,
+        rows: memoryview | None = None,
+    ) -> None:
+        self._frames.send(reply, [] if rows is None else [rows])
 
     def close(self) -> None:
         self._frames.close()

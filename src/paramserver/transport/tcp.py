@@ -29,18 +29,21 @@ class TcpLane(Lane):
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         self._memory = kept or WorkerMemory(
-            values=[torch.empty(layout.size, dtype=layout.torch_dtype) for layout in layouts],
-            gradients=[torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts],
+            values=[torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
+            gradients=[torch.zeros(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
         )
         return self._memory
 
-    def start(self, request: Request, outgoing: Sequence[Piece] = ()) -> None:
+    def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
         gradients = self._memory.gradients
-        self._frames.send(request, [tensor_bytes(gradients[arena][start:stop]) for arena, start, stop in outgoing])
+        pieces = [tensor_bytes(gradients[arena][start:stop]) for arena, start, stop in outgoing]
+        self._frames.send(request, [*rows, *pieces])
 
-    def finish(self, incoming: Sequence[Piece] = ()) -> Reply:
+    def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
         reply = expect_reply(self._frames)
         if not isinstance(reply, Refused):
+            for out in rows:
+                self._frames.receive_into(out)
             for arena, start, stop in incoming:
                 self._frames.receive_into(tensor_bytes(self._memory.values[arena][start:stop]))
         return reply
@@ -74,8 +77,20 @@ class TcpSession(Session):
         self._frames.receive_into(tensor_bytes(target))
         return target
 
-    def reply(self, reply: Reply, pieces: Sequence[Piece] = (), read: ReadPiece | None = None) -> None:
+    def take_rows(self, out: memoryview) -> None:
+        self._frames.receive_into(out)
+
+    def reply(
+        self,
+        reply: Reply,
+        pieces: Sequence[Piece] = (),
+        read: ReadPiece | None = None,
+        rows: memoryview | None = None,
+    ) -> None:
         self._frames.discard_payload()  # a worker that still sends its payload takes no reply
+        if rows is not None:
+            self._frames.send(reply, [rows])
+            return
         if read is None or not pieces:
             self._frames.send(reply)
             return

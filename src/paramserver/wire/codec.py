@@ -19,7 +19,7 @@ import msgspec
 from paramserver.errors import LocalProtocolError, RemoteProtocolError
 from paramserver.wire.messages import AnyMessage, Message
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"PSRV"
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_HANDSHAKE_BYTES = 4 << 10
@@ -87,6 +87,11 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
             f"{peer} announced a message of {header.message_bytes} bytes; at most {max_message_bytes} are allowed"
         )
     return header
+
+
+def frame_bytes(data: bytes | memoryview) -> int:
+    """The length of a whole frame, which begins with these `HEADER_BYTES`."""
+    return HEADER_BYTES + sum(Header(*_HEADER.unpack_from(data)))
 
 
 def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:

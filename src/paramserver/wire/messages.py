@@ -63,18 +63,24 @@ class Share(Message, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """What a push does to one arena: run its rule, or assign, or add, on ``ranges`` (None: all of it)."""
+    """What a push does to one arena: run its rule, or assign, or add, on ``ranges`` (None: all of it).
+
+    To a table it does so on as many ``rows``, with the same rule; ``ranges`` is None then.
+    """
 
     arena: int
     operation: Literal["rule", "assign", "add"]
     ranges: tuple[Range, ...] | None = None
     settings: dict[str, Setting] | None = None
+    rows: int | None = None
 
 
 class Push(Message, frozen=True):
     """Gradients, and the wish to have fresh values back. Applied once, however often it arrives.
 
-    The payload holds the parts' ranges, in order; the reply's payload holds the arenas of ``pull``, whole.
+    The payload holds the rows of tables, then the other parts' ranges, each in the order of the parts; the reply's
+    payload holds the arenas of ``pull``, whole. Of a table's rows there are the ids (int64, ascending, none twice), and
+    then the rows.
     """
 
     sequence: int
@@ -91,6 +97,13 @@ class Pull(Message, frozen=True):
     """Asks for the values of whole arenas."""
 
     arenas: tuple[int, ...]
+
+
+class PullRows(Message, frozen=True):
+    """Asks for rows of a table. The payload holds their ids, as in `Push`; the reply's payload holds the rows."""
+
+    arena: int
+    rows: int
 
 
 class MarkReady(Message, frozen=True):
@@ -292,8 +305,8 @@ class Refused(Message, frozen=True):
 
 VariableRequest = CreateVariable | AwaitVariable | ReadVariable | UpdateVariable
 Request = (
-    Declare | Share | Push | Pull | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | Proceed | VariableRequest
-    | GetStatus | Goodbye
+    Declare | Share | Push | Pull | PullRows | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | Proceed
+    | VariableRequest | GetStatus | Goodbye
 )  # fmt: skip
 Reply = (
     Done | Declared | Applied | State | Values | Remaining | Underway | FilePiece | Wanted | Saved | Status | Refused

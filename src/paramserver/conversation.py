@@ -1,0 +1,168 @@
+"""A worker's connection to a ps, from the handshake to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from paramserver.errors import ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
+from paramserver.handler import RequestHandler
+from paramserver.serving import Hook, Pace
+from paramserver.store.roster import Roster
+from paramserver.store.store import Store
+from paramserver.store.stored_arena import StoredArena
+from paramserver.transport.frames import FrameSocket
+from paramserver.transport.handshake import OBSERVER, STRANGER, Identity, accept
+from paramserver.transport.lane import Session
+from paramserver.wire import messages
+from paramserver.wire.refusals import refused
+
+logger = logging.getLogger(__name__)
+
+QUICK_ELEMENTS = 64 << 10
+"""The most elements that a request reads and writes which is carried out while others wait: some 10 microseconds."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The ps, as its connections see it.
+
+    Attributes:
+        me: Who it is.
+        local_socket: The abstract name under which it listens for workers on the same host, "" if it does not.
+        store: What it holds.
+        roster: Who takes part.
+        handler: Carries out requests.
+    """
+
+    me: Identity
+    local_socket: str
+    store: Store
+    roster: Roster
+    handler: RequestHandler
+
+
+class Conversation:
+    """Whatever comes over one connection, and its answers; implements `serving.Served`.
+
+    Args:
+        connection: It was just accepted, and is owned by this object from now on.
+        host: Who accepted it.
+    """
+
+    def __init__(self, connection: socket.socket, host: Host) -> None:
+        self._connection = connection
+        self._host = host
+        self._frames: FrameSocket | None = None
+        self._session: Session | None = None
+        self._has_joined = False
+
+    @property
+    def before_wait(self) -> Hook | None:
+        """See `serving.Served`."""
+        return self._frames.before_wait if self._frames else None
+
+    @before_wait.setter
+    def before_wait(self, hook: Hook | None) -> None:
+        if self._frames:
+            self._frames.before_wait = hook
+
+    def fileno(self) -> int:
+        """See `serving.Served`."""
+        return self._connection.fileno()
+
+    def proceed(self) -> Pace:
+        """Make the acquaintance of the peer, and after that carry out a request at a time; see `serving.Served`."""
+        try:
+            if self._frames is None or self._session is None:
+                return self._begin()
+            return self._go_on(self._frames, self._session)
+        except UnavailableError as error:  # whoever is gone is gone, with or without an error: the roster judges it
+            logger.info("%s: %s", self._host.me.task, str(error))
+        except ParameterServerError as error:
+            logger.warning("%s: %s", self._host.me.task, str(error))  # as text: a kept record must not keep the session
+        except Exception:  # one connection's end must not be the end of another's
+            logger.exception("%s: a connection has failed", self._host.me.task)
+        return Pace.OVER
+
+    def end(self) -> None:
+        """See `serving.Served`."""
+        if self._has_joined and self._session:
+            self._host.roster.disconnect(self._session.task)
+        if self._session:
+            self._session.close()
+        self._connection.close()
+
+    def hang_up(self) -> None:
+        """See `serving.Served`."""
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _begin(self) -> Pace:
+        self._frames = FrameSocket(self._connection, STRANGER)
+        try:
+            self._session = accept(self._frames, self._host.me, self._host.local_socket)
+        except UnavailableError as error:  # also a worker that goes on by the local socket instead
+            logger.debug("%s: %s", self._host.me.task, error)
+            return Pace.OVER
+        return Pace.SLOW if self._session.task == OBSERVER else self._join(self._session)
+
+    def _join(self, session: Session) -> Pace:
+        try:
+            self._host.store.check_alive()  # comes first: a run that has failed is over as well
+            self._host.roster.join(session.task)
+        except ParameterServerError as error:
+            session.receive()
+            session.reply(refused(error))
+            if isinstance(error, RunOverError):
+                self._host.roster.leave(session.task)  # it was expected, has heard the news, and need not be waited for
+            return Pace.OVER
+        self._has_joined = True
+        return Pace.SLOW
+
+    def _go_on(self, frames: FrameSocket, session: Session) -> Pace:
+        try:
+            if frames.before_wait and not frames.gather():
+                return Pace.QUICK
+            request = session.receive()
+            if request is None:
+                return Pace.OVER
+            is_quick = elements(request, self._host.store.arenas) <= QUICK_ELEMENTS
+            if frames.before_wait and not is_quick:
+                frames.before_wait()
+            self._carry_out(session, request)
+        except RemoteProtocolError as error:
+            with contextlib.suppress(UnavailableError):  # it may have gone away
+                session.reply(refused(error))
+            raise
+        return Pace.QUICK if is_quick and not frames.has_more else Pace.SLOW
+
+    def _carry_out(self, session: Session, request: messages.Request) -> None:
+        if session.task != OBSERVER or isinstance(request, messages.GetStatus):
+            self._host.handler.handle(session, request)
+        else:  # one who takes no part in the run: nobody waits for it, and it changes nothing
+            me, what = self._host.me.task, f"{type(request).__name__} of {session.task}"
+            session.reply(messages.Refused("refused", f"{me} refused {what}: an observer may only ask for the status"))
+
+
+def elements(request: messages.Request, arenas: Sequence[StoredArena]) -> float:
+    """How many elements a request reads or writes; infinitely many where it may wait, or do something else."""
+    if isinstance(request, messages.Push):
+        return sum(_part_elements(part, arenas) for part in request.parts) + _whole(request.pull, arenas)
+    if isinstance(request, messages.Pull):
+        return _whole(request.arenas, arenas)
+    return math.inf
+
+
+def _part_elements(part: messages.Part, arenas: Sequence[StoredArena]) -> int:
+    if part.ranges is None:
+        return _whole((part.arena,), arenas)
+    return sum(stop - start for start, stop in part.ranges)
+
+
+def _whole(indices: Iterable[int], arenas: Sequence[StoredArena]) -> int:
+    return sum(arenas[index].layout.size for index in indices if index < len(arenas))

@@ -1,0 +1,66 @@
+"""Rows of a table in memory, copied by their ids."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ids = npt.NDArray[np.int64]
+
+
+class Rows:
+    """The rows of a table, copied many at a time.
+
+    On the CPU a row is one item to NumPy, whatever it holds, which copies single rows about twice as fast as torch's
+    index functions do. Not thread-safe.
+
+    Args:
+        table: ``[rows, width]``, contiguous.
+
+    Example:
+        >>> rows = Rows(torch.arange(6).view(3, 2))
+        >>> rows.put(np.array([0]), torch.tensor([[7, 7]]))
+        >>> rows.take(np.array([0, 2])).tolist()
+        [[7, 7], [4, 5]]
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        self._items = _items(table) if table.device.type == "cpu" and table.numel() else None
+
+    def take(self, ids: Ids, out: Tensor | None = None) -> Tensor:
+        """A copy ``[ids, width]`` of the rows ``ids [ids]``, which must be there; into ``out`` if it is given."""
+        if out is None:
+            out = self._table.new_empty(len(ids), self._table.shape[1])
+        if self._items is None:
+            return torch.index_select(self._table, 0, self._places(ids), out=out)
+        if len(ids):
+            self._items.take(ids, out=_items(out), mode="clip")  # other modes make a copy first
+        return out
+
+    def put(self, ids: Ids, values: Tensor) -> None:
+        """Make ``values [ids, width]`` the rows ``ids [ids]``, which must be there.
+
+        Raises:
+            ValueError: If the values are not of the table's width and dtype, or not as many as the ids.
+        """
+        if values.shape != (len(ids), self._table.shape[1]) or values.dtype is not self._table.dtype:
+            raise ValueError(
+                f"putting {len(ids)} rows of {self._table.shape[1]} elements of {self._table.dtype}: "
+                f"got {tuple(values.shape)} of {values.dtype}"
+            )
+        if self._items is None:
+            self._table.index_copy_(0, self._places(ids), values)
+        elif len(ids):
+            np.put(self._items, ids, _items(values.contiguous()), mode="clip")
+
+    def _places(self, ids: Ids) -> Tensor:
+        return torch.from_numpy(ids).to(self._table.device)
+
+
+def _items(table: Tensor) -> npt.NDArray[np.void]:
+    """The rows as items of as many bytes; not empty."""
+    flat = table.detach().view(-1).view(torch.uint8).numpy()
+    return flat.view(f"V{table.shape[1] * table.itemsize}")

@@ -1,0 +1,175 @@
+"""A rule at work on the rows of a table: torch.optim's own step over the rows that have a gradient.
+
+Rules
+    * The rows and their slots are gathered, torch.optim makes its step on them as on a small parameter, and they go
+      back. As torch.optim leaves rows without a gradient alone, that is the step it would make on the whole table.
+    * Slots are made with the first update, and memory is taken for the rows of a slot that were ever written.
+    * Counters are the table's, not a row's, as in torch.optim: ``step`` counts updates of the table.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.arena import BLOCK
+from paramserver.errors import UnsupportedOptimizerError
+from paramserver.rows import Ids, Rows
+from paramserver.rules import ROW_RULES, Rule, Setting
+from paramserver.store.optimizers import build
+
+
+class RowRule:
+    """An update rule over the rows of a table, with its slots.
+
+    Not thread-safe: the caller holds the table's lock.
+
+    Args:
+        rule: The rule and its first settings.
+        values: ``[rows, width]``; read, never written.
+
+    Raises:
+        UnsupportedOptimizerError: No such rule for rows.
+        ConfigError: A setting that the rule does not have, or a value that torch.optim refuses.
+
+    Example:
+        >>> import numpy as np
+        >>> table = torch.zeros(4, 2)
+        >>> rule = RowRule(Rule("Adagrad", {"lr": 0.5}), table)
+        >>> ids = np.array([1, 3])
+        >>> table[ids] = rule.update(ids, torch.ones(2, 2), {"lr": 0.5})
+        >>> table.tolist()
+        [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0], [-0.5, -0.5]]
+    """
+
+    def __init__(self, rule: Rule, values: Tensor) -> None:
+        if rule.name not in ROW_RULES:
+            raise UnsupportedOptimizerError(f"no update rule for rows is called {rule.name!r}", rule.name)
+        self._class = ROW_RULES[rule.name]
+        self._values = values
+        self._rows = Rows(values)
+        self._settings = dict(rule.settings)
+        self._slots: dict[str, Tensor] = {}
+        self._slot_rows: dict[str, Rows] = {}
+        self._step = torch.zeros(())
+        self._first_slots = _first_slots(rule)
+        self._takes_sparse = rule.name == "SparseAdam"
+        self._optimizer = build(self._class, rule.settings, nn.Parameter(values[:0], requires_grad=False))
+        self._run = inspect.unwrap(self._class.step)  # without hooks and the profiler, as in `block_rule`
+
+    def __repr__(self) -> str:
+        return f"<RowRule {self._class.__name__} of {len(self._values)} rows>"
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of state beside the values."""
+        return sum(slot.nbytes for slot in self._slots.values())
+
+    def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> Tensor:
+        """What the rows ``ids`` are after a step; their slots are updated.
+
+        Args:
+            ids: ``[rows]``, ascending, none twice.
+            gradient: ``[rows, width]``, of the values' dtype; read only.
+            settings: What the param group says for this step, checked by the caller. A setting that is left out stays
+                as it was.
+        """
+        if settings != self._settings:
+            self._optimizer.param_groups[0].update(settings)
+            self._settings = dict(settings)
+        self._make_slots()
+        rows = nn.Parameter(self._rows.take(ids), requires_grad=False)
+        gathered = {name: slot.take(ids) for name, slot in self._slot_rows.items()}
+        self._optimizer.param_groups[0]["params"] = [rows]
+        if gathered:
+            step = int(self._step) if self._takes_sparse else self._step.clone()
+            self._optimizer.state[rows] = {**gathered, "step": step}
+        rows.grad = _sparse(gradient) if self._takes_sparse else gradient
+        try:
+            # torch warns of sparse tensors that nobody has asked to check; its own steps make some.
+            with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
+                self._run(self._optimizer)
+        finally:
+            self._optimizer.state.clear()
+        self._step += 1  # after it: a step that torch refuses has changed nothing
+        for name, slot in self._slot_rows.items():
+            slot.put(ids, gathered[name])
+        return rows.detach()
+
+    def block(self, index: int) -> RowRuleBlock:
+        """One block of it, for checkpoints."""
+        return RowRuleBlock(self, index * BLOCK)
+
+    def state(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The slots of elements ``[start, stop)`` of the flat table, as views; empty before the first update."""
+        if not self._slots:
+            return {}
+        return {name: slot.view(-1)[start:stop] for name, slot in self._slots.items()} | {"step": self._step}
+
+    def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
+        """Put back the slots of elements ``[start, stop)`` of the flat table. Copies.
+
+        Raises:
+            ValueError: If they are not the slots of this rule.
+        """
+        expected = {*self._first_slots, "step"} if self._first_slots else set[str]()
+        for name in sorted(expected ^ state.keys()):
+            what = "is missing" if name in expected else "is unknown"
+            raise ValueError(f"cannot load rows of {self._class.__name__}: slot {name!r} {what}")
+        for name, slot in state.items():
+            shape = (stop - start,) if name in self._first_slots else ()
+            if slot.shape != shape or (shape and slot.dtype is not self._values.dtype):
+                got = f"{slot.dtype} and {tuple(slot.shape)}"
+                raise ValueError(
+                    f"cannot load rows of {self._class.__name__}: slot {name!r} must be {self._values.dtype} and "
+                    f"{shape}, got {got}"
+                )
+        self._make_slots()
+        for name in self._first_slots:
+            self._slots[name].view(-1)[start:stop] = state[name]
+        if "step" in state:
+            self._step = state["step"].float().clone()
+
+    def _make_slots(self) -> None:
+        for name, first in self._first_slots.items():
+            if name not in self._slots:  # zeros take no memory until they are written
+                made = torch.zeros_like(self._values, memory_format=torch.contiguous_format)
+                self._slots[name] = made.fill_(first) if first else made
+                self._slot_rows[name] = Rows(self._slots[name])
+
+
+class RowRuleBlock:
+    """The slots of one block of a table, as those of a `BlockRule`."""
+
+    def __init__(self, rule: RowRule, first: int) -> None:
+        self._rule = rule
+        self._first = first
+
+    def slots(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Yields ``(start, stop, state)``; see `BlockRule.slots`."""
+        size = min(BLOCK, self._rule._values.numel() - self._first)
+        if state := self._rule.state(self._first, self._first + size):
+            yield 0, size, state
+
+    def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
+        """See `BlockRule.load`."""
+        self._rule.load(self._first + start, self._first + stop, state)
+
+
+def _first_slots(rule: Rule) -> dict[str, float]:
+    """The elementwise slots of a rule, and what they begin with."""
+    match rule.name:
+        case "Adagrad":
+            return {"sum": float(rule.settings.get("initial_accumulator_value", 0.0))}  # type: ignore[arg-type]  # a number
+        case "SparseAdam":
+            return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+        case _:
+            return {}
+
+
+def _sparse(gradient: Tensor) -> Tensor:
+    ids = torch.arange(len(gradient), device=gradient.device)[None]
+    return torch.sparse_coo_tensor(ids, gradient, gradient.shape, is_coalesced=True, check_invariants=False)
