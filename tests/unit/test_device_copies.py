@@ -211,7 +211,7 @@ class Client:
         self._cuda = cuda
         self._aside = Stream(cuda, "exchange")
 
-    def push_pull(self, parts: Any, pull: Any, *, counts: bool) -> PushResult:
+    def push_pull(self, parts: Any, pull: Any, *, counts: bool, rows: None = None) -> PushResult:
         self._cuda.log.append("push_pull")
         for part in parts[0]:
             if part.operation == "assign":
@@ -221,7 +221,9 @@ class Client:
         self.pull(pull)
         return PushResult(int(counts), 0)
 
-    def begin_push_pull(self, parts: Any, pull: Any, *, counts: bool, computed_from: int) -> None:
+    def begin_push_pull(
+        self, parts: Any, pull: Any, *, counts: bool, computed_from: int, rows: None = None
+    ) -> None:
         self._aside.before |= self._cuda.host.before
         self._cuda.thread = self._aside
         self._result = self.push_pull(parts, pull, counts=counts)
@@ -262,7 +264,7 @@ class Bound:
         client: Any = Client([arena.layout for arena in arenas[0]], self.cuda)
         self.memory = client.memory
         self.tensors = ReplicaTensors(model, optimizers, GPUS[:gpus])
-        self.model = kind(arenas, [client.memory], optimizers, self.tensors, ReduceOp.MEAN, client)
+        self.model = kind(arenas, [client.memory], optimizers, self.tensors, ReduceOp.MEAN, client, {})
         self.model.assign()
         self.model.bind()
         self._module = model
