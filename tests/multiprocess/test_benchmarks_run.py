@@ -17,7 +17,12 @@ pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).parents[2]
 
 CASES = {
-    "null": {"null step, shared memory", "null step, TCP"},
+    "null": {
+        f"{step}, {lane}"
+        for lane in ("shared memory", "TCP")
+        for step in ("null step", "step of 32 rows", "step of 32 rows of another table")
+    },
+    "training": {"small, shared memory, 1 ps", "small, TCP, 1 ps"},
     "lanes": {
         f"{lane}, {what}"
         for lane in ("shared memory", "TCP")
