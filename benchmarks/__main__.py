@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,12 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.models import MODELS
 from benchmarks.processes import BenchmarkError
 from benchmarks.step import Holding, Result, StepOptions, fail, measure, print_results
+from paramserver.cluster.environment import LANES
 from paramserver.errors import ParameterServerError
 
 TARGET_RATIOS = {("small", "auto"): 1.25, ("large", "auto"): 0.95, ("small", "tcp"): 1.0, ("large", "tcp"): 0.6}
-"""At least this many times the steps/s of plain PyTorch, on two cores."""
+"""At least this many times the steps/s of plain PyTorch, on two cores, where so many were promised."""
 
 WORKER_COPIES = 2 * 1.05
 """At most values and gradients, plus 5%."""
@@ -41,12 +44,14 @@ class Verdict:
 def judge(result: Result) -> list[Verdict]:
     """What was promised for a model on a lane, and whether it is so."""
     where = f"{result.model}, {result.lane}"
-    target = TARGET_RATIOS[result.model, result.lane]
-    speed = Verdict(f"{where}: times plain PyTorch", f">= {target:.2f}", f"{result.ratio:.2f}", result.ratio >= target)
+    verdicts = []
+    if (target := TARGET_RATIOS.get((result.model, result.lane))) is not None:
+        is_kept = result.ratio >= target
+        verdicts.append(Verdict(f"{where}: times plain PyTorch", f">= {target:.2f}", f"{result.ratio:.2f}", is_kept))
     if result.model != MEMORY_MODEL:
-        return [speed]
+        return verdicts
     return [
-        speed,
+        *verdicts,
         *_judge_memory(f"{where}: copies of the model on a worker", result.worker_memory, WORKER_COPIES),
         *_judge_memory(f"{where}: copies of values and slots on a ps", result.ps_memory, PS_COPIES),
     ]
@@ -77,9 +82,9 @@ def main(
     repeats: Annotated[int, typer.Option(metavar="R", help="How many pairs of windows.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each result instead.")] = False,
 ) -> None:
-    """Measure both models on both lanes. The exit code is 0 whether or not a promise is kept."""
+    """Measure all models on both lanes. The exit code is 0 whether or not a promise is kept."""
     results = []
-    for model, lane in TARGET_RATIOS:
+    for lane, model in itertools.product(LANES, MODELS):
         try:
             with Console(stderr=True).status(f"measuring {model} on lane {lane}"):
                 results.append(measure(StepOptions(model=model, lane=lane, seconds=seconds, repeats=repeats)))

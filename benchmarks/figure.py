@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import torch
@@ -27,6 +27,9 @@ from paramserver.errors import ParameterServerError
 
 Pair = tuple[float, float]
 """What one turn has measured: of ours, and of the other side."""
+
+Size = TypeVar("Size", int, str)
+"""Of what is measured: a number, or the name of a model."""
 
 SI = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 
@@ -106,7 +109,7 @@ class Effort:
     repeats: int
     picked: Literal["all", "few", "least"]
 
-    def pick(self, sizes: tuple[int, ...], few: tuple[int, ...]) -> tuple[int, ...]:
+    def pick(self, sizes: tuple[Size, ...], few: tuple[Size, ...]) -> tuple[Size, ...]:
         """What to measure of all the ascending sizes: all, the few that tell the most, or the least one."""
         return {"all": sizes, "few": few, "least": sizes[:1]}[self.picked]
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from benchmarks.models import LEARNING_RATE
 from benchmarks.participant import Measured, Ready, take_part
+from benchmarks.shapes import LEARNING_RATE
 from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.cluster import ClusterSpec, TaskId
 from paramserver.distribute.connection import to_cluster

@@ -24,9 +24,9 @@ import torch
 
 from benchmarks.bare import Bare, BareServer
 from benchmarks.figure import Effort, Figure, compared, run, seconds_each, take_turns
-from benchmarks.models import LEARNING_RATE
 from benchmarks.processes import crew
 from benchmarks.serving import start_servers
+from benchmarks.shapes import LEARNING_RATE
 from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.rules import describe

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.models import ALL_MODELS, Training, plain_optimizer
+from benchmarks.models import ALL_MODELS, Training
 from benchmarks.participant import take_part
 
 
 def main(model_name: str) -> None:
     """Train until the input ends."""
-    config = ALL_MODELS[model_name]
-    model = config.build()
-    training = Training(model, plain_optimizer(model), config.batches())
+    model = ALL_MODELS[model_name]
+    module = model.build()
+    training = Training(model, module, model.optimizer(module))
 
     def step() -> int:
         training.step()

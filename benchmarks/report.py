@@ -23,6 +23,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TITLES = {
     "null": "A step without compute",
     "lanes": "What goes through a lane",
+    "training": "Training",
     "growth": "More variables and more workers",
     "latency": "A connection that takes its time",
     "startup": "From nothing to the first step",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks import growth, lanes, latency, null, startup
+from benchmarks import growth, lanes, latency, null, startup, training
 from benchmarks.figure import Effort, Figure, run
 
-BENCHMARKS = (null, lanes, growth, latency, startup)
+BENCHMARKS = (null, lanes, training, growth, latency, startup)
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """The figures of all of them. Blocks for up to eight minutes."""
+    """The figures of all of them. Blocks for about twelve minutes."""
     for benchmark in BENCHMARKS:
         yield from benchmark.measure(effort)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import paramserver as ps
-from benchmarks.models import ALL_MODELS, Training, plain_optimizer
+from benchmarks.models import ALL_MODELS, Training
 from benchmarks.participant import take_part
 
 START_LIMIT = 60.0
@@ -14,11 +14,11 @@ START_LIMIT = 60.0
 def main(model_name: str) -> None:
     """Train as the task that TF_CONFIG names until the input ends."""
     strategy = ps.ParameterServerStrategy(session_creation_timeout=START_LIMIT)
-    config = ALL_MODELS[model_name]
+    model = ALL_MODELS[model_name]
     with strategy.scope():
-        module = config.build()
-        model, optimizer = strategy.prepare(module, plain_optimizer(module))
-    training = Training(model, optimizer, config.batches())
+        module = model.build()
+        module, optimizer = strategy.prepare(module, model.optimizer(module))
+    training = Training(model, module, optimizer)
 
     def step() -> int:
         training.step()

@@ -53,24 +53,38 @@ def main(
     if context.invoked_subcommand:
         return
     try:
-        for name in peer or ():
-            check_choice("peer", name, PEERS)
-        plans = [
-            StepOptions(model=name, lane=lane, workers=WORKERS, threads=WORKERS, seconds=seconds, repeats=repeats)
-            for name in model or MODELS
-        ]
+        wanted = {
+            one: StepOptions(model=one, lane=lane, workers=WORKERS, threads=WORKERS, seconds=seconds, repeats=repeats)
+            for one in model or MODELS
+        }
+        plans = [(name, wanted[one]) for one, name in pairs(wanted, peer or PEERS)]
     except BenchmarkError as error:
         raise fail(error) from error
     results = []
-    for options in plans:
-        for name in peer or PEERS:
-            with Console(stderr=True).status(f"measuring {options.model} beside {name}"):
-                results.append(compare(name, options))
-            if as_json:
-                sys.stdout.buffer.write(msgspec.json.encode(results[-1]) + b"\n")
-                sys.stdout.buffer.flush()
+    for name, options in plans:
+        with Console(stderr=True).status(f"measuring {options.model} beside {name}"):
+            results.append(compare(name, options))
+        if as_json:
+            sys.stdout.buffer.write(msgspec.json.encode(results[-1]) + b"\n")
+            sys.stdout.buffer.flush()
     if not as_json:
         print_results(results)
+
+
+def pairs(models: Iterable[str], peers: Iterable[str]) -> list[tuple[str, str]]:
+    """Each model with each of the peers that train it.
+
+    Raises:
+        BenchmarkError: If there is no such peer, or none of them trains any of the models.
+    """
+    wanted, known = list(models), list(peers)
+    for name in known:
+        check_choice("peer", name, PEERS)
+    found = [(model, name) for model in wanted for name in known if model in PEERS[name].models]
+    if not found:
+        trained = sorted({model for name in known for model in PEERS[name].models})
+        raise BenchmarkError(f"model: expected one that {', '.join(known)} trains ({', '.join(trained)}), got {wanted}")
+    return found
 
 
 def print_results(results: Sequence[Comparison]) -> None:

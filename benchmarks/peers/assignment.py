@@ -15,11 +15,7 @@ class Assignment(msgspec.Struct, kw_only=True, frozen=True):
         index: Of the task among those of its role.
         tasks: All tasks of the peer, such as ``worker:0``, in an order that all of them agree on.
         workers: How many tasks compute gradients.
-        model: The name of the model in `benchmarks.models.MODELS`; its properties follow.
-        sizes: Features of the input, of each hidden layer, and of the output, which are the classes.
-        batch: Examples in a batch.
-        batches: How many batches there are, taken over and over.
-        learning_rate: Of plain SGD.
+        model: Its name; see `benchmarks.shapes`.
         threads: For each task's computations.
         folder: Empty and this measurement's own; all processes of the peer share it.
     """
@@ -29,10 +25,6 @@ class Assignment(msgspec.Struct, kw_only=True, frozen=True):
     tasks: tuple[str, ...]
     workers: int
     model: str
-    sizes: tuple[int, ...]
-    batch: int
-    batches: int
-    learning_rate: float
     threads: int
     folder: str
 

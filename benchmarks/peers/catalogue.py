@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from benchmarks.shapes import MLPS, SPARSES
 from paramserver.cluster.task import TaskId
 
 WORKERS = 2
@@ -23,6 +24,7 @@ class Peer:
         packages: Whose versions a result names.
         environment: The name of its requirements and of its virtual environment; "" for the one that runs this.
         has_addresses: Whether its tasks find each other by the addresses in TF_CONFIG.
+        models: The names of those that it trains.
         variables: Environment variables of its processes.
     """
 
@@ -33,6 +35,7 @@ class Peer:
     packages: tuple[str, ...]
     environment: str = ""
     has_addresses: bool = False
+    models: tuple[str, ...] = tuple(MLPS)
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -49,6 +52,7 @@ PEERS = {
         packages=("tensorflow-cpu",),
         environment="tf-estimator",
         has_addresses=True,
+        models=(*MLPS, *SPARSES),
         variables={"TF_CPP_MIN_LOG_LEVEL": "2"},
     ),
     "tf-coordinator": Peer(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.models import BATCHES, LEARNING_RATE, MODELS
 from benchmarks.peers.assignment import Assignment
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.environments import interpreter, versions
@@ -132,17 +131,12 @@ def _start_peer(its_crew: Crew, name: str, python: Path, options: StepOptions, f
 
 
 def _assignment(task: TaskId, tasks: Sequence[TaskId], options: StepOptions, threads: int, folder: str) -> Assignment:
-    config = MODELS[options.model]
     return Assignment(
         role=task.role,
         index=task.index,
         tasks=tuple(map(str, tasks)),
         workers=options.workers,
         model=options.model,
-        sizes=config.sizes,
-        batch=config.batch,
-        batches=BATCHES,
-        learning_rate=LEARNING_RATE,
         threads=threads,
         folder=folder,
     )

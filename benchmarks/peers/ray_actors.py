@@ -13,7 +13,7 @@ import ray  # type: ignore[import-not-found]  # installed for this peer only
 import torch
 from torch.nn import functional
 
-from benchmarks.models import MODELS, plain_optimizer
+from benchmarks.models import MODELS
 from benchmarks.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
 
@@ -26,7 +26,7 @@ class ParameterServer:
 
     def __init__(self, model: str) -> None:
         self._model = MODELS[model].build()
-        self._optimizer = plain_optimizer(self._model)
+        self._optimizer = MODELS[model].optimizer(self._model)
 
     def apply_gradients(self, *gradients: list[Any]) -> dict[str, torch.Tensor]:
         """One step with the sum of gradients; the weights after it."""

@@ -12,7 +12,7 @@ import tensorflow as tf  # type: ignore[import-untyped]  # installed for this pe
 
 from benchmarks.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
-from benchmarks.peers.tf_mlp import dataset, initial_values, mean_loss
+from benchmarks.peers.tf_models import MODELS
 
 JOIN_SECONDS = 0.5
 """About how long the steps take that are joined together: long enough for what the workers idle at a join."""
@@ -22,12 +22,13 @@ class Coordinator:
     """Trains on the workers of a cluster."""
 
     def __init__(self, assignment: Assignment, resolver: Any) -> None:
+        self._model = MODELS[assignment.model]
         self._strategy = tf.distribute.ParameterServerStrategy(resolver)
         self._coordinator = tf.distribute.coordinator.ClusterCoordinator(self._strategy)
         with self._strategy.scope():
-            self._variables = [tf.Variable(make()) for make in initial_values(assignment)]
-            self._optimizer = tf.compat.v1.train.GradientDescentOptimizer(assignment.learning_rate)
-        self._batches = iter(self._coordinator.create_per_worker_dataset(lambda: dataset(assignment)))
+            self._variables = [tf.Variable(make()) for make in self._model.initial_values()]
+            self._optimizer = self._model.optimizer()
+        self._batches = iter(self._coordinator.create_per_worker_dataset(self._model.dataset))
         self._step = tf.function(self._train)
         self._last: Any = None
 
@@ -46,7 +47,7 @@ class Coordinator:
 
     def _train_replica(self, features: Any, labels: Any) -> Any:
         with tf.GradientTape() as tape:
-            loss = mean_loss(self._variables, features, labels)
+            loss = self._model.mean_loss(self._variables, features, labels)
         gradients = tape.gradient(loss, self._variables)
         self._optimizer.apply_gradients(zip(gradients, self._variables, strict=True))
         return loss

@@ -12,7 +12,7 @@ import tensorflow as tf  # type: ignore[import-untyped]  # installed for this pe
 
 from benchmarks.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
-from benchmarks.peers.tf_mlp import dataset, initial_values, mean_loss
+from benchmarks.peers.tf_models import MODELS, TfModel
 
 
 class Turnstile(tf.compat.v1.train.SessionRunHook):  # type: ignore[misc]  # TensorFlow ships no types
@@ -51,14 +51,13 @@ class Turnstile(tf.compat.v1.train.SessionRunHook):  # type: ignore[misc]  # Ten
         self._wanted.release()  # one more step, after which the loop is told
 
 
-def model_fn(features: Any, labels: Any, params: Assignment) -> Any:
+def model_fn(features: Any, labels: Any, params: TfModel) -> Any:
     """The model as an Estimator has it."""
-    values = initial_values(params)
+    values = params.initial_values()
     variables = [tf.compat.v1.get_variable(f"value_{index}", initializer=make) for index, make in enumerate(values)]
-    loss = mean_loss(variables, features, labels)
+    loss = params.mean_loss(variables, features, labels)
     tf.compat.v1.losses.add_loss(loss)
-    optimizer = tf.compat.v1.train.GradientDescentOptimizer(params.learning_rate)
-    train_op = optimizer.minimize(loss, tf.compat.v1.train.get_global_step())
+    train_op = params.optimizer().minimize(loss, tf.compat.v1.train.get_global_step())
     return tf.estimator.EstimatorSpec(tf.estimator.ModeKeys.TRAIN, loss=loss, train_op=train_op)
 
 
@@ -74,13 +73,10 @@ def main(assignment: Assignment) -> None:
         save_checkpoints_secs=None,
         log_step_count_steps=None,
     )
-    estimator = tf.estimator.Estimator(lambda features, labels: model_fn(features, labels, assignment), config=config)
-
-    def input_fn() -> Any:
-        return dataset(assignment)
-
+    model = MODELS[assignment.model]
+    estimator = tf.estimator.Estimator(lambda features, labels: model_fn(features, labels, model), config=config)
     tf.estimator.train_and_evaluate(
-        estimator, tf.estimator.TrainSpec(input_fn, hooks=[Turnstile()]), tf.estimator.EvalSpec(input_fn)
+        estimator, tf.estimator.TrainSpec(model.dataset, hooks=[Turnstile()]), tf.estimator.EvalSpec(model.dataset)
     )
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.models import MODELS, Training, plain_optimizer
+from benchmarks.models import MODELS, Training
 from benchmarks.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
 
@@ -20,9 +20,9 @@ def main(assignment: Assignment) -> None:
     """Worker 0 takes part until the input ends; another one steps until it is killed."""
     meeting = f"file://{assignment.folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=assignment.index, world_size=assignment.workers)
-    config = MODELS[assignment.model]
-    model = DistributedDataParallel(config.build())
-    training = Training(model, plain_optimizer(model), config.batches())
+    model = MODELS[assignment.model]
+    module = DistributedDataParallel(model.build())
+    training = Training(model, module, model.optimizer(module))
     if assignment.index:
         follow(training)
 

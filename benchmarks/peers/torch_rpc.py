@@ -17,7 +17,7 @@ import torch.distributed.rpc as rpc
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.models import MODELS, plain_optimizer
+from benchmarks.models import MODELS
 from benchmarks.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
 
@@ -27,9 +27,9 @@ SERVER = "ps:0"
 class ParameterServer:
     """The model and its optimizer."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._optimizer = plain_optimizer(model)
+    def __init__(self, name: str) -> None:
+        self.model = MODELS[name].build()
+        self._optimizer = MODELS[name].optimizer(self.model)
         self._lock = threading.Lock()
 
     def update(self, gradients: list[Tensor]) -> None:
@@ -43,7 +43,7 @@ class ParameterServer:
 @functools.cache
 def parameter_server(model: str) -> ParameterServer:
     """The one of this process, which all trainers share."""
-    return ParameterServer(MODELS[model].build())
+    return ParameterServer(model)
 
 
 def fetch_model(model: str) -> nn.Module:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.figure import read
 from benchmarks.proxy import Proxy
 
@@ -16,14 +17,22 @@ pytestmark = pytest.mark.multiprocess
 
 ROOT = Path(__file__).parents[2]
 
+GPU_MODELS = ("MLP of 100 M parameters", "transformer of 27 M parameters", "sparse")
+
 CASES = {
-    "null": {"null step, shared memory", "null step, TCP"},
+    "null": {
+        f"{step}, {lane}"
+        for lane in ("shared memory", "TCP")
+        for step in ("null step", "step of 32 rows", "step of 32 rows of another table")
+    },
+    "training": {"small, shared memory, 1 ps", "small, TCP, 1 ps"},
     "lanes": {
         f"{lane}, {what}"
         for lane in ("shared memory", "TCP")
         for what in ("round trip of a small message", "pull", "push and apply")
     },
     "growth": {"null step of 16 MB", "memory of a connection to a ps", "updates/s, 1 ps"},
+    "gpu": {f"{model}, the CPU in its place" for model in GPU_MODELS},
     "latency": {"step"},
     "startup": {
         "launch to first step", "import paramserver", "from paramserver import ParameterServerStrategy"
@@ -40,6 +49,14 @@ def test_a_benchmark_measures_both_sides(name: str) -> None:
     assert {figure.case for figure in figures} >= CASES[name]
     assert {figure.benchmark for figure in figures} == {name}
     assert all(figure.ratio > 0 and figure.measured > 0 and figure.baseline > 0 for figure in figures)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_benchmark_says_so() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "there is no GPU that torch can use here, and nothing was measured" in " ".join(done.stderr.split())
 
 
 def test_a_proxy_delays_both_ways_and_loses_nothing() -> None:

@@ -53,16 +53,43 @@ def test_the_peak_is_read_from_the_status(benchmark) -> None:
     assert benchmark("memory").high_water_mark("VmPeak:\t 99 kB\nVmHWM:\t   123 kB\n") == 123 * KIB
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("small", 101_770), ("large", 36_818_954)])
-def test_the_models_are_as_large_as_documented(benchmark, name: str, parameters: int) -> None:
-    config = benchmark("models").MODELS[name]
-    assert config.nbytes == 4 * parameters
-    assert config.batch == 32
+@pytest.mark.parametrize(
+    ("name", "parameters", "batch"),
+    [("small", 101_770, 32), ("large", 36_818_954, 32), ("sparse", 32_000_000 + 143_105, 1024)],
+)
+def test_the_models_are_as_large_as_documented(benchmark, name: str, parameters: int, batch: int) -> None:
+    model = benchmark("models").MODELS[name]
+    assert model.nbytes == 4 * parameters
+    assert model.shape.batch == batch
 
 
-def test_a_built_model_has_the_bytes_that_its_config_says(benchmark) -> None:
-    config = benchmark("models").MODELS["small"]
-    assert sum(parameter.nbytes for parameter in config.build().parameters()) == config.nbytes
+@pytest.fixture
+def tiny(benchmark):
+    """Models of both kinds, as small as they can be told apart."""
+    models, shapes = benchmark("models"), benchmark("shapes")
+    sparse = shapes.SparseShape(rows=50, width=2, ids=3, numbers=4, hidden=(5,), batch=6, learning_rate=0.1)
+    return [models.Mlp(shapes.MlpShape(sizes=(4, 3, 2), batch=6)), models.Sparse(sparse)]
+
+
+def test_a_built_model_has_the_bytes_that_its_shape_says(tiny) -> None:
+    for model in tiny:
+        assert sum(parameter.nbytes for parameter in model.build().parameters()) == model.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+def test_models_learn_from_their_batches_as_any_program_would(benchmark, tiny) -> None:
+    for model in tiny:
+        module = model.build()
+        training = benchmark("models").Training(model, module, model.optimizer(module))
+        losses = []
+        for _ in range(30 * len(model.batches())):
+            training.step()
+            losses.append(training.loss)
+        assert sum(losses[-16:]) < sum(losses[:16])
+        assert [each.is_sparse for each in (p.grad for p in module.parameters())] == [
+            isinstance(model, benchmark("models").Sparse),
+            *[False] * (len(list(module.parameters())) - 1),
+        ]
 
 
 def test_a_window_counts_whole_steps_within_it_and_trains_beyond_it(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +118,7 @@ def test_a_loss_that_is_no_number_is_no_result(benchmark) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "huge"}, "model: expected one of small, large, got 'huge'"),
+        ({"model": "huge"}, "model: expected one of small, large, sparse, got 'huge'"),
         ({"lane": "rdma"}, "lane: expected one of auto, tcp, got 'rdma'"),
         ({"workers": 0}, "workers: expected 1 or more, got 0"),
         ({"workers": 3, "threads": 2}, "threads: expected 3 or more"),

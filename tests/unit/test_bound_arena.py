@@ -14,6 +14,7 @@ from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import Kind, RowRanges, collect, plan
 from paramserver.placement import RoundRobin
 from paramserver.transport.lane import WorkerMemory
+from paramserver.wire.messages import Part
 
 HOME = torch.device("cpu")
 AWAY = torch.device("cpu", 0)
@@ -53,6 +54,12 @@ def bind(
     return bound, tensors
 
 
+def parts_of(bound: BoundArena) -> list[Part]:
+    """What a step pushes."""
+    bound.gather()
+    return bound.parts()
+
+
 def on_each(tensors: ReplicaTensors, tensor: Tensor) -> list[list[float]]:
     return [each.tolist() for each in tensors.of(tensor)]
 
@@ -84,7 +91,7 @@ def test_gradients_of_all_replicas_become_one(mean: bool, expected: float, devic
     bound, tensors = bind(model, devices, mean=mean)
     for parameter in model.parameters():
         give(tensors, parameter, 1.0, 3.0)
-    (part,) = bound.parts()
+    (part,) = parts_of(bound)
     assert (part.operation, part.ranges) == ("rule", None)
     assert [view.tolist() for view in bound.plan.layout.views(bound.gradients)] == [[expected, expected]] * 3
 
@@ -97,16 +104,16 @@ def test_a_gradient_that_a_replica_lacks_is_zero_and_one_that_all_lack_is_not_pu
     for _ in range(2):  # also where an older gradient lies in the memory
         give(tensors, model.a, 8.0, None)
         give(tensors, model.c, None, 4.0)
-        (part,) = bound.parts()
+        (part,) = parts_of(bound)
         assert part.ranges == ((0, 2), (32, 34))
         assert [bound.gradients[start].item() for start, _ in part.ranges] == [4.0, 2.0]
         for parameter in model.parameters():
             give(tensors, parameter, 1.0, 1.0)
-        assert bound.parts()[0].ranges is None
+        assert parts_of(bound)[0].ranges is None
         for parameter in model.parameters():
             for each in tensors.of(parameter):
                 each.grad = None
-    assert bound.parts() == []
+    assert parts_of(bound) == []
 
 
 def test_a_step_leaves_the_gradients_of_the_replicas_alone(devices: list[torch.device]) -> None:
@@ -115,7 +122,7 @@ def test_a_step_leaves_the_gradients_of_the_replicas_alone(devices: list[torch.d
     bound, tensors = bind(model, devices)
     give(tensors, model.a, 1.0, 3.0)
     for _ in range(2):
-        bound.parts()
+        parts_of(bound)
         assert [each.grad.tolist() for each in tensors.of(model.a)] == [[1.0, 1.0], [3.0, 3.0]]
         assert bound.gradients[:2].tolist() == [2.0, 2.0]
 
@@ -124,7 +131,7 @@ def test_the_mean_of_large_gradients_does_not_overflow_in_half_precision(devices
     model = Three().half()
     bound, tensors = bind(model, devices)
     give(tensors, model.a, 60000.0, 60000.0)
-    bound.parts()
+    parts_of(bound)
     assert bound.gradients[:2].tolist() == [60000.0, 60000.0]
 
 
@@ -133,7 +140,7 @@ def test_a_single_replica_at_home_has_its_gradients_in_the_memory_that_is_pushed
     bound, tensors = bind(model, [HOME])
     give(tensors, model.b, 5.0)
     assert model.b.grad.data_ptr() == bound.gradients[16:].data_ptr()
-    assert bound.parts()[0].ranges == ((16, 18),)
+    assert parts_of(bound)[0].ranges == ((16, 18),)
 
 
 def test_a_single_replica_elsewhere_has_blocks_of_its_own() -> None:
@@ -141,7 +148,7 @@ def test_a_single_replica_elsewhere_has_blocks_of_its_own() -> None:
     bound, tensors = bind(model, [AWAY])
     give(tensors, model.b, 5.0)
     assert model.b.grad.data_ptr() != bound.gradients[16:].data_ptr()
-    bound.parts()
+    parts_of(bound)
     assert bound.gradients[16:18].tolist() == [5.0, 5.0]
     bound.values.fill_(7.0)
     assert model.b.tolist() == [2.0, 2.0]
@@ -171,7 +178,7 @@ def test_a_graph_that_is_older_than_the_values_is_refused_on_every_replica(devic
     losses = [each.square().sum() for each in tensors.of(model.a)]
     for loss in losses:
         loss.backward(retain_graph=True)
-    bound.parts()
+    parts_of(bound)
     for loss in losses:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
@@ -209,7 +216,7 @@ def test_gradients_of_parts_are_those_of_their_rows(devices: list[torch.device])
     bound, tensors = bind(model, devices, row_ranges=in_two)
     for scale, tensor in zip((1.0, 3.0), tensors.of(model.rows), strict=True):
         (tensor * torch.arange(5.0)[:, None] * scale).sum().backward()
-    (part,) = bound.parts()
+    (part,) = parts_of(bound)
     assert part.ranges is None
     assert bound.gradients[:6].tolist() == [0, 0, 2, 2, 4, 4]
     assert bound.gradients[16:20].tolist() == [6, 6, 8, 8]
@@ -223,7 +230,7 @@ def test_what_is_put_in_the_place_of_a_partitioned_parameter_is_brought_home(
     model = Table()
     bound, tensors = bind(model, devices, row_ranges=in_two)
     tensors.of(model.rows)[replica].data = torch.zeros(5, 2)
-    bound.parts()
+    parts_of(bound)
     bound.values.fill_(7.0)
     bound.pulled()
     assert on_each(tensors, model.rows) == [[[7.0, 7.0]] * 5] * 2
@@ -247,14 +254,14 @@ def test_a_buffer_becomes_the_mean_of_the_replicas(direct: bool, devices: list[t
     one, other = tensors.of(model.value)
     one += torch.tensor([1.0, 0.0])
     other += torch.tensor([4.0, -1.0])
-    parts = bound.parts()
+    parts = parts_of(bound)
     assert bound.values.tolist() == [3.5, 1.5]
     if not direct:  # else the memory is the store's own
         assert [part.operation for part in parts] == ["add"]
         assert bound.gradients.tolist() == [2.5, -0.5]
     bound.pulled()
     assert on_each(tensors, model.value) == [[3.5, 1.5]] * 2
-    assert bound.parts() == []
+    assert parts_of(bound) == []
 
 
 def test_an_integer_buffer_becomes_the_first_replicas(devices: list[torch.device]) -> None:
@@ -263,7 +270,7 @@ def test_an_integer_buffer_becomes_the_first_replicas(devices: list[torch.device
     one, other = tensors.of(model.value)
     one += 1
     other += 7
-    (part,) = bound.parts()
+    (part,) = parts_of(bound)
     assert (part.operation, bound.gradients.tolist()) == ("add", [1])
     bound.pulled()
     assert on_each(tensors, model.value) == [[6], [6]]
@@ -273,7 +280,7 @@ def test_a_boolean_buffer_stays_each_replicas_own(devices: list[torch.device]) -
     model = Buffers(torch.tensor([False]))
     bound, tensors = bind(model, devices)
     tensors.of(model.value)[1].fill_(True)
-    assert bound.parts() == []
+    assert parts_of(bound) == []
     assert on_each(tensors, model.value) == [[False], [True]]
 
 
@@ -285,5 +292,5 @@ def test_a_replica_that_stays_at_infinity_makes_no_number_of_others(devices: lis
     one[0] = 5.0
     other[1] = 5.0
     one[3], other[3] = 2.0, 4.0
-    bound.parts()
+    parts_of(bound)
     assert bound.values.tolist() == [5.0, -inf, inf, 3.0]

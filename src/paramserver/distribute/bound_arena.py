@@ -7,6 +7,8 @@ Rules
     * A single replica at home has its gradients in the memory that is pushed. Otherwise each has a flat block of
       gradients where it computes, which no step changes, so that gradients can be kept over steps; they are added up
       on the first one's device, block by block, into the memory that is pushed.
+    * `gather` may return while copies are under way; when they are done, `parts` tells what to push. How copies are
+      made is `DeviceCopies`' part.
     * A gradient that some replica lacks counts as zero; one that all lack is not pushed.
     * Each replica has buffers of its own. With a step, they become the mean of the replicas' (integers: the first
       replica's), as for a moving average; boolean ones stay as they are.
@@ -22,9 +24,10 @@ import torch
 from paramserver.arena import ALIGNMENT, merge, pieces
 from paramserver.distribute import bound_parameter
 from paramserver.distribute.bound_parameter import BoundParameter, BoundParameters, same_kind
+from paramserver.distribute.device_copies import DeviceCopies, HostCopies
 from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.replica_tensors import ReplicaTensors, kept
-from paramserver.distribute.variables import ArenaPlan
+from paramserver.distribute.variables import ArenaPlan, Kind
 from paramserver.rules import rule_class, setting_names, settings
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
@@ -37,20 +40,33 @@ class BoundArena:
         plan: What lies in the arena.
         memory: The memory of the ps that holds it.
         tensors: The replicas' tensors.
+        copies: How blocks and memory are copied; by default as host memory is.
         is_apart: Whether no replica may use the memory itself.
     """
 
     def __init__(
-        self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors, *, is_apart: bool = False
+        self,
+        plan: ArenaPlan,
+        memory: WorkerMemory,
+        tensors: ReplicaTensors,
+        copies: DeviceCopies | None = None,
+        *,
+        is_apart: bool = False,
     ) -> None:
         self.plan = plan
         self.values = memory.values[plan.index]
         self.gradients = memory.gradients[plan.index]
         self.is_direct = memory.direct
         self._tensors = tensors
+        self._copies = copies or HostCopies()
         self._is_apart = is_apart
         self._home = self.values.device
         self._replica_values: list[torch.Tensor] = []
+        self._blocks: list[torch.Tensor] = []
+
+    def copied_memory(self) -> list[torch.Tensor]:
+        """The memory of the lanes that steps copy to blocks and back."""
+        return []
 
     def offer_values(self) -> None:
         """Lay the tensors' present values into the gradient memory, to be assigned."""
@@ -63,16 +79,22 @@ class BoundArena:
         for replica, device in enumerate(self._tensors.devices):
             block = self._values_for(replica, device)
             self._replica_values.append(block)
+            if block is not self.values:
+                self._blocks.append(block)
+                self._copies.use(block, device)
             self._bind_replica(replica, block)
 
-    def parts(self) -> list[Part]:
-        """What a step pushes of this arena."""
+    def gather(self) -> None:
+        """What a step pushes begins to come to the memory that is pushed."""
         for member in self.plan.members:
             variable = member.variable
             if variable.module is not None:
                 name = variable.spec.name.rpartition(".")[2]
                 found = same_kind(variable.spec, variable.module._buffers[name])
                 variable.module._buffers[name] = kept(variable.tensor, found)
+
+    def parts(self) -> list[Part]:
+        """What a step pushes of this arena. It has been gathered, and all copies are done."""
         return []
 
     def pulled(self) -> None:
@@ -81,9 +103,10 @@ class BoundArena:
 
     def refreshed(self) -> None:
         """The value memory is fresh, and all that counts."""
-        for block in self._replica_values:
-            if block is not self.values:
-                block.copy_(self.values, non_blocking=True)
+        if self._blocks:
+            with self._copies.aside():
+                for block in self._blocks:
+                    self._copies.copy(block, self.values)
 
     def _values_for(self, replica: int, device: torch.device) -> torch.Tensor:
         holds_buffers = any(member.variable.module is not None for member in self.plan.members)
@@ -103,6 +126,7 @@ class TrainedArena(BoundArena):
         memory: As for `BoundArena`.
         tensors: As for `BoundArena`.
         group: The param group; read for every push.
+        copies: As for `BoundArena`.
         mean: Whether the replicas' gradients are averaged; else they are added up.
         is_apart: As for `BoundArena`.
     """
@@ -113,11 +137,12 @@ class TrainedArena(BoundArena):
         memory: WorkerMemory,
         tensors: ReplicaTensors,
         group: dict[str, object],
+        copies: DeviceCopies | None = None,
         *,
         mean: bool,
         is_apart: bool = False,
     ) -> None:
-        super().__init__(plan, memory, tensors, is_apart=is_apart)
+        super().__init__(plan, memory, tensors, copies, is_apart=is_apart)
         assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
         self._group = group
         self._setting_names = setting_names(rule_class(plan.layout.rule))
@@ -126,6 +151,10 @@ class TrainedArena(BoundArena):
         self._replica_gradients: list[torch.Tensor] = []
         self._parameters: list[BoundParameters] = []
         self._copied: list[BoundParameter] = []
+        self._pushed: list[Part] = []
+
+    def copied_memory(self) -> list[torch.Tensor]:
+        return [self.values, self.gradients] if self.plan.kind is Kind.TRAINED else []
 
     def gradient_places(self) -> Iterator[GradientPlace]:
         """Where each whole parameter's gradient belongs, on the first replica."""
@@ -133,10 +162,11 @@ class TrainedArena(BoundArena):
             if member.rows is None:
                 yield GradientPlace(member.variable.tensor, view)
 
-    def parts(self) -> list[Part]:
+    def gather(self) -> None:
         present = self._present()
         if not any(present):
-            return []
+            self._pushed = []
+            return
         # The lane writes values behind autograd's back: a graph that was built on the old ones must not go unnoticed.
         are_all = all(present)
         for parameters in self._parameters:
@@ -144,9 +174,13 @@ class TrainedArena(BoundArena):
             torch.autograd.graph.increment_version(tensors)
         ranges = None if are_all else merge(list(compress(self.plan.layout.ranges, present)), self._gap)
         if self._replica_gradients[0] is not self.gradients:
-            for start, stop in pieces(ranges or [(0, self.plan.layout.size)]):
-                self._reduce(start, stop)
-        return [Part(self.plan.index, "rule", ranges, settings(self._group, self._setting_names))]
+            with self._copies.aside():
+                for start, stop in pieces(ranges or [(0, self.plan.layout.size)]):
+                    self._reduce(start, stop)
+        self._pushed = [Part(self.plan.index, "rule", ranges, settings(self._group, self._setting_names))]
+
+    def parts(self) -> list[Part]:
+        return self._pushed
 
     def refreshed(self) -> None:
         super().refreshed()
@@ -156,6 +190,8 @@ class TrainedArena(BoundArena):
     def _bind_replica(self, replica: int, block: torch.Tensor) -> None:
         is_only_one = len(self._tensors.devices) == 1 and block is self.values
         gradients = self.gradients if is_only_one else torch.zeros_like(block)
+        if not is_only_one:
+            self._copies.use(gradients, self._tensors.devices[replica])
         views = zip(
             self.plan.members, self.plan.layout.views(block), self.plan.layout.views(gradients), strict=True
         )
@@ -187,20 +223,25 @@ class TrainedArena(BoundArena):
         """The weighted sum of all replicas' gradients, into the memory that is pushed."""
         first, *others = (gradients[start:stop] for gradients in self._replica_gradients)
         if not others:
-            self.gradients[start:stop].copy_(first)
+            self._copies.copy(self.gradients[start:stop], first)
             return
         total = first * self._weight  # before the sum, which could overflow in half precision
         for other in others:
-            total.add_(other.to(first.device, non_blocking=True), alpha=self._weight)
-        self.gradients[start:stop].copy_(total)
+            total.add_(other.to(first.device), alpha=self._weight)
+        self._copies.copy(self.gradients[start:stop], total)
 
 
 class CountedArena(BoundArena):
     """Buffers that are changed by adding. Between steps the gradient memory holds what the values were at the last."""
 
-    def parts(self) -> list[Part]:
-        super().parts()
+    def copied_memory(self) -> list[torch.Tensor]:
+        return [self.values, self.gradients]
+
+    def gather(self) -> None:
+        super().gather()
         self._average(self.values)
+
+    def parts(self) -> list[Part]:
         return [] if self.is_direct else self._parts_of_move(self.gradients, self.values)
 
     def refreshed(self) -> None:
@@ -209,15 +250,21 @@ class CountedArena(BoundArena):
             self.gradients.copy_(self.values)
 
     def _average(self, out: torch.Tensor) -> None:
-        """The values that all replicas together have come to."""
+        """What all replicas together have come to, on its way to ``out``."""
+        if len(self._replica_values) == 1 and not self._blocks:
+            return  # it is there already
+        with self._copies.aside():
+            mean = self._mean()
+            if mean is not out:
+                self._copies.copy(out, mean)
+
+    def _mean(self) -> torch.Tensor:
         first, *others = self._replica_values
-        if first is not out:
-            out.copy_(first)
-        if not out.is_floating_point():
-            return
-        moves = [(other.to(self._home) - out).nan_to_num_(0, 0, 0) for other in others]  # infinities stay
-        for move in moves:
-            out.add_(move, alpha=1 / len(self._replica_values))
+        mean = first
+        for other in others if first.is_floating_point() else []:
+            move = (other.to(first.device) - first).nan_to_num_(0, 0, 0)  # infinities stay
+            mean = torch.add(mean, move, alpha=1 / len(self._replica_values))
+        return mean
 
     def _parts_of_move(self, before: torch.Tensor, after: torch.Tensor) -> list[Part]:
         """How to push what the values have changed by, which lies in the gradient memory then."""
@@ -251,20 +298,29 @@ class PipelinedCountedArena(CountedArena):
         plan: As for `BoundArena`.
         memory: As for `BoundArena`.
         tensors: As for `BoundArena`.
+        copies: As for `BoundArena`.
     """
 
-    def __init__(self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors) -> None:
-        super().__init__(plan, memory, tensors, is_apart=True)
+    def __init__(
+        self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors, copies: DeviceCopies | None = None
+    ) -> None:
+        super().__init__(plan, memory, tensors, copies, is_apart=True)
         self._reached = torch.zeros_like(self.values)
         self._pushed = torch.zeros_like(self.values)  # what of the replicas' values the ps tasks have, or will have
 
-    def parts(self) -> list[Part]:
-        BoundArena.parts(self)
+    def copied_memory(self) -> list[torch.Tensor]:
+        return [*super().copied_memory(), self._reached]
+
+    def gather(self) -> None:
+        BoundArena.gather(self)
         self._average(self._reached)
+
+    def parts(self) -> list[Part]:
         parts = self._parts_of_move(self._pushed, self._reached)
         self._pushed.copy_(self._reached)
-        for block in self._replica_values:
-            block.copy_(self._reached)
+        with self._copies.aside():
+            for block in self._replica_values:
+                self._copies.copy(block, self._reached)
         return parts
 
     def pulled(self) -> None:
@@ -272,15 +328,23 @@ class PipelinedCountedArena(CountedArena):
         moved = self._pushed != self.values
         if not moved.any():
             return
-        move = torch.where(moved, self.values - self._pushed, 0)
-        for block in self._replica_values:
-            shifted = block + move.to(block.device)
-            block.copy_(torch.where(shifted.isfinite(), shifted, self.values.to(block.device)))
+        move = torch.sub(self.values, self._pushed, out=self.gradients)  # nothing is pushed from there by now
+        move.masked_fill_(moved.logical_not_(), 0)
+        with self._copies.aside():
+            for block in self._replica_values:
+                shifted = block + self._beside(block, move)
+                block.copy_(torch.where(shifted.isfinite(), shifted, self._beside(block, self.values)))
         self._pushed.copy_(self.values)
 
     def refreshed(self) -> None:
         BoundArena.refreshed(self)
         self._pushed.copy_(self.values)
+
+    def _beside(self, block: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """A copy of the lanes' memory on a block's device."""
+        beside = torch.empty_like(block)
+        self._copies.copy(beside, source)
+        return beside
 
 
 def _share(one: torch.Tensor, other: torch.Tensor) -> bool:

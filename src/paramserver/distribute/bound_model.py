@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from paramserver.client import ParameterClient, PushResult
+from paramserver.distribute import device_copies
 from paramserver.distribute.bound_arena import BoundArena, CountedArena, PipelinedCountedArena, TrainedArena
 from paramserver.distribute.bound_table import BoundTable, by_table
+from paramserver.distribute.device_copies import DeviceCopies
 from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
@@ -63,18 +65,19 @@ class BoundModel:
         self._first_rows = dict(tables)
         groups = [(owner, group) for owner, each in enumerate(optimizers) for group in each.param_groups]
         is_mean, is_apart = reduction is ReduceOp.MEAN, self.is_pipelined
+        self._copies = copies = device_copies.choose(memories, tensors.devices)
 
         def bound(plan: ArenaPlan, memory: WorkerMemory) -> BoundArena:
             match plan.kind:
                 case Kind.TRAINED | Kind.FROZEN:
                     group = groups[plan.group][1]
-                    return TrainedArena(plan, memory, tensors, group, mean=is_mean, is_apart=is_apart)
+                    return TrainedArena(plan, memory, tensors, group, copies, mean=is_mean, is_apart=is_apart)
                 case Kind.COUNTED if is_apart:
-                    return PipelinedCountedArena(plan, memory, tensors)
+                    return PipelinedCountedArena(plan, memory, tensors, copies)
                 case Kind.COUNTED:
-                    return CountedArena(plan, memory, tensors)
+                    return CountedArena(plan, memory, tensors, copies)
                 case _:
-                    return BoundArena(plan, memory, tensors, is_apart=is_apart)
+                    return BoundArena(plan, memory, tensors, copies, is_apart=is_apart)
 
         self._arenas = [
             [bound(plan, memory) for plan in plans if plan.kind is not Kind.TABLE]
@@ -86,8 +89,9 @@ class BoundModel:
         ]
         self.tables = {table.name: table for table in bound_tables}
         self._steps = [
-            _Step(self._arenas, bound_tables, owner, groups) for owner in range(max(len(optimizers), 1))
+            _Step(self._arenas, bound_tables, owner, groups, copies) for owner in range(max(len(optimizers), 1))
         ]
+        copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
 
     def assign(self) -> None:
         """Make the model's present values those of the ps tasks.
@@ -102,6 +106,7 @@ class BoundModel:
                     "can only be restored from a checkpoint; pass recover(initialize=...) that does"
                 )
             table.assign(self._first_rows.pop(name))
+        self._copies.finish()
         for arena in self._each():
             arena.offer_values()
         parts = [[Part(arena.plan.index, "assign") for arena in arenas] for arenas in self._arenas]
@@ -119,6 +124,7 @@ class BoundModel:
 
     def refresh(self) -> None:
         """Bring all values up to date with the ps tasks'. What buffers changed by since the last step is lost."""
+        self._copies.finish()
         self._client.pull([[arena.plan.index for arena in arenas] for arenas in self._arenas])
         for arena in self._each():
             arena.refreshed()
@@ -215,6 +221,7 @@ class _Step:
         tables: Sequence[BoundTable],
         owner: int,
         groups: Sequence[tuple[int, dict[str, object]]],
+        copies: DeviceCopies,
     ) -> None:
         def takes_part(group: int) -> bool:
             return (groups[group][0] if group >= 0 else 0) == owner
@@ -225,9 +232,14 @@ class _Step:
             {arena.plan.index for arena in each if arena.plan.kind in (Kind.TRAINED, Kind.COUNTED)}
             for each in self.arenas
         ]
+        self._copies = copies
 
     def request(self) -> tuple[list[list[Part]], list[list[int]], list[list[TableRows]] | None]:
         """What to push, what to pull, and the rows of tables to push, for each ps."""
+        for arenas in self.arenas:
+            for arena in arenas:
+                arena.gather()
+        self._copies.finish()
         parts = [[part for arena in arenas for part in arena.parts()] for arenas in self.arenas]
         pulled = [
             sorted({*always, *(part.arena for part in ps_parts)})

@@ -71,6 +71,7 @@ def _forward(module: nn.Linear, place: GradientPlace, features: Tensor) -> Tenso
 def _is_special() -> bool:
     return (
         torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
         or torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
