@@ -1,20 +1,24 @@
 """A push is applied once, however often it arrives, and by whichever connection."""
 
+import numpy as np
 import pytest
 import torch
 
 from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.cluster import Role, TaskId
-from paramserver.rules import describe
+from paramserver.rules import describe, describe_row_rule
 from paramserver.testing.local_cluster import CONNECT_TIMEOUT, LocalCluster
 from paramserver.transport.handshake import Identity, connect
-from paramserver.transport.lane import Piece
+from paramserver.transport.lane import Piece, TableRows
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Push
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
 MODEL = (ArenaLayout("float32", SGD, (VariableSpec("w", (8,), "float32"),)),)
 PIECE = Piece(0, 0, 8)
+ROW_RULE = describe_row_rule(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, "w")
+TABLE = (ArenaLayout("float32", ROW_RULE, (VariableSpec("w", (30, 4), "float32"),), is_table=True),)
+IDS = np.array([1, 7, 8])
 
 
 @pytest.fixture(params=["auto", "tcp"])
@@ -117,3 +121,44 @@ def test_what_is_no_request_is_answered_and_ends_the_connection(dial, request_):
     assert "no request" in answer.message
     again = dial("worker:0", "first")
     assert isinstance(ask(again, messages.GetStatus()), messages.Status)
+
+
+def begin_table(lane):
+    assert isinstance(ask(lane, messages.Declare(TABLE, create=True)), messages.Declared)
+    lane.open(TABLE)
+
+
+def push_rows(lane, sequence):
+    """Gradients of ones for some rows of the table."""
+    rows = TableRows(IDS, torch.ones(len(IDS), 4))
+    request = Push(sequence, 0, True, (Part(0, "rule", None, ROW_RULE.settings, len(IDS)),), ())
+    lane.start(request, (), [rows.id_bytes, rows.value_bytes])
+    return lane.finish()
+
+
+def rows_of(lane):
+    """The same rows of the table."""
+    rows = TableRows(IDS, torch.empty(len(IDS), 4))
+    lane.start(messages.PullRows(0, len(IDS)), (), [rows.id_bytes])
+    lane.finish((), [rows.value_bytes])
+    return rows.values
+
+
+def test_rows_that_are_pushed_again_are_applied_once(dial):
+    lane = dial("worker:0", "first")
+    begin_table(lane)
+    assert [push_rows(lane, 1).global_step for _ in range(3)] == [1, 1, 1]
+    assert torch.equal(rows_of(lane), torch.full((3, 4), -1.0))
+    assert push_rows(lane, 2).global_step == 2
+    assert torch.equal(rows_of(lane), torch.full((3, 4), -2.0))
+
+
+def test_rows_that_are_pushed_again_on_another_connection_are_applied_once(dial):
+    lane = dial("worker:0", "first")
+    begin_table(lane)
+    push_rows(lane, 1)
+    lane.close()
+    again = dial("worker:0", "first")
+    begin_table(again)
+    assert push_rows(again, 1).global_step == 1
+    assert torch.equal(rows_of(again), torch.full((3, 4), -1.0))

@@ -6,14 +6,19 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn, optim
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
 
 import paramserver as ps
 from paramserver.errors import UnavailableError
+from paramserver.estimator import Estimator, EstimatorSpec, ModeKeys, RunConfig
+from paramserver.estimator.checkpoint import read_values
+from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook
 
 PATIENCE = 30.0
 
@@ -189,3 +194,124 @@ def test_the_programs_own_variables_are_there_again() -> None:
 def test_recover_is_for_a_cluster() -> None:
     with pytest.raises(RuntimeError, match="recover: .* has no prepared model on the ps tasks of a cluster"):
         ps.ParameterServerStrategy().recover()
+
+
+# --- tables, of which workers hold no values
+
+ROWS = 30
+sparse = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # torch's own
+
+
+class Net(nn.Module):
+    """A table and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(ROWS, 4, sparse=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids)).squeeze(1)  # type: ignore[no-any-return]
+
+
+def adagrad(model: nn.Module) -> optim.Optimizer:
+    return optim.Adagrad(model.parameters(), lr=0.1)
+
+
+def batch(at: int) -> tuple[Tensor, Tensor]:
+    ids = torch.arange(at, at + 12) % ROWS
+    return ids, ids / ROWS
+
+
+def train(model: Any, optimizer: Any, at: int) -> None:
+    ids, labels = batch(at)
+    optimizer.zero_grad()
+    F.mse_loss(model(ids), labels).backward()
+    optimizer.step()
+
+
+def trained(count: int) -> Net:
+    """What plain PyTorch comes to."""
+    model = Net()
+    optimizer = adagrad(model)
+    for at in range(count):
+        train(model, optimizer, at)
+    return model
+
+
+@sparse
+def test_a_connection_that_is_lost_loses_no_rows() -> None:
+    with a_cluster() as cluster:
+        strategy, model = cluster.strategy(), Net()
+        model, optimizer = strategy.prepare(model, adagrad(model))
+        for at in range(6):
+            if at == 3:
+                assert strategy.client is not None
+                strategy.client.lanes.close()
+                strategy.recover(initialize=lambda *_: pytest.fail("the ps tasks still hold the values"))
+            train(model, optimizer, at)
+        torch.testing.assert_close(dict(model.state_dict()), dict(trained(6).state_dict()))
+
+
+class Loses(TrainingHook):
+    """Loses all ps tasks after a step."""
+
+    def __init__(self, cluster: Cluster, step: int) -> None:
+        self._cluster, self._step = cluster, step
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        if values.global_step == self._step:
+            self._step = -1
+            for index in range(2):
+                self._cluster.lose(index)
+
+
+def model_fn(mode: ModeKeys) -> EstimatorSpec:
+    model = Net()
+    return EstimatorSpec(
+        mode,
+        model=model,
+        loss_fn=lambda model, ids, labels: F.mse_loss(model(ids), labels),
+        optimizer=adagrad(model),
+    )
+
+
+@sparse
+def test_the_estimator_brings_a_table_back_from_a_checkpoint(tmp_path: Path) -> None:
+    """With its slots: as each step is saved, nothing is lost but the batch of the step that was not made."""
+    seen: list[int] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for at in range(100):
+            seen.append(at)
+            yield batch(at)
+
+    with a_cluster() as cluster:
+        config = RunConfig(model_dir=str(tmp_path), save_checkpoints_steps=1, train_distribute=cluster.strategy())
+        Estimator(model_fn, config=config).train(batches, max_steps=10, hooks=[Loses(cluster, 6)])
+    assert seen == list(range(11)), "one of them was for a step that found no ps"
+    plain = Net()
+    optimizer = adagrad(plain)
+    for at in [*range(6), *range(7, 11)]:
+        train(plain, optimizer, at)
+    torch.testing.assert_close(read_values(str(tmp_path / "ckpt-10")), dict(plain.state_dict()))
+
+
+@sparse
+def test_what_was_trained_with_a_table_is_evaluated_and_warms_a_start_up(tmp_path: Path) -> None:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        return map(batch, range(5))
+
+    with a_cluster() as cluster:
+        config = RunConfig(model_dir=str(tmp_path / "run"), train_distribute=cluster.strategy())
+        Estimator(model_fn, config=config).train(batches)
+    plain = trained(5)
+    expected = torch.stack([F.mse_loss(plain(ids), labels) for ids, labels in batches()]).mean()
+    metrics = Estimator(model_fn, config=RunConfig(model_dir=str(tmp_path / "run"))).evaluate(batches)
+    assert (metrics["global_step"], metrics["loss"]) == (5, pytest.approx(expected.item(), rel=1e-5))
+
+    config = RunConfig(model_dir=str(tmp_path / "warm"))
+    Estimator(model_fn, config=config, warm_start_from=str(tmp_path / "run")).train(batches, max_steps=1)
+    train(plain, adagrad(plain), 0)
+    torch.testing.assert_close(read_values(str(tmp_path / "warm" / "ckpt-1")), dict(plain.state_dict()))

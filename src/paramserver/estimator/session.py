@@ -165,7 +165,8 @@ class Session:
             self._losses += 1
             if self._strategy.task is None or self._losses > LOSSES_IN_A_ROW:
                 raise error
-            logger.warning("%s goes on when its ps tasks are back: %s", self.task, error)
+            # As text: a kept record must not keep the values that the error has passed by.
+            logger.warning("%s goes on when its ps tasks are back: %s", self.task, str(error))
             self._reporter.tell(state=f"waiting for {error.task}")
             try:
                 self._strategy.recover(
