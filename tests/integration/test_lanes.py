@@ -95,6 +95,18 @@ def test_the_kit_finds_a_lane_that_does_not_bring_all_values():
         conformance.check_values_come_back(functools.partial(connected, Forgetful, TcpSession))
 
 
+class Mixed(TcpLane):
+    """Sends the rows of all parts in the other order."""
+
+    def start(self, request, outgoing=(), rows=()):
+        super().start(request, outgoing, [view for at in range(0, len(rows), 2) for view in rows[-2 - at :][:2]])
+
+
+def test_the_kit_finds_a_lane_that_mixes_up_rows():
+    with pytest.raises(AssertionError, match="expected"):
+        conformance.check_rows_arrive(functools.partial(connected, Mixed, TcpSession))
+
+
 def test_the_kit_finds_a_session_that_keeps_what_was_not_read(monkeypatch):
     monkeypatch.setattr(conformance, "TIMEOUT", 0.2)
     monkeypatch.setattr(FrameSocket, "discard_payload", lambda self: None)

@@ -25,12 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, Range, StoreMemory, VariableSpec, pieces, tensor_bytes
 from paramserver.errors import UnavailableError
 from paramserver.transport import memory
-from paramserver.transport.lane import Lane, Piece, Session, WorkerMemory
+from paramserver.transport.lane import Lane, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Reply, Request
 
@@ -89,6 +91,7 @@ class Shelf:
     Attributes:
         memory: What it holds.
         arrived: Each piece of a gradient that was pushed, in order.
+        rows: Of each part that was about a table, its rows.
         requests: Each request.
         limit: How many pieces of a push it reads before it refuses it; None if it takes them all.
     """
@@ -96,6 +99,7 @@ class Shelf:
     def __init__(self) -> None:
         self.memory = StoreMemory([], [])
         self.arrived: list[tuple[Piece, torch.Tensor]] = []
+        self.rows: list[TableRows] = []
         self.requests: list[Request] = []
         self.limit: int | None = None
         self._layouts: Sequence[ArenaLayout] = ()
@@ -108,9 +112,15 @@ class Shelf:
             case messages.Declare(arenas):
                 self._declare(session, arenas)
             case messages.Push(parts=parts, pull=pull):
+                if self.limit is None:
+                    self.rows += [self._taken(session, part) for part in parts if part.rows is not None]
                 self._push(session, _pieces(self._layouts, parts), pull)
             case messages.Pull(arenas):
                 session.reply(messages.State(True, 0), whole(self._layouts, arenas), self._read)
+            case messages.PullRows(arena=arena, rows=count):
+                ids = torch.from_numpy(_taken_ids(session, count))
+                table = self.memory.values[arena].view(self._layouts[arena].table_shape)
+                session.reply(messages.State(True, 0), rows=tensor_bytes(table[ids]))
             case messages.Goodbye(failure):
                 session.reply(messages.Refused("refused", failure))
             case _:
@@ -139,6 +149,12 @@ class Shelf:
         else:
             session.reply(messages.Refused("refused", "no more of this"))
 
+    def _taken(self, session: Session, part: Part) -> TableRows:
+        ids, layout = _taken_ids(session, part.rows or 0), self._layouts[part.arena]
+        rows = TableRows(ids, torch.empty(len(ids), layout.table_shape[1], dtype=layout.torch_dtype))
+        session.take_rows(rows.value_bytes)
+        return rows
+
     def _read(self, piece: Piece, out: torch.Tensor) -> None:
         with self._lock:
             out.copy_(self.memory.values[piece.arena][piece.start : piece.stop])
@@ -153,17 +169,23 @@ class Worker:
         expect(self.ask(messages.Declare(tuple(layouts), create=True)), messages.Declared(False))
         self.memory: WorkerMemory = lane.open(layouts)
         for index, (layout, gradient) in enumerate(zip(layouts, self.memory.gradients, strict=True)):
-            gradient.copy_(pattern(layout, seed=index))
+            gradient.copy_(pattern(layout.on_worker, seed=index))
 
     def ask(self, request: Request) -> Reply:
         """Send a request without a payload."""
         self.lane.start(request)
         return self.lane.finish()
 
-    def push(self, *parts: Part, pull: Sequence[int] = ()) -> Reply:
-        """Push parts and pull arenas."""
-        self.lane.start(messages.Push(1, 0, True, parts, tuple(pull)), _pieces(self.layouts, parts))
+    def push(self, *parts: Part, pull: Sequence[int] = (), rows: Sequence[TableRows] = ()) -> Reply:
+        """Push parts, with the rows of those that are about tables, and pull arenas."""
+        payload = [view for each in rows for view in (each.id_bytes, each.value_bytes)]
+        self.lane.start(messages.Push(1, 0, True, parts, tuple(pull)), _pieces(self.layouts, parts), payload)
         return self.lane.finish(whole(self.layouts, pull))
+
+    def pull_rows(self, arena: int, rows: TableRows) -> Reply:
+        """Pull rows of a table."""
+        self.lane.start(messages.PullRows(arena, len(rows.ids)), (), [rows.id_bytes])
+        return self.lane.finish((), [rows.value_bytes])
 
     def pull(self, *arenas: int) -> Reply:
         """Pull arenas."""
@@ -194,10 +216,17 @@ def expect_equal(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
         raise AssertionError(f"{what} did not arrive as it was: expected {expected}, got {got}")
 
 
+def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
+    ids = np.empty(count, dtype=np.int64)
+    session.take_rows(ids.view(np.uint8).data)
+    return ids
+
+
 def _pieces(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:
     return [
         Piece(part.arena, start, stop)
         for part in parts
+        if part.rows is None
         for start, stop in (layouts[part.arena].pieces if part.ranges is None else pieces(part.ranges))
     ]
 
@@ -209,6 +238,13 @@ def _layout(dtype: str, *shapes: tuple[int, ...]) -> ArenaLayout:
 
 LARGE = (_layout("float32", (4, BLOCK), (7,)),)
 """Five blocks, the last of them not full: more than the buffers of any connection hold."""
+
+TABLES = (
+    _layout("float32", (2,)),
+    ArenaLayout("float32", None, (VariableSpec("wide", (50_000, 40), "float32"),), is_table=True),
+    ArenaLayout("bfloat16", None, (VariableSpec("narrow", (6, 1), "bfloat16"),), is_table=True),
+)
+"""Tables beside what is pushed whole."""
 
 MODELS: tuple[Sequence[ArenaLayout], ...] = (
     (),
@@ -284,6 +320,41 @@ def check_an_unread_payload_is_dropped(maker: Maker) -> None:
         expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=3), "values")
 
 
+def check_rows_arrive(maker: Maker) -> None:
+    """Rows of tables arrive in the order of their parts, few and many, beside what else is pushed."""
+    parts = (Part(1, "assign", rows=2), Part(0, "assign"), Part(2, "assign", rows=0), Part(1, "add", rows=40_000))
+    rows = [_rows(1, 2), _rows(2, 0), _rows(1, 40_000)]
+    with _at_work(maker, TABLES) as (worker, shelf):
+        expect(worker.push(*parts, rows=rows), messages.Applied(1, 0))
+        _expect_arrived(worker, shelf, whole(TABLES, [0]))
+        expect(len(shelf.rows), len(rows))
+        for got, sent in zip(shelf.rows, rows, strict=True):
+            expect(got.ids.tolist(), sent.ids.tolist())
+            expect_equal(got.values, sent.values, "rows")
+
+
+def check_rows_come_back(maker: Maker) -> None:
+    """A pull of rows brings those of the table that are asked for, few and many."""
+    with _at_work(maker, TABLES) as (worker, shelf):
+        _fill(shelf, TABLES, seed=3)
+        for arena, count in ((1, 2), (2, 3), (1, 0), (1, 40_000)):
+            rows = _rows(arena, count)
+            expect(worker.pull_rows(arena, rows), messages.State(True, 0))
+            table = pattern(TABLES[arena], seed=3).view(TABLES[arena].table_shape)
+            expect_equal(rows.values, table[torch.from_numpy(rows.ids)], "rows")
+
+
+def check_refused_rows_leave_the_lane_in_step(maker: Maker) -> None:
+    """A push may be refused before its rows are read; the next request is understood."""
+    with _at_work(maker, TABLES) as (worker, shelf):
+        shelf.limit = 0
+        refusal = worker.push(Part(1, "add", rows=40_000), rows=[_rows(1, 40_000)])
+        expect(refusal, messages.Refused("refused", "no more of this"))
+        shelf.limit = None
+        expect(worker.push(Part(2, "add", rows=1), rows=[_rows(2, 1)]), messages.Applied(1, 0))
+        expect([rows.ids.tolist() for rows in shelf.rows], [[0]])
+
+
 def check_large_messages_arrive(maker: Maker) -> None:
     """A message may be larger than any buffer, both ways."""
     text = "long" * 100_000
@@ -297,6 +368,14 @@ def check_closing_twice_is_closing_once(maker: Maker) -> None:
     with maker() as (lane, session, _):
         for end in (lane, session, lane, session):
             end.close()
+
+
+def _rows(arena: int, count: int) -> TableRows:
+    """Every other row of one of `TABLES`, and values in which one can be told from the next; all rows where needed."""
+    layout = TABLES[arena]
+    stride = 2 if 2 * count <= layout.table_shape[0] else 1
+    values = pattern(layout, seed=7).view(layout.table_shape)[:count]
+    return TableRows(np.arange(count, dtype=np.int64) * stride, values.clone())
 
 
 def _expect_arrived(worker: Worker, shelf: Shelf, expected: Sequence[Piece]) -> None:
@@ -406,6 +485,9 @@ LANE_CHECKS: tuple[Check, ...] = (
     check_a_push_brings_values,
     check_a_refusal_leaves_the_lane_in_step,
     check_an_unread_payload_is_dropped,
+    check_rows_arrive,
+    check_rows_come_back,
+    check_refused_rows_leave_the_lane_in_step,
     check_large_messages_arrive,
     check_closing_twice_is_closing_once,
 )
