@@ -1,7 +1,7 @@
 """The threads that serve the connections of a ps: one for all that are quick, and one for each that is not.
 
 Rules
-    * A connection has a thread of its own until a request of it was quick. Then it waits among the others, and one
+    * A connection has a thread of its own until a request of it was quick. Then it waits among others, if any, and one
       thread, the leader, waits for all of them and carries out what they send, one request after the other. So
       however many send at once, nobody waits for the interpreter's lock behind all others at each system call.
     * The leader waits for nothing else. Whoever leads and is about to wait, for the rest of a request, for a peer that
@@ -119,8 +119,12 @@ class ServingThreads:
         self._have_follower()  # another thread than this one, which keeps its argument for as long as it lives
 
     def _stay_with(self, connection: Served, pace: Pace) -> None:
-        """Serve a connection, whose last request went as told, until it is quick or over."""
-        while pace is Pace.SLOW:
+        """Serve a connection, whose last request went as told, until it is quick or over; a lone one until it is over.
+
+        To wait for one that may be read, and then to read, takes longer than to read; where there are no others it
+        gains nothing.
+        """
+        while pace is Pace.SLOW or (pace is Pace.QUICK and len(self._served) == 1):
             pace = connection.proceed()
         if pace is Pace.OVER:
             connection.end()

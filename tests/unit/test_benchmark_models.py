@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +75,22 @@ def tiny(benchmark):
 def test_a_built_model_has_the_bytes_that_its_shape_says(tiny) -> None:
     for model in tiny:
         assert sum(parameter.nbytes for parameter in model.build().parameters()) == model.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+def test_what_is_trained_on_a_gpu_learns(benchmark) -> None:
+    worker = benchmark("gpu_worker")
+    assert worker.TINY.keys() == worker.MODELS.keys()
+    for tiny in worker.TINY.values():
+        model = worker.OnDevice(tiny, torch.device("cpu"))
+        module = model.build()
+        assert sum(parameter.nbytes for parameter in module.parameters()) == model.nbytes
+        training = benchmark("models").Training(model, module, model.optimizer(module))
+        training.step()
+        first = training.loss
+        for _ in range(16 * 30):
+            training.step()
+        assert training.loss < first
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
