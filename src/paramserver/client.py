@@ -21,7 +21,7 @@ from paramserver.errors import (
     DeadlineError,
     RemoteProtocolError,
 )
-from paramserver.lanes import Call, Lanes
+from paramserver.lanes import Call, Lanes, Meanwhile, nothing
 from paramserver.long_requests import ask_at_length
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
 from paramserver.wire import messages
@@ -193,6 +193,7 @@ class ParameterClient:
         *,
         counts: bool,
         rows: Sequence[Sequence[TableRows]] | None = None,
+        meanwhile: Meanwhile = nothing,
     ) -> PushResult:
         """Push what lies in the gradient memory, and bring the value memory up to date. The hot path.
 
@@ -201,8 +202,10 @@ class ParameterClient:
             pull: For each ps, the arenas to pull.
             counts: Whether this is an update of the model, which the global step counts.
             rows: For each ps, what the parts that are about tables push, in their order; None if there is none.
+            meanwhile: Called once all is pushed, before values come; see `Lanes.exchange`.
         """
-        return self._pushed(self._exchange(self._push(parts, pull, counts, self.local_step, rows), messages.Applied))
+        calls = self._push(parts, pull, counts, self.local_step, rows)
+        return self._pushed(self._expected(calls, self.lanes.exchange(calls, meanwhile), messages.Applied))
 
     def begin_push_pull(
         self,

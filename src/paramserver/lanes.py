@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -13,6 +13,12 @@ from paramserver.transport.lane import Lane, Piece
 from paramserver.wire import messages
 
 logger = logging.getLogger(__name__)
+
+Meanwhile = Callable[[], None]
+
+
+def nothing() -> None:
+    """What is done meanwhile, by default."""
 
 
 class Call(NamedTuple):
@@ -57,14 +63,19 @@ class Lanes:
             raise LocalProtocolError("this task has said goodbye to the ps tasks already; it cannot ask them anything")
         return self._lanes
 
-    def exchange(self, calls: Sequence[Call]) -> list[messages.Reply]:
+    def exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> list[messages.Reply]:
         """Ask several ps tasks at once. The answers of all are taken in, also if one is lost.
+
+        Args:
+            calls: What to ask.
+            meanwhile: Called while the ps tasks are at work, before the first answer is taken in.
 
         Raises:
             UnavailableError: If one of them is lost; the first one that is.
+            ParameterServerError: What ``meanwhile`` has raised; the answers are taken in first.
         """
         self._await_aside()
-        return self._exchange(calls)
+        return self._exchange(calls, meanwhile)
 
     def exchange_aside(self, calls: Sequence[Call]) -> Future[list[messages.Reply]]:
         """`exchange` on a thread of its own; whatever is asked next waits until it is over. Does not block for long.
@@ -77,7 +88,7 @@ class Lanes:
         self._aside = self._executor.submit(self._exchange, calls)
         return self._aside
 
-    def _exchange(self, calls: Sequence[Call]) -> list[messages.Reply]:
+    def _exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> list[messages.Reply]:
         asked: list[Call] = []
         replies: list[messages.Reply] = []
         failures: list[ParameterServerError] = []
@@ -92,6 +103,10 @@ class Lanes:
                 asked.append(call)
             begun, now = now, time.perf_counter()
             sending.append(now - begun)
+        try:
+            meanwhile()
+        except ParameterServerError as error:
+            failures.append(error)
         for call in asked:
             try:
                 replies.append(call.lane.finish(call.incoming, call.rows_in))

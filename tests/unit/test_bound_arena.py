@@ -55,9 +55,11 @@ def bind(
 
 
 def parts_of(bound: BoundArena) -> list[Part]:
-    """What a step pushes."""
+    """What a step pushes, which has all but the values that come back."""
     bound.gather()
-    return bound.parts()
+    parts = bound.parts()
+    bound.meanwhile()
+    return parts
 
 
 def on_each(tensors: ReplicaTensors, tensor: Tensor) -> list[list[float]]:

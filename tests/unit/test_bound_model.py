@@ -16,6 +16,7 @@ from paramserver.distribute.bound_model import BoundModel
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import Kind, collect, plan
+from paramserver.lanes import Meanwhile, nothing
 from paramserver.placement import RoundRobin
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
@@ -33,9 +34,16 @@ class Client:
         self.push_times: Sequence[PushTimes] = ()
 
     def push_pull(
-        self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]], *, counts: bool, rows: None = None
+        self,
+        parts: Sequence[Sequence[Part]],
+        pull: Sequence[Sequence[int]],
+        *,
+        counts: bool,
+        rows: None = None,
+        meanwhile: Meanwhile = nothing,
     ) -> PushResult:
         (self.parts,), (self.pulled,) = parts, pull
+        meanwhile()
         for part in self.parts:
             if part.operation == "assign" and part.ranges is None:
                 self.memory.values[part.arena].copy_(self.memory.gradients[part.arena])
@@ -166,9 +174,10 @@ def test_the_moves_of_a_step_are_what_is_pushed(monkeypatch: pytest.MonkeyPatch)
     pushed: list[list[float]] = []
     push_pull = client.push_pull
 
-    def keep(parts: Any, pull: Any, *, counts: bool, rows: None = None) -> PushResult:
+    def keep(*args: Any, **options: Any) -> PushResult:
         pushed.append(client.memory.gradients[0][[0, 1, 2, 16]].tolist())
-        return push_pull(parts, pull, counts=counts)
+        result: PushResult = push_pull(*args, **options)
+        return result
 
     monkeypatch.setattr(client, "push_pull", keep)
     model.moving[2] += 4

@@ -25,6 +25,7 @@ from paramserver.distribute.device_copies import CudaCopies, HostCopies, choose
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import collect, plan
+from paramserver.lanes import Meanwhile, nothing
 from paramserver.placement import RoundRobin
 from paramserver.transport.lane import WorkerMemory
 
@@ -211,8 +212,11 @@ class Client:
         self._cuda = cuda
         self._aside = Stream(cuda, "exchange")
 
-    def push_pull(self, parts: Any, pull: Any, *, counts: bool, rows: None = None) -> PushResult:
+    def push_pull(
+        self, parts: Any, pull: Any, *, counts: bool, rows: None = None, meanwhile: Meanwhile = nothing
+    ) -> PushResult:
         self._cuda.log.append("push_pull")
+        meanwhile()
         for part in parts[0]:
             if part.operation == "assign":
                 self.memory.values[part.arena].copy_(self.memory.gradients[part.arena])

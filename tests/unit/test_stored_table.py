@@ -341,7 +341,7 @@ def test_a_copy_that_is_not_checked_is_torn(monkeypatch):
     """So that the test above can fail."""
     original = shared_memory._RowsCopy._copy
     monkeypatch.setattr(shared_memory._RowsCopy, "_copy", lambda *args: original(*args)[:0])
-    assert torn_rows(monkeypatch, rounds=2000) == 1
+    assert torn_rows(monkeypatch, rounds=1_000_000) == 1
 
 
 def torn_rows(monkeypatch: pytest.MonkeyPatch, rounds: int) -> int:

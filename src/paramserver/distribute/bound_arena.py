@@ -97,6 +97,9 @@ class BoundArena:
         """What a step pushes of this arena. It has been gathered, and all copies are done."""
         return []
 
+    def meanwhile(self) -> None:
+        """What a step has to do before values come, and need not do before it pushes."""
+
     def pulled(self) -> None:
         """The value memory is fresh, by a step."""
         self.refreshed()
@@ -152,6 +155,7 @@ class TrainedArena(BoundArena):
         self._parameters: list[BoundParameters] = []
         self._copied: list[BoundParameter] = []
         self._pushed: list[Part] = []
+        self._moving: list[list[torch.Tensor]] = []
 
     def copied_memory(self) -> list[torch.Tensor]:
         return [self.values, self.gradients] if self.plan.kind is Kind.TRAINED else []
@@ -163,15 +167,17 @@ class TrainedArena(BoundArena):
                 yield GradientPlace(member.variable.tensor, view)
 
     def gather(self) -> None:
-        present = self._present()
+        if self.is_direct:
+            self._bring_home()  # the update is made there, and not in other memory that is copied
+        present = self._gathered()
+        are_all = all(present)
+        self._moving = [
+            parameters.tensors if are_all else list(compress(parameters.tensors, present))
+            for parameters in self._parameters
+        ]
         if not any(present):
             self._pushed = []
             return
-        # The lane writes values behind autograd's back: a graph that was built on the old ones must not go unnoticed.
-        are_all = all(present)
-        for parameters in self._parameters:
-            tensors = parameters.tensors if are_all else list(compress(parameters.tensors, present))
-            torch.autograd.graph.increment_version(tensors)
         ranges = None if are_all else merge(list(compress(self.plan.layout.ranges, present)), self._gap)
         if self._replica_gradients[0] is not self.gradients:
             with self._copies.aside():
@@ -181,6 +187,13 @@ class TrainedArena(BoundArena):
 
     def parts(self) -> list[Part]:
         return self._pushed
+
+    def meanwhile(self) -> None:
+        if not self.is_direct:
+            self._bring_home()
+        # The lane writes values behind autograd's back: a graph that was built on the old ones must not go unnoticed.
+        for tensors in self._moving:
+            torch.autograd.graph.increment_version(tensors)
 
     def refreshed(self) -> None:
         super().refreshed()
@@ -207,7 +220,11 @@ class TrainedArena(BoundArena):
             if member.rows is not None and (replica == 0 or not _share(parameter.tensor, member.variable.tensor))
         )
 
-    def _present(self) -> list[bool]:
+    def _bring_home(self) -> None:
+        for parameters in self._parameters:
+            parameters.bring_home()
+
+    def _gathered(self) -> list[bool]:
         """Which parameters have a gradient; each is in its place then, on every replica."""
         has = [parameters.present() for parameters in self._parameters]
         if len(has) == 1:

@@ -147,7 +147,7 @@ class BoundModel:
         step = self._steps[owner]
         parts, pulled, rows = step.request()
         reducing = time.perf_counter() - entered
-        result = self._client.push_pull(parts, pulled, counts=owner == 0, rows=rows)
+        result = self._client.push_pull(parts, pulled, counts=owner == 0, rows=rows, meanwhile=step.meanwhile)
         step.pulled(pulled)
         self._clock.left(entered, reducing)
         return result
@@ -187,6 +187,7 @@ class PipelinedModel(BoundModel):
         reducing = time.perf_counter() - arrived
         self._client.begin_push_pull(parts, pulled, counts=owner == 0, computed_from=computed_from, rows=rows)
         self._under_way = step, pulled
+        step.meanwhile()
         self._clock.left(entered, reducing)
         return PushResult(self._client.global_step, before.staleness if before else 0)
 
@@ -253,6 +254,12 @@ class _Step:
                 parts[ps].append(part)
                 rows[ps].append(each)
         return parts, pulled, rows
+
+    def meanwhile(self) -> None:
+        """What is to be done before values come, and not before the ps tasks are at work."""
+        for arenas in self.arenas:
+            for arena in arenas:
+                arena.meanwhile()
 
     def pulled(self, indices: Sequence[Sequence[int]]) -> None:
         """The values of these arenas have come."""

@@ -36,6 +36,10 @@ class BoundParameter(abc.ABC):
         """Whether there is one; then it is in its place."""
 
     @abc.abstractmethod
+    def bring_home(self) -> None:
+        """What a program has put in the place of its values goes to where they lie."""
+
+    @abc.abstractmethod
     def pulled(self) -> None:
         """The memory of its values is fresh."""
 
@@ -67,17 +71,20 @@ class BoundParameters:
         homes = [parameter.home for parameter in each if isinstance(parameter, _WholeParameter)]
         self._gradients = [gradient for _, gradient in homes]
         self._addresses = [address for address, _ in homes]
+        self._are_whole = len(homes) == len(each)
 
     def present(self) -> list[bool]:
         """Which of them have a gradient; it is in its place then."""
-        return self._all if self._are_at_home() else [parameter.has_gradient() for parameter in self._each]
+        if self._are_whole and all(map(operator.is_, [tensor.grad for tensor in self.tensors], self._gradients)):
+            return self._all
+        return [parameter.has_gradient() for parameter in self._each]
 
-    def _are_at_home(self) -> bool:
-        return (
-            len(self._gradients) == len(self._each)
-            and all(map(operator.is_, [tensor.grad for tensor in self.tensors], self._gradients))
-            and list(map(torch.Tensor.data_ptr, self.tensors)) == self._addresses
-        )
+    def bring_home(self) -> None:
+        """What a program has put in the place of their values goes to where they lie."""
+        if self._are_whole and list(map(torch.Tensor.data_ptr, self.tensors)) == self._addresses:
+            return
+        for parameter in self._each:
+            parameter.bring_home()
 
 
 class _WholeParameter(BoundParameter):
@@ -103,9 +110,6 @@ class _WholeParameter(BoundParameter):
         return self._address, self._gradient
 
     def has_gradient(self) -> bool:
-        if self.tensor.data_ptr() != self._address:
-            self._value.copy_(same_kind(self._spec, self.tensor).detach())
-            self.tensor.data = self._value
         gradient = self.tensor.grad
         if gradient is None:
             return False
@@ -113,6 +117,11 @@ class _WholeParameter(BoundParameter):
             same_kind(self._spec, self.tensor)
             self._land(self.tensor)
         return True
+
+    def bring_home(self) -> None:
+        if self.tensor.data_ptr() != self._address:
+            self._value.copy_(same_kind(self._spec, self.tensor).detach())
+            self.tensor.data = self._value
 
     def pulled(self) -> None:
         """The memory is the parameter."""
@@ -137,16 +146,18 @@ class _PartOfParameter(BoundParameter):
         self._gradient = gradient
 
     def has_gradient(self) -> bool:
-        found = same_kind(self._spec, self.tensor)
-        if found.data_ptr() != self._whole.data_ptr():
-            self._whole.copy_(found.detach())
-            self.tensor.data = self._whole
-        gradient = self.tensor.grad
+        gradient = same_kind(self._spec, self.tensor).grad
         if gradient is None:
             return False
         _check_dense(self._spec, gradient)
         self._gradient.copy_(gradient.detach()[self._rows])
         return True
+
+    def bring_home(self) -> None:
+        found = same_kind(self._spec, self.tensor)
+        if found.data_ptr() != self._whole.data_ptr():
+            self._whole.copy_(found.detach())
+            self.tensor.data = self._whole
 
     def pulled(self) -> None:
         self._whole[self._rows].copy_(self._value)
