@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.figure import Effort, Figure, amount, compared, run, take_turns
+from benchmarks.figure import LANE_NAMES, Effort, Figure, amount, compared, run, take_turns
 from benchmarks.processes import Child, Crew, crew
 from benchmarks.serving import ONE_THREAD, start_servers
 from benchmarks.stepper import Spec, slowest_step, start, steps_per_second
@@ -22,7 +22,6 @@ from paramserver.cluster.environment import LANES
 
 SIZES = (4, 1_000_000, 100_000_000)
 FEW = (4, 100_000_000)
-NAMES = {"auto": "shared memory", "tcp": "TCP"}
 
 ROWS = 32
 TABLE = 256_000_000
@@ -66,7 +65,7 @@ def _rows(lane: str, effort: Effort) -> Iterator[Figure]:
             yield compared(
                 take_turns(partial(seconds, nbytes), partial(seconds, TABLE), effort.repeats),
                 "null",
-                f"step of {ROWS} rows of another table, {NAMES[lane]}",
+                f"step of {ROWS} rows of another table, {LANE_NAMES[lane]}",
                 size=nbytes,
                 size_unit="B",
                 beside=amount(TABLE, "B"),
@@ -88,7 +87,7 @@ def _beside_plain(
     return compared(
         take_turns(ours, other, effort.repeats),
         "null",
-        f"{step}, {NAMES[lane]}",
+        f"{step}, {LANE_NAMES[lane]}",
         size=nbytes,
         size_unit="B",
         beside="plain PyTorch",

@@ -24,6 +24,7 @@ TITLES = {
     "null": "A step without compute",
     "lanes": "What goes through a lane",
     "training": "Training",
+    "peers": "Beside other ways to train",
     "growth": "More variables and more workers",
     "latency": "A connection that takes its time",
     "startup": "From nothing to the first step",

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.figure import Effort, Figure, compared, run, take_turns
+from benchmarks.figure import LANE_NAMES, Effort, Figure, compared, run, take_turns
 from benchmarks.models import MODELS
-from benchmarks.null import NAMES
 from benchmarks.processes import Child, Cluster, Crew, crew
 from benchmarks.stepper import slowest_step, steps_per_second
 from paramserver.cluster.environment import LANES
@@ -57,7 +56,7 @@ def _measure(its_crew: Crew, case: Case, effort: Effort) -> Iterator[Figure]:
         yield compared(
             take_turns(ours, other, min(effort.repeats, MOST_TURNS)),
             "training",
-            f"{case.model}, {NAMES[case.lane]}, {case.ps} ps",
+            f"{case.model}, {LANE_NAMES[case.lane]}, {case.ps} ps",
             size=count,
             size_unit="workers",
             beside=f"plain PyTorch, threads: {_threads(count)}",

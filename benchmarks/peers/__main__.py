@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
@@ -65,8 +64,7 @@ def main(
         with Console(stderr=True).status(f"measuring {options.model} beside {name}"):
             results.append(compare(name, options))
         if as_json:
-            sys.stdout.buffer.write(msgspec.json.encode(results[-1]) + b"\n")
-            sys.stdout.buffer.flush()
+            print_json(results[-1])
     if not as_json:
         print_results(results)
 
@@ -87,13 +85,21 @@ def pairs(models: Iterable[str], peers: Iterable[str]) -> list[tuple[str, str]]:
     return found
 
 
+def print_json(result: Comparison) -> None:
+    """A line of JSON as the other benchmarks print it; what was not measured is told to stderr."""
+    if result.failure:
+        typer.echo(_not_measured(result), err=True)
+    else:
+        typer.echo(msgspec.json.encode(result.figure()))
+
+
 def print_results(results: Sequence[Comparison]) -> None:
     """Show the results to people, and which peers have none."""
     console = Console()
     console.print(table([result for result in results if not result.failure]))
     for result in results:
         if result.failure:
-            console.print(f"{result.peer}, {result.model}: NOT MEASURED: {result.failure}", markup=False)
+            console.print(_not_measured(result), markup=False)
 
 
 def table(results: Iterable[Comparison]) -> Table:
@@ -116,6 +122,10 @@ def table(results: Iterable[Comparison]) -> Table:
         )
     shown.caption = f"{WORKERS} workers and 1 ps, one thread each; ratio: paramserver's steps/s to the peer's"
     return shown
+
+
+def _not_measured(result: Comparison) -> str:
+    return f"{result.peer}, {result.model}: NOT MEASURED: {result.failure}"
 
 
 def _text(installed: dict[str, str]) -> str:

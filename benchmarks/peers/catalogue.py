@@ -39,6 +39,16 @@ class Peer:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
+TARGETS = {
+    ("small", "auto", "tf-estimator"): 6.0,
+    ("large", "auto", "tf-estimator"): 1.6,
+    ("sparse", "auto", "tf-estimator"): 2.0,
+    ("small", "tcp", "tf-estimator"): 4.0,
+    ("small", "tcp", "torch-rpc"): 5.0,
+}
+"""How many times as fast as a peer we are to be at least: by model, lane and peer."""
+
+
 def _tasks(*texts: str) -> tuple[TaskId, ...]:
     return tuple(TaskId.parse(text) for text in texts)
 

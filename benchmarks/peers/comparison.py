@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.figure import LANE_NAMES, Figure
 from benchmarks.peers.assignment import Assignment
-from benchmarks.peers.catalogue import PEERS, Peer
+from benchmarks.peers.catalogue import PEERS, TARGETS, Peer
 from benchmarks.peers.environments import interpreter, versions
 from benchmarks.processes import END_LIMIT, BenchmarkError, Child, Crew, crew
 from benchmarks.step import StepOptions, await_ready, rate, run_window, start_cluster
@@ -50,6 +51,24 @@ class Comparison(msgspec.Struct, kw_only=True):
     ratio: float = 0.0
     ratios: list[float] = []
     failure: str = ""
+
+    def figure(self) -> Figure:
+        """What was measured as the other benchmarks tell it; there has to be something."""
+        installed = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return Figure(
+            benchmark="peers",
+            case=f"{self.model}, {LANE_NAMES[self.lane]}, beside {self.peer}",
+            size=self.workers,
+            size_unit="workers",
+            measured=self.steps_per_second,
+            beside=installed,
+            baseline=self.peer_steps_per_second,
+            unit="steps/s",
+            ratio=self.ratio,
+            ratios=self.ratios,
+            better="more",
+            target=TARGETS.get((self.model, self.lane, self.peer)),
+        )
 
 
 def compare(name: str, options: StepOptions) -> Comparison:

@@ -57,7 +57,12 @@ def model_fn(features: Any, labels: Any, params: TfModel) -> Any:
     variables = [tf.compat.v1.get_variable(f"value_{index}", initializer=make) for index, make in enumerate(values)]
     loss = params.mean_loss(variables, features, labels)
     tf.compat.v1.losses.add_loss(loss)
-    train_op = params.optimizer().minimize(loss, tf.compat.v1.train.get_global_step())
+    optimizer = params.optimizer()
+    gradients = optimizer.compute_gradients(loss)
+    by_rows = sum(isinstance(gradient, tf.IndexedSlices) for gradient, _ in gradients)
+    if by_rows != params.num_tables:
+        raise TypeError(f"expected {params.num_tables} gradients of rows alone, got {by_rows}: {gradients}")
+    train_op = optimizer.apply_gradients(gradients, tf.compat.v1.train.get_global_step())
     return tf.estimator.EstimatorSpec(tf.estimator.ModeKeys.TRAIN, loss=loss, train_op=train_op)
 
 

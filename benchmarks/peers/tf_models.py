@@ -16,6 +16,10 @@ from benchmarks.shapes import BATCHES, MLPS, SPARSES, MlpShape, SparseShape
 class TfModel(Protocol):
     """What is trained, and how."""
 
+    @property
+    def num_tables(self) -> int:
+        """How many of the variables have a gradient of the rows that a batch has looked up, and of no others."""
+
     def dataset(self) -> Any:
         """Random ``(features, labels)``, over and over; a ``tf.data.Dataset``."""
 
@@ -34,6 +38,7 @@ class TfMlp:
     """A `MlpShape` in TensorFlow; its batches are ``features [batch, inputs], labels [batch]``."""
 
     shape: MlpShape
+    num_tables: int = 0
 
     def dataset(self) -> Any:
         """Random batches, over and over."""
@@ -59,12 +64,13 @@ class TfMlp:
 
 @dataclass(frozen=True)
 class TfSparse:
-    """A `SparseShape` in TensorFlow; its batches are ``(ids [batch, ids], numbers [batch, numbers]), labels [batch]``.
+    """A `SparseShape` in TensorFlow.
 
-    The table's gradient is ``tf.IndexedSlices``, as that of an ``embedding_lookup`` is.
+    Its batches are ``(ids [batch, ids], numbers [batch, numbers]), labels [batch]``.
     """
 
     shape: SparseShape
+    num_tables: int = 1
 
     def dataset(self) -> Any:
         """Random batches, over and over."""

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmarks.figure import LANE_NAMES, read
 from benchmarks.participant import Window, measure
 from benchmarks.peers import environments
-from benchmarks.peers.__main__ import print_results, table
-from benchmarks.peers.catalogue import PEERS, WORKERS
+from benchmarks.peers.__main__ import print_json, print_results, table
+from benchmarks.peers.catalogue import PEERS, TARGETS, WORKERS
 from benchmarks.peers.comparison import Comparison, compare, result, tf_config
 from benchmarks.peers.environments import NotInstalledError, parse_pins
 from benchmarks.step import StepOptions
@@ -129,6 +130,22 @@ def test_a_peer_without_a_measurement_is_told_beside_the_table(capsys) -> None:
     shown = capsys.readouterr().out
     assert "ray, small: NOT MEASURED: ray could not be installed: no such version" in shown.replace("\n", " ")
     assert shown.count("ray") == 2
+
+
+def test_a_line_of_json_is_a_figure_with_its_target_and_a_failure_is_none(capsysbinary) -> None:
+    print_json(result("torch-rpc", {}, OPTIONS, [], "it does not run"))
+    told = capsysbinary.readouterr()
+    assert (told.out, told.err) == (b"", b"torch-rpc, small: NOT MEASURED: it does not run\n")
+
+    options = StepOptions(model="small", lane="tcp")
+    print_json(result("torch-rpc", {"torch": "2.0"}, options, [(40.0, 20.0), (90.0, 10.0)], ""))
+    [figure] = read(capsysbinary.readouterr().out.splitlines())
+    assert figure.key == ("peers", "small, TCP, beside torch-rpc", 2)
+    assert (figure.ratio, figure.target, figure.is_reached, figure.beside) == (5.5, 5.0, True, "torch 2.0")
+
+
+def test_each_target_is_beside_a_peer_that_trains_the_model() -> None:
+    assert all(model in PEERS[peer].models and lane in LANE_NAMES for model, lane, peer in TARGETS)
 
 
 def test_the_table_has_the_ratio_and_the_versions() -> None:
