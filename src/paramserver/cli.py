@@ -28,9 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Lane = Annotated[
-    str, typer.Option(metavar="auto|tcp", help="auto: shared memory where it is possible; tcp: never.")
-]
+Lane = Annotated[str, typer.Option(metavar="auto|tcp", help="auto: shared memory where it is possible; tcp: never.")]
 
 
 def main() -> None:
@@ -74,9 +72,7 @@ def launch(
         int | None,
         typer.Option(metavar="N", help="Threads of each task; else the workers share the cores."),
     ] = None,
-    restarts: Annotated[
-        int, typer.Option(metavar="N", help="Start each task that fails again, up to N times.")
-    ] = 0,
+    restarts: Annotated[int, typer.Option(metavar="N", help="Start each task that fails again, up to N times.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
 ) -> None:
     """Run SCRIPT as a cluster of processes on this machine.

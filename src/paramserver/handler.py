@@ -155,9 +155,7 @@ class RequestHandler:
         session.reply(messages.State(True, self._store.global_step), self._whole(pull.arenas), self._read)
 
     def _whole(self, arenas: Sequence[int]) -> list[Piece]:
-        return [
-            Piece(index, start, stop) for index in arenas for start, stop in self._store.arena(index).layout.pieces
-        ]
+        return [Piece(index, start, stop) for index in arenas for start, stop in self._store.arena(index).layout.pieces]
 
     def _read(self, piece: Piece, out: torch.Tensor) -> None:
         self._store.arenas[piece.arena].read((piece.start, piece.stop), out)

@@ -27,9 +27,7 @@ PIECE_BYTES = 8 << 20
 def saving(store: Store, save: messages.Save) -> Steps[messages.Reply]:
     """The steps of a save, and the answer."""
     written = yield from write_shard(store, save.shard, save.num_shards)
-    return messages.Saved(
-        written.weight_map, written.slot_map, written.nbytes, written.pause, written.longest_pause
-    )
+    return messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause, written.longest_pause)
 
 
 def restoring(store: Store, restore: messages.Restore) -> Steps[messages.Reply]:

@@ -132,9 +132,7 @@ def test_the_extra_staleness_is_told(cluster: LocalCluster) -> None:
     strategy.close()
 
 
-def test_the_global_step_is_exact_and_saving_waits_for_what_is_under_way(
-    cluster: LocalCluster, tmp_path: Path
-) -> None:
+def test_the_global_step_is_exact_and_saving_waits_for_what_is_under_way(cluster: LocalCluster, tmp_path: Path) -> None:
     strategy = pipelined(cluster)
     model, optimizer = strategy.prepare(model := net(), optim.SGD(model.parameters(), lr=0.1))
     client = strategy.connect()

@@ -667,9 +667,7 @@ def test_workers_shuffle_differently() -> None:
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
 @pytest.mark.parametrize("num_ps", [1, 2])
-def test_the_values_of_all_workers_agree_after_a_pull(
-    num_ps: int, lane: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_values_of_all_workers_agree_after_a_pull(num_ps: int, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """W02: variables live once. The chief's initial values are everyone's."""
     monkeypatch.setenv("PARAMSERVER_LANE", lane)
     with a_run(num_ps, num_workers=2) as run:

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "estimator.py"
 LAUNCH = (sys.executable, "-m", "paramserver", "launch")
 
+
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=150, check=False)
 

@@ -256,9 +256,7 @@ os.write(fd, b'{"task":"chief:0","state":"training"}\nnonsense\n{"task":"chief:0
     ]
 
 
-def test_nobody_is_asked_for_reports_that_nobody_reads(
-    program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_is_asked_for_reports_that_nobody_reads(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAMSERVER_REPORT_FD", "99")  # of a launcher that we are a task of
     assert Run(program(CHIEF, "print('PARAMSERVER_REPORT_FD' in os.environ)")).said(CHIEF) == ["False"]
 
@@ -348,9 +346,7 @@ def test_a_second_ctrl_c_kills_at_once(program: Program, lifeline: Lifeline, tmp
     assert lifeline.is_free(within=PATIENCE)
 
 
-def test_a_launcher_that_is_killed_leaves_nothing_behind(
-    program: Program, lifeline: Lifeline, tmp_path: Path
-) -> None:
+def test_a_launcher_that_is_killed_leaves_nothing_behind(program: Program, lifeline: Lifeline, tmp_path: Path) -> None:
     with launcher(tmp_path, program(PS, DEAF), program(CHIEF, f"child({DEAF!r}); {DEAF}")) as process:
         lifeline.wait_ready(3)
         process.kill()
@@ -397,9 +393,7 @@ def test_an_end_on_purpose_has_no_traceback(tmp_path: Path, code: str, returncod
 def test_a_users_error_is_shown_as_python_shows_it(tmp_path: Path) -> None:
     code = "def work():\n    raise ValueError('NaN')\n\nwork()\n"
     done = run_task(tmp_path, code)
-    alone = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, check=False
-    )
+    alone = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == alone.stderr
 
@@ -465,9 +459,7 @@ else:
 def test_a_task_that_is_killed_is_started_again(program: Program) -> None:
     run = Run(program(CHIEF, FAIL_ONCE), program(WORKER, "print('undisturbed')"), restarts=1)
     assert (run.code, run.said(CHIEF), run.said(WORKER)) == (0, ["again"], ["undisturbed"])
-    assert run.said(None, is_error=True) == [
-        "chief:0 was killed by SIGKILL (code 137); it is started again (1 of 1)"
-    ]
+    assert run.said(None, is_error=True) == ["chief:0 was killed by SIGKILL (code 137); it is started again (1 of 1)"]
 
 
 def test_a_task_that_fails_each_time_has_failed(program: Program) -> None:

@@ -26,9 +26,9 @@ class Client:
     """Keeps what is pushed; plays a ps that only takes values in and gives them back."""
 
     def __init__(self, layouts: Sequence[ArenaLayout]) -> None:
-        self.memory = WorkerMemory(*(
-            [torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts] for _ in range(2)
-        ))
+        self.memory = WorkerMemory(
+            *([torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts] for _ in range(2))
+        )
         self.parts: Sequence[Part] = ()
         self.pulled: Sequence[int] = ()
         self.push_times: Sequence[PushTimes] = ()

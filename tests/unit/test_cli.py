@@ -55,12 +55,8 @@ def test_an_address_that_is_none_is_refused() -> None:
     assert "'localhost' is no address" in str(result.exception)
 
 
-def test_options_of_launch_reach_it_and_its_exit_code_is_ours(
-    script: str, launched: list[LaunchOptions]
-) -> None:
-    result = invoke(
-        "launch", "--ps", "2", "--workers", "3", "--evaluator", "--lane", "tcp", "--threads", "4", script
-    )
+def test_options_of_launch_reach_it_and_its_exit_code_is_ours(script: str, launched: list[LaunchOptions]) -> None:
+    result = invoke("launch", "--ps", "2", "--workers", "3", "--evaluator", "--lane", "tcp", "--threads", "4", script)
     assert result.exit_code == 7
     assert launched == [
         LaunchOptions(script=script, ps=2, workers=3, evaluator=True, lane="tcp", threads=4),
@@ -123,9 +119,7 @@ def test_a_script_that_is_not_there_is_refused_also_in_a_dry_run() -> None:
     assert "there is no script 'missing.py'" in str(result.exception)
 
 
-def test_an_error_is_one_line_on_stderr(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["paramserver", "launch", "missing.py"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -136,9 +130,7 @@ def test_an_error_is_one_line_on_stderr(
     assert captured.err.count("\n") == 1
 
 
-def test_ctrl_c_gives_130(
-    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_gives_130(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_: LaunchOptions) -> int:
         raise KeyboardInterrupt
 

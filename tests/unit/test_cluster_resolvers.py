@@ -97,12 +97,8 @@ def test_union_checks_arguments(resolvers: Any, keywords: Any, error: type[Excep
     ("clusters", "merged"),
     [
         pytest.param([{"ps": ["a"]}, {"worker": ["b"]}], {"ps": ["a"], "worker": ["b"]}, id="other-jobs"),
-        pytest.param(
-            [{"ps": ["b", "a"]}, {"ps": ["c"]}, {"ps": ["a"]}], {"ps": ["b", "a", "c", "a"]}, id="lists"
-        ),
-        pytest.param(
-            [{"ps": ["a"]}, {"ps": {2: "c", 3: "d"}}], {"ps": {0: "a", 2: "c", 3: "d"}}, id="list-dict"
-        ),
+        pytest.param([{"ps": ["b", "a"]}, {"ps": ["c"]}, {"ps": ["a"]}], {"ps": ["b", "a", "c", "a"]}, id="lists"),
+        pytest.param([{"ps": ["a"]}, {"ps": {2: "c", 3: "d"}}], {"ps": {0: "a", 2: "c", 3: "d"}}, id="list-dict"),
         pytest.param([{"ps": {1: "b"}}, {"ps": ["a"]}], {"ps": ["a", "b"]}, id="dict-list"),
         pytest.param([{"ps": {1: "b"}}, {"ps": {3: "d"}}], {"ps": {1: "b", 3: "d"}}, id="dicts"),
         pytest.param([{"ps": []}, {"ps": ["a"]}, {"ps": ["b"]}], {"ps": ["a", "b"]}, id="no-tasks-and-lists"),

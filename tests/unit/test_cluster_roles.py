@@ -32,9 +32,7 @@ FULL: dict[str, Any] = {**CHIEF, "evaluator": ["e0"]}
         pytest.param(WORKERS, id="C06-dict"),
         pytest.param(ClusterSpec(WORKERS), id="C06-ClusterSpec"),
         pytest.param(
-            SimpleNamespace(
-                job=[SimpleNamespace(name=n, tasks=dict(enumerate(t))) for n, t in WORKERS.items()]
-            ),
+            SimpleNamespace(job=[SimpleNamespace(name=n, tasks=dict(enumerate(t))) for n, t in WORKERS.items()]),
             id="C06-ClusterDef",
         ),
     ],
@@ -78,12 +76,8 @@ def test_a_task_of_the_cluster_is_valid(task_type: str, task_id: int) -> None:
         pytest.param(FULL, None, 0, "must also specify task_type and task_id.*None", id="C04-no-type"),
         pytest.param(FULL, "", 0, "must also specify task_type and task_id.*''", id="C04-empty-type"),
         pytest.param(FULL, "worker", None, "must also specify task_type and task_id", id="C04-no-id"),
-        pytest.param(
-            {"worker": ["w0"]}, "worker", 0, r"needs to have a 'ps' job.*\['worker'\]", id="C05-no-ps"
-        ),
-        pytest.param(
-            {"worker": ["w0"], "ps": []}, "worker", 0, "needs to have a 'ps' job", id="C05-empty-ps"
-        ),
+        pytest.param({"worker": ["w0"]}, "worker", 0, r"needs to have a 'ps' job.*\['worker'\]", id="C05-no-ps"),
+        pytest.param({"worker": ["w0"], "ps": []}, "worker", 0, "needs to have a 'ps' job", id="C05-empty-ps"),
         pytest.param(["w0"], "worker", 0, "should be a dict", id="C06-list"),
         pytest.param(
             {"workers": ["w0"], "ps": ["p0"]},
@@ -103,9 +97,7 @@ def test_a_task_of_the_cluster_is_valid(task_type: str, task_id: int) -> None:
             r"at most one chief, got \['a', 'b'\]",
             id="C10-chief",
         ),
-        pytest.param(
-            {**WORKERS, "evaluator": ["a", "b"]}, "worker", 0, "at most one evaluator", id="C10-evaluator"
-        ),
+        pytest.param({**WORKERS, "evaluator": ["a", "b"]}, "worker", 0, "at most one evaluator", id="C10-evaluator"),
         pytest.param(FULL, "worker", 3, "worker:3.*exceeds the maximum id.*3 worker tasks", id="C11"),
         pytest.param(FULL, "evaluator", 1, "evaluator:1.*exceeds the maximum id", id="C11-evaluator"),
         pytest.param({"ps": {0: "a", 2: "b"}}, "ps", 2, "ps:2.*exceeds the maximum id", id="C11-sparse"),

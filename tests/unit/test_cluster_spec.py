@@ -29,9 +29,7 @@ CLUSTER_DEF = SimpleNamespace(
         pytest.param({**MIXED, "worker": ("w0:1", "w1:1")}, id="K01-tuple"),
         pytest.param({**MIXED, "ps": {"2": "p2:1", "0": "p0:1"}}, id="K01-string-keys"),
         pytest.param({**MIXED, "worker": {1: "w1:1", 0: "w0:1"}}, id="K02-dense-dict"),
-        pytest.param(
-            {Role.WORKER: ["w0:1", "w1:1"], Role.PS: MIXED["ps"], Role.EVALUATOR: []}, id="K01-roles"
-        ),
+        pytest.param({Role.WORKER: ["w0:1", "w1:1"], Role.PS: MIXED["ps"], Role.EVALUATOR: []}, id="K01-roles"),
         pytest.param(CLUSTER_DEF, id="K01-ClusterDef"),
         pytest.param(ClusterSpec(MIXED), id="K01-ClusterSpec"),
     ],
@@ -54,16 +52,12 @@ def test_every_form_describes_the_same_cluster(cluster: Any) -> None:
         pytest.param({"worker": 1}, TypeError, "tasks of job 'worker'.*of type int", id="K01-tasks-int"),
         pytest.param({1: ["w0:1"]}, TypeError, "job name.*got 1 of type int", id="K01-job-int"),
         pytest.param({"worker": [1]}, TypeError, "address in job 'worker'.*got 1", id="K01-address-int"),
-        pytest.param(
-            {"worker": {0: None}}, TypeError, "address in job 'worker'.*None", id="K01-address-None"
-        ),
+        pytest.param({"worker": {0: None}}, TypeError, "address in job 'worker'.*None", id="K01-address-None"),
         pytest.param({"worker": {1.5: "w:1"}}, TypeError, "task index.*got 1.5", id="K01-index-float"),
         pytest.param({"worker": {True: "w:1"}}, TypeError, "task index.*got True", id="K01-index-bool"),
         pytest.param({"worker": {"one": "w:1"}}, ConfigError, "task index.*got 'one'", id="K01-index-word"),
         pytest.param({"worker": {-1: "w:1"}}, ConfigError, "task index.*got -1", id="K01-index-negative"),
-        pytest.param(
-            {"worker": {"1": "a", 1: "b"}}, ConfigError, r"an index twice: \[1, 1\]", id="K01-twice"
-        ),
+        pytest.param({"worker": {"1": "a", 1: "b"}}, ConfigError, r"an index twice: \[1, 1\]", id="K01-twice"),
     ],
 )
 def test_what_is_no_cluster_is_refused(cluster: Any, error: type[Exception], match: str) -> None:
@@ -148,9 +142,7 @@ def test_nothing_outside_changes_a_spec() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(
-            lambda: ClusterSpec({"master": ["m:1"], "ps": ["p:1"]}).task_address("chief", 0), id="cluster"
-        ),
+        pytest.param(lambda: ClusterSpec({"master": ["m:1"], "ps": ["p:1"]}).task_address("chief", 0), id="cluster"),
         pytest.param(lambda: ClusterSpec({"chief": ["m:1"]}).task_address("master", 0), id="question"),
     ],
 )

@@ -90,21 +90,13 @@ def test_constructor_overrides_environment_and_setters_override_both(set_config:
         pytest.param({**CONFIG, "rpc_layer": None}, {}, "w1:1", id="L06-no-layer"),
         pytest.param(CONFIG, {"rpc_layer": ""}, "w1:1", id="L05-empty-layer-overrides"),
         pytest.param(CONFIG, {"task_id": 0}, "grpc://w0:1", id="L05-id-overrides"),
-        pytest.param(
-            CONFIG, {"task_type": "ps", "task_id": 0, "rpc_layer": "a"}, "a://p0:1", id="L05-all-override"
-        ),
+        pytest.param(CONFIG, {"task_type": "ps", "task_id": 0, "rpc_layer": "a"}, "a://p0:1", id="L05-all-override"),
         pytest.param({**CONFIG, "session_master": "x"}, {"task_type": "ps"}, "x", id="L05-session-master"),
         pytest.param({"session_master": "grpc://x"}, {}, "grpc://x", id="L05-session-master-alone"),
         pytest.param({**CONFIG, "cluster": {}}, {}, "", id="L05-no-jobs"),
-        pytest.param(
-            {**CONFIG, "cluster": {"worker": ["w0:1"]}}, {"task_type": "nonsense"}, "", id="L05-one-task"
-        ),
-        pytest.param(
-            {**CONFIG, "cluster": {"worker": ["w0:1"], "ps": []}}, {}, "", id="L05-one-task-two-jobs"
-        ),
-        pytest.param(
-            {**CONFIG, "cluster": {"chief": ["c0"], "worker": {"1": "w1"}}}, {}, "grpc://w1", id="L05-two"
-        ),
+        pytest.param({**CONFIG, "cluster": {"worker": ["w0:1"]}}, {"task_type": "nonsense"}, "", id="L05-one-task"),
+        pytest.param({**CONFIG, "cluster": {"worker": ["w0:1"], "ps": []}}, {}, "", id="L05-one-task-two-jobs"),
+        pytest.param({**CONFIG, "cluster": {"chief": ["c0"], "worker": {"1": "w1"}}}, {}, "grpc://w1", id="L05-two"),
     ],
 )
 def test_master(set_config: SetConfig, config: object, arguments: dict[str, Any], expected: str) -> None:
@@ -126,9 +118,7 @@ def test_master(set_config: SetConfig, config: object, arguments: dict[str, Any]
         ({"cluster": CLUSTER, "task": {"type": "ps"}}, {}, "got task_type 'ps' and task_id None"),
     ],
 )
-def test_master_of_no_task(
-    set_config: SetConfig, config: object, arguments: dict[str, Any], match: str
-) -> None:
+def test_master_of_no_task(set_config: SetConfig, config: object, arguments: dict[str, Any], match: str) -> None:
     """L05: bad job or index is a ValueError."""
     set_config(config)
     with pytest.raises(ConfigError, match=match):
@@ -139,32 +129,20 @@ def test_master_of_no_task(
     ("text", "match"),
     [
         pytest.param('{"cluster": ', "line 1, column 13: .*found the end of the text", id="L06-cut-short"),
-        pytest.param(
-            "{'cluster': {}}", r"line 1, column 2: .*found \"'cluster': \{\}\}\"", id="L06-wrong-quotes"
-        ),
+        pytest.param("{'cluster': {}}", r"line 1, column 2: .*found \"'cluster': \{\}\}\"", id="L06-wrong-quotes"),
         pytest.param("[1]", r"the variable: expected a JSON object, got \[1\]", id="list"),
         pytest.param("null", "the variable: expected a JSON object, got null", id="null"),
         pytest.param({"cluster": None}, "'cluster': expected a JSON object, got null", id="cluster-null"),
-        pytest.param(
-            {"cluster": ["w0"]}, r"'cluster': expected a JSON object, got \[\"w0\"\]", id="cluster-list"
-        ),
+        pytest.param({"cluster": ["w0"]}, r"'cluster': expected a JSON object, got \[\"w0\"\]", id="cluster-list"),
         pytest.param({"cluster": {"ps": "p0"}}, "cluster: tasks of job 'ps'.*got 'p0'", id="cluster-tasks"),
         pytest.param({"task": "worker"}, "'task': expected a JSON object, got \"worker\"", id="task"),
         pytest.param({"task": {"type": None}}, "'task.type': expected a string, got null", id="type-null"),
         pytest.param({"task": {"type": True}}, "'task.type': expected a string, got true", id="type-bool"),
-        pytest.param(
-            {"task": {"index": "a"}}, "'task.index': expected a task index.*got 'a'", id="index-word"
-        ),
-        pytest.param(
-            {"task": {"index": None}}, "'task.index': expected a task index.*got None", id="index-null"
-        ),
-        pytest.param(
-            {"task": {"index": -1}}, "'task.index': expected a task index.*got -1", id="index-negative"
-        ),
+        pytest.param({"task": {"index": "a"}}, "'task.index': expected a task index.*got 'a'", id="index-word"),
+        pytest.param({"task": {"index": None}}, "'task.index': expected a task index.*got None", id="index-null"),
+        pytest.param({"task": {"index": -1}}, "'task.index': expected a task index.*got -1", id="index-negative"),
         pytest.param({"rpc_layer": 1}, "'rpc_layer': expected a string, got 1", id="rpc-layer"),
-        pytest.param(
-            {"session_master": 1}, "'session_master': expected a string, got 1", id="session-master"
-        ),
+        pytest.param({"session_master": 1}, "'session_master': expected a string, got 1", id="session-master"),
     ],
 )
 def test_malformed_config_is_never_a_silent_default(set_config: SetConfig, text: object, match: str) -> None:

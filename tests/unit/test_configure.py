@@ -18,9 +18,7 @@ CLUSTER = {"chief": ["a:1"], "worker": ["b:1", "c:1"], "ps": ["d:1", "e:1", "f:1
 
 def strategy() -> ps.ParameterServerStrategy:
     """A worker of a cluster."""
-    return ps.ParameterServerStrategy(
-        ps.SimpleClusterResolver(ps.ClusterSpec(CLUSTER), task_type="worker", task_id=0)
-    )
+    return ps.ParameterServerStrategy(ps.SimpleClusterResolver(ps.ClusterSpec(CLUSTER), task_type="worker", task_id=0))
 
 
 # --- configure

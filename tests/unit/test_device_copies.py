@@ -203,9 +203,9 @@ class Client:
     """Plays a ps that others push to, too: what it gives back is what it got, and one more."""
 
     def __init__(self, layouts: Sequence[ArenaLayout], cuda: StandIn) -> None:
-        self.memory = WorkerMemory(*(
-            [torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts] for _ in range(2)
-        ))
+        self.memory = WorkerMemory(
+            *([torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts] for _ in range(2))
+        )
         self.push_times: list[Any] = []
         self.global_step = self.local_step = 0
         self._result: PushResult | None = None
@@ -225,9 +225,7 @@ class Client:
         self.pull(pull)
         return PushResult(int(counts), 0)
 
-    def begin_push_pull(
-        self, parts: Any, pull: Any, *, counts: bool, computed_from: int, rows: None = None
-    ) -> None:
+    def begin_push_pull(self, parts: Any, pull: Any, *, counts: bool, computed_from: int, rows: None = None) -> None:
         self._aside.before |= self._cuda.host.before
         self._cuda.thread = self._aside
         self._result = self.push_pull(parts, pull, counts=counts)

@@ -170,9 +170,11 @@ def test_j04_the_pattern_says_where_evaluations_are(estimator):
 def test_j04_an_earlier_evaluation_with_other_metrics_does_not_count(estimator):
     """compare_fn would not find in it what it asks for."""
     write_history(estimator.model_dir, [50.0])
-    exporter = BestExporter(compare_fn=lambda best_eval_result, current_eval_result: (
-        current_eval_result["accuracy"] > best_eval_result["accuracy"]
-    ))
+    exporter = BestExporter(
+        compare_fn=lambda best_eval_result, current_eval_result: (
+            current_eval_result["accuracy"] > best_eval_result["accuracy"]
+        )
+    )
     results = [{"loss": 1.0, "accuracy": accuracy, "global_step": 7} for accuracy in (0.5, 0.4, 0.6)]
     paths = [exporter.export(estimator, f"{estimator.model_dir}/export", "ckpt", result, False) for result in results]
     assert [path is not None for path in paths] == [True, False, True]

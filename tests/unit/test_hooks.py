@@ -237,9 +237,7 @@ def test_hooks_that_override_nothing_do_nothing():
         lambda **limits: SummarySaverHook(
             None, **{name.replace("every", "save"): value for name, value in limits.items()}
         ),
-        lambda **limits: ProfilerHook(
-            **{name.replace("every", "save"): value for name, value in limits.items()}
-        ),
+        lambda **limits: ProfilerHook(**{name.replace("every", "save"): value for name, value in limits.items()}),
         lambda every_secs=None, every_steps=None: StepCounterHook(every_steps, every_secs),
         lambda every_secs=None, every_steps=None: LoggingHook(every_steps, every_secs),
     ],
@@ -282,9 +280,7 @@ def test_n07_stop_at_step_takes_exactly_one_limit(limits):
         StopAtStepHook(**limits)
 
 
-@pytest.mark.parametrize(
-    ("limits", "start", "end"), [({"num_steps": 3}, 10, 13), ({"last_step": 12}, 10, 12)]
-)
+@pytest.mark.parametrize(("limits", "start", "end"), [({"num_steps": 3}, 10, 13), ({"last_step": 12}, 10, 12)])
 def test_n07_steps_count_from_the_restored_step(limits, start, end):
     assert train(StopAtStepHook(**limits), session=Session(start)).global_step == end
 
@@ -495,9 +491,7 @@ def test_n11_q11_a_nan_loss_is_an_error_after_the_users_hooks():
     def step(session):
         return session.step()._replace(loss=torch.tensor(float("nan")))
 
-    with pytest.raises(
-        NanLossDuringTrainingError, match="loss of worker:1 is NaN at global step 1"
-    ) as caught:
+    with pytest.raises(NanLossDuringTrainingError, match="loss of worker:1 is NaN at global step 1") as caught:
         train(Recorder("user", log), NanLossHook(), step=step)
     assert (caught.value.task, caught.value.global_step) == ("worker:1", 1)
     assert log[-1] == "user.after"

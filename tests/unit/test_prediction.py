@@ -119,9 +119,7 @@ def test_q16_predict_keys_choose(tmp_path: Path) -> None:
         (both, 1, "expected names of predictions, got 1"),
     ],
 )
-def test_q16_keys_that_choose_nothing_are_refused(
-    tmp_path: Path, predict_fn: Any, keys: Any, message: str
-) -> None:
+def test_q16_keys_that_choose_nothing_are_refused(tmp_path: Path, predict_fn: Any, keys: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         list(make(tmp_path, predicting(predict_fn)).predict(features, predict_keys=keys))
 
@@ -232,9 +230,7 @@ def test_q16_without_a_checkpoint_the_fresh_model_predicts(tmp_path: Path, caplo
     assert not (tmp_path / "run").exists()
 
 
-def test_q16_q18_or_the_warm_started_one(
-    tmp_path: Path, trained: Estimator, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_q16_q18_or_the_warm_started_one(tmp_path: Path, trained: Estimator, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     other = Estimator(linear, str(tmp_path / "other"), warm_start_from=WarmStartSettings(trained.model_dir))
     assert torch.equal(torch.stack(list(other.predict(data))), torch.stack(list(trained.predict(data))))

@@ -59,8 +59,8 @@ def test_a_single_replica_changes_nothing() -> None:
     for tensor in held(model):
         assert tensors.of(tensor) == (tensor,)
     tensors.activate(0)
-    assert list(map(id, held(model))) == before == list(
-        map(id, [*optimizer.param_groups[0]["params"], *model.buffers()])
+    assert (
+        list(map(id, held(model))) == before == list(map(id, [*optimizer.param_groups[0]["params"], *model.buffers()]))
     )
 
 

@@ -143,9 +143,7 @@ def numbers_of(reference: Torch) -> dict[str, Setting]:
     return decoded
 
 
-def pair(
-    name: str, kwargs: Kwargs, dtype: torch.dtype = torch.float32, cuts: Sequence[int] = ()
-) -> tuple[Torch, Flat]:
+def pair(name: str, kwargs: Kwargs, dtype: torch.dtype = torch.float32, cuts: Sequence[int] = ()) -> tuple[Torch, Flat]:
     reference = Torch(name, kwargs, dtype)
     return reference, Flat(describe(reference.optimizer, 0), reference.values(), cuts)
 
@@ -180,17 +178,13 @@ def test_half_precision_is_exact(name: str, kwargs: Kwargs, dtype: torch.dtype) 
 
 @every_row
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_of_any_shape_differs_by_rounding_only(
-    name: str, kwargs: Kwargs, dtype: torch.dtype
-) -> None:
+def test_half_precision_of_any_shape_differs_by_rounding_only(name: str, kwargs: Kwargs, dtype: torch.dtype) -> None:
     reference, flat = pair(name, kwargs, dtype)
     tolerance = 4 * torch.finfo(dtype).eps
     for gradient in gradients(dtype):
         reference.step(gradient)
         flat.apply([(0, SIZE)], gradient, numbers_of(reference))
-        torch.testing.assert_close(
-            flat.values, reference.values(), rtol=tolerance, atol=tolerance, equal_nan=True
-        )
+        torch.testing.assert_close(flat.values, reference.values(), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @every_row
@@ -247,9 +241,7 @@ def test_a_variable_may_be_cut_by_block_boundaries(name: str, kwargs: Kwargs) ->
 def one_cycle(optimizer: optim.Optimizer) -> optim.lr_scheduler.LRScheduler:
     group = optimizer.param_groups[0]
     cycles_momentum = "betas" in group or "momentum" in group
-    return optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.05, total_steps=STEPS + 1, cycle_momentum=cycles_momentum
-    )
+    return optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=STEPS + 1, cycle_momentum=cycles_momentum)
 
 
 def decay(optimizer: optim.Optimizer) -> optim.lr_scheduler.LRScheduler:
@@ -398,11 +390,7 @@ def test_a_rule_that_is_not_elementwise_is_refused_with_the_reason(name: str, wh
 
 def test_every_optimizer_of_torch_is_known_or_refused_with_its_own_reason() -> None:
     """A new optimizer of torch must be looked at: is it elementwise?"""
-    found = {
-        name
-        for name, kind in vars(optim).items()
-        if inspect.isclass(kind) and issubclass(kind, optim.Optimizer)
-    }
+    found = {name for name, kind in vars(optim).items() if inspect.isclass(kind) and issubclass(kind, optim.Optimizer)}
     assert found - set(RULES) - {"Optimizer"} <= {"LBFGS", "Muon", "Adafactor", "SparseAdam"}
 
 

@@ -92,9 +92,7 @@ def test_g03_setting_one_save_key_clears_the_other():
 
 
 def test_g03_unknown_keys_are_refused_with_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"replacing save_sumary_steps is not supported.*'save_summary_steps'"
-    ):
+    with pytest.raises(ValueError, match=r"replacing save_sumary_steps is not supported.*'save_summary_steps'"):
         RunConfig().replace(save_sumary_steps=1)
     with pytest.raises(ValueError, match="replacing task_type is not supported"):
         RunConfig().replace(task_type="ps")

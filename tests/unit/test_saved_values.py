@@ -45,9 +45,7 @@ def put_export(model_dir: str) -> str:
     model = nn.Linear(2, 3)
     model.load_state_dict(VALUES)
     model.tied = model.bias
-    return new_export(
-        join(model_dir, "export"), lambda folder: save_model(model, str(folder / "model.safetensors"))
-    )
+    return new_export(join(model_dir, "export"), lambda folder: save_model(model, str(folder / "model.safetensors")))
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "model_dir", "exported model", "file", "[odd] file"])

@@ -179,7 +179,9 @@ def test_one_file_is_fetched_whatever_its_name(storage, place):
         assert "memory://" not in place or [path.name for path in file.parent.iterdir()] == ["a[1]*"]
 
 
-@pytest.mark.parametrize("path", ["memory://file", "memory://run/file", "run/file", "file", "/run/file/", "file:///run/file"])
+@pytest.mark.parametrize(
+    "path", ["memory://file", "memory://run/file", "run/file", "file", "/run/file/", "file:///run/file"]
+)
 def test_a_path_is_split_into_a_folder_and_a_name(path):
     folder, name = split(path)
     assert name == "file"

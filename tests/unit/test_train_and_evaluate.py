@@ -99,9 +99,7 @@ def test_q21_without_a_strategy_variables_go_round_the_ps_tasks(
     assert [strategy.place(variable) for _ in range(4)] == [0, 1, 0, 1]
 
 
-def test_t13_a_ps_serves_and_does_nothing_else(
-    tmp_path: Path, tf_config: Callable[..., None], log: list[Any]
-) -> None:
+def test_t13_a_ps_serves_and_does_nothing_else(tmp_path: Path, tf_config: Callable[..., None], log: list[Any]) -> None:
     tf_config("ps", 1)
     assert run(tmp_path) is None
     assert log == [("serve",)]

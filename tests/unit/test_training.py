@@ -34,6 +34,7 @@ from paramserver.estimator import (
     TrainSpec,
     train_and_evaluate,
 )
+from paramserver.estimator import training as training_module
 from paramserver.estimator.checkpoint import read_values
 from paramserver.estimator.schedule import Schedule
 from paramserver.estimator.storage import local_copy
@@ -306,7 +307,9 @@ def test_q11_the_loss_is_logged_and_written(tmp_path, caplog):
     assert [event.step for event in written.Scalars("loss")] == [1, 3, 5]
     assert [event.step for event in written.Scalars("global_step/sec")] == [3, 5]
     assert [(event.step, event.histogram_value.num) for event in written.Histograms("staleness")] == [
-        (1, 1), (3, 2), (5, 2)
+        (1, 1),
+        (3, 2),
+        (5, 2),
     ]
 
 
@@ -380,6 +383,16 @@ def test_the_launcher_is_told_where_the_summaries_are(tmp_path, monkeypatch, url
         assert list(folder.glob("*.tfevents.*"))
 
 
+def test_the_launcher_is_told_how_the_last_step_was(tmp_path, monkeypatch):
+    """Also of a training that is over before the first report of its steps is due."""
+    told = []
+    monkeypatch.setattr(training_module, "REPORT_INTERVAL", math.inf)
+    monkeypatch.setattr(Reporter, "is_on", True)
+    monkeypatch.setattr(Reporter, "tell", lambda self, **report: told.append(report))
+    make(str(tmp_path)).train(batches, steps=3)
+    assert [(report["state"], report["global_step"]) for report in told if "loss" in report] == [("training", 3)]
+
+
 @pytest.mark.parametrize(("name", "folder"), [(None, "eval"), ("test", "eval_test")])
 def test_q15_an_evaluation_writes_its_metrics_and_its_checkpoint(name, folder, tmp_path):
     estimator = make(tmp_path).train(batches, steps=2)
@@ -434,9 +447,7 @@ class Specs:
 
         self.estimator.evaluate = recorded
         self.train_spec = TrainSpec(data, max_steps=max_steps)
-        self.eval_spec = EvalSpec(
-            batches, steps=2, throttle_secs=throttle_secs, exporters=FinalExporter("final")
-        )
+        self.eval_spec = EvalSpec(batches, steps=2, throttle_secs=throttle_secs, exporters=FinalExporter("final"))
 
     def run(self):
         return train_and_evaluate(self.estimator, self.train_spec, self.eval_spec)

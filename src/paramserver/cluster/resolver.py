@@ -44,9 +44,7 @@ class ClusterResolver(ABC):
         """The cluster as it is now; an empty one for a process that is alone."""
 
     @abstractmethod
-    def master(
-        self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None
-    ) -> str:
+    def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
         """A task's address, this one's where none is named; ``""`` for a process that is alone.
 
         Raises:
@@ -138,9 +136,7 @@ class SimpleClusterResolver(ClusterResolver):
         """The cluster that was given."""
         return self._cluster_spec
 
-    def master(
-        self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None
-    ) -> str:
+    def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
         """The given master, or the address of the task where both type and id name one."""
         address = self._master
         if task_type is not None and task_id is not None:
@@ -199,9 +195,7 @@ class UnionClusterResolver(ClusterResolver):
                 parts[job] += [tasks] if tasks else []
         return ClusterSpec({job: _merge(job, tasks) for job, tasks in parts.items()})
 
-    def master(
-        self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None
-    ) -> str:
+    def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
         """The first resolver's, or the address of the task where both type and id name one."""
         layer = rpc_layer or self.rpc_layer
         if task_type is None or task_id is None:

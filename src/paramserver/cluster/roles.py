@@ -120,9 +120,7 @@ def worker_count(cluster: ClusterLike, task_type: str) -> int:
     spec = normalize_cluster_spec(cluster)
     role = _find_role(spec, task_type)
     if role is Role.PS:
-        raise ConfigError(
-            "unexpected task_type 'ps': expected chief, worker or evaluator; a ps computes nothing"
-        )
+        raise ConfigError("unexpected task_type 'ps': expected chief, worker or evaluator; a ps computes nothing")
     if role is Role.EVALUATOR:
         return 1
     return len(spec.tasks(Role.CHIEF)) + len(spec.tasks(Role.WORKER))
@@ -140,9 +138,7 @@ def id_in_cluster(cluster: ClusterLike, task_type: str, task_id: int) -> int:
     spec = normalize_cluster_spec(cluster)
     task = find_task(spec, task_type, task_id)
     if task.role is Role.PS:
-        raise ConfigError(
-            f"there is no id for {task}: expected chief, worker or evaluator; a ps computes nothing"
-        )
+        raise ConfigError(f"there is no id for {task}: expected chief, worker or evaluator; a ps computes nothing")
     return task.index + (len(spec.tasks(Role.CHIEF)) if task.role is Role.WORKER else 0)
 
 

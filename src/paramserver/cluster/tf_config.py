@@ -56,9 +56,7 @@ class TFConfigClusterResolver(ClusterResolver):
         """The cluster in TF_CONFIG, an empty one where there is none."""
         return _cluster(load_tf_config())
 
-    def master(
-        self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None
-    ) -> str:
+    def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
         """TF_CONFIG's ``session_master`` as it stands, else a task's address, this one's where none is named.
 
         Returns:
@@ -134,9 +132,7 @@ def server_task() -> tuple[ClusterSpec, TaskId]:
         if not value:
             raise ConfigError(f"TF_CONFIG: {key!r} is missing, so there is nothing to serve; add it")
     if not (cluster.tasks(Role.CHIEF) or cluster.tasks(Role.WORKER)):
-        raise ConfigError(
-            f"TF_CONFIG: 'cluster': expected a chief or worker to serve, got the jobs {cluster.jobs}"
-        )
+        raise ConfigError(f"TF_CONFIG: 'cluster': expected a chief or worker to serve, got the jobs {cluster.jobs}")
     return cluster, find_task(cluster, task_type, _task_index(task) or 0)
 
 

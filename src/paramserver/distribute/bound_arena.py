@@ -205,9 +205,7 @@ class TrainedArena(BoundArena):
         gradients = self.gradients if is_only_one else torch.zeros_like(block)
         if not is_only_one:
             self._copies.use(gradients, self._tensors.devices[replica])
-        views = zip(
-            self.plan.members, self.plan.layout.views(block), self.plan.layout.views(gradients), strict=True
-        )
+        views = zip(self.plan.members, self.plan.layout.views(block), self.plan.layout.views(gradients), strict=True)
         bound = [
             bound_parameter.bind(member, self._tensors.of(member.variable.tensor)[replica], value, gradient)
             for member, value, gradient in views

@@ -92,9 +92,7 @@ class _WholeParameter(BoundParameter):
 
     __slots__ = ("_address", "_gradient", "_land", "_spec", "_value", "tensor")
 
-    def __init__(
-        self, spec: VariableSpec, tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
-    ) -> None:
+    def __init__(self, spec: VariableSpec, tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> None:
         self.tensor = tensor
         self._spec = spec
         self._value = value

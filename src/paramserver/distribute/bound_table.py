@@ -74,9 +74,7 @@ class BoundTable:
         self._rows = variable.spec.shape[0]
         self._width = first.layout.table_shape[1]
         self._dtype = first.layout.torch_dtype
-        self._parts = sorted(
-            _Part(*(plan.members[0].rows or (0, self._rows)), plan.ps, plan.index) for plan in plans
-        )
+        self._parts = sorted(_Part(*(plan.members[0].rows or (0, self._rows)), plan.ps, plan.index) for plan in plans)
         memory = memories[first.ps]
         self._own_memory = memory.values[first.index] if memory.direct and len(plans) == 1 else None
         self._parameters = tensors.of(variable.tensor)

@@ -120,8 +120,10 @@ class _DefaultReplicaContext(ReplicaContext):
     """The context outside of all scopes: nobody has entered it, and it is always current (E11)."""
 
     def merge_call(self, fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
-        return self._merge(fn, tuple(args), dict(kwargs or {})) if context.current() is None else super().merge_call(
-            fn, args, kwargs
+        return (
+            self._merge(fn, tuple(args), dict(kwargs or {}))
+            if context.current() is None
+            else super().merge_call(fn, args, kwargs)
         )
 
 

@@ -53,9 +53,7 @@ class Device:
             return name
         found = _NAME.fullmatch(str(name))
         if not str(name) or found is None:
-            raise ValueError(
-                f"{str(name)!r} names no device; expected one like 'cpu:0', 'cuda:0' or '/job:ps/task:0'"
-            )
+            raise ValueError(f"{str(name)!r} names no device; expected one like 'cpu:0', 'cuda:0' or '/job:ps/task:0'")
         job, task, kind, index = found.group("job", "task", "kind", "index")
         return cls(
             job=job or "",
@@ -96,9 +94,7 @@ class DeviceChoice:
     parameter: Device
 
     @classmethod
-    def of(
-        cls, resolver: ClusterResolver, compute: Sequence[str] | None, parameter: str | None
-    ) -> DeviceChoice:
+    def of(cls, resolver: ClusterResolver, compute: Sequence[str] | None, parameter: str | None) -> DeviceChoice:
         """The devices that a program names, else the accelerators that the resolver knows, else the CPU.
 
         Raises:

@@ -50,9 +50,7 @@ class StepTimes:
         """
         sums = {"computing": self.computing, "reducing": self.reducing, "blocked": self.blocked}
         for server in self.servers:
-            sums |= {
-                f"{server.task}/{name}": getattr(server, name) for name in ("sending", "waiting", "applying")
-            }
+            sums |= {f"{server.task}/{name}": getattr(server, name) for name in ("sending", "waiting", "applying")}
         return {name: seconds / max(self.steps, 1) for name, seconds in sums.items()}
 
 
@@ -90,6 +88,4 @@ class StepClock:
 
 
 def _since(now: PushTimes, then: PushTimes) -> PushTimes:
-    return PushTimes(
-        now.task, now.sending - then.sending, now.waiting - then.waiting, now.applying - then.applying
-    )
+    return PushTimes(now.task, now.sending - then.sending, now.waiting - then.waiting, now.applying - then.applying)

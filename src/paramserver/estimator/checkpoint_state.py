@@ -66,9 +66,7 @@ def read_state(model_dir: str) -> CheckpointState | None:
         return None
     names = (*state.retained, *([] if state.latest is None else [state.latest]))
     if strange := [name for name in names if not _NAME.fullmatch(name)]:
-        _log.warning(
-            "%s: names %r, expected ckpt-STEP; taken as if there were no checkpoint", path, strange[0]
-        )
+        _log.warning("%s: names %r, expected ckpt-STEP; taken as if there were no checkpoint", path, strange[0])
         return None
     return state
 

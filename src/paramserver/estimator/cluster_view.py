@@ -100,9 +100,7 @@ def _evaluator_view(
 
 def _check_chiefs(cluster: ClusterSpec) -> None:
     if (count := len(cluster.tasks(Role.CHIEF))) > 1:
-        raise ConfigError(
-            f"TF_CONFIG: the cluster must have only one chief, got {count}; make the others workers"
-        )
+        raise ConfigError(f"TF_CONFIG: the cluster must have only one chief, got {count}; make the others workers")
 
 
 def _tasks_by_global_id(cluster: ClusterSpec) -> list[TaskId]:

@@ -35,7 +35,6 @@ from paramserver.estimator.warm_start import WarmStartSettings, as_settings, war
 logger = logging.getLogger(__name__)
 
 
-
 class Estimator:
     """Trains, evaluates, applies and exports the model that a function builds. Not thread-safe.
 
@@ -124,8 +123,12 @@ class Estimator:
             )
         check_steps("train", steps=steps, max_steps=max_steps)
         self.train_on(
-            training_strategy(self._config.train_distribute), input_fn, hooks=hooks or (), steps=steps,
-            max_steps=max_steps, saving_listeners=saving_listeners or (),
+            training_strategy(self._config.train_distribute),
+            input_fn,
+            hooks=hooks or (),
+            steps=steps,
+            max_steps=max_steps,
+            saving_listeners=saving_listeners or (),
         )
         return self
 
@@ -281,9 +284,7 @@ class Estimator:
             raise ConfigError(f"export: there is no checkpoint in {self.model_dir}; train first")
         with Aside(self._config.seed).entered():
             spec = self._filled(path, ModeKeys.PREDICT)
-            serving_input = serving_input_fn and partial(
-                self._call, serving_input_fn, ModeKeys.PREDICT, InputContext()
-            )
+            serving_input = serving_input_fn and partial(self._call, serving_input_fn, ModeKeys.PREDICT, InputContext())
             return write_export(export_path, spec, checkpoint_step(path), serving_input, assets_extra)
 
     def __repr__(self) -> str:
@@ -348,9 +349,7 @@ class Estimator:
 
     def _training_input(self, input_fn: Callable[..., Any], strategy: ParameterServerStrategy) -> Iterator[Batch]:
         """What the input_fn gives, a batch for each replica in turn."""
-        data = strategy.distribute_datasets_from_function(
-            lambda context: self._call(input_fn, ModeKeys.TRAIN, context)
-        )
+        data = strategy.distribute_datasets_from_function(lambda context: self._call(input_fn, ModeKeys.TRAIN, context))
         return batches_of(data, _name(input_fn))
 
     def _call(self, input_fn: Callable[..., Any], mode: ModeKeys, context: InputContext) -> Any:

@@ -163,9 +163,7 @@ class Evaluator:
 
     def _export(self, exporter: Exporter, checkpoint: str, metrics: dict[str, float], is_final: bool) -> str | None:
         path = join(self._estimator.model_dir, "export", exporter.name)
-        exported = exporter.export(
-            self._estimator, path, checkpoint, dict(metrics), is_the_final_export=is_final
-        )
+        exported = exporter.export(self._estimator, path, checkpoint, dict(metrics), is_the_final_export=is_final)
         if exported:
             logger.info("exported %s to %s", checkpoint, exported)
         return exported

@@ -226,9 +226,7 @@ class HookRunner:
         if context is None:
             raise RuntimeError("a step was asked for before its session was created")
         if context.stop_requested:
-            raise RuntimeError(
-                f"a step was asked for on {context.session.task} after a hook requested a stop"
-            )
+            raise RuntimeError(f"a step was asked for on {context.session.task} after a hook requested a stop")
         for hook in self.hooks:
             hook.before_run(context)
         values = context.make(step)

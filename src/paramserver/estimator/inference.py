@@ -110,4 +110,3 @@ _IDLE = object()
 
 def _applied(fn: Callable[[Any], R], batch: Any) -> _Made[R | None]:
     return _Made(None if batch is _IDLE else fn(batch))
-

@@ -218,16 +218,12 @@ class RunConfig:
         if distribute is None:
             return
         if not isinstance(distribute, DistributeConfig):
-            raise TypeError(
-                f"RunConfig: experimental_distribute: expected DistributeConfig, got {distribute!r}"
-            )
+            raise TypeError(f"RunConfig: experimental_distribute: expected DistributeConfig, got {distribute!r}")
         for name, direct in (("train_distribute", train), ("eval_distribute", evaluation)):
             if (strategy := getattr(distribute, name)) is None:
                 continue
             if direct is not None:
-                raise ConfigError(
-                    f"RunConfig: {name}: given directly and in experimental_distribute; give it once"
-                )
+                raise ConfigError(f"RunConfig: {name}: given directly and in experimental_distribute; give it once")
             self._set(name, strategy)
 
     def _check(self) -> None:
@@ -285,9 +281,7 @@ def _cleared_by(changes: Mapping[str, object]) -> dict[str, object]:
     """What has to become None because its counterpart is set."""
     pair = ("save_checkpoints_steps", "save_checkpoints_secs")
     return {
-        other: None
-        for name, other in (pair, reversed(pair))
-        if changes.get(name) is not None and other not in changes
+        other: None for name, other in (pair, reversed(pair)) if changes.get(name) is not None and other not in changes
     }
 
 

@@ -184,9 +184,7 @@ class Session:
         holds what they did; then the global step is fresh. Blocks for as long as they take.
         """  # noqa: D205
         if self.is_chief:
-            self._client.await_workers(
-                lambda tasks: self._reporter.tell(state=f"waiting for {', '.join(tasks)}")
-            )
+            self._client.await_workers(lambda tasks: self._reporter.tell(state=f"waiting for {', '.join(tasks)}"))
         self._client.read_global_step()
 
     def close(self) -> None:

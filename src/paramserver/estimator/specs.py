@@ -99,9 +99,7 @@ class EstimatorSpec:
                 "worker does not have; expected a scheduler whose step() takes no argument"
             )
         if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
-            raise ConfigError(
-                "EstimatorSpec: scheduler: made for another optimizer than the spec's; pass both"
-            )
+            raise ConfigError("EstimatorSpec: scheduler: made for another optimizer than the spec's; pass both")
 
 
 @dataclass(frozen=True)
@@ -240,13 +238,9 @@ def _check_metrics(metrics: object) -> None:
         raise TypeError(f"EstimatorSpec: eval_metrics: expected a dict of metrics, got {_shown(metrics)}")
     for name, metric in metrics.items():
         if not isinstance(name, str):
-            raise TypeError(
-                f"EstimatorSpec: eval_metrics: expected names that are strings, got {_shown(name)}"
-            )
+            raise TypeError(f"EstimatorSpec: eval_metrics: expected names that are strings, got {_shown(name)}")
         if name in RESERVED_METRICS:
-            raise ConfigError(
-                f"EstimatorSpec: eval_metrics: {name!r} is reported anyway; choose another name"
-            )
+            raise ConfigError(f"EstimatorSpec: eval_metrics: {name!r} is reported anyway; choose another name")
         if isinstance(metric, type) or not isinstance(metric, Metric):
             raise TypeError(
                 f"EstimatorSpec: eval_metrics[{name!r}]: expected an object with update, compute and reset, "
@@ -273,6 +267,4 @@ def _checked_exporters(exporters: Exporter | Iterable[Exporter] | None) -> tuple
 
 def _shown(value: object) -> str:
     """The value with its type where its own text may be long."""
-    return (
-        repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
-    )
+    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"

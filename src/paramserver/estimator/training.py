@@ -76,9 +76,7 @@ def train(
             )
         )
         _loop(runner, lambda: Session(strategy, spec, config, max_steps, reporter), read)
-    reporter.tell(
-        state="done", global_step=strategy.global_step, step_seconds=strategy.statistics().per_step()
-    )
+    reporter.tell(state="done", global_step=strategy.global_step, step_seconds=strategy.statistics().per_step())
     return counter.steps
 
 
@@ -166,12 +164,13 @@ class _LocalSteps(TrainingHook):
 
 
 class _ReportHook(TrainingHook):
-    """Tells the launcher how the training goes, a few times a second."""
+    """Tells the launcher how the training goes, a few times a second, and how its last step was."""
 
     def __init__(self, reporter: Reporter, config: RunConfig) -> None:
         self._reporter = reporter
         self._summaries = absolute(config.model_dir or "")
         self._last = time.monotonic()
+        self._untold: RunValues | None = None
 
     def after_create_session(self, session: TrainingSession) -> None:
         self._last = time.monotonic()
@@ -179,13 +178,16 @@ class _ReportHook(TrainingHook):
         self._reporter.tell(state="training", global_step=session.global_step, paths=paths)
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
+        self._untold = values
         now = time.monotonic()
-        if now - self._last < REPORT_INTERVAL:
-            return
-        self._last = now
-        self._reporter.tell(
-            state="training",
-            global_step=values.global_step,
-            loss=float(values.loss),
-        )
+        if now - self._last >= REPORT_INTERVAL:
+            self._last = now
+            self._tell(values)
 
+    def end(self, session: TrainingSession) -> None:
+        if self._untold is not None:
+            self._tell(self._untold)
+
+    def _tell(self, values: RunValues) -> None:
+        self._reporter.tell(state="training", global_step=values.global_step, loss=float(values.loss))
+        self._untold = None

@@ -242,9 +242,7 @@ def _signals() -> Iterator[socket.socket]:
         writer.setblocking(False)
         old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         # The handler does nothing: that a handler is there makes Python write the byte.
-        handlers = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield reader
         finally:

@@ -59,9 +59,7 @@ class LineBuffer:
 class Printer:
     """Prints lines as ``chief:0 | text``, coloured where it is a terminal that they go to."""
 
-    def __init__(
-        self, tasks: Iterable[TaskId], stdout: TextIO | None = None, stderr: TextIO | None = None
-    ) -> None:
+    def __init__(self, tasks: Iterable[TaskId], stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
         self._stdout = stdout or sys.stdout
         self._stderr = stderr or sys.stderr
         tasks = tuple(tasks)

@@ -203,9 +203,7 @@ class BlockRule:
     def _alike(self, one: _Run, other: _Run) -> bool:
         """Whether two runs have the same slots and equal scalars in them."""
         a, b = (self._optimizer.state.get(run.parameter, {}) for run in (one, other))
-        return a.keys() == b.keys() and all(
-            slot.dim() or torch.equal(slot, b[name]) for name, slot in a.items()
-        )
+        return a.keys() == b.keys() and all(slot.dim() or torch.equal(slot, b[name]) for name, slot in a.items())
 
     def _merge(self, first: int, last: int) -> None:
         """Makes one run of runs that are alike."""
@@ -239,9 +237,7 @@ class BlockRule:
         return dict(optimizer.state.get(parameter, {}))
 
 
-def _check_slots(
-    rule: str, start: int, stop: int, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> None:
+def _check_slots(rule: str, start: int, stop: int, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Refuses state for `[start, stop)` that is not of the expected slots, naming the slot."""
     for name in [*state, *expected]:
         where = f"cannot load [{start}, {stop}) of {rule}: slot {name!r}"

@@ -30,9 +30,7 @@ Located = tuple[str, FileTensor]
 """A tensor, and the file that it is in."""
 
 
-def read_shard(
-    store: Store, directory: str, weight_map: Mapping[str, str], slot_map: Mapping[str, str]
-) -> Steps[None]:
+def read_shard(store: Store, directory: str, weight_map: Mapping[str, str], slot_map: Mapping[str, str]) -> Steps[None]:
     """Read the variables and slots that a store holds; `checkpoint_folder` says who carries out the steps.
 
     Args:
@@ -151,5 +149,3 @@ def _check_shapes(place: Place, slots: Mapping[str, Located]) -> None:
 
 def _shown(tensor: FileTensor) -> str:
     return f"{tensor.spec.dtype}{list(tensor.spec.shape)}"
-
-

@@ -327,11 +327,7 @@ def _compare(task: str, held: Sequence[ArenaLayout], declared: Sequence[ArenaLay
 
 
 def _by_name(layouts: Sequence[ArenaLayout]) -> dict[str, tuple[VariableSpec, str]]:
-    return {
-        variable.name: (variable, _rule_shown(layout))
-        for layout in layouts
-        for variable in layout.variables
-    }
+    return {variable.name: (variable, _rule_shown(layout)) for layout in layouts for variable in layout.variables}
 
 
 def _rule_shown(layout: ArenaLayout) -> str:
@@ -353,4 +349,3 @@ def _difference(task: str, name: str, expected: str, got: str) -> str:
         f"variable {name!r} on {task}: the chief's model has {expected}, this worker's has {got}; "
         "every worker must build the same model with the same optimizer"
     )
-

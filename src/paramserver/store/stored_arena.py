@@ -48,9 +48,7 @@ class BlockCopy:
         self.pause = self.longest = 0.0
         self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
-    def take(
-        self, values: torch.Tensor, start: int, runs: Iterable[tuple[int, int, dict[str, torch.Tensor]]]
-    ) -> None:
+    def take(self, values: torch.Tensor, start: int, runs: Iterable[tuple[int, int, dict[str, torch.Tensor]]]) -> None:
         """Copy the values and slots of the block that begins at ``start``, whose lock the caller holds."""
         begun = time.perf_counter()
         self.values = self._copied("", values, 0)
@@ -118,9 +116,7 @@ class StoredArena:
             self._rules = [BlockRule(rule, each) for each in values]
             self._slots = self._rules
 
-    def check(
-        self, operation: Operation, ranges: Sequence[Range] | None, settings: Collection[str] | None
-    ) -> None:
+    def check(self, operation: Operation, ranges: Sequence[Range] | None, settings: Collection[str] | None) -> None:
         """Whether `apply` can do this, so that a push of several parts is applied whole or not at all.
 
         Raises:
@@ -252,8 +248,7 @@ class StoredArena:
         for start, stop in pieces([(span[0], end)]):
             block = start // BLOCK
             part = {
-                name: slot if slot.ndim == 0 else slot[start - span[0] : stop - span[0]]
-                for name, slot in state.items()
+                name: slot if slot.ndim == 0 else slot[start - span[0] : stop - span[0]] for name, slot in state.items()
             }
             with self._locks[block]:
                 self._slots[block].load(start - block * BLOCK, stop - block * BLOCK, part)

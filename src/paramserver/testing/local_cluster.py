@@ -127,6 +127,4 @@ class LocalCluster:
         )
 
     def _serve(self, index: int, listening: socket.socket) -> Server:
-        return Server(
-            self.spec, Role.PS, index, token=self._token, grace=self._grace, descriptor=listening.detach()
-        )
+        return Server(self.spec, Role.PS, index, token=self._token, grace=self._grace, descriptor=listening.detach())

@@ -117,9 +117,7 @@ def brought(batch: Any, place: Place) -> Any:
     """A batch whose tensors are at a place; from pinned memory they are copied without waiting."""
     if place is None:
         return batch
-    return map_leaves(
-        lambda leaf: leaf.to(place, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, batch
-    )
+    return map_leaves(lambda leaf: leaf.to(place, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
 def is_column(part: object) -> bool:
