@@ -128,9 +128,7 @@ def _round_trip(kind: Kind, client: ParameterClient, bare: Bare, effort: Effort)
     )
 
 
-def _bytes_moved(
-    kind: Kind, case: str, nbytes: int, sides: Sides, target: float, effort: Effort
-) -> Figure:
+def _bytes_moved(kind: Kind, case: str, nbytes: int, sides: Sides, target: float, effort: Effort) -> Figure:
     def rate(side: Callable[[], object]) -> float:
         return nbytes / seconds_each(side, effort.seconds / 2)
 

@@ -130,9 +130,7 @@ def main() -> None:
         while True:  # training stops at max_steps
             yield from batches_of(train, shuffle=True)
 
-    config = RunConfig(
-        model_dir=args.model_dir, save_checkpoints_secs=5, train_distribute=ps.ParameterServerStrategy()
-    )
+    config = RunConfig(model_dir=args.model_dir, save_checkpoints_secs=5, train_distribute=ps.ParameterServerStrategy())
     results = train_and_evaluate(
         Estimator(model_fn, params={"hidden": 32}, config=config),
         TrainSpec(train_input, max_steps=args.epochs * ROWS // BATCH),

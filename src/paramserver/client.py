@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
-
-from paramserver.arena import DTYPES, ArenaLayout, Range, VariableSpec, pieces
+from paramserver.arena import ArenaLayout, pieces
 from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, digest, read_index
-from paramserver.errors import (
-    ConfigError,
-    DeadlineError,
-    RemoteProtocolError,
-)
 from paramserver.lanes import Call, Lanes, Meanwhile, nothing
 from paramserver.long_requests import ask_at_length
+from paramserver.own_variables import OwnVariables
+from paramserver.questions import WAIT_INTERVAL, OnWait, Patience, ask, ask_all, ask_each, ask_until_ready, expected
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
-from paramserver.wire.refusals import raised
-from paramserver.wire.values import packed, unpacked
-
-logger = logging.getLogger(__name__)
-
-WAIT_INTERVAL = 1.0
-"""Seconds after which a ps answers a wait, so that a connection never looks dead while it waits."""
-
-R = TypeVar("R", bound=messages.Message)
 
 
 class PushResult(NamedTuple):
@@ -66,14 +49,6 @@ class PushTimes:
     applying: float = 0.0
 
 
-class _Made(NamedTuple):
-    """A variable of the program's own: where it is, and the values that it was made with, None if others made it."""
-
-    ps: int
-    variable: VariableSpec
-    values: torch.Tensor | None
-
-
 class ParameterClient:
     """Talks to every ps of a run. Not thread-safe; every method blocks until all ps tasks have answered.
 
@@ -85,6 +60,7 @@ class ParameterClient:
 
     Attributes:
         lanes: The lanes.
+        variables: Those of the program's own.
         global_step: Updates of the model, as the ps tasks last told it, and one that is on its way.
         local_step: The global step of the values that are here, from which staleness is counted.
         push_times: For each ps.
@@ -94,9 +70,8 @@ class ParameterClient:
         self.lanes = Lanes(lanes)
         self._layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
         self._memories: list[WorkerMemory] = []
-        self._variables: set[str] = set()
-        self._made: list[_Made] = []
-        self._sequence = 0
+        self._sequence = itertools.count(1)
+        self.variables = OwnVariables(self.lanes, self._sequence)
         self._under_way: tuple[list[Call], Future[list[messages.Reply]]] | None = None
         self.global_step = 0
         self.local_step = 0
@@ -108,7 +83,7 @@ class ParameterClient:
         """The chief creates the arenas, one list of layouts for each ps; whether all of them are ready already."""
         return self._declare(layouts, create=True)
 
-    def await_ready(self, timeout: float, on_wait: Callable[[float], None] = lambda _: None) -> None:
+    def await_ready(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
         """Wait until the chief has initialized the variables on every ps.
 
         Args:
@@ -119,10 +94,7 @@ class ParameterClient:
             DeadlineError: If it has not by then.
             RefusedError: If the chief failed.
         """
-        started = time.monotonic()
-        for lane in self.lanes.each():
-            failing = f"the chief has not initialized the variables on {lane.task}"
-            self._await(lane, messages.AwaitReady, started, timeout, failing, on_wait)
+        self._await_ready(Patience(timeout, on_wait))
 
     def join(self, layouts: Sequence[Sequence[ArenaLayout]]) -> None:
         """Every other worker declares the arenas it expects.
@@ -139,14 +111,14 @@ class ParameterClient:
 
     def mark_ready(self, global_step: int) -> None:
         """The chief has initialized the variables: let the others begin."""
-        self._ask_all(messages.MarkReady(global_step), messages.Done)
+        ask_all(self.lanes, messages.MarkReady(global_step), messages.Done)
         self._arrived(global_step)
 
     def resume(
         self,
         lanes: Sequence[Lane],
         timeout: float,
-        on_wait: Callable[[float], None] = lambda _: None,
+        on_wait: OnWait = lambda _: None,
         *,
         is_chief: bool,
     ) -> bool:
@@ -169,14 +141,11 @@ class ParameterClient:
         """
         self.lanes.replace(lanes)
         self._under_way = None
-        is_ready = self.create(self._layouts) if is_chief else self._join_again(timeout, on_wait)
+        patience = Patience(timeout, on_wait)
+        is_ready = self.create(self._layouts) if is_chief else self._join_again(patience)
         for lane, layouts, memory in zip(lanes, self._layouts, self._memories, strict=True):
             lane.open(layouts, memory)
-        for ps, variable, values in self._made:
-            if values is not None:
-                self._create(ps, variable, values)
-            else:
-                self._find(ps, variable, timeout, on_wait)
+        self.variables.find_again(patience)
         return is_ready
 
     @property
@@ -205,7 +174,7 @@ class ParameterClient:
             meanwhile: Called once all is pushed, before values come; see `Lanes.exchange`.
         """
         calls = self._push(parts, pull, counts, self.local_step, rows)
-        return self._pushed(self._expected(calls, self.lanes.exchange(calls, meanwhile), messages.Applied))
+        return self._pushed(expected(calls, self.lanes.exchange(calls, meanwhile), messages.Applied))
 
     def begin_push_pull(
         self,
@@ -235,7 +204,7 @@ class ParameterClient:
         if under_way is None:
             return None
         calls, replies = under_way
-        return self._pushed(self._expected(calls, replies.result(), messages.Applied))
+        return self._pushed(expected(calls, replies.result(), messages.Applied))
 
     def pull(self, arenas: Sequence[Sequence[int]]) -> int:
         """Bring the value memory of these arenas of each ps up to date; the global step."""
@@ -243,7 +212,7 @@ class ParameterClient:
             Call(lane, messages.Pull(tuple(wanted)), (), _whole(layouts, wanted))
             for lane, layouts, wanted in zip(self.lanes.each(), self._layouts, arenas, strict=True)
         ]
-        self._arrived(self._exchange(calls, messages.State)[0].global_step)
+        self._arrived(ask_each(self.lanes, calls, messages.State)[0].global_step)
         return self.global_step
 
     def pull_rows(self, wanted: Sequence[tuple[int, int, TableRows]]) -> None:
@@ -258,87 +227,12 @@ class ParameterClient:
                 request = messages.PullRows(arena, len(rows.ids))
                 calls.append(Call(lanes[ps], request, rows_out=[rows.id_bytes], rows_in=[rows.value_bytes]))
         if calls:
-            self._exchange(calls, messages.State)
+            ask_each(self.lanes, calls, messages.State)
 
     def read_global_step(self) -> int:
         """Ask ps:0 for the global step."""
-        self.global_step = self._ask(self.lanes.each()[0], messages.Pull(()), messages.State).global_step
+        self.global_step = ask(self.lanes, self.lanes.each()[0], messages.Pull(()), messages.State).global_step
         return self.global_step
-
-    # --- variables of the program's own
-
-    def unique_name(self, name: str) -> str:
-        """A name that no variable of this client has: ``name``, or else ``name_1``, ``name_2`` and so on.
-
-        It counts as taken from now on. The same calls in the same order give the same names on every worker.
-        """
-        taken = self._variables | _names(self._layouts)
-        numbered = (f"{name}_{number}" for number in itertools.count(1))
-        unique = next(each for each in itertools.chain([name], numbered) if each not in taken)
-        self._variables.add(unique)
-        return unique
-
-    def create_variable(self, ps: int, variable: VariableSpec, values: torch.Tensor) -> None:
-        """The chief makes a variable on a ps, with its first values; one that is there already keeps what it has.
-
-        Nobody else sees it before it has all of them.
-
-        Args:
-            ps: The index of the ps.
-            variable: What to make; its name is one of `unique_name`.
-            values: Its values, flat.
-
-        Raises:
-            ModelMismatchError: If it is there already, with another shape or dtype.
-        """
-        self._create(ps, variable, values)
-        self._made.append(_Made(ps, variable, values))
-
-    def await_variable(
-        self, ps: int, variable: VariableSpec, timeout: float, on_wait: Callable[[float], None] = lambda _: None
-    ) -> None:
-        """Every other worker waits until the chief has made a variable.
-
-        Args:
-            ps: The index of the ps.
-            variable: What is expected there.
-            timeout: Seconds to wait for.
-            on_wait: Called about every second with the seconds that were waited so far.
-
-        Raises:
-            DeadlineError: If it is not there by then.
-            ModelMismatchError: If it has another shape or dtype.
-            RefusedError: If the chief failed.
-            RunOverError: If the chief has finished without making it.
-        """
-        self._find(ps, variable, timeout, on_wait)
-        self._made.append(_Made(ps, variable, None))
-
-    def read_variable(self, ps: int, variable: VariableSpec, span: Range) -> torch.Tensor:
-        """Elements ``[start, stop)`` of a variable, flat. What lies in one block is of one version."""
-        lane = self.lanes.each()[ps]
-        values = torch.empty(span[1] - span[0], dtype=DTYPES[variable.dtype], device="cpu")
-        for start, stop in pieces([span]):
-            reply = self._ask(lane, messages.ReadVariable(variable.name, start, stop), messages.Values)
-            _fill(values[start - span[0] : stop - span[0]], reply, lane)
-        return values
-
-    def update_variable(
-        self, ps: int, variable: VariableSpec, operation: Literal["assign", "add"], values: torch.Tensor
-    ) -> torch.Tensor:
-        """Assign or add to a whole variable, once; what this very update has made of it, flat.
-
-        Atomic for each block of elements: a variable of more than `arena.BLOCK` may meet another worker's in between.
-        """
-        lane = self.lanes.each()[ps]
-        result = torch.empty_like(values)
-        for start, stop in pieces([(0, variable.size)]):
-            self._sequence += 1
-            request = messages.UpdateVariable(
-                self._sequence, variable.name, operation, start, packed(values[start:stop])
-            )
-            _fill(result[start:stop], self._ask(lane, request, messages.Values), lane)
-        return result
 
     # --- the chief's duties
 
@@ -355,7 +249,7 @@ class ParameterClient:
         """
         lanes = self.lanes.each()
         calls = [Call(lane, messages.Save(directory, shard, len(lanes))) for shard, lane in enumerate(lanes)]
-        return self._expected(calls, ask_at_length(self.lanes, calls, Path(directory), WAIT_INTERVAL), messages.Saved)
+        return expected(calls, ask_at_length(self.lanes, calls, Path(directory), WAIT_INTERVAL), messages.Saved)
 
     def restore(self, directory: str) -> None:
         """Have every ps read its variables from a checkpoint; this task reads for those that do not see it.
@@ -372,7 +266,7 @@ class ParameterClient:
         weight_map, slot_map = read_index(folder / VALUES_INDEX), read_index(folder / SLOTS_INDEX)
         request = messages.Restore(directory, digest(folder), weight_map, slot_map)
         calls = [Call(lane, request) for lane in self.lanes.each()]
-        self._expected(calls, ask_at_length(self.lanes, calls, folder, WAIT_INTERVAL), messages.Done)
+        expected(calls, ask_at_length(self.lanes, calls, folder, WAIT_INTERVAL), messages.Done)
 
     def await_workers(self, on_wait: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
         """Wait until this task is the only one that still trains. Blocks for as long as the others take.
@@ -381,14 +275,14 @@ class ParameterClient:
             on_wait: Called about every second with the tasks that are waited for.
         """
         for lane in self.lanes.each():
-            while tasks := self._ask(lane, messages.AwaitWorkers(WAIT_INTERVAL), messages.Remaining).tasks:
+            while tasks := ask(self.lanes, lane, messages.AwaitWorkers(WAIT_INTERVAL), messages.Remaining).tasks:
                 on_wait(tasks)
 
     # --- any time
 
     def status(self) -> list[messages.Status]:
         """What each ps holds and has done."""
-        return self._ask_all(messages.GetStatus(), messages.Status)
+        return ask_all(self.lanes, messages.GetStatus(), messages.Status)
 
     def goodbye(self, failure: str = "") -> None:
         """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent."""
@@ -415,12 +309,11 @@ class ParameterClient:
         computed_from: int,
         rows: Sequence[Sequence[TableRows]] | None,
     ) -> list[Call]:
-        self._sequence += 1
-        lanes = self.lanes.each()
+        sequence, lanes = next(self._sequence), self.lanes.each()
         return [
             Call(
                 lane,
-                messages.Push(self._sequence, computed_from, counts, tuple(ps_parts), tuple(ps_pull)),
+                messages.Push(sequence, computed_from, counts, tuple(ps_parts), tuple(ps_pull)),
                 _outgoing(layouts, ps_parts),
                 _whole(layouts, ps_pull),
                 [view for each in ps_rows for view in (each.id_bytes, each.value_bytes)],
@@ -441,66 +334,24 @@ class ParameterClient:
         self.global_step = max(self.global_step, first.global_step)  # it may have been asked for meanwhile
         return PushResult(first.global_step, first.staleness)
 
-    def _join_again(self, timeout: float, on_wait: Callable[[float], None]) -> bool:
-        self.await_ready(timeout, on_wait)
+    def _await_ready(self, patience: Patience) -> None:
+        for lane in self.lanes.each():
+            failing = f"the chief has not initialized the variables on {lane.task}"
+            ask_until_ready(self.lanes, lane, messages.AwaitReady, patience, failing)
+
+    def _join_again(self, patience: Patience) -> bool:
+        self._await_ready(patience)
         self.join(self._layouts)
         return True
 
-    def _create(self, ps: int, variable: VariableSpec, values: torch.Tensor) -> None:
-        lane = self.lanes.each()[ps]
-        for start, stop in list(pieces([(0, variable.size)])) or [(0, 0)]:
-            request = messages.CreateVariable(variable, start, packed(values[start:stop]))
-            if self._ask(lane, request, messages.Declared).ready:
-                break
-
-    def _find(self, ps: int, variable: VariableSpec, timeout: float, on_wait: Callable[[float], None]) -> None:
-        lane = self.lanes.each()[ps]
-        failing = f"the chief has not created variable {variable.name!r} on {lane.task}"
-        self._await(lane, partial(messages.AwaitVariable, variable), time.monotonic(), timeout, failing, on_wait)
-
-    def _await(
-        self,
-        lane: Lane,
-        request: Callable[[float], messages.Request],
-        started: float,
-        timeout: float,
-        failing: str,
-        on_wait: Callable[[float], None],
-    ) -> None:
-        waited = 0.0
-        while not self._ask(lane, request(_interval(timeout - waited)), messages.State).ready:
-            waited = time.monotonic() - started
-            if waited >= timeout:
-                raise DeadlineError(
-                    f"{failing} within {timeout:g} s; is it running? (session_creation_timeout_secs)", timeout
-                )
-            on_wait(waited)
-
     def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> bool:
-        for name in sorted(self._variables & _names(layouts)):
-            raise ConfigError(
-                f"variable {name!r} of the model: a ps.Variable of that name was created before, and a checkpoint "
-                "could not hold both; give that one another name"
-            )
+        self.variables.leave_to_model(_names(layouts))
         self._layouts = list(layouts)
         calls = [
             Call(lane, messages.Declare(tuple(ps_layouts), create))
             for lane, ps_layouts in zip(self.lanes.each(), layouts, strict=True)
         ]
-        return all(reply.ready for reply in self._exchange(calls, messages.Declared))
-
-    def _ask(self, lane: Lane, request: messages.Request, expected: type[R]) -> R:
-        return self._exchange([Call(lane, request)], expected)[0]
-
-    def _ask_all(self, request: messages.Request, expected: type[R]) -> list[R]:
-        return self._exchange([Call(lane, request) for lane in self.lanes.each()], expected)
-
-    def _exchange(self, calls: Sequence[Call], expected: type[R]) -> list[R]:
-        return self._expected(calls, self.lanes.exchange(calls), expected)
-
-    @staticmethod
-    def _expected(calls: Sequence[Call], replies: Sequence[messages.Reply], expected: type[R]) -> list[R]:
-        return [_expect(call.lane, reply, expected) for call, reply in zip(calls, replies, strict=True)]
+        return all(reply.ready for reply in ask_each(self.lanes, calls, messages.Declared))
 
 
 def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:
@@ -524,23 +375,3 @@ def _names(layouts: Sequence[Sequence[ArenaLayout]]) -> set[str]:
         for layout in ps_layouts
         for variable in layout.variables
     }
-
-
-def _fill(out: torch.Tensor, reply: messages.Values, lane: Lane) -> None:
-    if len(reply.values) != out.nbytes:
-        raise RemoteProtocolError(
-            f"{lane.task} was expected to send {out.nbytes} bytes of a variable, and sent {len(reply.values)}"
-        )
-    out.copy_(unpacked(reply.values, out.dtype))
-
-
-def _expect(lane: Lane, reply: messages.Reply, expected: type[R]) -> R:
-    if isinstance(reply, expected):
-        return reply
-    if isinstance(reply, messages.Refused):
-        raise raised(reply, lane.task)
-    raise RemoteProtocolError(f"{lane.task} was expected to answer {expected.__name__}, and answered {reply}")
-
-
-def _interval(remaining: float) -> float:
-    return min(WAIT_INTERVAL, max(remaining, 0.0))

@@ -116,10 +116,12 @@ class Conversation:
             self._host.store.check_alive()  # comes first: a run that has failed is over as well
             self._host.roster.join(session.task)
         except ParameterServerError as error:
-            session.receive()
-            session.reply(refused(error))
-            if isinstance(error, RunOverError):
-                self._host.roster.leave(session.task)  # it was expected, has heard the news, and need not be waited for
+            try:
+                session.receive()
+                session.reply(refused(error))
+            finally:  # it was expected and has come, and need not be waited for, whether or not it waits for the news
+                if isinstance(error, RunOverError):
+                    self._host.roster.leave(session.task)
             return Pace.OVER
         self._has_joined = True
         return Pace.SLOW

@@ -179,15 +179,15 @@ def test_eight_workers_lose_no_assignment(lane: str) -> None:
     spec = VariableSpec("counter", (3,), "int64")
     with LocalCluster(ps=1, workers=8, lane=lane) as cluster:
         clients = [cluster.client(task) for task in cluster.tasks]
-        clients[0].create_variable(0, spec, torch.zeros(3, dtype=torch.int64))
+        clients[0].variables.create(0, spec, torch.zeros(3, dtype=torch.int64))
         ready, ones = threading.Barrier(len(clients)), torch.ones(3, dtype=torch.int64)
 
         def work(client: Any) -> list[int]:
             ready.wait(PATIENCE)
-            return [client.update_variable(0, spec, "add", ones)[0].item() for _ in range(1000)]
+            return [client.variables.update(0, spec, "add", ones)[0].item() for _ in range(1000)]
 
         seen = together(*(functools.partial(work, client) for client in clients))
-        assert clients[0].read_variable(0, spec, (0, 3)).tolist() == [8000] * 3
+        assert clients[0].variables.read(0, spec, (0, 3)).tolist() == [8000] * 3
     assert sorted(value for results in seen for value in results) == list(range(1, 8001)), "each update has its own"
 
 

@@ -234,6 +234,16 @@ def test_a_late_worker_is_told_that_the_run_is_over():
 
 
 @lanes
+def test_a_late_worker_that_goes_without_hearing_so_is_not_waited_for(lane):
+    with LocalCluster(ps=1, workers=2, lane=lane) as cluster:
+        joining = Joining(cluster.servers[0])
+        cluster.client("chief:0").goodbye()
+        cluster.client("worker:0").close()
+        assert joining.ended()
+        assert joining.error is None
+
+
+@lanes
 def test_a_chief_that_failed_is_told_to_the_others_and_to_the_caller_of_join(lane):
     with LocalCluster(ps=1, workers=3, lane=lane) as cluster:
         joining = Joining(cluster.servers[0])

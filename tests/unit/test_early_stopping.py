@@ -171,7 +171,7 @@ def task(tmp_path, monkeypatch):
 def stop_of(strategy, operation="add", value=0):
     """STOP, after another worker has changed it."""
     change = torch.tensor([value])
-    return int(strategy.connect().update_variable(0, VariableSpec(STOP, (), "int64"), operation, change))
+    return int(strategy.connect().variables.update(0, VariableSpec(STOP, (), "int64"), operation, change))
 
 
 def test_y02_y05_the_chief_tells_the_others(task):

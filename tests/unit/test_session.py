@@ -130,7 +130,7 @@ def test_q13_the_global_step_is_known_without_asking_and_is_one_for_all(tmp_path
     strategy = alone()
     session = make(tmp_path, strategy=strategy)
     session.step(batches())
-    monkeypatch.setattr(strategy.client, "_exchange", None)
+    monkeypatch.setattr(strategy.client.lanes, "exchange", None)
     assert session.global_step == strategy.global_step == strategy.client.global_step == 1
     monkeypatch.undo()
     assert session.read_global_step() == session.refresh() == 1

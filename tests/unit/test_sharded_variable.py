@@ -52,9 +52,9 @@ def test_a_part_says_which_rows_of_what_it_holds() -> None:
     table = create(3)
     client = table.strategy.connect()
     wanted = VariableSpec("table/part_1", (3, 2), "int64", Shard(variable="table", index=1, start=4, rows=10))
-    client.await_variable(1, wanted, timeout=0)
+    client.variables.find(1, wanted, timeout=0)
     with pytest.raises(ps.errors.ModelMismatchError):
-        client.await_variable(1, VariableSpec("table/part_1", (3, 2), "int64"), timeout=0)
+        client.variables.find(1, VariableSpec("table/part_1", (3, 2), "int64"), timeout=0)
 
 
 def test_it_looks_like_one_variable() -> None:

@@ -39,15 +39,15 @@ class PlainVariable(Variable):
         self._spec = spec
 
     def value(self) -> torch.Tensor:
-        return here(self._client.read_variable(self.ps, self._spec, (0, self._spec.size)).view(self.shape))
+        return here(self._client.variables.read(self.ps, self._spec, (0, self._spec.size)).view(self.shape))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """The present value of rows ``[start, stop)``, ``[stop - start, ...]``; no other is read."""
         row = math.prod(self.shape[1:])
-        flat = self._client.read_variable(self.ps, self._spec, (start * row, stop * row))
+        flat = self._client.variables.read(self.ps, self._spec, (start * row, stop * row))
         return here(flat.view(stop - start, *self.shape[1:]))
 
     def _apply(self, assignment: Assignment, value: torch.Tensor) -> torch.Tensor:
         operation: Literal["assign", "add"] = "assign" if assignment == "assign" else "add"
         values = -value if assignment == "assign_sub" else value  # exact, in integers also where it wraps around
-        return self._client.update_variable(self.ps, self._spec, operation, values.flatten()).view(self.shape)
+        return self._client.variables.update(self.ps, self._spec, operation, values.flatten()).view(self.shape)

@@ -74,7 +74,7 @@ def _create(strategy: Strategy, options: VariableOptions, anchor: Variable | Non
     )
     dtype = dtype_name(value.dtype, options.name)
     maker = _Maker(strategy, options, anchor)
-    whole = VariableSpec(maker.client.unique_name(options.name), tuple(value.shape), dtype)
+    whole = VariableSpec(maker.client.variables.unique_name(options.name), tuple(value.shape), dtype)
     ranges = [] if anchor is not None else strategy.row_ranges(whole)
     variable: Variable
     if ranges:
@@ -98,9 +98,9 @@ class _Maker:
         """One part, on the next ps or beside the anchor, where it takes no turn (P01, P04). Blocks until it is made."""
         ps = self._strategy.place(spec) if self._anchor is None else self._anchor.ps
         if self._strategy.is_chief:
-            self.client.create_variable(ps, spec, value.flatten())
+            self.client.variables.create(ps, spec, value.flatten())
         else:
-            self.client.await_variable(ps, spec, self._strategy.session_creation_timeout, _Announcement(spec.name))
+            self.client.variables.find(ps, spec, self._strategy.session_creation_timeout, _Announcement(spec.name))
         return PlainVariable(self._strategy, self.client, ps, spec, self._options)
 
 
