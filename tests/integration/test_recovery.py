@@ -299,6 +299,34 @@ def test_the_estimator_brings_a_table_back_from_a_checkpoint(tmp_path: Path) -> 
 
 
 @sparse
+@pytest.mark.parametrize("until", ["steps", "max_steps"])
+def test_a_ps_that_is_lost_after_the_last_step_costs_no_step(tmp_path: Path, until: str) -> None:
+    """What it held is restored from before, and the steps from there on are made again, on the batches that follow."""
+    with a_cluster() as cluster:
+        config = RunConfig(model_dir=str(tmp_path), save_checkpoints_steps=4, train_distribute=cluster.strategy())
+        estimator = Estimator(model_fn, config=config)
+        estimator.train(lambda: map(batch, range(100)), **{until: 10}, hooks=[Loses(cluster, 10)])
+    plain = Net()
+    optimizer = adagrad(plain)
+    for at in [*range(8), 10, 11]:
+        train(plain, optimizer, at)
+    torch.testing.assert_close(read_values(str(tmp_path / "ckpt-10")), dict(plain.state_dict()))
+
+
+@sparse
+def test_a_ps_that_is_lost_after_the_end_of_the_input_ends_the_training_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is nothing to make the lost steps from."""
+    with a_cluster() as cluster:
+        config = RunConfig(model_dir=str(tmp_path), save_checkpoints_steps=4, train_distribute=cluster.strategy())
+        estimator = Estimator(model_fn, config=config)
+        estimator.train(lambda: map(batch, range(10)), hooks=[Loses(cluster, 10)])
+    torch.testing.assert_close(read_values(estimator.latest_checkpoint() or ""), dict(trained(8).state_dict()))
+    assert "was done at step 10, and is back at step 8" in caplog.text
+
+
+@sparse
 def test_what_was_trained_with_a_table_is_evaluated_and_warms_a_start_up(tmp_path: Path) -> None:
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         return map(batch, range(5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,6 +24,8 @@ from paramserver.estimator.storage import absolute
 from paramserver.estimator.uploading import summary_writer
 from paramserver.estimator.watching_hooks import LoggingHook, NanLossHook, StepCounterHook
 from paramserver.summary import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL = 0.2
 
@@ -85,12 +88,28 @@ def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], 
     session = create()
     runner.after_create_session(session)
     batches = read()
+    _train_on(session, runner, batches)
+    while not _finish(session, runner):
+        _train_on(session, runner, batches)
+    session.close()
+
+
+def _train_on(session: Session, runner: HookRunner, batches: Iterator[Batch]) -> None:
     with contextlib.suppress(StopIteration):  # the input's way of saying that it is at its end
         while not runner.stop_requested and not session.should_stop():
             _persist(lambda: runner.step(lambda: session.step(batches)), session, runner)
+
+
+def _finish(session: Session, runner: HookRunner) -> bool:
+    """End a training; False if a ps was lost meanwhile, and steps with it that were made already."""
+    reached = session.global_step
     _persist(session.finish, session, runner)
-    _persist(lambda: runner.end(session), session, runner)
-    session.close()
+    if session.global_step >= reached:
+        _persist(lambda: runner.end(session), session, runner)
+    if session.global_step < reached:
+        back = "%s was done at step %d, and is back at step %d: it trains on, as far as its input goes"
+        logger.warning(back, session.task, reached, session.global_step)
+    return session.global_step >= reached
 
 
 def _persist(action: Callable[[], object], session: Session, runner: HookRunner) -> None:
