@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paramserver.cluster import Role, parse_role
-from paramserver.distribute.devices import Device
+from paramserver.distribute.devices import Device, default_device
 from paramserver.distribute.values import Mirrored, local_results
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def places(destinations: Destinations) -> Places:
         AssertionError: If they are a list or a tuple.
     """
     if destinations is None:
-        return (torch.get_default_device(),)
+        return (default_device(),)
     return tuple(torch.device("cpu") if device.job == Role.PS else device.torch_device for device in _all(destinations))
 
 

@@ -16,6 +16,16 @@ import torch
 
 from paramserver.cluster import ClusterResolver, TaskId, TFConfigClusterResolver
 
+def default_device() -> torch.device:
+    """Where this thread makes tensors now, also inside ``with torch.device(...)``.
+
+    >>> with torch.device("meta"):
+    ...     default_device()
+    device(type='meta')
+    """
+    return torch.empty(0).device  # torch.get_default_device() of torch 2.6 does not know of such a block
+
+
 _NAME = re.compile(
     r"(?:/job:(?P<job>\w+))?(?:/(?:replica:\d+/)?task:(?P<task>\d+))?"
     r"(?:/?(?:device:)?(?P<kind>cpu|gpu|cuda)(?::(?P<index>\d+))?)?",

@@ -22,6 +22,7 @@ import torch
 
 from paramserver.distribute import context
 from paramserver.distribute.context import Frame
+from paramserver.distribute.devices import default_device
 from paramserver.distribute.replica_context import ReplicaContext
 from paramserver.distribute.values import regroup, select_replica
 
@@ -154,7 +155,7 @@ class _TorchState:
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
-        self._device = torch.get_default_device()
+        self._device = default_device()
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
         ]
@@ -167,7 +168,7 @@ class _TorchState:
             stack.enter_context(torch.set_grad_enabled(self._grad))
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
-            if torch.get_default_device() != self._device:
+            if default_device() != self._device:
                 stack.enter_context(self._device)
             yield
 

@@ -20,6 +20,7 @@ Rules
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import zipfile
@@ -131,7 +132,8 @@ def trace(model: nn.Module, example: Any) -> ExportedProgram:
         program = torch.export.export(model, (features,), dynamic_shapes=shapes)  # type: ignore[arg-type]  # takes both
     except Exception as error:  # the model's own code runs in it, and may raise anything
         raise ConfigError(_untraceable(error)) from error
-    program.example_inputs = None  # it would be pickled, and is the user's data
+    with contextlib.suppress(ValueError):  # older versions of torch insist on them, and are refused when they have written
+        program.example_inputs = None  # it would be pickled, and is the user's data
     return program
 
 
