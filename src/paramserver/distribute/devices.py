@@ -16,6 +16,13 @@ import torch
 
 from paramserver.cluster import ClusterResolver, TaskId, TFConfigClusterResolver
 
+_NAME = re.compile(
+    r"(?:/job:(?P<job>\w+))?(?:/(?:replica:\d+/)?task:(?P<task>\d+))?"
+    r"(?:/?(?:device:)?(?P<kind>cpu|gpu|cuda)(?::(?P<index>\d+))?)?",
+    re.IGNORECASE,
+)
+
+
 def default_device() -> torch.device:
     """Where this thread makes tensors now, also inside ``with torch.device(...)``.
 
@@ -24,13 +31,6 @@ def default_device() -> torch.device:
     device(type='meta')
     """
     return torch.empty(0).device  # torch.get_default_device() of torch 2.6 does not know of such a block
-
-
-_NAME = re.compile(
-    r"(?:/job:(?P<job>\w+))?(?:/(?:replica:\d+/)?task:(?P<task>\d+))?"
-    r"(?:/?(?:device:)?(?P<kind>cpu|gpu|cuda)(?::(?P<index>\d+))?)?",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def trace(model: nn.Module, example: Any) -> ExportedProgram:
         program = torch.export.export(model, (features,), dynamic_shapes=shapes)  # type: ignore[arg-type]  # takes both
     except Exception as error:  # the model's own code runs in it, and may raise anything
         raise ConfigError(_untraceable(error)) from error
-    with contextlib.suppress(ValueError):  # older versions of torch insist on them, and are refused when they have written
+    with contextlib.suppress(ValueError):  # torch 2.6 insists on them; what it writes is refused anyway
         program.example_inputs = None  # it would be pickled, and is the user's data
     return program
 
