@@ -75,7 +75,7 @@ def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: typ
         ParameterServerError: What a ps has refused with; the first one that did.
         RemoteProtocolError: If a ps has answered something else.
     """
-    return [_expected(call.lane, reply, kind) for call, reply in zip(calls, replies, strict=True)]
+    return [_checked(call.lane, reply, kind) for call, reply in zip(calls, replies, strict=True)]
 
 
 def ask_until_ready(
@@ -98,7 +98,7 @@ def ask_until_ready(
         patience.wait_on(failing)
 
 
-def _expected(lane: Lane, reply: messages.Reply, kind: type[R]) -> R:
+def _checked(lane: Lane, reply: messages.Reply, kind: type[R]) -> R:
     if isinstance(reply, kind):
         return reply
     if isinstance(reply, messages.Refused):
