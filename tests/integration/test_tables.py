@@ -191,9 +191,16 @@ def test_only_the_rows_of_a_batch_travel(strategy_with, monkeypatch):
     assert pulled == pushed == [2, 7, 39]
 
 
-def a_table(strategy, **options):
+def embedding():
     torch.manual_seed(0)
-    model = nn.Embedding(ROWS, WIDTH, sparse=True)
+    return nn.Embedding(ROWS, WIDTH, sparse=True)
+
+
+def a_table(strategy):
+    return prepared(strategy, embedding())
+
+
+def prepared(strategy, model):
     return strategy.prepare(model, optim.SGD(model.parameters(), lr=1.0))
 
 
@@ -227,16 +234,16 @@ def test_pushes_of_many_workers_to_one_table_all_count():
             ps.ParameterServerStrategy(cluster.resolver(task), session_creation_timeout=30) for task in cluster.tasks
         ]
 
-        def train(strategy):
-            model, optimizer = a_table(strategy)
+        def train(strategy, table):
+            model, optimizer = prepared(strategy, table)
             for _ in range(rounds):
                 optimizer.zero_grad()
                 model(ids).sum().backward()
                 optimizer.step()
             models.append(model)
 
-        models = []
-        threads = [threading.Thread(target=train, args=(strategy,)) for strategy in strategies]
+        models, tables = [], [embedding() for _ in strategies]  # one by one: threads share the random numbers
+        threads = [threading.Thread(target=train, args=each) for each in zip(strategies, tables, strict=True)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -244,8 +251,7 @@ def test_pushes_of_many_workers_to_one_table_all_count():
         whole = models[0].state_dict()["weight"]
         for strategy in strategies:
             strategy.close()
-    torch.manual_seed(0)
-    expected = nn.Embedding(ROWS, WIDTH).weight.detach().clone()
+    expected = embedding().weight.detach().clone()
     expected[ids] -= rounds * len(strategies)
     torch.testing.assert_close(whole, expected)
 
