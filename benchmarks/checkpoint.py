@@ -166,7 +166,7 @@ class Pusher(contextlib.AbstractContextManager["Pusher"]):
         while not self._over.wait(PUSH_INTERVAL):
             part = Part(0, "add", (pieces[count % len(pieces)],))
             begun = time.perf_counter()
-            self._run.worker.push_pull([[part]], [()], counts=False)
+            self._run.worker.push_pull(self._run.worker.plan([[part]], [()]), counts=False)
             self.slowest = max(self.slowest, time.perf_counter() - begun)
             count += 1
 
@@ -233,7 +233,7 @@ def _take_turns(run: Run, plain: dict[str, torch.Tensor], scratch: Path, turn: i
 def _take_ours(run: Run, plain: dict[str, torch.Tensor], place: Path) -> dict[str, float]:
     manager, paths = CheckpointManager(str(place)), list[str]()
     save = _seconds(lambda: paths.append(write_checkpoint(run.chief, manager, 0, {})))
-    run.chief.push_pull([[Part(0, "add")]], [()], counts=False)  # so that there is something to restore
+    run.chief.push_pull(run.chief.plan([[Part(0, "add")]], [()]), counts=False)  # there is something to restore
     restore = _seconds(lambda: run.chief.restore(*paths))
     run.chief.pull([[0]])
     if not all(torch.equal(tensor, plain[name]) for name, tensor in run.tensors().items()):
@@ -312,7 +312,7 @@ def _assign_random_values(chief: ParameterClient, layout: ArenaLayout) -> torch.
     chief.create([[layout]])
     (worker_memory,) = chief.open()
     worker_memory.gradients[0].uniform_()
-    chief.push_pull([[Part(0, "assign")]], [[0]], counts=False)
+    chief.push_pull(chief.plan([[Part(0, "assign")]], [[0]]), counts=False)
     chief.mark_ready(0)
     return worker_memory.values[0]
 

@@ -173,7 +173,7 @@ class Workers:
 def _initialize(chief: ParameterClient, ps: int) -> None:
     chief.create(layouts(ps))
     chief.open()
-    chief.push_pull([[Part(0, "assign")] for _ in range(ps)], [[0] for _ in range(ps)], counts=False)
+    chief.push_pull(chief.plan([[Part(0, "assign")] for _ in range(ps)], [[0] for _ in range(ps)]), counts=False)
     chief.mark_ready(0)
 
 

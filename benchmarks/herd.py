@@ -114,7 +114,8 @@ def _work(herd: Herd, index: int) -> None:
     client.open()
     parts, pull = [[Part(0, "rule")] for _ in arenas], [[0] for _ in arenas]
     client.pull(pull)
-    take_part(lambda: client.push_pull(parts, pull, counts=True).staleness, lambda: 0.0, lambda: 0)
+    plans = client.plan(parts, pull)
+    take_part(lambda: client.push_pull(plans, counts=True).staleness, lambda: 0.0, lambda: 0)
     client.goodbye()
 
 

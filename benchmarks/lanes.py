@@ -87,7 +87,7 @@ def _measure(kind: Kind, effort: Effort) -> Iterator[Figure]:
                 pull, push = _beside(kind, bare, nbytes)
                 sides: Sides = (partial(client.pull, [[arena]]), pull)
                 yield _bytes_moved(kind, f"{kind.name}, pull", nbytes, sides, kind.pull, effort)
-                sides = (partial(client.push_pull, [[Part(arena, "rule")]], [()], counts=True), push)
+                sides = (partial(client.push_pull, client.plan([[Part(arena, "rule")]], [()]), counts=True), push)
                 yield _bytes_moved(kind, f"{kind.name}, push and apply", nbytes, sides, kind.push, effort)
 
 
@@ -100,7 +100,7 @@ def _fill(client: ParameterClient, sizes: tuple[int, ...]) -> None:
     for gradients in memory.gradients:
         gradients.uniform_()
     everything = range(len(sizes))
-    client.push_pull([[Part(arena, "assign") for arena in everything]], [everything], counts=False)
+    client.push_pull(client.plan([[Part(arena, "assign") for arena in everything]], [everything]), counts=False)
     client.mark_ready(0)
 
 

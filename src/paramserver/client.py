@@ -32,6 +32,22 @@ class PushResult(NamedTuple):
     staleness: int
 
 
+class PushPlan(NamedTuple):
+    """What a push to one ps is about, apart from its number and its rows of tables; the same in most steps.
+
+    Attributes:
+        parts: What it does.
+        pull: The arenas whose values come back.
+        outgoing: The pieces of gradients that it sends.
+        incoming: The pieces of values that come back.
+    """
+
+    parts: tuple[Part, ...]
+    pull: tuple[int, ...]
+    outgoing: tuple[Piece, ...]
+    incoming: tuple[Piece, ...]
+
+
 @dataclass
 class PushTimes:
     """Seconds that all pushes to one ps have taken.
@@ -155,10 +171,21 @@ class ParameterClient:
 
     # --- steps
 
+    def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushPlan]:
+        """What `push_pull` is to do, worked out once for all steps that do the same.
+
+        Args:
+            parts: For each ps, what to do to its arenas.
+            pull: For each ps, the arenas to pull.
+        """
+        return [
+            PushPlan(tuple(ps_parts), tuple(ps_pull), _outgoing(layouts, ps_parts), _whole(layouts, ps_pull))
+            for layouts, ps_parts, ps_pull in zip(self._layouts, parts, pull, strict=True)
+        ]
+
     def push_pull(
         self,
-        parts: Sequence[Sequence[Part]],
-        pull: Sequence[Sequence[int]],
+        plans: Sequence[PushPlan],
         *,
         counts: bool,
         rows: Sequence[Sequence[TableRows]] | None = None,
@@ -167,19 +194,17 @@ class ParameterClient:
         """Push what lies in the gradient memory, and bring the value memory up to date. The hot path.
 
         Args:
-            parts: For each ps, what to do to its arenas.
-            pull: For each ps, the arenas to pull.
+            plans: What to do, for each ps; see `plan`.
             counts: Whether this is an update of the model, which the global step counts.
             rows: For each ps, what the parts that are about tables push, in their order; None if there is none.
             meanwhile: Called once all is pushed, before values come; see `Lanes.exchange`.
         """
-        calls = self._push(parts, pull, counts, self.local_step, rows)
+        calls = self._push(plans, counts, self.local_step, rows)
         return self._pushed(expected(calls, self.lanes.exchange(calls, meanwhile), messages.Applied))
 
     def begin_push_pull(
         self,
-        parts: Sequence[Sequence[Part]],
-        pull: Sequence[Sequence[int]],
+        plans: Sequence[PushPlan],
         *,
         counts: bool,
         computed_from: int,
@@ -188,13 +213,12 @@ class ParameterClient:
         """`push_pull` on a thread: until `end_push_pull` has returned, nobody else may touch the memory of both.
 
         Args:
-            parts: As for `push_pull`.
-            pull: As for `push_pull`.
+            plans: As for `push_pull`.
             counts: As for `push_pull`.
             computed_from: The `local_step` of the values that the gradients were computed from.
             rows: As for `push_pull`.
         """
-        calls = self._push(parts, pull, counts, computed_from, rows)
+        calls = self._push(plans, counts, computed_from, rows)
         self._under_way = calls, self.lanes.exchange_aside(calls)
         self.global_step += counts
 
@@ -303,8 +327,7 @@ class ParameterClient:
 
     def _push(
         self,
-        parts: Sequence[Sequence[Part]],
-        pull: Sequence[Sequence[int]],
+        plans: Sequence[PushPlan],
         counts: bool,
         computed_from: int,
         rows: Sequence[Sequence[TableRows]] | None,
@@ -313,14 +336,12 @@ class ParameterClient:
         return [
             Call(
                 lane,
-                messages.Push(sequence, computed_from, counts, tuple(ps_parts), tuple(ps_pull)),
-                _outgoing(layouts, ps_parts),
-                _whole(layouts, ps_pull),
+                messages.Push(sequence, computed_from, counts, plan.parts, plan.pull),
+                plan.outgoing,
+                plan.incoming,
                 [view for each in ps_rows for view in (each.id_bytes, each.value_bytes)],
             )
-            for lane, layouts, ps_parts, ps_pull, ps_rows in zip(
-                lanes, self._layouts, parts, pull, rows or [()] * len(lanes), strict=True
-            )
+            for lane, plan, ps_rows in zip(lanes, plans, rows or [()] * len(lanes), strict=True)
         ]
 
     def _pushed(self, applied: Sequence[messages.Applied]) -> PushResult:
@@ -354,17 +375,17 @@ class ParameterClient:
         return all(reply.ready for reply in ask_each(self.lanes, calls, messages.Declared))
 
 
-def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:
-    return [
+def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> tuple[Piece, ...]:
+    return tuple(
         Piece(part.arena, start, stop)
         for part in parts
         if part.rows is None
         for start, stop in (pieces(part.ranges) if part.ranges is not None else layouts[part.arena].pieces)
-    ]
+    )
 
 
-def _whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> list[Piece]:
-    return [Piece(arena, start, stop) for arena in arenas for start, stop in layouts[arena].pieces]
+def _whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> tuple[Piece, ...]:
+    return tuple(Piece(arena, start, stop) for arena in arenas for start, stop in layouts[arena].pieces)
 
 
 def _names(layouts: Sequence[Sequence[ArenaLayout]]) -> set[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import socket
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from paramserver.errors import ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
@@ -14,7 +12,6 @@ from paramserver.handler import RequestHandler
 from paramserver.serving import Hook, Pace
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
-from paramserver.store.stored_arena import StoredArena
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.handshake import OBSERVER, STRANGER, Identity, accept
 from paramserver.transport.lane import Session
@@ -133,7 +130,7 @@ class Conversation:
             request = session.receive()
             if request is None:
                 return Pace.OVER
-            is_quick = elements(request, self._host.store.arenas) <= QUICK_ELEMENTS
+            is_quick = self._host.handler.pushes.elements(request) <= QUICK_ELEMENTS
             if frames.before_wait and not is_quick:
                 frames.before_wait()
             self._carry_out(session, request)
@@ -149,22 +146,3 @@ class Conversation:
         else:  # one who takes no part in the run: nobody waits for it, and it changes nothing
             me, what = self._host.me.task, f"{type(request).__name__} of {session.task}"
             session.reply(messages.Refused("refused", f"{me} refused {what}: an observer may only ask for the status"))
-
-
-def elements(request: messages.Request, arenas: Sequence[StoredArena]) -> float:
-    """How many elements a request reads or writes; infinitely many where it may wait, or do something else."""
-    if isinstance(request, messages.Push):
-        return sum(_part_elements(part, arenas) for part in request.parts) + _whole(request.pull, arenas)
-    if isinstance(request, messages.Pull):
-        return _whole(request.arenas, arenas)
-    return math.inf
-
-
-def _part_elements(part: messages.Part, arenas: Sequence[StoredArena]) -> int:
-    if part.ranges is None:
-        return _whole((part.arena,), arenas)
-    return sum(stop - start for start, stop in part.ranges)
-
-
-def _whole(indices: Iterable[int], arenas: Sequence[StoredArena]) -> int:
-    return sum(arenas[index].layout.size for index in indices if index < len(arenas))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import DTYPES, pieces, tensor_bytes
+from paramserver.arena import DTYPES, tensor_bytes
 from paramserver.checkpoint_files import digest
 from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
 from paramserver.jobs import Job, here, restoring, saving, through_peer
+from paramserver.push_plans import Application, PushPlans
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
-from paramserver.store.stored_arena import StoredArena
 from paramserver.store.stored_table import StoredTable
 from paramserver.transport.lane import Piece, Session
 from paramserver.wire import messages
@@ -35,11 +35,16 @@ LONGEST_WAIT = 30.0
 
 
 class RequestHandler:
-    """Carries out the requests of sessions on one store. Thread-safe; a session is used by one thread at a time."""
+    """Carries out the requests of sessions on one store. Thread-safe; a session is used by one thread at a time.
+
+    Attributes:
+        pushes: What is known of pushes.
+    """
 
     def __init__(self, store: Store, roster: Roster) -> None:
         self._store = store
         self._roster = roster
+        self.pushes = PushPlans(store)
         self._jobs: WeakKeyDictionary[Session, Job] = WeakKeyDictionary()  # a job ends with its connection
         self._handlers: Mapping[type, Callable[[Session, Any], None]] = {
             messages.Push: self._push,
@@ -85,28 +90,17 @@ class RequestHandler:
         store = self._store
         store.check_alive()
         # All is checked before the first part is applied: a push that is refused has changed nothing.
-        tables = [part for part in push.parts if part.rows is not None]
-        dense = [(self._checked(part), part) for part in push.parts if part.rows is None]
-        rows = [self._taken_rows(session, part) for part in tables]
-        pulled = self._whole(push.pull)
+        plan = self.pushes.plan(push)
+        rows = [self._taken_rows(session, part) for part in push.parts if part.rows is not None]
         step, staleness, seconds = store.global_step, 0, 0.0
         if store.is_new(session.incarnation, push.sequence):
             for apply_rows in rows:
                 seconds += apply_rows()
-            for arena, part in dense:
-                seconds += _apply(session, arena, part)
+            for application in plan.applications:
+                seconds += _apply(session, application)
             if push.counts:
                 step, staleness = store.count_update(push.local_step)
-        session.reply(messages.Applied(step, staleness, seconds), pulled, self._read)
-
-    def _checked(self, part: messages.Part) -> StoredArena:
-        arena = self._store.arena(part.arena)
-        try:
-            arena.check(part.operation, part.ranges, part.settings)
-        except ValueError as error:
-            task, what = self._store.task, f"{part.operation!r} on arena {part.arena}"
-            raise RefusedError(f"push to {task} refused: {what}: {error}", task) from error
-        return arena
+        session.reply(messages.Applied(step, staleness, seconds), plan.pulled, self._read)
 
     def _taken_rows(self, session: Session, part: messages.Part) -> Callable[[], float]:
         """What applies the rows of a part, which are taken and checked here; it returns the seconds that it took."""
@@ -152,10 +146,7 @@ class RequestHandler:
 
     def _pull(self, session: Session, pull: messages.Pull) -> None:
         self._store.check_alive()
-        session.reply(messages.State(True, self._store.global_step), self._whole(pull.arenas), self._read)
-
-    def _whole(self, arenas: Sequence[int]) -> list[Piece]:
-        return [Piece(index, start, stop) for index in arenas for start, stop in self._store.arena(index).layout.pieces]
+        session.reply(messages.State(True, self._store.global_step), self.pushes.whole(pull.arenas), self._read)
 
     def _read(self, piece: Piece, out: torch.Tensor) -> None:
         self._store.arenas[piece.arena].read((piece.start, piece.stop), out)
@@ -286,13 +277,10 @@ def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
     return ids
 
 
-def _apply(session: Session, arena: StoredArena, part: messages.Part) -> float:
-    """Apply a part, piece by piece as it arrives; the seconds without those in which it was waited for."""
-    spans = arena.layout.pieces if part.ranges is None else pieces(part.ranges)
-    seconds = 0.0
-    for start, stop in spans:
-        gradient = session.gradient(Piece(part.arena, start, stop))
-        begun = time.perf_counter()
-        arena.apply(part.operation, (start, stop), gradient, part.settings)
-        seconds += time.perf_counter() - begun
-    return seconds
+def _apply(session: Session, application: Application) -> float:
+    """Apply a piece as soon as it is here; the seconds without those in which it was waited for."""
+    arena, operation, piece, settings = application
+    gradient = session.gradient(piece)
+    begun = time.perf_counter()
+    arena.apply(operation, (piece.start, piece.stop), gradient, settings)
+    return time.perf_counter() - begun

@@ -74,7 +74,8 @@ class Lanes:
             UnavailableError: If one of them is lost; the first one that is.
             ParameterServerError: What ``meanwhile`` has raised; the answers are taken in first.
         """
-        self._await_aside()
+        if self._aside is not None:
+            self._await_aside()
         return self._exchange(calls, meanwhile)
 
     def exchange_aside(self, calls: Sequence[Call]) -> Future[list[messages.Reply]]:

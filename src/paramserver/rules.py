@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from torch import optim
@@ -154,6 +155,40 @@ def settings(group: Mapping[str, object], names: Iterable[str]) -> dict[str, Set
     return {name: _number(group[name]) for name in names}
 
 
+class GroupSettings:
+    """The `settings` of a param group, read for every push: worked out anew when one of them has changed.
+
+    Example:
+        >>> group = {"lr": 0.5}
+        >>> numbers = GroupSettings(group, ("lr",))
+        >>> numbers.now() is numbers.now()
+        True
+        >>> group["lr"] = 0.25
+        >>> numbers.now()
+        {'lr': 0.25}
+    """
+
+    def __init__(self, group: Mapping[str, object], names: Sequence[str]) -> None:
+        self._group = group
+        self._names = names
+        self._read = operator.itemgetter(*names, names[0])  # twice, so that it is a tuple even of one
+        self._seen: object = None
+        self._now: dict[str, Setting] = {}
+
+    def now(self) -> dict[str, Setting]:
+        """What they are; not to be changed.
+
+        Raises:
+            ConfigError: A setting is no number.
+        """
+        found = self._read(self._group)
+        if found != self._seen:
+            self._now = settings(self._group, self._names)
+            # A tensor may change without becoming another one.
+            self._seen = found if all(map(_is_plain, found)) else None
+        return self._now
+
+
 def setting_names(optimizer: type[optim.Optimizer]) -> tuple[str, ...]:
     """The constructor arguments of an optimizer class that are mathematics, in their order."""
     return tuple(name for name in inspect.signature(optimizer).parameters if name not in _NOT_MATHEMATICS)
@@ -175,6 +210,10 @@ def rule_class(rule: Rule) -> type[optim.Optimizer]:
         if name not in names:
             raise ConfigError(f"update rule {rule.name} has no setting {name!r}; {_known(name, names)}")
     return _ALL_RULES[rule.name]
+
+
+def _is_plain(value: object) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
 
 
 def _number(value: object) -> Setting:

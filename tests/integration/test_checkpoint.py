@@ -62,7 +62,7 @@ class Chief:
         for rows, view in self._rows(gradient, [memory.gradients for memory in self._memory]):
             view.copy_(rows)
         parts = [[Part(arena, "rule") for arena in range(len(ps_layouts))] for ps_layouts in self._layouts]
-        self.client.push_pull(parts, [(0,) * len(ps_parts) for ps_parts in parts], counts=True)
+        self.client.push_pull(self.client.plan(parts, [(0,) * len(ps_parts) for ps_parts in parts]), counts=True)
         return self.values()
 
     def values(self):
@@ -191,7 +191,7 @@ def test_pushes_go_on_while_a_checkpoint_is_written(tmp_path):
         steps, content = [], long_requests._content
 
         def push_between(folder, reply):
-            steps.append(worker.push_pull([[Part(0, "rule")]], [(0,)], counts=True).global_step)
+            steps.append(worker.push_pull(worker.plan([[Part(0, "rule")]], [(0,)]), counts=True).global_step)
             return content(folder, reply)
 
         with pytest.MonkeyPatch.context() as patch:

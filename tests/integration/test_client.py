@@ -67,8 +67,8 @@ def test_assign_push_and_pull_go_to_the_ps_that_holds_the_variable(cluster):
     for memory in memories:
         for gradients in memory.gradients:
             gradients.copy_(torch.arange(gradients.numel()))
-    assert client.push_pull(each("assign"), WHOLE, counts=False) == (0, 0)
-    assert client.push_pull(each("rule"), NOTHING, counts=True) == (1, 0)
+    assert client.push_pull(client.plan(each("assign"), WHOLE), counts=False) == (0, 0)
+    assert client.push_pull(client.plan(each("rule"), NOTHING), counts=True) == (1, 0)
     memories[1].values[0].fill_(7)
     assert client.pull(WHOLE) == 1
     assert not memories[0].values[0].any()
@@ -78,12 +78,12 @@ def test_assign_push_and_pull_go_to_the_ps_that_holds_the_variable(cluster):
 def test_a_worker_sees_what_the_chief_wrote_and_how_stale_it_is(cluster):
     (chief, memories), (worker, theirs) = start(cluster), start(cluster, "worker:0")
     memories[0].gradients[0].fill_(1)
-    assert chief.push_pull(each("rule"), WHOLE, counts=True) == (1, 0)
-    assert worker.push_pull(NOTHING, WHOLE, counts=True) == (2, 1)
+    assert chief.push_pull(chief.plan(each("rule"), WHOLE), counts=True) == (1, 0)
+    assert worker.push_pull(worker.plan(NOTHING, WHOLE), counts=True) == (2, 1)
     assert theirs[0].values[0].tolist() == [-1] * 4
-    assert worker.push_pull(NOTHING, WHOLE, counts=True) == (3, 0)
+    assert worker.push_pull(worker.plan(NOTHING, WHOLE), counts=True) == (3, 0)
     assert chief.read_global_step() == 3
-    assert chief.push_pull(NOTHING, WHOLE, counts=True) == (4, 2), "asking for the step brings no values"
+    assert chief.push_pull(chief.plan(NOTHING, WHOLE), counts=True) == (4, 2), "asking for the step brings no values"
 
 
 def test_four_workers_at_once_lose_nothing(cluster):
@@ -97,7 +97,7 @@ def test_four_workers_at_once_lose_nothing(cluster):
                 gradients.fill_(1)
         try:
             for _ in range(steps):
-                client.push_pull(each("add"), WHOLE, counts=True)
+                client.push_pull(client.plan(each("add"), WHOLE), counts=True)
         except Exception as error:  # noqa: BLE001  # the test shows it
             failures.append(error)
 
@@ -153,7 +153,7 @@ def test_another_model_is_refused_and_the_others_go_on(cluster):
         worker.join([[layout("w", 5), layout("n", rule=None)], MODEL[1]])
     assert (caught.value.variable, caught.value.task) == ("w", "ps:0")
     worker.goodbye()
-    assert chief.push_pull(NOTHING, WHOLE, counts=True) == (1, 0)
+    assert chief.push_pull(chief.plan(NOTHING, WHOLE), counts=True) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ def test_another_model_is_refused_and_the_others_go_on(cluster):
 def test_a_refused_push_leaves_the_client_usable(cluster, parts):
     client, memories = start(cluster)
     with pytest.raises(RefusedError, match="ps:0") as caught:
-        client.push_pull(parts, WHOLE, counts=True)
+        client.push_pull(client.plan(parts, WHOLE), counts=True)
     assert caught.value.task == "ps:0"
     memories[1].gradients[0].fill_(1)
-    assert client.push_pull([[], [Part(0, "add")]], WHOLE, counts=True).global_step >= 1
+    assert client.push_pull(client.plan([[], [Part(0, "add")]], WHOLE), counts=True).global_step >= 1
     assert memories[1].values[0][0] == 1
 
 
@@ -184,7 +184,7 @@ def test_a_ps_that_is_lost_is_named_and_the_other_hears_the_goodbye(cluster):
     cluster.servers[1].stop()
     for _ in range(2):
         with pytest.raises(UnavailableError, match="ps:1") as caught:
-            client.push_pull(NOTHING, WHOLE, counts=True)
+            client.push_pull(client.plan(NOTHING, WHOLE), counts=True)
         assert caught.value.task == "ps:1"
     client.goodbye("ps:1 was lost")
     with pytest.raises(RefusedError, match=r"chief:0 failed.*ps:1 was lost"):

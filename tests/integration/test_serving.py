@@ -25,7 +25,7 @@ def ready(cluster):
     chief = cluster.client("chief:0")
     chief.create(MODEL)
     (memory,) = chief.open()
-    chief.push_pull([[messages.Part(0, "assign")]], [[0]], counts=False)
+    chief.push_pull(chief.plan([[messages.Part(0, "assign")]], [[0]]), counts=False)
     chief.mark_ready(0)
     return chief, memory
 
@@ -36,8 +36,13 @@ def quick(cluster, task):
     worker.join(MODEL)
     (memory,) = worker.open()
     memory.gradients[0].fill_(1.0)
-    worker.push_pull(PARTS, [[0]], counts=True)
+    push(worker)
     return worker
+
+
+def push(worker):
+    """A step of a worker."""
+    return worker.push_pull(worker.plan(PARTS, [[0]]), counts=True)
 
 
 def bare_lane(cluster, task, lane):
@@ -60,7 +65,7 @@ def test_a_peer_that_stalls_within_a_frame_delays_nobody(lane):
         stalled._frames.send_raw(frame[:-1])
         for _ in range(10):
             for other in others:
-                other.push_pull(PARTS, [[0]], counts=True)
+                push(other)
         stalled._frames.send_raw(frame[-1:])
         assert stalled.finish() == messages.State(True, 22)
         stalled.close()
@@ -75,7 +80,7 @@ def test_a_payload_that_does_not_come_delays_nobody(lane, size):
         stalled = bare_lane(cluster, "worker:1", lane)
         stalled._frames.send_raw(codec.encode(messages.Pull(()), size))
         for _ in range(10):
-            other.push_pull(PARTS, [[0]], counts=True)
+            push(other)
         stalled.close()
 
 
@@ -88,10 +93,10 @@ def test_a_peer_that_reads_no_answers_delays_nobody(lane):
         frame, num_sent = codec.encode(messages.Pull((0,))), 0
         while _fits(deaf._frames._socket, frame * 1000):
             num_sent += 1
-            other.push_pull(PARTS, [[0]], counts=True)
+            push(other)
         assert num_sent
         for _ in range(10):
-            other.push_pull(PARTS, [[0]], counts=True)
+            push(other)
         deaf.close()
 
 
@@ -111,7 +116,7 @@ def test_a_worker_that_waits_delays_nobody(lane):
         waiting.start()
         for _ in range(10):
             for worker in workers:
-                worker.push_pull(PARTS, [[0]], counts=True)
+                push(worker)
         assert waiting.is_alive()
         for worker in workers:
             worker.goodbye()
@@ -126,9 +131,7 @@ def test_many_connections_share_a_thread_and_lose_nothing(lane):
         chief, memory = ready(cluster)
         workers = [quick(cluster, f"worker:{index}") for index in range(count)]
         threads = [
-            threading.Thread(
-                target=lambda worker=worker: [worker.push_pull(PARTS, [[0]], counts=True) for _ in range(rounds - 1)]
-            )
+            threading.Thread(target=lambda worker=worker: [push(worker) for _ in range(rounds - 1)])
             for worker in workers
         ]
         for thread in threads:

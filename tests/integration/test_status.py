@@ -45,7 +45,7 @@ def train(cluster, steps=3):
     chief.open()
     chief.mark_ready(0)
     for _ in range(steps):
-        chief.push_pull([[Part(0, "rule")]] * 2, [(0,)] * 2, counts=True)
+        chief.push_pull(chief.plan([[Part(0, "rule")]] * 2, [(0,)] * 2), counts=True)
     return chief
 
 

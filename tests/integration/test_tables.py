@@ -320,6 +320,12 @@ def test_a_weight_that_something_else_uses_is_no_table():
     optimizer.step()
 
 
+def push_rows(client, rows):
+    """Add to rows of the only table."""
+    plans = client.plan([[Part(0, "add", rows=len(rows.ids))]], [()])
+    client.push_pull(plans, counts=False, rows=[[rows]])
+
+
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
 @pytest.mark.parametrize("ids", [[3, 2], [2, 2], [-1, 2], [2, ROWS]])
 def test_rows_that_are_none_are_refused_and_change_nothing(monkeypatch, lane, ids):
@@ -330,12 +336,9 @@ def test_rows_that_are_none_are_refused_and_change_nothing(monkeypatch, lane, id
         before = model.state_dict()["weight"]
         rows = TableRows(torch.tensor(ids).numpy(), torch.ones(2, WIDTH))
         with pytest.raises(RefusedError, match=r"rows of 'weight' on ps:0 refused: the ids of its 40 rows must ascend"):
-            strategy.client.push_pull([[Part(0, "add", rows=2)]], [()], counts=False, rows=[[rows]])
+            push_rows(strategy.client, rows)
         with pytest.raises(RefusedError, match=r"it has 40 rows, and 41 different ones were named"):
-            strategy.client.push_pull(
-                [[Part(0, "add", rows=41)]], [()], counts=False,
-                rows=[[TableRows(torch.arange(41).numpy(), torch.ones(41, WIDTH))]],
-            )  # fmt: skip
+            push_rows(strategy.client, TableRows(torch.arange(41).numpy(), torch.ones(41, WIDTH)))
         assert torch.equal(model.state_dict()["weight"], before)
         strategy.close()
 

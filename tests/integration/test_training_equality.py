@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import paramserver as ps
 from paramserver.arena import BLOCK
+from paramserver.distribute import bound_parameter
 
 Prepare = Callable[[nn.Module, optim.Optimizer], tuple[Any, Any]]
 Program = Callable[[Prepare], Iterator[nn.Module]]
@@ -73,6 +74,11 @@ def a_run(num_ps: int, num_workers: int = 1) -> Iterator[Run]:
         yield run
     finally:
         run.close()
+
+
+@pytest.fixture(autouse=True)
+def _some_gradients_are_brought_home_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound_parameter, "LATE_BYTES", 100)  # of most models here, biases and no weights
 
 
 @pytest.fixture(params=["in process", "1 ps auto", "2 ps auto", "1 ps tcp", "2 ps tcp"])
@@ -570,16 +576,26 @@ def test_values_that_are_put_in_a_parameters_place_are_trained_in_one_process() 
     assert_equal_to_plain(program, ps.ParameterServerStrategy().prepare)
 
 
+@pytest.mark.parametrize("late_bytes", [0, 100])
 @pytest.mark.parametrize("convert", [lambda model: model.double(), lambda model: model.bfloat16()])
 def test_a_model_that_is_converted_after_prepare_is_refused(
-    convert: Callable[[nn.Module], nn.Module], prepare: Prepare
+    convert: Callable[[nn.Module], nn.Module],
+    late_bytes: int,
+    prepare: Prepare,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(bound_parameter, "LATE_BYTES", late_bytes)
     model = nn.Linear(6, 3, bias=False)  # one parameter: after an error, torch holds what is left of a graph
-    model, _ = prepare(model, optim.SGD(model.parameters(), lr=0.1))
+    model, optimizer = prepare(model, optim.SGD(model.parameters(), lr=0.1))
     convert(model)
     loss = model(next(batches(dtype=model.weight.dtype))[0]).sum()
-    with pytest.raises(ps.errors.ConfigError, match=r"'weight' is float32\[3, 6\] on its ps.*convert the model before"):
+
+    def step() -> None:
         loss.backward()
+        optimizer.step()  # whose part it is where gradients come home late
+
+    with pytest.raises(ps.errors.ConfigError, match=r"'weight' is float32\[3, 6\] on its ps.*convert the model before"):
+        step()
 
 
 def test_a_buffer_that_becomes_another_is_refused(prepare: Prepare) -> None:
@@ -615,7 +631,10 @@ def test_a_worker_holds_values_and_gradients_and_no_third_copy(prepare: Prepare)
     assert np.shares_memory(model.weight.grad.numpy(), next(iter(model.parameters())).grad.numpy())
 
 
-def test_a_gradient_is_in_its_place_before_the_next_one_is_computed(prepare: Prepare) -> None:
+def test_a_gradient_is_in_its_place_before_the_next_one_is_computed(
+    prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bound_parameter, "LATE_BYTES", 0)
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
     model, optimizer = prepare(model, optim.SGD(model.parameters(), lr=0.1))
     backward(model, next(batches()))

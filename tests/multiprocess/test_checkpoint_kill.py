@@ -62,7 +62,7 @@ def train(model_dir, tell):
                 assert (view == value_at(start)).all(), f"restored {view} at step {start}"
         tell("restored", start)
         for step in itertools.count(start + 1):
-            client.push_pull([[Part(0, "rule")]] * 2, [(0,)] * 2, counts=True)
+            client.push_pull(client.plan([[Part(0, "rule")]] * 2, [(0,)] * 2), counts=True)
             write_checkpoint(client, manager, step, {})
             tell("saved", step)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
+from paramserver.distribute import bound_parameter
 from paramserver.distribute.bound_arena import BoundArena, CountedArena, TrainedArena
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import Kind, RowRanges, collect, plan
@@ -21,6 +22,14 @@ AWAY = torch.device("cpu", 0)
 """The same memory, but not the device that a tensor says it lies on: it stands for a GPU."""
 
 DEVICES = [[HOME, HOME], [AWAY, AWAY], [HOME, AWAY], [AWAY, HOME]]
+
+
+@pytest.fixture(autouse=True, params=[0, bound_parameter.LATE_BYTES], ids=["at once", "late"])
+def late_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many bytes of gradients come home when a step begins, and not as soon as they are whole."""
+    monkeypatch.setattr(bound_parameter, "LATE_BYTES", request.param)
+    found: int = request.param
+    return found
 
 
 def bind(
@@ -137,12 +146,61 @@ def test_the_mean_of_large_gradients_does_not_overflow_in_half_precision(devices
     assert bound.gradients[:2].tolist() == [60000.0, 60000.0]
 
 
-def test_a_single_replica_at_home_has_its_gradients_in_the_memory_that_is_pushed() -> None:
+def test_a_single_replica_at_home_has_its_gradients_in_the_memory_that_is_pushed(late_bytes: int) -> None:
     model = Three()
     bound, tensors = bind(model, [HOME])
     give(tensors, model.b, 5.0)
-    assert model.b.grad.data_ptr() == bound.gradients[16:].data_ptr()
+    if not late_bytes:
+        assert model.b.grad.data_ptr() == bound.gradients[16:].data_ptr()
     assert parts_of(bound)[0].ranges == ((16, 18),)
+    assert model.b.grad.data_ptr() == bound.gradients[16:].data_ptr()
+
+
+def test_as_many_of_the_smallest_gradients_as_are_allowed_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound_parameter, "LATE_BYTES", 2 * 8 + 1)
+    model = Three()
+    model.large = nn.Parameter(torch.zeros(3))
+    bound, tensors = bind(model, [HOME])
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        give(tensors, parameter, 5.0)
+    views = bound.plan.layout.views(bound.gradients)
+    at_home = [parameter.grad.data_ptr() == view.data_ptr() for parameter, view in zip(parameters, views, strict=True)]
+    assert at_home == [False, False, True, True]
+    parts_of(bound)
+    assert [view.tolist() for view in views] == [[5.0] * len(view) for view in views]
+
+
+def test_late_gradients_that_add_up_are_pushed_whole(late_bytes: int) -> None:
+    model = Three()
+    bound, tensors = bind(model, [HOME])
+    for step in (1.0, 2.0, 3.0):  # nobody forgets them in between
+        for parameter in model.parameters():
+            give(tensors, parameter, step)
+        (part,) = parts_of(bound)
+        assert part.ranges is None
+    assert [view.tolist() for view in bound.plan.layout.views(bound.gradients)] == [[6.0, 6.0]] * 3
+
+
+def test_late_gradients_that_have_a_graph_are_pushed_without_it(late_bytes: int) -> None:
+    model = Three()
+    bound, _ = bind(model, [HOME])
+    for parameter in model.parameters():
+        parameter.grad = 2 * parameter
+    parts_of(bound)
+    assert not bound.gradients.requires_grad
+    assert [view.tolist() for view in bound.plan.layout.views(bound.gradients)] == [[2.0] * 2, [4.0] * 2, [6.0] * 2]
+
+
+def test_what_a_step_pushes_is_the_same_part_until_a_setting_changes() -> None:
+    model = Three()
+    bound, tensors = bind(model, [HOME])
+    for parameter in model.parameters():
+        give(tensors, parameter, 1.0)
+    first, again = parts_of(bound), parts_of(bound)
+    assert again[0] is first[0]
+    bound._settings._group["lr"] = 0.5
+    assert parts_of(bound)[0].settings["lr"] == 0.5
 
 
 def test_a_single_replica_elsewhere_has_blocks_of_its_own() -> None:

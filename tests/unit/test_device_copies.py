@@ -18,7 +18,7 @@ from torch import Tensor, nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paramserver.arena import ArenaLayout
-from paramserver.client import PushResult
+from paramserver.client import PushPlan, PushResult
 from paramserver.distribute import device_copies
 from paramserver.distribute.bound_model import BoundModel, PipelinedModel
 from paramserver.distribute.device_copies import CudaCopies, HostCopies, choose
@@ -212,23 +212,28 @@ class Client:
         self._cuda = cuda
         self._aside = Stream(cuda, "exchange")
 
+    def plan(self, parts: Any, pull: Any) -> list[PushPlan]:
+        return [PushPlan(tuple(parts[0]), tuple(pull[0]), (), ())]
+
     def push_pull(
-        self, parts: Any, pull: Any, *, counts: bool, rows: None = None, meanwhile: Meanwhile = nothing
+        self, plans: Sequence[PushPlan], *, counts: bool, rows: None = None, meanwhile: Meanwhile = nothing
     ) -> PushResult:
         self._cuda.log.append("push_pull")
         meanwhile()
-        for part in parts[0]:
+        for part in plans[0].parts:
             if part.operation == "assign":
                 self.memory.values[part.arena].copy_(self.memory.gradients[part.arena])
             else:
                 self.memory.values[part.arena].add_(self.memory.gradients[part.arena])
-        self.pull(pull)
+        self.pull([plans[0].pull])
         return PushResult(int(counts), 0)
 
-    def begin_push_pull(self, parts: Any, pull: Any, *, counts: bool, computed_from: int, rows: None = None) -> None:
+    def begin_push_pull(
+        self, plans: Sequence[PushPlan], *, counts: bool, computed_from: int, rows: None = None
+    ) -> None:
         self._aside.before |= self._cuda.host.before
         self._cuda.thread = self._aside
-        self._result = self.push_pull(parts, pull, counts=counts)
+        self._result = self.push_pull(plans, counts=counts)
         self._cuda.thread = self._cuda.host
 
     def end_push_pull(self) -> PushResult | None:

@@ -28,7 +28,7 @@ from paramserver.distribute.device_copies import DeviceCopies, HostCopies
 from paramserver.distribute.direct_gradients import GradientPlace
 from paramserver.distribute.replica_tensors import ReplicaTensors, kept
 from paramserver.distribute.variables import ArenaPlan, Kind
-from paramserver.rules import rule_class, setting_names, settings
+from paramserver.rules import GroupSettings, rule_class, setting_names
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
 
@@ -147,8 +147,7 @@ class TrainedArena(BoundArena):
     ) -> None:
         super().__init__(plan, memory, tensors, copies, is_apart=is_apart)
         assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
-        self._group = group
-        self._setting_names = setting_names(rule_class(plan.layout.rule))
+        self._settings = GroupSettings(group, setting_names(rule_class(plan.layout.rule)))
         self._gap = ALIGNMENT // plan.layout.itemsize - 1
         self._weight = 1 / len(tensors.devices) if mean else 1.0
         self._replica_gradients: list[torch.Tensor] = []
@@ -183,7 +182,9 @@ class TrainedArena(BoundArena):
             with self._copies.aside():
                 for start, stop in pieces(ranges or [(0, self.plan.layout.size)]):
                     self._reduce(start, stop)
-        self._pushed = [Part(self.plan.index, "rule", ranges, settings(self._group, self._setting_names))]
+        part = Part(self.plan.index, "rule", ranges, self._settings.now())
+        if self._pushed != [part]:  # else the same one, so that who gets it sees at once that nothing has changed
+            self._pushed = [part]
 
     def parts(self) -> list[Part]:
         return self._pushed

@@ -13,11 +13,11 @@ Rules
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from paramserver.client import ParameterClient, PushResult
+from paramserver.client import ParameterClient, PushPlan, PushResult
 from paramserver.distribute import device_copies
 from paramserver.distribute.bound_arena import BoundArena, CountedArena, PipelinedCountedArena, TrainedArena
 from paramserver.distribute.bound_table import BoundTable, by_table
@@ -89,7 +89,8 @@ class BoundModel:
         ]
         self.tables = {table.name: table for table in bound_tables}
         self._steps = [
-            _Step(self._arenas, bound_tables, owner, groups, copies) for owner in range(max(len(optimizers), 1))
+            _Step(self._arenas, bound_tables, owner, groups, copies, client.plan)
+            for owner in range(max(len(optimizers), 1))
         ]
         copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
 
@@ -110,7 +111,7 @@ class BoundModel:
         for arena in self._each():
             arena.offer_values()
         parts = [[Part(arena.plan.index, "assign") for arena in arenas] for arenas in self._arenas]
-        self._client.push_pull(parts, [() for _ in self._arenas], counts=False)
+        self._client.push_pull(self._client.plan(parts, [() for _ in self._arenas]), counts=False)
 
     def bind(self) -> None:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
@@ -145,10 +146,10 @@ class BoundModel:
         """
         entered = self._clock.entered()
         step = self._steps[owner]
-        parts, pulled, rows = step.request()
+        plans, rows = step.request()
         reducing = time.perf_counter() - entered
-        result = self._client.push_pull(parts, pulled, counts=owner == 0, rows=rows, meanwhile=step.meanwhile)
-        step.pulled(pulled)
+        result = self._client.push_pull(plans, counts=owner == 0, rows=rows, meanwhile=step.meanwhile)
+        step.pulled(plans)
         self._clock.left(entered, reducing)
         return result
 
@@ -176,17 +177,17 @@ class PipelinedModel(BoundModel):
     """
 
     is_pipelined = True
-    _under_way: tuple[_Step, Sequence[Sequence[int]]] | None = None
+    _under_way: tuple[_Step, Sequence[PushPlan]] | None = None
 
     def step(self, owner: int = 0) -> PushResult:
         entered = self._clock.entered()
         computed_from = self._client.local_step
         before = self._arrive()
         step, arrived = self._steps[owner], time.perf_counter()
-        parts, pulled, rows = step.request()
+        plans, rows = step.request()
         reducing = time.perf_counter() - arrived
-        self._client.begin_push_pull(parts, pulled, counts=owner == 0, computed_from=computed_from, rows=rows)
-        self._under_way = step, pulled
+        self._client.begin_push_pull(plans, counts=owner == 0, computed_from=computed_from, rows=rows)
+        self._under_way = step, plans
         step.meanwhile()
         self._clock.left(entered, reducing)
         return PushResult(self._client.global_step, before.staleness if before else 0)
@@ -202,8 +203,8 @@ class PipelinedModel(BoundModel):
         under_way, self._under_way = self._under_way, None
         result = self._client.end_push_pull()
         if under_way is not None:
-            step, pulled = under_way
-            step.pulled(pulled)
+            step, plans = under_way
+            step.pulled(plans)
         return result
 
 
@@ -223,6 +224,7 @@ class _Step:
         owner: int,
         groups: Sequence[tuple[int, dict[str, object]]],
         copies: DeviceCopies,
+        plan: Callable[[Sequence[Sequence[Part]], Sequence[Sequence[int]]], list[PushPlan]],
     ) -> None:
         def takes_part(group: int) -> bool:
             return (groups[group][0] if group >= 0 else 0) == owner
@@ -234,26 +236,21 @@ class _Step:
             for each in self.arenas
         ]
         self._copies = copies
+        self._plan = plan
+        self._parts: list[list[Part]] = []
+        self._plans: list[PushPlan] = []
 
-    def request(self) -> tuple[list[list[Part]], list[list[int]], list[list[TableRows]] | None]:
-        """What to push, what to pull, and the rows of tables to push, for each ps."""
+    def request(self) -> tuple[list[PushPlan], list[list[TableRows]] | None]:
+        """What to push and to pull, and the rows of tables to push, for each ps."""
         for arenas in self.arenas:
             for arena in arenas:
                 arena.gather()
         self._copies.finish()
         parts = [[part for arena in arenas for part in arena.parts()] for arenas in self.arenas]
-        pulled = [
-            sorted({*always, *(part.arena for part in ps_parts)})
-            for always, ps_parts in zip(self.always_pulled, parts, strict=True)
-        ]
-        if not self.tables:
-            return parts, pulled, None
-        rows: list[list[TableRows]] = [[] for _ in parts]
-        for table in self.tables:
-            for ps, part, each in table.parts():
-                parts[ps].append(part)
-                rows[ps].append(each)
-        return parts, pulled, rows
+        rows = self._add_rows(parts) if self.tables else None
+        if parts != self._parts:  # in nearly every step they are the ones of the step before
+            self._parts, self._plans = parts, self._plan(parts, self._pulled_with(parts))
+        return self._plans, rows
 
     def meanwhile(self) -> None:
         """What is to be done before values come, and not before the ps tasks are at work."""
@@ -261,9 +258,25 @@ class _Step:
             for arena in arenas:
                 arena.meanwhile()
 
-    def pulled(self, indices: Sequence[Sequence[int]]) -> None:
-        """The values of these arenas have come."""
-        for arenas, fresh in zip(self.arenas, indices, strict=True):
+    def pulled(self, plans: Sequence[PushPlan]) -> None:
+        """The values that these plans ask for have come."""
+        for arenas, plan in zip(self.arenas, plans, strict=True):
             for arena in arenas:
-                if arena.plan.index in fresh:
+                if arena.plan.index in plan.pull:
                     arena.pulled()
+
+    def _add_rows(self, parts: list[list[Part]]) -> list[list[TableRows]]:
+        """The rows of tables to push to each ps, and, at the end of ``parts``, what they are."""
+        rows: list[list[TableRows]] = [[] for _ in parts]
+        for table in self.tables:
+            for ps, part, each in table.parts():
+                parts[ps].append(part)
+                rows[ps].append(each)
+        return rows
+
+    def _pulled_with(self, parts: Sequence[Sequence[Part]]) -> list[list[int]]:
+        """What is pulled with these parts, which is never a table."""
+        return [
+            sorted({*always, *(part.arena for part in ps_parts if part.rows is None)})
+            for always, ps_parts in zip(self.always_pulled, parts, strict=True)
+        ]

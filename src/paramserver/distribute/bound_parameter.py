@@ -3,6 +3,8 @@
 Rules
     * A whole parameter's values and gradient *are* the memory: autograd writes each gradient, and a hook puts it into
       its place as soon as it is whole, so that no second copy of the gradients is ever alive.
+    * The smallest parameters, `LATE_BYTES` of an arena at most, have no hook: their gradients are brought home all at
+      once when the next step begins.
     * Of a partitioned parameter the rows lie in the memories of several ps tasks, and a module needs them in one piece:
       it keeps memory of its own, and each part is copied into its place and back.
     * What a program puts in the place of a gradient or of ``parameter.data`` is brought home when the next step begins.
@@ -11,6 +13,7 @@ Rules
 from __future__ import annotations
 
 import abc
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -19,6 +22,9 @@ import torch
 from paramserver.arena import DTYPES, VariableSpec
 from paramserver.distribute.variables import Member
 from paramserver.errors import ConfigError
+
+LATE_BYTES = 64 << 10
+"""What a second copy of gradients may take. A hook costs two microseconds or more, as much as to copy 30 kB."""
 
 
 class BoundParameter(abc.ABC):
@@ -68,14 +74,17 @@ class BoundParameters:
         self.tensors = [parameter.tensor for parameter in each]
         self._each = each
         self._all = [True] * len(each)
-        homes = [parameter.home for parameter in each if isinstance(parameter, _WholeParameter)]
-        self._gradients = [gradient for _, gradient in homes]
-        self._addresses = [address for address, _ in homes]
-        self._are_whole = len(homes) == len(each)
+        whole = [parameter for parameter in each if isinstance(parameter, _WholeParameter)]
+        self._are_whole = len(whole) == len(each)
+        self._addresses = [parameter.address for parameter in whole]
+        late = _smallest(whole, LATE_BYTES)
+        self._late = _Gradients(late)
+        self._hooked = _Gradients([parameter for parameter in whole if parameter not in late])
+        self._hooked.land_when_whole()
 
     def present(self) -> list[bool]:
         """Which of them have a gradient; it is in its place then."""
-        if self._are_whole and all(map(operator.is_, [tensor.grad for tensor in self.tensors], self._gradients)):
+        if self._are_whole and self._hooked.are_home() and self._late.land():
             return self._all
         return [parameter.has_gradient() for parameter in self._each]
 
@@ -87,44 +96,87 @@ class BoundParameters:
             parameter.bring_home()
 
 
-class _WholeParameter(BoundParameter):
-    """The views themselves are the parameter's data and gradient."""
+class _Gradients:
+    """The gradients of several whole parameters, looked at and moved together.
 
-    __slots__ = ("_address", "_gradient", "_land", "_spec", "_value", "tensor")
+    Args:
+        parameters: Whose.
+    """
+
+    def __init__(self, parameters: Sequence[_WholeParameter]) -> None:
+        self._parameters = parameters
+        self._tensors = [parameter.tensor for parameter in parameters]
+        self._places = [parameter.gradient for parameter in parameters]
+
+    def are_home(self) -> bool:
+        """Whether each is the very tensor that lies in its place."""
+        return all(map(operator.is_, [tensor.grad for tensor in self._tensors], self._places))
+
+    def land(self) -> bool:
+        """Copy each to its place; False, and nothing is done, unless all are there and are what is expected."""
+        found = [tensor.grad for tensor in self._tensors]
+        plain = [
+            one
+            for one, place in zip(found, self._places, strict=True)
+            if one is not None and one.layout is torch.strided and one.dtype is place.dtype and not one.requires_grad
+        ]
+        if len(plain) < len(found):
+            return False
+        if plain:
+            torch._foreach_copy_(self._places, plain)
+        return True
+
+    def land_when_whole(self) -> None:
+        """From now on autograd has each of them brought to its place as soon as it is whole."""
+        for parameter in self._parameters:
+            parameter.land_when_whole()
+
+
+def _smallest(parameters: Sequence[_WholeParameter], nbytes: int) -> list[_WholeParameter]:
+    """As many of the smallest ones as have less than ``nbytes`` together."""
+    ascending = sorted(parameters, key=lambda parameter: parameter.gradient.nbytes)
+    totals = itertools.accumulate(parameter.gradient.nbytes for parameter in ascending)
+    return [parameter for parameter, total in zip(ascending, totals, strict=True) if total < nbytes]
+
+
+class _WholeParameter(BoundParameter):
+    """The views themselves are the parameter's data and gradient.
+
+    Attributes:
+        address: Where its values lie.
+        gradient: The place of its gradient.
+    """
+
+    __slots__ = ("_land", "_spec", "_value", "address", "gradient", "tensor")
 
     def __init__(self, spec: VariableSpec, tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> None:
         self.tensor = tensor
         self._spec = spec
         self._value = value
-        self._gradient = gradient
+        self.gradient = gradient
         self.tensor.data = value
-        self._address = self.tensor.data_ptr()
-        self._land = _lander(self._spec, self._gradient)
-        self._call_when_whole()
-
-    @property
-    def home(self) -> tuple[int, torch.Tensor]:
-        """The address of its values, and its place for the gradient."""
-        return self._address, self._gradient
+        self.address = self.tensor.data_ptr()
+        self._land = _lander(self._spec, self.gradient)
 
     def has_gradient(self) -> bool:
         gradient = self.tensor.grad
         if gradient is None:
             return False
-        if gradient is not self._gradient:
+        if gradient is not self.gradient:
             same_kind(self._spec, self.tensor)
             self._land(self.tensor)
         return True
 
     def bring_home(self) -> None:
-        if self.tensor.data_ptr() != self._address:
+        if self.tensor.data_ptr() != self.address:
             self._value.copy_(same_kind(self._spec, self.tensor).detach())
             self.tensor.data = self._value
 
     def pulled(self) -> None:
         """The memory is the parameter."""
 
-    def _call_when_whole(self) -> None:
+    def land_when_whole(self) -> None:
+        """From now on autograd has its gradient brought to its place as soon as it is whole."""
         frozen = not self.tensor.requires_grad  # torch refuses the hook then, and would call it if trained later
         self.tensor.requires_grad_(True)
         self.tensor.register_post_accumulate_grad_hook(self._land)  # type: ignore[no-untyped-call]  # torch has no type

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from paramserver.distribute.embeddings import Embedding, Ids, look_up_in, placeh
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import ArenaPlan, Kind, Variable
 from paramserver.errors import ConfigError
-from paramserver.rules import rule_class, setting_names, settings
+from paramserver.rules import GroupSettings, rule_class, setting_names
 from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
 
@@ -78,7 +77,7 @@ class BoundTable:
         memory = memories[first.ps]
         self._own_memory = memory.values[first.index] if memory.direct and len(plans) == 1 else None
         self._parameters = tensors.of(variable.tensor)
-        self._settings_of = partial(settings, group, setting_names(rule_class(first.layout.rule)))
+        self._settings = GroupSettings(group, setting_names(rule_class(first.layout.rule)))
         self._weight = 1 / len(self._parameters) if mean else 1.0
         self._client = client
 
@@ -88,9 +87,8 @@ class BoundTable:
             rows = TableRows(ids, values[part.start + ids[0] : part.start + ids[-1] + 1].cpu().contiguous())
             parts: list[list[Part]] = [[] for _ in self._client.push_times]
             parts[part.ps] = [Part(part.arena, "assign", rows=len(ids))]
-            self._client.push_pull(
-                parts, [() for _ in parts], counts=False, rows=[[rows] * len(each) for each in parts]
-            )
+            plans = self._client.plan(parts, [() for _ in parts])
+            self._client.push_pull(plans, counts=False, rows=[[rows] * len(each) for each in parts])
 
     def bind(self) -> None:
         """Let go of the values that the replicas' parameters have: rows come when they are looked up."""
@@ -122,7 +120,7 @@ class BoundTable:
         rows = self._gradients()
         if rows is None:
             return []
-        numbers = self._settings_of()
+        numbers = self._settings.now()
         return [
             (part.ps, Part(part.arena, "rule", None, numbers, len(each.ids)), each)
             for part, each in self._divided(rows)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from paramserver.rules import Rule, Setting, rule_class, setting_names
 from paramserver.store.optimizers import build
@@ -61,6 +61,7 @@ class BlockRule:
         self._class = rule_class(rule)
         self._names = frozenset(setting_names(self._class))
         self._values = values
+        self._size = len(values)
         self._settings = dict(rule.settings)
         self._runs = [self._run(0, len(values))]
         self._starts = [0]
@@ -68,9 +69,10 @@ class BlockRule:
         # The decorated step spends 8 to 10 us on profiler ranges, hooks and the autograd mode: as much as SGD
         # takes to update 100,000 elements. Nothing of it means anything here.
         self._step = inspect.unwrap(self._class.step)
+        self._is_one_operation = _is_one_operation(self._class, rule.settings)
 
     def __repr__(self) -> str:
-        return f"<BlockRule {self._class.__name__} of {len(self._values)} in {len(self._runs)} runs>"
+        return f"<BlockRule {self._class.__name__} of {self._size} in {len(self._runs)} runs>"
 
     def apply(self, start: int, stop: int, gradient: Tensor, settings: Mapping[str, Setting]) -> None:
         """Updates elements `[start, stop)` by their gradient `[stop - start]`, which is not kept.
@@ -91,8 +93,7 @@ class BlockRule:
             )
         if settings != self._settings:
             self._adopt(settings)
-        first, last = self._cut(start, stop)
-        runs = self._runs[first:last]
+        runs = self._whole_runs(start, stop)
         if len(runs) == 1:
             self._update(runs, [gradient])
             return
@@ -158,33 +159,46 @@ class BlockRule:
         if unknown:
             # A peer must not reach the group's other entries, such as its parameters.
             raise ValueError(f"update rule {self._class.__name__} has no setting {min(unknown)!r}")
-        self._optimizer.param_groups[0].update(settings)
+        group = self._optimizer.param_groups[0]
+        group.update(settings)
         self._settings = dict(settings)
+        self._is_one_operation = _is_one_operation(self._class, group)
 
     def _update(self, runs: list[_Run], gradients: list[Tensor]) -> None:
         """Runs torch's step over these runs only."""
         parameters = [run.parameter for run in runs]
-        self._optimizer.param_groups[0]["params"] = parameters
+        group = self._optimizer.param_groups[0]
+        if self._is_one_operation:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.add_(gradient, alpha=-group["lr"])
+            return
+        group["params"] = parameters
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         try:
-            with torch.no_grad():
-                self._step(self._optimizer)
+            self._step(self._optimizer)  # without `no_grad`, which takes microseconds: nothing here requires a gradient
         finally:
             for parameter in parameters:
                 parameter.grad = None  # the memory belongs to the lane, which writes the next gradient there
 
+    def _whole_runs(self, start: int, stop: int) -> list[_Run]:
+        """The runs that make up `[start, stop)`."""
+        if len(self._runs) == 1 and stop - start == self._size:
+            return self._runs
+        first, last = self._cut(start, stop)
+        return self._runs[first:last]
+
     def _cut(self, start: int, stop: int) -> tuple[int, int]:
         """Splits runs so that `[start, stop)` is whole runs; returns their range of indices."""
-        if not 0 <= start < stop <= len(self._values):
-            raise ValueError(f"[{start}, {stop}) is no range of a block of {len(self._values)}")
+        if not 0 <= start < stop <= self._size:
+            raise ValueError(f"[{start}, {stop}) is no range of a block of {self._size}")
         first = self._index(start)
         return first, self._index(stop)
 
     def _index(self, at: int) -> int:
         """The index of the run that begins at `at`, which is made to if there is none."""
         index = bisect.bisect_left(self._starts, at)
-        if at < len(self._values) and (index == len(self._starts) or self._starts[index] != at):
+        if at < self._size and (index == len(self._starts) or self._starts[index] != at):
             self._split(index - 1, at)
         return index
 
@@ -232,9 +246,13 @@ class BlockRule:
         parameter.grad = torch.zeros_like(parameter)
         group = self._optimizer.param_groups[0]
         optimizer = build(self._class, {name: group[name] for name in self._names}, parameter)
-        with torch.no_grad():
-            self._step(optimizer)
+        self._step(optimizer)
         return dict(optimizer.state.get(parameter, {}))
+
+
+def _is_one_operation(optimizer: type[optim.Optimizer], settings: Mapping[str, Setting]) -> bool:
+    """Whether a step is ``values -= lr * gradient``, for which torch's own takes as long again to get ready."""
+    return optimizer is optim.SGD and not any(map(settings.get, ("momentum", "weight_decay", "maximize")))
 
 
 def _check_slots(rule: str, start: int, stop: int, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

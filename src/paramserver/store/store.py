@@ -56,7 +56,8 @@ class Store:
         self.memory: StoreMemory | None = None
         self._allocate = allocate
         self._incomplete: dict[str, StoredArena] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # entering the lock itself is quicker
         self._ready = False
         self._closed = False
         self._failure = ""
@@ -243,7 +244,7 @@ class Store:
 
     def is_new(self, incarnation: str, sequence: int) -> bool:
         """Whether a push has not been seen before; it counts as seen from now on."""
-        with self._changed:
+        with self._lock:
             if sequence <= self._last_sequence.get(incarnation, 0):
                 return False
             self._last_sequence[incarnation] = sequence
@@ -251,7 +252,7 @@ class Store:
 
     def count_update(self, local_step: int) -> tuple[int, int]:
         """A push of gradients has been applied. Returns the global step after it, and its staleness."""
-        with self._changed:
+        with self._lock:
             staleness = max(self._global_step - local_step, 0)
             self._global_step += 1
             self._updates += 1
@@ -261,7 +262,7 @@ class Store:
 
     def statistics(self) -> Statistics:
         """What has been done so far, at one moment."""
-        with self._changed:
+        with self._lock:
             return Statistics(
                 global_step=self._global_step,
                 updates=self._updates,

@@ -119,8 +119,9 @@ class FrameSocket:
         Raises:
             RemoteProtocolError: If the peer sends what is no message, or a message that is too large.
         """
-        self.discard_payload()
-        if not self._fill(codec.HEADER_BYTES, at_start=True):
+        if self._payload_left:
+            self.discard_payload()
+        if not self._fill(codec.HEADER_BYTES):
             return None
         header = codec.decode_header(self._buffer[self._start :], self.task, self.max_message_bytes)
         self._start += codec.HEADER_BYTES
@@ -144,14 +145,13 @@ class FrameSocket:
 
     def discard_payload(self) -> None:
         """Read what is left of the last payload, and forget it."""
-        if self._payload_left:
-            waste = memoryview(bytearray(min(self._payload_left, RECEIVE_BYTES)))
-            while self._payload_left:
-                self.receive_into(waste[: self._payload_left])
+        waste = memoryview(bytearray(min(self._payload_left, RECEIVE_BYTES)))
+        while self._payload_left:
+            self.receive_into(waste[: self._payload_left])
 
     def receive_raw(self, count: int) -> bytes:
         """Bytes outside of any frame: the preamble."""
-        if not self._fill(count, at_start=True):
+        if not self._fill(count):
             raise UnavailableError(f"{self.task} closed the connection without a word", self.task)
         data = bytes(self._buffer[self._start : self._start + count])
         self._start += count
@@ -170,7 +170,8 @@ class FrameSocket:
         """
         self._may_wait()
         data, descriptors, _, _ = self._call(socket.recv_fds, self._socket, 1, 1)
-        self._check_open(len(data))
+        if not data:
+            raise self._cut_short()
         if not descriptors:
             raise RemoteProtocolError(f"{self.task} was to pass a shared memory, and passed none")
         os.set_inheritable(descriptors[0], False)
@@ -207,30 +208,31 @@ class FrameSocket:
         return self._call(self._socket.sendmsg, views)
 
     def _body(self, count: int) -> memoryview | bytearray:
-        if count > RECEIVE_BYTES:
-            body = bytearray(count)
-            self._read_into(memoryview(body))
-            return body
-        self._fill(count, at_start=False)
-        self._start += count
-        return self._buffer[self._start - count : self._start]
+        if self._end - self._start >= count:
+            self._start += count
+            return self._buffer[self._start - count : self._start]
+        body = bytearray(count)
+        self._read_into(memoryview(body))
+        return body
 
-    def _fill(self, count: int, *, at_start: bool) -> bool:
+    def _fill(self, count: int) -> bool:
         """Have ``count`` bytes in the buffer; False if the stream ends before the first of them."""
         if self._end - self._start >= count:
             return True
         self._make_room()
         while self._end < count:
             received = self._receive(self._buffer[self._end :])
-            if not received and at_start and not self._end:
-                return False
-            self._check_open(received)
+            if not received:
+                if not self._end:
+                    return False
+                raise self._cut_short()
             self._end += received
         return True
 
     def _make_room(self) -> None:
         kept = self._end - self._start
-        self._buffer[:kept] = self._buffer[self._start : self._end]
+        if kept:
+            self._buffer[:kept] = self._buffer[self._start : self._end]
         self._start, self._end = 0, kept
 
     def _read_into(self, view: memoryview) -> None:
@@ -239,22 +241,28 @@ class FrameSocket:
         self._start += ready
         while ready < view.nbytes:
             received = self._receive(view[ready:], socket.MSG_WAITALL)
-            self._check_open(received)
+            if not received:
+                raise self._cut_short()
             ready += received
 
     def _receive(self, view: memoryview, flags: int = 0) -> int:
         """How many bytes came; 0 at the end of the stream, also when it was ended by `close`."""
-        self._may_wait()
+        if self.before_wait:
+            self.before_wait()
         with self._in_use:
-            return 0 if self._is_closed else self._call(self._socket.recv_into, view, 0, flags)
+            try:
+                return self._socket.recv_into(view, 0, flags)
+            except OSError as error:
+                if self._is_closed:
+                    return 0
+                raise self._given_up(error) from error
 
     def _may_wait(self) -> None:
         if self.before_wait:
             self.before_wait()
 
-    def _check_open(self, received: int) -> None:
-        if not received:
-            raise UnavailableError(f"{self.task} closed the connection in the middle of a message", self.task)
+    def _cut_short(self) -> UnavailableError:
+        return UnavailableError(f"{self.task} closed the connection in the middle of a message", self.task)
 
     def _call(self, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """A system call whose errors are ours. A plain function: a context manager takes a microsecond for each."""
@@ -262,10 +270,13 @@ class FrameSocket:
             try:
                 return operation(*args, **kwargs)
             except OSError as error:
-                lost = self._lost(error)
-                self._may_wait()
-                self.close()
-                raise lost from error
+                raise self._given_up(error) from error
+
+    def _given_up(self, error: OSError) -> UnavailableError:
+        lost = self._lost(error)
+        self._may_wait()
+        self.close()
+        return lost
 
     @staticmethod
     def _try(operation: Callable[..., int], *args: object) -> int | None:
