@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import paramserver as ps
+from paramserver.distribute import bound_parameter
 from paramserver.errors import ConfigError, RefusedError, UnsupportedOptimizerError
 from paramserver.estimator.checkpoint import read_values, restore_checkpoint, write_checkpoint
 from paramserver.estimator.checkpoint_state import CheckpointManager
@@ -303,7 +304,10 @@ def test_a_dense_gradient_of_a_table_is_refused():
         optimizer.step()
 
 
-def test_a_weight_that_something_else_uses_is_no_table():
+@pytest.mark.parametrize("late_bytes", [0, bound_parameter.LATE_BYTES])
+def test_a_weight_that_something_else_uses_is_no_table(monkeypatch, late_bytes):
+    monkeypatch.setattr(bound_parameter, "LATE_BYTES", late_bytes)
+
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -313,8 +317,13 @@ def test_a_weight_that_something_else_uses_is_no_table():
 
     model = Tied()
     model, optimizer = ps.ParameterServerStrategy().prepare(model, optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(NotImplementedError, match=r"'words.weight' got a sparse gradient, and it is no table"):
+
+    def step():
         model.words(torch.tensor([1])).sum().backward()
+        optimizer.step()  # whose part it is where gradients come home late
+
+    with pytest.raises(NotImplementedError, match=r"'words.weight' got a sparse gradient, and it is no table"):
+        step()
     optimizer.zero_grad()
     model.out(model.words(torch.tensor([1]))).sum().backward()  # a sum of a sparse and a dense one is dense
     optimizer.step()

@@ -119,8 +119,7 @@ class FrameSocket:
         Raises:
             RemoteProtocolError: If the peer sends what is no message, or a message that is too large.
         """
-        if self._payload_left:
-            self.discard_payload()
+        self.discard_payload()
         if not self._fill(codec.HEADER_BYTES):
             return None
         header = codec.decode_header(self._buffer[self._start :], self.task, self.max_message_bytes)
@@ -145,9 +144,10 @@ class FrameSocket:
 
     def discard_payload(self) -> None:
         """Read what is left of the last payload, and forget it."""
-        waste = memoryview(bytearray(min(self._payload_left, RECEIVE_BYTES)))
-        while self._payload_left:
-            self.receive_into(waste[: self._payload_left])
+        if self._payload_left:
+            waste = memoryview(bytearray(min(self._payload_left, RECEIVE_BYTES)))
+            while self._payload_left:
+                self.receive_into(waste[: self._payload_left])
 
     def receive_raw(self, count: int) -> bytes:
         """Bytes outside of any frame: the preamble."""

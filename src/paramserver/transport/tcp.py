@@ -7,6 +7,7 @@ one block of memory for each connection and not a copy of the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -26,26 +27,28 @@ class TcpLane(Lane):
         self.task = frames.task
         self._frames = frames
         self._memory = WorkerMemory([], [])
+        self._gradients = _Bytes([], [])
+        self._values = _Bytes([], [])
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         self._memory = kept or WorkerMemory(
             values=[torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
             gradients=[torch.zeros(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
         )
+        self._gradients = _Bytes(layouts, self._memory.gradients)
+        self._values = _Bytes(layouts, self._memory.values)
         return self._memory
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
-        gradients = self._memory.gradients
-        pieces = [tensor_bytes(gradients[arena][start:stop]) for arena, start, stop in outgoing]
-        self._frames.send(request, [*rows, *pieces])
+        self._frames.send(request, [*rows, *map(self._gradients.of, outgoing)])
 
     def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
         reply = expect_reply(self._frames)
         if not isinstance(reply, Refused):
             for out in rows:
                 self._frames.receive_into(out)
-            for arena, start, stop in incoming:
-                self._frames.receive_into(tensor_bytes(self._memory.values[arena][start:stop]))
+            for piece in incoming:
+                self._frames.receive_into(self._values.of(piece))
         return reply
 
     def close(self) -> None:
@@ -61,6 +64,7 @@ class TcpSession(Session):
         self._frames = frames
         self._layouts: Sequence[ArenaLayout] = ()
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._rooms: dict[Piece, _Room] = {}
 
     def receive(self) -> Request | None:
         return self._frames.receive()  # type: ignore[return-value]  # the server refuses whatever is no request
@@ -69,13 +73,14 @@ class TcpSession(Session):
         self._layouts = layouts
         largest = max((min(layout.size, BLOCK) * layout.itemsize for layout in layouts), default=0)
         self._scratch = torch.empty(largest, dtype=torch.uint8)
+        self._rooms = {piece: self._room(piece) for piece in _blocks(layouts)}
 
     def gradient(self, piece: Piece) -> torch.Tensor:
         if piece.arena >= len(self._layouts):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it declared its arenas")
-        target = self._scratch_for(piece)
-        self._frames.receive_into(tensor_bytes(target))
-        return target
+        room = self._rooms.get(piece) or self._room(piece)
+        self._frames.receive_into(room.content)
+        return room.elements
 
     def take_rows(self, out: memoryview) -> None:
         self._frames.receive_into(out)
@@ -108,13 +113,44 @@ class TcpSession(Session):
         return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
 
     def _values(self, piece: Piece, read: ReadPiece) -> memoryview:
-        target = self._scratch_for(piece)
-        read(piece, target)
-        return tensor_bytes(target)
+        room = self._rooms[piece]
+        read(piece, room.elements)
+        return room.content
 
-    def _scratch_for(self, piece: Piece) -> torch.Tensor:
-        values = self._scratch[: self._nbytes(piece)]
-        return values.view(self._layouts[piece.arena].torch_dtype)
+    def _room(self, piece: Piece) -> _Room:
+        content = self._scratch[: self._nbytes(piece)]
+        return _Room(content.view(self._layouts[piece.arena].torch_dtype), tensor_bytes(content))
+
+
+class _Room(NamedTuple):
+    """The beginning of a session's scratch memory, where a piece is for a moment."""
+
+    elements: torch.Tensor
+    content: memoryview
+
+
+class _Bytes:
+    """The memory of pieces of flat tensors. That of whole blocks, which is what steps move, is looked up only once.
+
+    Args:
+        layouts: What lies in the tensors.
+        tensors: One for each arena.
+    """
+
+    def __init__(self, layouts: Sequence[ArenaLayout], tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._blocks = {piece: self._cut(piece) for piece in _blocks(layouts)}
+
+    def of(self, piece: Piece) -> memoryview:
+        """The memory of a piece."""
+        return self._blocks.get(piece) or self._cut(piece)
+
+    def _cut(self, piece: Piece) -> memoryview:
+        return tensor_bytes(self._tensors[piece.arena][piece.start : piece.stop])
+
+
+def _blocks(layouts: Sequence[ArenaLayout]) -> list[Piece]:
+    return [Piece(arena, *span) for arena, layout in enumerate(layouts) for span in layout.on_worker.pieces]
 
 
 def expect_reply(frames: FrameSocket) -> Reply:
