@@ -96,4 +96,4 @@ def decode_or_refuse(body: bytes) -> None:
 @given(st.binary(min_size=codec.HEADER_BYTES, max_size=codec.HEADER_BYTES))
 def test_any_header_is_within_the_limit_or_refused(data: bytes) -> None:
     with contextlib.suppress(RemoteProtocolError):
-        assert codec.decode_header(data, "ps:0").message_bytes <= codec.MAX_MESSAGE_BYTES
+        assert codec.decode_header(data, "ps:0")[0] <= codec.MAX_MESSAGE_BYTES

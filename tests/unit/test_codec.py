@@ -34,7 +34,7 @@ def test_a_message_that_is_too_large_is_refused_by_its_announcement(limit):
     def announce(count):
         return struct.pack("<IQ", count, 0)
 
-    assert codec.decode_header(announce(limit), PEER, limit).message_bytes == limit
+    assert codec.decode_header(announce(limit), PEER, limit) == (limit, 0)
     with pytest.raises(RemoteProtocolError, match=f"{PEER} announced .* {limit + 1} bytes; at most {limit} are"):
         codec.decode_header(announce(limit + 1), PEER, limit)
 

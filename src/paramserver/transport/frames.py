@@ -122,10 +122,11 @@ class FrameSocket:
         self.discard_payload()
         if not self._fill(codec.HEADER_BYTES):
             return None
-        header = codec.decode_header(self._buffer[self._start :], self.task, self.max_message_bytes)
+        header = self._buffer[self._start :]
+        message_bytes, payload_bytes = codec.decode_header(header, self.task, self.max_message_bytes)
         self._start += codec.HEADER_BYTES
-        message = codec.decode(self._body(header.message_bytes), self.task)
-        self._payload_left = header.payload_bytes
+        message = codec.decode(self._body(message_bytes), self.task)
+        self._payload_left = payload_bytes
         return message
 
     def receive_into(self, view: memoryview) -> None:
@@ -219,7 +220,8 @@ class FrameSocket:
         """Have ``count`` bytes in the buffer; False if the stream ends before the first of them."""
         if self._end - self._start >= count:
             return True
-        self._make_room()
+        if self._start:
+            self._make_room()
         while self._end < count:
             received = self._receive(self._buffer[self._end :])
             if not received:

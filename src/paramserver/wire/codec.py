@@ -12,7 +12,6 @@ Rules
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 import msgspec
 
@@ -31,13 +30,6 @@ HEADER_BYTES = _HEADER.size
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
-
-
-class Header(NamedTuple):
-    """What stands before a message."""
-
-    message_bytes: int
-    payload_bytes: int
 
 
 def preamble() -> bytes:
@@ -75,23 +67,23 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
     return _HEADER.pack(len(body), payload_bytes) + body
 
 
-def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Header:
-    """The first `HEADER_BYTES` of a frame.
+def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> tuple[int, int]:
+    """The first `HEADER_BYTES` of a frame: the lengths of its message and of its payload.
 
     Raises:
         RemoteProtocolError: If the announced message is larger than ``max_message_bytes``.
     """
-    header = Header(*_HEADER.unpack_from(data))
-    if header.message_bytes > max_message_bytes:
+    message_bytes, payload_bytes = _HEADER.unpack_from(data)
+    if message_bytes > max_message_bytes:
         raise RemoteProtocolError(
-            f"{peer} announced a message of {header.message_bytes} bytes; at most {max_message_bytes} are allowed"
+            f"{peer} announced a message of {message_bytes} bytes; at most {max_message_bytes} are allowed"
         )
-    return header
+    return message_bytes, payload_bytes
 
 
 def frame_bytes(data: bytes | memoryview) -> int:
     """The length of a whole frame, which begins with these `HEADER_BYTES`."""
-    return HEADER_BYTES + sum(Header(*_HEADER.unpack_from(data)))
+    return HEADER_BYTES + sum(_HEADER.unpack_from(data))
 
 
 def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:
