@@ -22,6 +22,7 @@ PARAMSERVER_LANE=tcp \\
 PYTHONUNBUFFERED=1 \\
 OMP_NUM_THREADS=8 \\
 MKL_NUM_THREADS=8 \\
+GOMP_SPINCOUNT=10000 \\
 python -m paramserver server
 
 # chief:0
@@ -33,6 +34,7 @@ PARAMSERVER_LANE=tcp \\
 PYTHONUNBUFFERED=1 \\
 OMP_NUM_THREADS=8 \\
 MKL_NUM_THREADS=8 \\
+GOMP_SPINCOUNT=10000 \\
 python -m paramserver.launch.task train.py --name 'two words'
 
 # evaluator:0
@@ -44,6 +46,7 @@ PARAMSERVER_LANE=tcp \\
 PYTHONUNBUFFERED=1 \\
 OMP_NUM_THREADS=8 \\
 MKL_NUM_THREADS=8 \\
+GOMP_SPINCOUNT=10000 \\
 python -m paramserver.launch.task train.py --name 'two words'
 """
 
@@ -122,6 +125,15 @@ def test_a_thread_variable_of_the_user_is_left_alone() -> None:
     options = LaunchOptions(script="train.py")
     assert threads_of(options, 8, ("OMP_NUM_THREADS",)) == [None, None]
     assert threads_of(options, 8, ("MKL_NUM_THREADS",)) == ["8", None]
+
+
+@pytest.mark.parametrize(
+    ("already_set", "expected"),
+    [((), "10000"), (("OMP_NUM_THREADS",), "10000"), (("GOMP_SPINCOUNT",), None), (("OMP_WAIT_POLICY",), None)],
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(already_set: tuple[str, ...], expected: str) -> None:
+    for task in plan_of(LaunchOptions(script="train.py"), 8, already_set).tasks:
+        assert task.env.get("GOMP_SPINCOUNT") == expected
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from paramserver.launch.guard import Guard
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.rules import Ending, Rules
-from paramserver.launch.spec import HOST, THREAD_VARIABLES, LaunchOptions, LaunchSpec, describe, plan
+from paramserver.launch.spec import HOST, THREAD_VARIABLES, WAIT_VARIABLES, LaunchOptions, LaunchSpec, describe, plan
 
 LINGER = 1.0
 """Seconds that helpers, such as multiprocessing's resource tracker, get when all tasks have ended."""
@@ -224,7 +224,7 @@ class LocalRun:
 
 
 def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str) -> LaunchSpec:
-    already_set = [name for name in THREAD_VARIABLES if environment.is_set(name)]
+    already_set = [name for name in (*THREAD_VARIABLES, *WAIT_VARIABLES) if environment.is_set(name)]
     cores = len(os.sched_getaffinity(0))
     return plan(options, ports, token, run_id, cores, already_set)
 

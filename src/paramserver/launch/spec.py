@@ -15,6 +15,14 @@ from paramserver.errors import ConfigError
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """What decides how many threads torch takes for one operator."""
 
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
+SPIN_COUNT = "10000"
+"""How often one of these threads looks for more to do before it sleeps: for some 10 microseconds, and not for the
+milliseconds of the default, in which it would keep a ps from the core that the worker waits for."""
+
+WAIT_VARIABLES = (SPIN_VARIABLE, "OMP_WAIT_POLICY")
+"""What decides how these threads wait."""
+
 HOST = "127.0.0.1"
 
 NO_ADDRESS = f"{HOST}:0"
@@ -115,7 +123,8 @@ def plan(
         token: The secret that lets tasks into the run.
         run_id: The run's name.
         cores: How many cores there are to share.
-        thread_variables_set: Those of `THREAD_VARIABLES` that the user has set, which are left alone.
+        thread_variables_set: Those of `THREAD_VARIABLES` and `WAIT_VARIABLES` that the user has set, which are left
+            alone.
         python: The interpreter that runs the tasks.
 
     Raises:
@@ -131,6 +140,7 @@ def plan(
         "PYTHONUNBUFFERED": "1",
         **({} if None in ps_ports else {"PARAMSERVER_PS_LISTEN": "1"}),
         **_thread_variables(options, cores, thread_variables_set),
+        **({} if set(WAIT_VARIABLES) & set(thread_variables_set) else {SPIN_VARIABLE: SPIN_COUNT}),
     }
     tasks = tuple(
         TaskSpec(

@@ -83,7 +83,8 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
 
 def frame_bytes(data: bytes | memoryview) -> int:
     """The length of a whole frame, which begins with these `HEADER_BYTES`."""
-    return HEADER_BYTES + sum(_HEADER.unpack_from(data))
+    message_bytes, payload_bytes = _HEADER.unpack_from(data)
+    return HEADER_BYTES + int(message_bytes) + int(payload_bytes)
 
 
 def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:
