@@ -30,6 +30,7 @@ from paramserver.rules import Rule
 
 ALIGNMENT = 64
 BLOCK = 1 << 19
+ID_BYTES = 8
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)

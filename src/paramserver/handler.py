@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import DTYPES, pieces, tensor_bytes
+from paramserver.arena import DTYPES, ID_BYTES, ArenaLayout, pieces, tensor_bytes
 from paramserver.checkpoint_files import digest
 from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
@@ -114,9 +114,8 @@ class RequestHandler:
         try:
             table.check_rows(part.operation, count, part.settings)
             ids = _taken_ids(session, count)
-            values = torch.empty((count, table.layout.table_shape[1]), dtype=table.layout.torch_dtype, device="cpu")
-            session.take_rows(tensor_bytes(values))
             table.check_ids(ids)
+            values = _taken_values(session, table.layout, count)
         except ValueError as error:
             raise self._refused_rows(part.arena, error) from error
 
@@ -281,9 +280,14 @@ def _bounded(timeout: float) -> float:
 
 
 def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
-    ids = np.empty(count, dtype=np.int64)
-    session.take_rows(ids.view(np.uint8).data)
+    """A copy, which stays as it was checked."""
+    ids: npt.NDArray[np.int64] = session.take_rows(count * ID_BYTES).numpy().view(np.int64).copy()
     return ids
+
+
+def _taken_values(session: Session, layout: ArenaLayout, count: int) -> torch.Tensor:
+    width = layout.table_shape[1]
+    return session.take_rows(count * width * layout.itemsize).view(layout.torch_dtype).view(count, width)
 
 
 def _apply(session: Session, arena: StoredArena, part: messages.Part) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from paramserver.arena import ArenaLayout, StoreMemory
+from paramserver.arena import ArenaLayout, StoreMemory, tensor_bytes
 from paramserver.errors import LocalProtocolError
 from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
 from paramserver.wire.messages import Refused, Reply, Request
@@ -32,7 +32,13 @@ class InProcessSession(Session):
     def gradient(self, piece: Piece) -> torch.Tensor:
         return self.gradients[piece.arena][piece.start : piece.stop]
 
-    def take_rows(self, out: memoryview) -> None:
+    def take_rows(self, nbytes: int) -> torch.Tensor:
+        taken = torch.empty(nbytes, dtype=torch.uint8)
+        self.copy_next_rows(tensor_bytes(taken))
+        return taken
+
+    def copy_next_rows(self, out: memoryview) -> None:
+        """Fill ``out`` with the rows that come next, which must be as many bytes."""
         if not self.rows or self.rows[0].nbytes != out.nbytes:
             held = self.rows[0].nbytes if self.rows else 0
             raise LocalProtocolError(f"{self.task} asked for {out.nbytes} bytes of rows, and was given {held}")
@@ -85,7 +91,7 @@ class InProcessLane(Lane):
             raise LocalProtocolError(f"{self.task} has no request to answer")
         if not isinstance(reply, Refused):
             for out in rows:
-                self._session.take_rows(out)
+                self._session.copy_next_rows(out)
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:

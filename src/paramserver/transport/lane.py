@@ -169,8 +169,11 @@ class Session(abc.ABC):
         """
 
     @abc.abstractmethod
-    def take_rows(self, out: memoryview) -> None:
-        """Fill ``out`` with the next bytes of what the current request's payload holds of tables. Blocks.
+    def take_rows(self, nbytes: int) -> torch.Tensor:
+        """The next bytes of what the current request's payload holds of tables, flat. Blocks while they arrive.
+
+        The tensor is valid until the reply, and for reading only. It may lie in memory that the worker can write to:
+        what is checked, such as ids, has to be copied first.
 
         Raises:
             UnavailableError: If the connection is lost.

@@ -77,8 +77,10 @@ class TcpSession(Session):
         self._frames.receive_into(tensor_bytes(target))
         return target
 
-    def take_rows(self, out: memoryview) -> None:
-        self._frames.receive_into(out)
+    def take_rows(self, nbytes: int) -> torch.Tensor:
+        taken = torch.empty(nbytes, dtype=torch.uint8)
+        self._frames.receive_into(tensor_bytes(taken))
+        return taken
 
     def reply(
         self,
