@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows
+from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows, each_once
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
 from paramserver.rows import Rows
 from paramserver.transport import memory
@@ -169,12 +169,13 @@ class _RowsCopy:
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
         places = blocks_of_rows(ids, self._width)
-        before = [self._versions[blocks] for blocks in places]
+        touched = each_once(places)
+        before = self._versions[touched]
         self._rows.take(ids, out)
-        is_torn = np.zeros(len(ids), dtype=bool)
-        for blocks, versions in zip(places, before, strict=True):
-            is_torn |= (self._versions[blocks] != versions) | (versions % 2 == 1)
-        return np.flatnonzero(is_torn)
+        torn = touched[(self._versions[touched] != before) | (before % 2 == 1)]
+        if not len(torn):  # blocks are few beside rows
+            return np.empty(0, dtype=np.intp)
+        return np.flatnonzero(np.logical_or.reduce([np.isin(blocks, torn) for blocks in places]))
 
 
 class SharedMemorySession(Session):
