@@ -97,6 +97,7 @@ class Lane(abc.ABC):
             rows: Of tables: their ids and values, from wherever they lie. They come first.
 
         Raises:
+            LocalProtocolError: If there are more rows than the declared tables have.
             UnavailableError: If the connection is lost.
         """
 
