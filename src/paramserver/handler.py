@@ -281,13 +281,13 @@ def _bounded(timeout: float) -> float:
 
 def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
     """A copy, which stays as it was checked."""
-    ids: npt.NDArray[np.int64] = session.take_rows(count * ID_BYTES).numpy().view(np.int64).copy()
-    return ids
+    return session.take_rows(count * ID_BYTES).view(np.int64).copy()
 
 
 def _taken_values(session: Session, layout: ArenaLayout, count: int) -> torch.Tensor:
-    width = layout.table_shape[1]
-    return session.take_rows(count * width * layout.itemsize).view(layout.torch_dtype).view(count, width)
+    row_bytes = layout.table_shape[1] * layout.itemsize
+    taken = session.take_rows(count * row_bytes).reshape(count, row_bytes)
+    return torch.from_numpy(taken).view(layout.torch_dtype)
 
 
 def _apply(session: Session, arena: StoredArena, part: messages.Part) -> float:

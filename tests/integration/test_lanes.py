@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,7 +112,7 @@ class Reusing(TcpSession):
     """Takes all rows into the same memory."""
 
     def take_rows(self, nbytes):
-        self.taken = getattr(self, "taken", torch.empty(1 << 24, dtype=torch.uint8))
+        self.taken = getattr(self, "taken", np.empty(1 << 24, np.uint8))
         self.taken[:nbytes] = super().take_rows(nbytes)
         return self.taken[:nbytes]
 

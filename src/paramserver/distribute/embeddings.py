@@ -123,7 +123,7 @@ def _embed_bags(
 
 def _fetched(module: Embedding, table: Table, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
     """The rows of a batch, where each of its ids is among them, and where the padding is."""
-    flat = ids.detach().flatten().cpu().long().numpy()
+    flat = ids.detach().cpu().numpy().reshape(-1).astype(np.int64, copy=False)
     count = len(module.weight)
     if len(flat) and not 0 <= (least := flat.min()) <= (most := flat.max()) < count:
         worst = most if least >= 0 else least
@@ -149,7 +149,8 @@ def unique(ids: Ids) -> tuple[Ids, Ids]:
     keys = (ids << bits) | np.arange(len(ids))  # an id, and behind it where it stood
     keys.sort()
     ascending = keys >> bits
-    is_new = np.diff(ascending, prepend=-1) != 0
+    is_new = np.ones(len(ids), dtype=bool)
+    np.not_equal(ascending[1:], ascending[:-1], out=is_new[1:])
     places = np.empty_like(keys)
     places[keys & ((1 << bits) - 1)] = np.cumsum(is_new) - 1
     return ascending[is_new], places

@@ -152,9 +152,9 @@ class Shelf:
 
     def _taken(self, session: Session, part: Part) -> TableRows:
         ids, layout = _taken_ids(session, part.rows or 0), self._layouts[part.arena]
-        width = layout.table_shape[1]
-        values = session.take_rows(len(ids) * width * layout.itemsize)
-        return TableRows(ids, values.view(layout.torch_dtype).view(len(ids), width))
+        row_bytes = layout.table_shape[1] * layout.itemsize
+        values = session.take_rows(len(ids) * row_bytes).reshape(len(ids), row_bytes)
+        return TableRows(ids, torch.from_numpy(values).view(layout.torch_dtype))
 
     def _read(self, piece: Piece, out: torch.Tensor) -> None:
         with self._lock:
@@ -218,7 +218,7 @@ def expect_equal(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
-    return session.take_rows(count * ID_BYTES).numpy().view(np.int64).copy()
+    return session.take_rows(count * ID_BYTES).view(np.int64).copy()
 
 
 def _pieces(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:

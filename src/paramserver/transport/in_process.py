@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from paramserver.arena import ArenaLayout, StoreMemory, tensor_bytes
+from paramserver.arena import ArenaLayout, StoreMemory
 from paramserver.errors import LocalProtocolError
 from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
 from paramserver.wire.messages import Refused, Reply, Request
@@ -32,9 +34,9 @@ class InProcessSession(Session):
     def gradient(self, piece: Piece) -> torch.Tensor:
         return self.gradients[piece.arena][piece.start : piece.stop]
 
-    def take_rows(self, nbytes: int) -> torch.Tensor:
-        taken = torch.empty(nbytes, dtype=torch.uint8)
-        self.copy_next_rows(tensor_bytes(taken))
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        taken = np.empty(nbytes, dtype=np.uint8)
+        self.copy_next_rows(taken.data)
         return taken
 
     def copy_next_rows(self, out: memoryview) -> None:

@@ -170,10 +170,10 @@ class Session(abc.ABC):
         """
 
     @abc.abstractmethod
-    def take_rows(self, nbytes: int) -> torch.Tensor:
-        """The next bytes of what the current request's payload holds of tables, flat. Blocks while they arrive.
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The next bytes of what the current request's payload holds of tables. Blocks while they arrive.
 
-        The tensor is valid until the reply, and for reading only. It may lie in memory that the worker can write to:
+        The array is valid until the reply, and for reading only. It may lie in memory that the worker can write to:
         what is checked, such as ids, has to be copied first.
 
         Raises:

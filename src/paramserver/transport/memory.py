@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from paramserver.arena import ALIGNMENT, ID_BYTES, ArenaLayout, StoreMemory, num_blocks
@@ -146,10 +147,10 @@ class RowsFile:
     """A file of `rows_bytes`, in which the rows of one push lie one after the other; both ends count alike.
 
     Args:
-        data: Its bytes, flat.
+        data: Its bytes.
     """
 
-    def __init__(self, data: torch.Tensor) -> None:
+    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
         self._data = data
         self._end = 0
 
@@ -157,7 +158,7 @@ class RowsFile:
         """Begin with the rows of another push."""
         self._end = 0
 
-    def next(self, nbytes: int) -> torch.Tensor:
+    def next(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Where the next bytes lie.
 
         Raises:

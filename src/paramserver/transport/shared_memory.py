@@ -44,7 +44,7 @@ class SharedMemoryLane(Lane):
         self._copies: dict[Piece, _BlockCopy] = {}
         self._mine = WorkerMemory([], [])
         self._theirs = StoreMemory([], [])
-        self._rows = memory.RowsFile(torch.empty(0, dtype=torch.uint8))
+        self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         self._mine = kept or _worker_memory(layouts)
@@ -54,7 +54,7 @@ class SharedMemoryLane(Lane):
         with contextlib.closing(memory.SharedFile.create(memory.rows_bytes(layouts))) as rows:
             values = self._exchange(self._mine.file, rows, memory.store_bytes(layouts))
         values.close()  # the mappings stay
-        self._rows = memory.RowsFile(rows.data)
+        self._rows = memory.RowsFile(rows.data.numpy())
         self._theirs = memory.store_memory(layouts, values)
         return self._mine
 
@@ -62,7 +62,7 @@ class SharedMemoryLane(Lane):
         self._rows.rewind()
         try:
             for view in rows:
-                np.copyto(self._rows.next(view.nbytes).numpy(), np.asarray(view))  # lets other threads go on
+                np.copyto(self._rows.next(view.nbytes), view)  # lets other threads go on
         except ValueError as error:
             raise LocalProtocolError(f"{self.task} cannot be sent that many rows at once: {error}") from error
         self._frames.send(request)
@@ -188,7 +188,7 @@ class SharedMemorySession(Session):
         self._layouts: Sequence[ArenaLayout] = ()
         self._memory = StoreMemory([], [])
         self._gradients: list[torch.Tensor] = []
-        self._rows = memory.RowsFile(torch.empty(0, dtype=torch.uint8))
+        self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def receive(self) -> Request | None:
         self._rows.rewind()
@@ -207,7 +207,7 @@ class SharedMemorySession(Session):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
         return self._gradients[piece.arena][piece.start : piece.stop]
 
-    def take_rows(self, nbytes: int) -> torch.Tensor:
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
         try:
             return self._rows.next(nbytes)
         except ValueError as error:
@@ -231,7 +231,7 @@ class SharedMemorySession(Session):
             return
         self._frames.send(Done())
         self._gradients = memory.gradient_tensors(self._layouts, self._mapped(memory.gradient_bytes(self._layouts)))
-        self._rows = memory.RowsFile(self._mapped(memory.rows_bytes(self._layouts)))
+        self._rows = memory.RowsFile(self._mapped(memory.rows_bytes(self._layouts)).numpy())
         self._frames.send_descriptor(self._memory.file.fileno())
 
     def _mapped(self, nbytes: int) -> torch.Tensor:

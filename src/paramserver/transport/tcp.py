@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
@@ -77,9 +79,9 @@ class TcpSession(Session):
         self._frames.receive_into(tensor_bytes(target))
         return target
 
-    def take_rows(self, nbytes: int) -> torch.Tensor:
-        taken = torch.empty(nbytes, dtype=torch.uint8)
-        self._frames.receive_into(tensor_bytes(taken))
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        taken = np.empty(nbytes, dtype=np.uint8)
+        self._frames.receive_into(taken.data)
         return taken
 
     def reply(
