@@ -30,6 +30,7 @@ from paramserver.rules import Rule
 
 ALIGNMENT = 64
 BLOCK = 1 << 19
+ID_BYTES = 8
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -196,17 +197,26 @@ def num_blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The blocks in which rows of ``width`` elements begin and end.
+def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[np.int64], ...]:
+    """The blocks in which rows of ``width`` elements begin, and those in which they end if some end in another.
 
     >>> first, last = blocks_of_rows(np.array([0, 1, 2]), BLOCK - 1)
     >>> first.tolist(), last.tolist()
     ([0, 0, 1], [0, 1, 2])
     """
     if BLOCK % width == 0:
-        first = ids // (BLOCK // width)
-        return first, first
+        return (ids // (BLOCK // width),)
     return ids * width // BLOCK, ((ids + 1) * width - 1) // BLOCK
+
+
+def each_once(blocks: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """The blocks that are named, ascending, each once; each array ascends.
+
+    >>> each_once([np.array([0, 0, 1, 4]), np.array([0, 1, 2, 4])]).tolist()
+    [0, 1, 2, 4]
+    """
+    few = [np.concatenate((each[:1], each[1:][each[1:] != each[:-1]])) for each in blocks]
+    return few[0] if len(few) == 1 else np.unique(np.concatenate(few))
 
 
 def pieces(ranges: Sequence[Range]) -> Iterator[Range]:

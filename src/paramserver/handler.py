@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import DTYPES, tensor_bytes
+from paramserver.arena import DTYPES, ID_BYTES, ArenaLayout, tensor_bytes
 from paramserver.checkpoint_files import digest
 from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
@@ -108,9 +108,8 @@ class RequestHandler:
         try:
             table.check_rows(part.operation, count, part.settings)
             ids = _taken_ids(session, count)
-            values = torch.empty((count, table.layout.table_shape[1]), dtype=table.layout.torch_dtype, device="cpu")
-            session.take_rows(tensor_bytes(values))
             table.check_ids(ids)
+            values = _taken_values(session, table.layout, count)
         except ValueError as error:
             raise self._refused_rows(part.arena, error) from error
 
@@ -272,9 +271,14 @@ def _bounded(timeout: float) -> float:
 
 
 def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
-    ids = np.empty(count, dtype=np.int64)
-    session.take_rows(ids.view(np.uint8).data)
-    return ids
+    """A copy, which stays as it was checked."""
+    return session.take_rows(count * ID_BYTES).view(np.int64).copy()
+
+
+def _taken_values(session: Session, layout: ArenaLayout, count: int) -> torch.Tensor:
+    row_bytes = layout.table_shape[1] * layout.itemsize
+    taken = session.take_rows(count * row_bytes).reshape(count, row_bytes)
+    return torch.from_numpy(taken).view(layout.torch_dtype)
 
 
 def _apply(session: Session, application: Application) -> float:

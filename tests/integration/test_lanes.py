@@ -10,13 +10,14 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from paramserver.arena import StoreMemory
-from paramserver.errors import RefusedError, RemoteProtocolError, UnavailableError
+from paramserver.errors import LocalProtocolError, RefusedError, RemoteProtocolError, UnavailableError
 from paramserver.testing import conformance
-from paramserver.testing.conformance import CONNECTION_CHECKS, LANE_CHECKS, LARGE, Pair, Shelf, Worker, serving
+from paramserver.testing.conformance import CONNECTION_CHECKS, LANE_CHECKS, LARGE, TABLES, Pair, Shelf, Worker, serving
 from paramserver.transport import memory, shared_memory
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.in_process import InProcessLane, InProcessSession
@@ -105,6 +106,20 @@ class Mixed(TcpLane):
 def test_the_kit_finds_a_lane_that_mixes_up_rows():
     with pytest.raises(AssertionError, match="expected"):
         conformance.check_rows_arrive(functools.partial(connected, Mixed, TcpSession))
+
+
+class Reusing(TcpSession):
+    """Takes all rows into the same memory."""
+
+    def take_rows(self, nbytes):
+        self.taken = getattr(self, "taken", np.empty(1 << 24, np.uint8))
+        self.taken[:nbytes] = super().take_rows(nbytes)
+        return self.taken[:nbytes]
+
+
+def test_the_kit_finds_a_session_that_does_not_keep_rows_until_the_reply():
+    with pytest.raises(AssertionError, match="rows did not arrive"):
+        conformance.check_rows_arrive(functools.partial(connected, TcpLane, Reusing))
 
 
 def test_the_kit_finds_a_session_that_keeps_what_was_not_read(monkeypatch):
@@ -252,10 +267,10 @@ class Blunt:
 
 
 @contextlib.contextmanager
-def sharing():
+def sharing(layouts=LARGE):
     """A worker that is to pass its memory, and what comes of it on the ps."""
     with shared() as (lane, session, _), ThreadPoolExecutor(1) as pool:
-        session.open(LARGE, memory.shared_store_memory(LARGE))
+        session.open(layouts, memory.shared_store_memory(layouts))
         received = pool.submit(session.receive)
         lane._frames.send(messages.Share())
         assert lane._frames.receive() == messages.Done()
@@ -264,6 +279,15 @@ def sharing():
 
 def test_a_worker_that_dies_while_memory_is_shared():
     with sharing() as (frames, received):
+        frames.close()
+        with pytest.raises(UnavailableError, match=f"{WORKER} closed"):
+            received.result(conformance.TIMEOUT)
+
+
+def test_a_worker_that_dies_between_two_files():
+    with sharing() as (frames, received):
+        with contextlib.closing(memory.SharedFile.create(memory.gradient_bytes(LARGE))) as gradients:
+            frames.send_descriptor(gradients.fileno())
         frames.close()
         with pytest.raises(UnavailableError, match=f"{WORKER} closed"):
             received.result(conformance.TIMEOUT)
@@ -289,6 +313,17 @@ def a_small_file():
 @pytest.mark.parametrize("make", [a_pipe, an_unsealed_file, a_small_file])
 def test_a_file_that_is_no_shared_memory_is_refused(make):
     with sharing() as (frames, received):
+        frames.send_descriptor(descriptor := make())
+        os.close(descriptor)
+        with pytest.raises(RemoteProtocolError, match=f"{WORKER} (shared|passed)"):
+            received.result(conformance.TIMEOUT)
+
+
+@pytest.mark.parametrize("make", [a_pipe, an_unsealed_file, a_small_file])
+def test_a_file_for_rows_that_is_no_shared_memory_is_refused(make):
+    with sharing(TABLES) as (frames, received):
+        with contextlib.closing(memory.SharedFile.create(memory.gradient_bytes(TABLES))) as gradients:
+            frames.send_descriptor(gradients.fileno())
         frames.send_descriptor(descriptor := make())
         os.close(descriptor)
         with pytest.raises(RemoteProtocolError, match=f"{WORKER} (shared|passed)"):
@@ -345,3 +380,67 @@ def test_a_push_reads_where_autograd_wrote():
         worker.memory.gradients[0].fill_(7)
         worker.push(Part(0, "assign"))
         assert all(gradient.eq(7).all() for _, gradient in shelf.arrived)
+
+
+# --- rows in shared memory
+
+
+class Keeping(Shelf):
+    """Keeps the rows of pushes where they lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def handle(self, session, request):
+        if isinstance(request, messages.Push):
+            self.taken += [session.take_rows(8) for part in request.parts if part.rows is not None]
+            self.limit = 0
+        super().handle(session, request)
+
+
+PUSH_OF_ROWS = messages.Push(1, 0, True, (Part(1, "add", rows=1),), ())
+
+
+def push_of(lane, number):
+    lane.start(PUSH_OF_ROWS, (), [memoryview(bytes([number] * 8))])
+    lane.finish()
+
+
+def test_rows_lie_where_the_worker_put_them():
+    shelf = Keeping()
+    with shared() as (lane, session, serve), serve(shelf.handle):
+        Worker(lane, TABLES)
+        push_of(lane, 1)
+        assert shelf.taken[0].tolist() == [1] * 8
+        push_of(lane, 2)
+        assert shelf.taken[0].tolist() == [2] * 8
+        assert not session._frames._payload_left
+
+
+def test_another_connection_has_memory_of_its_own_for_rows():
+    """The ps may still be at work on what came over the one that was lost, when the worker goes on with a new one."""
+    first, second = Keeping(), Keeping()
+    with shared() as (lane, _, serve), serve(first.handle), shared() as (again, session, serve_again):
+        kept = Worker(lane, TABLES).memory
+        push_of(lane, 1)
+        session.open(TABLES, first.memory)
+        with serve_again(second.handle):
+            again.open(TABLES, kept)
+            push_of(again, 2)
+        assert first.taken[0].tolist() == [1] * 8
+        assert second.taken[0].tolist() == [2] * 8
+
+
+def test_more_rows_than_there_is_memory_for_are_not_sent():
+    with conformance._at_work(shared, TABLES) as (worker, shelf):
+        too_many = memoryview(bytearray(memory.rows_bytes(TABLES) + 1))
+        with pytest.raises(LocalProtocolError, match=f"{PS} cannot be sent that many rows at once"):
+            worker.lane.start(PUSH_OF_ROWS, (), [too_many])
+        worker.push(Part(2, "add", rows=1), rows=[conformance._rows(2, 1)])
+        assert [rows.ids.tolist() for rows in shelf.rows] == [[0]]
+
+
+def test_rows_that_no_memory_was_shared_for_break_the_protocol():
+    with shared() as (_, session, _), pytest.raises(RemoteProtocolError, match=f"{WORKER} pushed rows that are not"):
+        session.take_rows(8)

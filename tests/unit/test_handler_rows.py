@@ -67,6 +67,26 @@ def test_a_push_of_rows_runs_the_rule_on_them_and_a_pull_brings_them(ps):
     assert ps.pulled(0, 1, 4, 5) == [0.0, -0.5, -0.5, 0.0]
 
 
+class Changing(InProcessSession):
+    """A worker that changes the ids of a push, in memory that it shares, when the ps goes on to the values."""
+
+    def take_rows(self, nbytes):
+        taken = np.asarray(self.rows.pop(0))
+        if self.rows:
+            self.shared = taken
+        else:
+            self.shared.fill(127)
+        return taken
+
+
+def test_ids_that_change_after_they_were_checked_change_nothing(ps):
+    ps.session.__class__ = Changing
+    assert ps.ask(push(rows(2)), 1, 4).global_step == 1
+    ps.session.__class__ = InProcessSession
+    assert (ps.session.shared == 127).all()
+    assert ps.pulled(0, 1, 4, 5) == [0.0, -0.5, -0.5, 0.0]
+
+
 def test_rows_and_whole_arenas_go_in_one_push(ps):
     ps.ask(push(Part(1, "rule", None, SGD.settings), rows(1)), 3)
     assert ps.pulled(3) == [-0.5]

@@ -254,7 +254,7 @@ class Overtaken:
 
 
 def overtaken(memory: StoreMemory, events: dict[int, Any]) -> shared_memory._RowsCopy:
-    """A reader for which things happen at its looks: two before it copies, two after, and so on again."""
+    """A reader for which things happen at its looks: one before it copies, one after, and so on again."""
     copy = reader(memory)
     copy._versions = Overtaken(memory.versions[0], events)  # type: ignore[assignment]  # only looked up in
     return copy
@@ -262,11 +262,11 @@ def overtaken(memory: StoreMemory, events: dict[int, Any]) -> shared_memory._Row
 
 def test_a_row_that_was_written_while_it_was_copied_is_copied_again():
     table, memory = a_table()
-    copy = overtaken(memory, {2: lambda: table.apply_rows("assign", ids_of(1), filled(5), None)})
+    copy = overtaken(memory, {1: lambda: table.apply_rows("assign", ids_of(1), filled(5), None)})
     out = torch.full((3, WIDTH), -1.0)
     assert copy.run(TableRows(ids_of(1, 3, 6), out))
     assert torch.equal(out, filled(5, 0, 0))
-    assert next(copy._versions.looks) == 8, "it was copied twice"  # type: ignore[attr-defined]
+    assert next(copy._versions.looks) == 4, "it was copied twice"  # type: ignore[attr-defined]
 
 
 def test_a_row_is_copied_again_for_each_of_its_blocks():
@@ -278,7 +278,7 @@ def test_a_row_is_copied_again_for_each_of_its_blocks():
             memory.versions[0][block] += 2
             memory.values[0][3:6] = 5
 
-        copy = overtaken(memory, {2: write})
+        copy = overtaken(memory, {1: write})
         out = torch.empty(1, WIDTH)
         assert copy.run(TableRows(ids_of(1), out))
         assert out.tolist() == [[5] * WIDTH]
@@ -290,8 +290,8 @@ def test_only_rows_that_were_overtaken_are_copied_again_until_none_is():
     copy = overtaken(
         memory,
         {
-            2: lambda: table.apply_rows("add", ids_of(0, 3, 6), filled(1, 1, 1), None),
-            6: lambda: table.apply_rows("add", ids_of(3), filled(1), None),
+            1: lambda: table.apply_rows("add", ids_of(0, 3, 6), filled(1, 1, 1), None),
+            3: lambda: table.apply_rows("add", ids_of(3), filled(1), None),
         },
     )
     original = copy._copy
@@ -316,7 +316,7 @@ def test_a_row_that_is_being_written_is_waited_for():
         memory.versions[0][1] += 1
 
     out = torch.full((2, WIDTH), -1.0)
-    assert overtaken(memory, {4: end}).run(TableRows(ids_of(1, 6), out))
+    assert overtaken(memory, {2: end}).run(TableRows(ids_of(1, 6), out))
     assert torch.equal(out, filled(3, 0))
 
 
@@ -326,10 +326,10 @@ def test_rows_that_others_keep_writing_to_are_given_up(monkeypatch):
     memory.versions[0][1] += 1
     copy = overtaken(memory, {})
     assert not copy.run(TableRows(ids_of(0, 2), torch.empty(2, WIDTH)))
-    assert next(copy._versions.looks) == 4 * (1 + shared_memory.ROW_TRIES)  # type: ignore[attr-defined]
+    assert next(copy._versions.looks) == 2 * (1 + shared_memory.ROW_TRIES)  # type: ignore[attr-defined]
     assert reader(memory).run(TableRows(ids_of(0, 6), torch.empty(2, WIDTH)))
     memory.versions[0][1] += 1
-    add = dict.fromkeys(range(2, 400, 4), lambda: table.apply_rows("add", ids_of(0), filled(1), None))
+    add = dict.fromkeys(range(1, 200, 2), lambda: table.apply_rows("add", ids_of(0), filled(1), None))
     assert not overtaken(memory, add).run(TableRows(ids_of(0), torch.empty(1, WIDTH)))
 
 

@@ -27,8 +27,11 @@ from paramserver.rules import GroupSettings, rule_class, setting_names
 from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
 
-CHUNK_BYTES = 8 << 20
-"""The most that is sent in one go when a table gets its first values, or is read whole."""
+CHUNK_BYTES = 2 << 20
+"""The most that is sent in one go when a table gets its first values, or is read whole.
+
+As much as a large batch pushes: the memory that pushed rows lie in keeps the size of the largest push.
+"""
 
 
 class _Part(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import Range, blocks_of_rows
+from paramserver.arena import Range, blocks_of_rows, each_once
 from paramserver.rows import Rows
 from paramserver.rules import Setting, row_fault
 from paramserver.store.row_rule import RowRule
@@ -73,10 +73,7 @@ class StoredTable(StoredArena):
             settings: Of the rule.
         """
         source = source.to(self._table.device)
-        is_touched = np.zeros(len(self._versions), dtype=bool)
-        for blocks in blocks_of_rows(ids, self._width):
-            is_touched[blocks] = True
-        touched = np.flatnonzero(is_touched)
+        touched = each_once(blocks_of_rows(ids, self._width))
         with self._lock:
             if operation == "rule":
                 fresh = self._rule.update(ids, source, settings or {})

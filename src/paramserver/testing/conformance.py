@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, Range, StoreMemory, VariableSpec, pieces, tensor_bytes
+from paramserver.arena import BLOCK, ID_BYTES, ArenaLayout, Range, StoreMemory, VariableSpec, pieces, tensor_bytes
 from paramserver.errors import UnavailableError
 from paramserver.transport import memory
 from paramserver.transport.lane import Lane, Piece, Session, TableRows, WorkerMemory
@@ -113,7 +113,8 @@ class Shelf:
                 self._declare(session, arenas)
             case messages.Push(parts=parts, pull=pull):
                 if self.limit is None:
-                    self.rows += [self._taken(session, part) for part in parts if part.rows is not None]
+                    taken = [self._taken(session, part) for part in parts if part.rows is not None]
+                    self.rows += [TableRows(ids, values.clone()) for ids, values in taken]  # valid until the reply
                 self._push(session, _pieces(self._layouts, parts), pull)
             case messages.Pull(arenas):
                 session.reply(messages.State(True, 0), whole(self._layouts, arenas), self._read)
@@ -151,9 +152,9 @@ class Shelf:
 
     def _taken(self, session: Session, part: Part) -> TableRows:
         ids, layout = _taken_ids(session, part.rows or 0), self._layouts[part.arena]
-        rows = TableRows(ids, torch.empty(len(ids), layout.table_shape[1], dtype=layout.torch_dtype))
-        session.take_rows(rows.value_bytes)
-        return rows
+        row_bytes = layout.table_shape[1] * layout.itemsize
+        values = session.take_rows(len(ids) * row_bytes).reshape(len(ids), row_bytes)
+        return TableRows(ids, torch.from_numpy(values).view(layout.torch_dtype))
 
     def _read(self, piece: Piece, out: torch.Tensor) -> None:
         with self._lock:
@@ -217,9 +218,7 @@ def expect_equal(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
-    ids = np.empty(count, dtype=np.int64)
-    session.take_rows(ids.view(np.uint8).data)
-    return ids
+    return session.take_rows(count * ID_BYTES).view(np.int64).copy()
 
 
 def _pieces(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:
@@ -374,7 +373,7 @@ def _rows(arena: int, count: int) -> TableRows:
     """Every other row of one of `TABLES`, and values in which one can be told from the next; all rows where needed."""
     layout = TABLES[arena]
     stride = 2 if 2 * count <= layout.table_shape[0] else 1
-    values = pattern(layout, seed=7).view(layout.table_shape)[:count]
+    values = pattern(layout, seed=count).view(layout.table_shape)[:count]  # others for another count
     return TableRows(np.arange(count, dtype=np.int64) * stride, values.clone())
 
 

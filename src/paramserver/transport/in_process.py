@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from paramserver.arena import ArenaLayout, StoreMemory
@@ -32,7 +34,13 @@ class InProcessSession(Session):
     def gradient(self, piece: Piece) -> torch.Tensor:
         return self.gradients[piece.arena][piece.start : piece.stop]
 
-    def take_rows(self, out: memoryview) -> None:
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        taken = np.empty(nbytes, dtype=np.uint8)
+        self.copy_next_rows(taken.data)
+        return taken
+
+    def copy_next_rows(self, out: memoryview) -> None:
+        """Fill ``out`` with the rows that come next, which must be as many bytes."""
         if not self.rows or self.rows[0].nbytes != out.nbytes:
             held = self.rows[0].nbytes if self.rows else 0
             raise LocalProtocolError(f"{self.task} asked for {out.nbytes} bytes of rows, and was given {held}")
@@ -85,7 +93,7 @@ class InProcessLane(Lane):
             raise LocalProtocolError(f"{self.task} has no request to answer")
         if not isinstance(reply, Refused):
             for out in rows:
-                self._session.take_rows(out)
+                self._session.copy_next_rows(out)
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:

@@ -97,6 +97,7 @@ class Lane(abc.ABC):
             rows: Of tables: their ids and values, from wherever they lie. They come first.
 
         Raises:
+            LocalProtocolError: If there are more rows than the declared tables have.
             UnavailableError: If the connection is lost.
         """
 
@@ -169,8 +170,11 @@ class Session(abc.ABC):
         """
 
     @abc.abstractmethod
-    def take_rows(self, out: memoryview) -> None:
-        """Fill ``out`` with the next bytes of what the current request's payload holds of tables. Blocks.
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The next bytes of what the current request's payload holds of tables. Blocks while they arrive.
+
+        The array is valid until the reply, and for reading only. It may lie in memory that the worker can write to:
+        what is checked, such as ids, has to be copied first.
 
         Raises:
             UnavailableError: If the connection is lost.

@@ -18,9 +18,10 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from paramserver.arena import ALIGNMENT, ArenaLayout, StoreMemory, num_blocks
+from paramserver.arena import ALIGNMENT, ID_BYTES, ArenaLayout, StoreMemory, num_blocks
 from paramserver.errors import RemoteProtocolError
 
 F_SEAL_FUTURE_WRITE = 0x10  # <linux/fcntl.h>; the fcntl module does not name it
@@ -131,6 +132,43 @@ def gradient_bytes(layouts: Sequence[ArenaLayout]) -> int:
 def gradient_tensors(layouts: Sequence[ArenaLayout], data: torch.Tensor) -> list[torch.Tensor]:
     """A flat tensor for each arena, in a file of `gradient_bytes`."""
     return _carve([layout.on_worker for layout in layouts], data, start=0)
+
+
+def rows_bytes(layouts: Sequence[ArenaLayout]) -> int:
+    """How large the file of the rows is that a worker pushes: for all rows of its tables, and their ids.
+
+    Pages of it that no push has reached take no memory.
+    """
+    tables = [layout for layout in layouts if layout.is_table]
+    return sum(_aligned(ID_BYTES * layout.table_shape[0]) + _aligned(layout.nbytes) for layout in tables)
+
+
+class RowsFile:
+    """A file of `rows_bytes`, in which the rows of one push lie one after the other; both ends count alike.
+
+    Args:
+        data: Its bytes.
+    """
+
+    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
+        self._data = data
+        self._end = 0
+
+    def rewind(self) -> None:
+        """Begin with the rows of another push."""
+        self._end = 0
+
+    def next(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Where the next bytes lie.
+
+        Raises:
+            ValueError: If there is no such place.
+        """
+        start, stop = self._end, self._end + nbytes
+        if not start <= stop <= len(self._data):
+            raise ValueError(f"{nbytes} bytes of rows from byte {start}, of {len(self._data)} that are shared")
+        self._end = _aligned(stop)
+        return self._data[start:stop]
 
 
 def store_bytes(layouts: Sequence[ArenaLayout]) -> int:

@@ -1,12 +1,14 @@
 """The lane inside one host: gradients and values lie in shared memory, a Unix socket carries the messages.
 
 The worker's gradient memory is a file that the ps maps for reading, so a gradient that autograd wrote is where the
-ps reads it. The ps's values are a file that workers map for reading; a worker copies them block by block, and a
-block's version before and after its copy tells a torn read, which is copied again.
+ps reads it. Rows of tables that are pushed are copied into another such file. The ps's values are a file that workers
+map for reading; a worker copies them block by block, and a block's version before and after its copy tells a torn
+read, which is copied again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows
+from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows, each_once
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
 from paramserver.rows import Rows
 from paramserver.transport import memory
@@ -42,18 +44,28 @@ class SharedMemoryLane(Lane):
         self._copies: dict[Piece, _BlockCopy] = {}
         self._mine = WorkerMemory([], [])
         self._theirs = StoreMemory([], [])
+        self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         self._mine = kept or _worker_memory(layouts)
         if self._mine.file is None:
             raise LocalProtocolError(f"{self.task} cannot map the gradients of a lane that shared none")
-        values = self._exchange(self._mine.file, memory.store_bytes(layouts))
-        values.close()  # the mapping stays
+        # Not kept: the ps may still be applying rows that it found in that of a lost connection.
+        with contextlib.closing(memory.SharedFile.create(memory.rows_bytes(layouts))) as rows:
+            values = self._exchange(self._mine.file, rows, memory.store_bytes(layouts))
+        values.close()  # the mappings stay
+        self._rows = memory.RowsFile(rows.data.numpy())
         self._theirs = memory.store_memory(layouts, values)
         return self._mine
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
-        self._frames.send(request, rows)
+        self._rows.rewind()
+        try:
+            for view in rows:
+                np.copyto(self._rows.next(view.nbytes), view)  # lets other threads go on
+        except ValueError as error:
+            raise LocalProtocolError(f"{self.task} cannot be sent that many rows at once: {error}") from error
+        self._frames.send(request)
 
     def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
         reply = expect_reply(self._frames)
@@ -70,14 +82,15 @@ class SharedMemoryLane(Lane):
     def close(self) -> None:
         self._frames.close()
 
-    def _exchange(self, gradients: HasFileno, nbytes: int) -> memory.SharedFile:
+    def _exchange(self, gradients: HasFileno, rows: HasFileno, nbytes: int) -> memory.SharedFile:
         self._frames.send(Share())
         reply = expect_reply(self._frames)
         if isinstance(reply, Refused):
             raise raised(reply, self.task)
         if not isinstance(reply, Done):
             raise RemoteProtocolError(f"{self.task} was offered shared memory and answered {reply}")
-        self._frames.send_descriptor(gradients.fileno())
+        for file in (gradients, rows):
+            self._frames.send_descriptor(file.fileno())
         return memory.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
 
     def _copy(self, piece: Piece) -> None:
@@ -156,12 +169,13 @@ class _RowsCopy:
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
         places = blocks_of_rows(ids, self._width)
-        before = [self._versions[blocks] for blocks in places]
+        touched = each_once(places)
+        before = self._versions[touched]
         self._rows.take(ids, out)
-        is_torn = np.zeros(len(ids), dtype=bool)
-        for blocks, versions in zip(places, before, strict=True):
-            is_torn |= (self._versions[blocks] != versions) | (versions % 2 == 1)
-        return np.flatnonzero(is_torn)
+        torn = touched[(self._versions[touched] != before) | (before % 2 == 1)]
+        if not len(torn):  # blocks are few beside rows
+            return np.empty(0, dtype=np.intp)
+        return np.flatnonzero(np.logical_or.reduce([np.isin(blocks, torn) for blocks in places]))
 
 
 class SharedMemorySession(Session):
@@ -174,8 +188,10 @@ class SharedMemorySession(Session):
         self._layouts: Sequence[ArenaLayout] = ()
         self._memory = StoreMemory([], [])
         self._gradients: list[torch.Tensor] = []
+        self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def receive(self) -> Request | None:
+        self._rows.rewind()
         request = self._frames.receive()
         while isinstance(request, Share):
             self._exchange()
@@ -191,8 +207,11 @@ class SharedMemorySession(Session):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
         return self._gradients[piece.arena][piece.start : piece.stop]
 
-    def take_rows(self, out: memoryview) -> None:
-        self._frames.receive_into(out)
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        try:
+            return self._rows.next(nbytes)
+        except ValueError as error:
+            raise RemoteProtocolError(f"{self.task} pushed rows that are not there: {error}") from error
 
     def reply(
         self,
@@ -211,8 +230,12 @@ class SharedMemorySession(Session):
             self._frames.send(Refused("refused", "there is nothing to share yet: declare the arenas first"))
             return
         self._frames.send(Done())
-        descriptor = self._frames.receive_descriptor()
-        file = memory.SharedFile.attach(descriptor, memory.gradient_bytes(self._layouts), self.task)
-        file.close()  # the mapping stays
-        self._gradients = memory.gradient_tensors(self._layouts, file.data)
+        self._gradients = memory.gradient_tensors(self._layouts, self._mapped(memory.gradient_bytes(self._layouts)))
+        self._rows = memory.RowsFile(self._mapped(memory.rows_bytes(self._layouts)).numpy())
         self._frames.send_descriptor(self._memory.file.fileno())
+
+    def _mapped(self, nbytes: int) -> torch.Tensor:
+        """The memory that the worker passes next."""
+        file = memory.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
+        file.close()  # the mapping stays
+        return file.data

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
@@ -82,8 +84,10 @@ class TcpSession(Session):
         self._frames.receive_into(room.content)
         return room.elements
 
-    def take_rows(self, out: memoryview) -> None:
-        self._frames.receive_into(out)
+    def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        taken = np.empty(nbytes, dtype=np.uint8)
+        self._frames.receive_into(taken.data)
+        return taken
 
     def reply(
         self,

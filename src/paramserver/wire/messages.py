@@ -59,7 +59,10 @@ class Declare(Message, frozen=True):
 
 
 class Share(Message, frozen=True):
-    """Offers the worker's gradient memory (descriptors travel beside it) and asks for the ps's values."""
+    """Offers the worker's memory for gradients and that for rows, and asks for the ps's values.
+
+    Descriptors travel beside it, in this order.
+    """
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
