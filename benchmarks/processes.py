@@ -97,6 +97,14 @@ class Child:
         except msgspec.DecodeError as error:
             raise BenchmarkError(f"{self.name} printed {line!r}; expected {kind.__name__}: {error}") from None
 
+    def pause(self) -> None:
+        """Stop it where it is, and what else is in its process group, until `resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after `pause`."""
+        self._signal(signal.SIGCONT)
+
     def dismiss(self) -> None:
         """Let it end: there are no more orders. Idempotent."""
         self._input.close()
@@ -117,8 +125,7 @@ class Child:
     def close(self) -> None:
         """Kill it if it still runs. Idempotent."""
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._signal(signal.SIGKILL)
             self._process.wait()
         self._input.close()
         self._output.close()
@@ -134,6 +141,10 @@ class Child:
         lines = complaints.decode("utf-8", "replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "")
 
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(self._process.pid, number)
+
     def _complaints_start(self) -> int:
         return max(os.fstat(self._complaints.fileno()).st_size - COMPLAINT_BYTES, 0)
 
@@ -142,6 +153,18 @@ class Child:
             self._process.wait(END_LIMIT)
         code = self._process.returncode
         return BenchmarkError(f"{self.name} ended with code {code}: {self.last_words or 'it said nothing'}")
+
+
+@contextlib.contextmanager
+def standing_by(children: Sequence[Child]) -> Iterator[None]:
+    """For the length of a block these processes do nothing at all: some would poll for work that does not come."""
+    for child in children:
+        child.pause()
+    try:
+        yield
+    finally:
+        for child in children:
+            child.resume()
 
 
 class Cluster:

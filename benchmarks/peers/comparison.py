@@ -16,7 +16,7 @@ from benchmarks.figure import LANE_NAMES, Figure
 from benchmarks.peers.assignment import Assignment
 from benchmarks.peers.catalogue import PEERS, TARGETS, Peer
 from benchmarks.peers.environments import interpreter, versions
-from benchmarks.processes import END_LIMIT, BenchmarkError, Child, Crew, crew
+from benchmarks.processes import END_LIMIT, BenchmarkError, Child, Crew, crew, standing_by
 from benchmarks.step import StepOptions, await_ready, rate, run_window, start_cluster
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ParameterServerError
@@ -113,12 +113,14 @@ def _measure(name: str, peer: Peer, options: StepOptions) -> list[tuple[float, f
     python = interpreter(peer.environment)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, crew() as its_crew:
         ours = start_cluster(its_crew, options.model, options)
-        theirs = _start_peer(its_crew, name, python, options, folder)
+        helpers, theirs = _start_peer(its_crew, name, python, options, folder)
         step_seconds = max(one.step_seconds for one in await_ready([*ours.workers, *theirs]))
         rates = []
         for _ in range(options.repeats):
-            our_window = run_window(ours.workers, options.seconds, step_seconds)
-            their_window = run_window(theirs, options.seconds, step_seconds)
+            with standing_by([*helpers, *theirs]):
+                our_window = run_window(ours.workers, options.seconds, step_seconds)
+            with standing_by([*ours.workers, *ours.servers]):
+                their_window = run_window(theirs, options.seconds, step_seconds)
             rates.append((rate(our_window), rate(their_window)))
         ours.end()
         _end_peer(theirs)
@@ -134,8 +136,10 @@ def _end_peer(participants: Sequence[Child]) -> None:
             child.await_end(END_LIMIT)
 
 
-def _start_peer(its_crew: Crew, name: str, python: Path, options: StepOptions, folder: str) -> list[Child]:
-    """Start all tasks of a peer; those that take part."""
+def _start_peer(
+    its_crew: Crew, name: str, python: Path, options: StepOptions, folder: str
+) -> tuple[list[Child], list[Child]]:
+    """Start all tasks of a peer: those that help, and those that take part."""
     peer = PEERS[name]
     tasks = (*peer.helpers, *peer.participants)
     addresses = _addresses(tasks) if peer.has_addresses else {}
@@ -146,7 +150,7 @@ def _start_peer(its_crew: Crew, name: str, python: Path, options: StepOptions, f
         command = (str(python), "-m", f"benchmarks.peers.{peer.module}", msgspec.json.encode(assignment).decode())
         env = {**peer.variables, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **tf_config(task, addresses)}
         children.append(its_crew.start(f"{name} {task}", command, env))
-    return children[len(peer.helpers) :]
+    return children[: len(peer.helpers)], children[len(peer.helpers) :]
 
 
 def _assignment(task: TaskId, tasks: Sequence[TaskId], options: StepOptions, threads: int, folder: str) -> Assignment:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.figure import read
+from benchmarks.participant import Window
+from benchmarks.processes import BenchmarkError, crew, standing_by
 from benchmarks.proxy import Proxy
 
 pytestmark = pytest.mark.multiprocess
@@ -55,6 +57,16 @@ def test_without_a_gpu_its_benchmark_says_so() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "there is no GPU that torch can use here, and nothing was measured" in " ".join(done.stderr.split())
+
+
+def test_a_process_that_stands_by_does_nothing() -> None:
+    with crew() as its_crew:
+        child = its_crew.start("a clock", (sys.executable, "-c", "while True: print(input(), flush=True)"), {})
+        with standing_by([child]):
+            child.order(Window(begin=1, end=2, stop=3))
+            with pytest.raises(BenchmarkError, match="a clock said nothing"):
+                child.receive(Window, 0.2)
+        assert child.receive(Window, 30) == Window(begin=1, end=2, stop=3)
 
 
 def test_a_proxy_delays_both_ways_and_loses_nothing() -> None:
