@@ -339,7 +339,7 @@ class ParameterClient:
                 messages.Push(sequence, computed_from, counts, plan.parts, plan.pull),
                 plan.outgoing,
                 plan.incoming,
-                [view for each in ps_rows for view in (each.id_bytes, each.value_bytes)],
+                _bytes_of(ps_rows) if ps_rows else (),
             )
             for lane, plan, ps_rows in zip(lanes, plans, rows or [()] * len(lanes), strict=True)
         ]
@@ -373,6 +373,10 @@ class ParameterClient:
             for lane, ps_layouts in zip(self.lanes.each(), layouts, strict=True)
         ]
         return all(reply.ready for reply in ask_each(self.lanes, calls, messages.Declared))
+
+
+def _bytes_of(rows: Sequence[TableRows]) -> list[memoryview]:
+    return [view for each in rows for view in (each.id_bytes, each.value_bytes)]
 
 
 def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> tuple[Piece, ...]:

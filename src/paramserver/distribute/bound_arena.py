@@ -196,6 +196,10 @@ class TrainedArena(BoundArena):
         for tensors in self._moving:
             torch.autograd.graph.increment_version(tensors)
 
+    def pulled(self) -> None:
+        if self._blocks or self._copied:  # else the memory is what the module uses, and that is all
+            self.refreshed()
+
     def refreshed(self) -> None:
         super().refreshed()
         for parameter in self._copied:
@@ -225,9 +229,9 @@ class TrainedArena(BoundArena):
 
     def _gathered(self) -> list[bool]:
         """Which parameters have a gradient; each is in its place then, on every replica."""
+        if len(self._parameters) == 1:
+            return self._parameters[0].present()
         has = [parameters.present() for parameters in self._parameters]
-        if len(has) == 1:
-            return has[0]
         present = list(map(any, zip(*has, strict=True)))
         for own, gradients in zip(has, self._replica_gradients, strict=True):
             for (start, stop), is_here, is_anywhere in zip(self.plan.layout.ranges, own, present, strict=True):

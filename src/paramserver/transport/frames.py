@@ -119,7 +119,8 @@ class FrameSocket:
         Raises:
             RemoteProtocolError: If the peer sends what is no message, or a message that is too large.
         """
-        self.discard_payload()
+        if self._payload_left:
+            self.discard_payload()
         if not self._fill(codec.HEADER_BYTES):
             return None
         header = self._buffer[self._start :]
@@ -220,7 +221,9 @@ class FrameSocket:
         """Have ``count`` bytes in the buffer; False if the stream ends before the first of them."""
         if self._end - self._start >= count:
             return True
-        if self._start:
+        if self._start == self._end:
+            self._start = self._end = 0
+        else:
             self._make_room()
         while self._end < count:
             received = self._receive(self._buffer[self._end :])
@@ -233,8 +236,7 @@ class FrameSocket:
 
     def _make_room(self) -> None:
         kept = self._end - self._start
-        if kept:
-            self._buffer[:kept] = self._buffer[self._start : self._end]
+        self._buffer[:kept] = self._buffer[self._start : self._end]
         self._start, self._end = 0, kept
 
     def _read_into(self, view: memoryview) -> None:
