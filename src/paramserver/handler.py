@@ -91,7 +91,7 @@ class RequestHandler:
         store.check_alive()
         # All is checked before the first part is applied: a push that is refused has changed nothing.
         plan = self.pushes.plan(push)
-        rows = [self._taken_rows(session, part) for part in push.parts if part.rows is not None]
+        rows = [self._taken_rows(session, part) for part in plan.of_rows] if plan.of_rows else ()
         step, staleness, seconds = store.global_step, 0, 0.0
         if store.is_new(session.incarnation, push.sequence):
             for apply_rows in rows:

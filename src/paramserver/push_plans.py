@@ -29,18 +29,20 @@ class Application(NamedTuple):
 
 
 class PushPlan(NamedTuple):
-    """What is done for a push, apart from its rows of tables.
+    """What is done for a push.
 
     Attributes:
         parts: What the push said.
         pull: What it said.
-        applications: In the order in which the pieces come.
+        of_rows: The parts that are about rows of tables, which come first.
+        applications: All others, in the order in which the pieces come.
         pulled: The pieces of values that are sent back.
         elements: How many elements are read and written.
     """
 
     parts: tuple[messages.Part, ...]
     pull: tuple[int, ...]
+    of_rows: tuple[messages.Part, ...]
     applications: tuple[Application, ...]
     pulled: tuple[Piece, ...]
     elements: float
@@ -61,9 +63,10 @@ class PushPlans:
         """
         plan = self._known(push)
         if plan is None:
+            of_rows = tuple(part for part in push.parts if part.rows is not None)
             applications = tuple(each for part in push.parts if part.rows is None for each in self._applications(part))
-            plan = PushPlan(push.parts, push.pull, applications, self.whole(push.pull), self._elements(push))
-            self._last = plan
+            pulled, elements = self.whole(push.pull), self._elements(push)
+            self._last = plan = PushPlan(push.parts, push.pull, of_rows, applications, pulled, elements)
         return plan
 
     def elements(self, request: messages.Request) -> float:

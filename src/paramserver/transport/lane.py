@@ -27,6 +27,11 @@ class Piece(NamedTuple):
     stop: int
 
 
+def whole_blocks(layouts: Sequence[ArenaLayout]) -> list[Piece]:
+    """Each block of the arenas that a worker has memory for, which is what most steps move."""
+    return [Piece(arena, *span) for arena, layout in enumerate(layouts) for span in layout.on_worker.pieces]
+
+
 class TableRows(NamedTuple):
     """Rows of a table: ``ids [rows]``, ascending, none twice, and ``values [rows, width]``, contiguous on the CPU."""
 

@@ -22,7 +22,7 @@ from paramserver.errors import LocalProtocolError, RemoteProtocolError, Unavaila
 from paramserver.rows import Rows
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory, whole_blocks
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
 from paramserver.wire.refusals import raised
@@ -188,6 +188,7 @@ class SharedMemorySession(Session):
         self._layouts: Sequence[ArenaLayout] = ()
         self._memory = StoreMemory([], [])
         self._gradients: list[torch.Tensor] = []
+        self._blocks: dict[Piece, torch.Tensor] = {}
         self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def receive(self) -> Request | None:
@@ -203,9 +204,12 @@ class SharedMemorySession(Session):
         self._memory = memory
 
     def gradient(self, piece: Piece) -> torch.Tensor:
+        block = self._blocks.get(piece)
+        if block is not None:
+            return block
         if piece.arena >= len(self._gradients):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it shared its gradients")
-        return self._gradients[piece.arena][piece.start : piece.stop]
+        return self._cut(piece)
 
     def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
         try:
@@ -231,8 +235,12 @@ class SharedMemorySession(Session):
             return
         self._frames.send(Done())
         self._gradients = memory.gradient_tensors(self._layouts, self._mapped(memory.gradient_bytes(self._layouts)))
+        self._blocks = {piece: self._cut(piece) for piece in whole_blocks(self._layouts)}
         self._rows = memory.RowsFile(self._mapped(memory.rows_bytes(self._layouts)).numpy())
         self._frames.send_descriptor(self._memory.file.fileno())
+
+    def _cut(self, piece: Piece) -> torch.Tensor:
+        return self._gradients[piece.arena][piece.start : piece.stop]
 
     def _mapped(self, nbytes: int) -> torch.Tensor:
         """The memory that the worker passes next."""

@@ -16,7 +16,7 @@ import torch
 from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
 from paramserver.errors import RemoteProtocolError, UnavailableError
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory
+from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory, whole_blocks
 from paramserver.wire.messages import Message, Refused, Reply, Request
 
 
@@ -75,7 +75,7 @@ class TcpSession(Session):
         self._layouts = layouts
         largest = max((min(layout.size, BLOCK) * layout.itemsize for layout in layouts), default=0)
         self._scratch = torch.empty(largest, dtype=torch.uint8)
-        self._rooms = {piece: self._room(piece) for piece in _blocks(layouts)}
+        self._rooms = {piece: self._room(piece) for piece in whole_blocks(layouts)}
 
     def gradient(self, piece: Piece) -> torch.Tensor:
         if piece.arena >= len(self._layouts):
@@ -143,7 +143,7 @@ class _Bytes:
 
     def __init__(self, layouts: Sequence[ArenaLayout], tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
-        self._blocks = {piece: self._cut(piece) for piece in _blocks(layouts)}
+        self._blocks = {piece: self._cut(piece) for piece in whole_blocks(layouts)}
 
     def of(self, piece: Piece) -> memoryview:
         """The memory of a piece."""
@@ -151,10 +151,6 @@ class _Bytes:
 
     def _cut(self, piece: Piece) -> memoryview:
         return tensor_bytes(self._tensors[piece.arena][piece.start : piece.stop])
-
-
-def _blocks(layouts: Sequence[ArenaLayout]) -> list[Piece]:
-    return [Piece(arena, *span) for arena, layout in enumerate(layouts) for span in layout.on_worker.pieces]
 
 
 def expect_reply(frames: FrameSocket) -> Reply:
