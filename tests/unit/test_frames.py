@@ -91,6 +91,18 @@ def test_the_end_of_the_stream_is_none(pair):
     assert ps.receive() is None
 
 
+def test_what_is_closed_does_not_wait_for_who_has_its_descriptor_now(pair):
+    _, ps = pair
+    ps.set_timeout(0.05)
+    descriptor = ps._socket.fileno()
+    ps.close()
+    one, other = socket.socketpair()
+    with one, other:
+        assert descriptor in (one.fileno(), other.fileno())
+        assert ps.receive() is None
+
+
+
 def test_after_close_nothing_is_received_and_nothing_can_be_sent(pair):
     worker, _ = pair
     worker.close()

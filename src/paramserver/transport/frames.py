@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import socket
 import struct
 import threading
@@ -57,6 +58,7 @@ class FrameSocket:
         # only after the call that it woke has returned.
         self._in_use = threading.RLock()
         connection.settimeout(None)
+        self._arrival = _arrival_of(connection) if self.is_local else None
         if not self.is_local:
             _tune(connection)
 
@@ -185,6 +187,7 @@ class FrameSocket:
             self._socket.shutdown(socket.SHUT_RDWR)
         with self._in_use:
             self._socket.close()
+            self._arrival = None  # its descriptor may soon be another's
 
     def __repr__(self) -> str:
         return f"<FrameSocket to {self.task}, {'closed' if self._is_closed else 'open'}>"
@@ -255,6 +258,8 @@ class FrameSocket:
             self.before_wait()
         with self._in_use:
             try:
+                if self._arrival and not self._arrival.poll(self._timeout * 1000 or None):
+                    raise BlockingIOError
                 return self._socket.recv_into(view, 0, flags)
             except OSError as error:
                 if self._is_closed:
@@ -298,6 +303,17 @@ class FrameSocket:
             return UnavailableError(f"{waited}; is that process stopped?", self.task)
         reason = error.strerror or error
         return UnavailableError(f"lost the connection to {self.task}: {reason}; has that process died?", self.task)
+
+
+def _arrival_of(connection: socket.socket) -> select.poll:
+    """What waits until something has come through a Unix socket.
+
+    Whoever waits in ``recv`` itself is woken, too, when the peer takes what this end has sent: for nothing, and twice
+    for each request and its reply.
+    """
+    arrival = select.poll()
+    arrival.register(connection, select.POLLIN)
+    return arrival
 
 
 def _tune(connection: socket.socket) -> None:
