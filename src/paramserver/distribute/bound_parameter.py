@@ -13,6 +13,7 @@ Rules
 from __future__ import annotations
 
 import abc
+import bisect
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -77,9 +78,8 @@ class BoundParameters:
         whole = [parameter for parameter in each if isinstance(parameter, _WholeParameter)]
         self._are_whole = len(whole) == len(each)
         self._addresses = [parameter.address for parameter in whole]
-        late = _smallest(whole, LATE_BYTES)
-        self._late = _Gradients(late)
-        self._hooked = _Gradients([parameter for parameter in whole if parameter not in late])
+        late, hooked = _by_size(whole, LATE_BYTES)
+        self._late, self._hooked = _Gradients(late), _Gradients(hooked)
         self._hooked.land_when_whole()
 
     def present(self) -> list[bool]:
@@ -132,11 +132,14 @@ class _Gradients:
             parameter.land_when_whole()
 
 
-def _smallest(parameters: Sequence[_WholeParameter], nbytes: int) -> list[_WholeParameter]:
-    """As many of the smallest ones as have less than ``nbytes`` together."""
+def _by_size(
+    parameters: Sequence[_WholeParameter], nbytes: int
+) -> tuple[Sequence[_WholeParameter], Sequence[_WholeParameter]]:
+    """As many of the smallest ones as have less than ``nbytes`` together, and the rest."""
     ascending = sorted(parameters, key=lambda parameter: parameter.gradient.nbytes)
-    totals = itertools.accumulate(parameter.gradient.nbytes for parameter in ascending)
-    return [parameter for parameter, total in zip(ascending, totals, strict=True) if total < nbytes]
+    totals = list(itertools.accumulate(parameter.gradient.nbytes for parameter in ascending))
+    count = bisect.bisect_left(totals, nbytes)
+    return ascending[:count], ascending[count:]
 
 
 class _WholeParameter(BoundParameter):
