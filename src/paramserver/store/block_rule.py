@@ -183,7 +183,7 @@ class BlockRule:
 
     def _whole_runs(self, start: int, stop: int) -> list[_Run]:
         """The runs that make up `[start, stop)`."""
-        if len(self._runs) == 1 and stop - start == self._size:
+        if len(self._runs) == 1 and (start, stop) == (0, self._size):
             return self._runs
         first, last = self._cut(start, stop)
         return self._runs[first:last]
