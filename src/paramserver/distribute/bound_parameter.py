@@ -113,7 +113,7 @@ class _Gradients:
         return all(map(operator.is_, [tensor.grad for tensor in self._tensors], self._places))
 
     def land(self) -> bool:
-        """Copy each to its place; False, and nothing is done, unless all are there and are what is expected."""
+        """Bring each to its place; False, and nothing is done, unless all are there and are what is expected."""
         found = [tensor.grad for tensor in self._tensors]
         plain = [
             one
@@ -124,6 +124,8 @@ class _Gradients:
             return False
         if plain:
             torch._foreach_copy_(self._places, plain)
+            for tensor, place in zip(self._tensors, self._places, strict=True):
+                tensor.grad = place  # autograd's own memory is free for the next step, and not in the way of other
         return True
 
     def land_when_whole(self) -> None:
