@@ -24,8 +24,9 @@ from paramserver.arena import DTYPES, VariableSpec
 from paramserver.distribute.variables import Member
 from paramserver.errors import ConfigError
 
-LATE_BYTES = 64 << 10
-"""What a second copy of gradients may take. A hook costs two microseconds or more, as much as to copy 30 kB."""
+LATE_BYTES = 16 << 10
+"""What a second copy of gradients may take. A hook costs two microseconds or more, as much as to copy 30 kB. More would
+lie between a large model's activations until the step, and keep their memory from being used again in one piece."""
 
 
 class BoundParameter(abc.ABC):
