@@ -111,7 +111,6 @@ def test_what_is_closed_does_not_wait_for_who_has_its_descriptor_now(pair):
     assert not waited
 
 
-
 def test_after_close_nothing_is_received_and_nothing_can_be_sent(pair):
     worker, _ = pair
     worker.close()

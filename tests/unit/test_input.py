@@ -270,7 +270,7 @@ def test_a_hugging_face_dataset_in_torch_format_is_read_row_by_row_or_through_a_
     assert batch["text"].values == (["row 0", "row 1"], ["row 2", "row 3"])
 
 
-@pytest.mark.parametrize("wrong", [3, None, "train.csv", {"train": [1]}, Dataset()], ids=lambda wrong: type(wrong).__name__)
+@pytest.mark.parametrize("wrong", [3, None, "train.csv", {"train": [1]}, Dataset()], ids=type)
 def test_what_is_no_dataset_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="expected a DataLoader, a Dataset of batches or an iterable"):
         replicas(1).distribute_dataset(wrong)
