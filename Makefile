@@ -1,7 +1,6 @@
 # make demo | test | check | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
-TEST_PROCESSES ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PLOTTING := .venv/.plotting
@@ -29,7 +28,7 @@ demo: $(INSTALLED) ## train on bundled data with five processes
 	@$(BIN)/paramserver demo
 
 test: $(INSTALLED) ## all tests, the examples of the docstrings included
-	@$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --doctest-modules tests src
+	@$(BIN)/pytest --doctest-modules tests src
 
 lint: $(INSTALLED) ## ruff and codespell
 	@$(BIN)/ruff check .
