@@ -80,7 +80,7 @@ class TcpSession(Session):
     def gradient(self, piece: Piece) -> torch.Tensor:
         if piece.arena >= len(self._layouts):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it declared its arenas")
-        room = self._rooms.get(piece) or self._room(piece)
+        room = self._room_for(piece)
         self._frames.receive_into(room.content)
         return room.elements
 
@@ -117,9 +117,12 @@ class TcpSession(Session):
         return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
 
     def _values(self, piece: Piece, read: ReadPiece) -> memoryview:
-        room = self._rooms[piece]
+        room = self._room_for(piece)
         read(piece, room.elements)
         return room.content
+
+    def _room_for(self, piece: Piece) -> _Room:
+        return self._rooms.get(piece) or self._room(piece)
 
     def _room(self, piece: Piece) -> _Room:
         content = self._scratch[: self._nbytes(piece)]
