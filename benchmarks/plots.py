@@ -39,8 +39,8 @@ def _lines(axes: Axes, cases: Sequence[Sequence[Figure]], unit: str) -> None:
         (line,) = axes.plot([one.size for one in case], [one.ratio for one in case], marker="o", label=case[0].case)
         low, high = ([pick(one.ratios) for one in case] for pick in (min, max))
         axes.fill_between([one.size for one in case], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        for judged in (one for one in case if one.target is not None):
-            axes.plot(judged.size, judged.target, marker="_", markersize=18, color=line.get_color())
+        for size, target in [(one.size, one.target) for one in case if one.target is not None]:
+            axes.plot(size, target, marker="_", markersize=18, color=line.get_color())
     axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
