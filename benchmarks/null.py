@@ -34,7 +34,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
     """Steps of each size on each lane. Blocks for about two minutes; takes 6 GB of memory."""
     for nbytes in effort.pick(SIZES, FEW):
         yield from _dense(nbytes, effort)
-    for lane in LANES:
+    for lane in effort.pick(LANES, LANES):
         yield from _rows(lane, effort)
 
 

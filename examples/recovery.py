@@ -9,7 +9,6 @@ The last one kills each process of the cluster once, at random steps that the nu
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import re
@@ -107,15 +106,19 @@ def kill_all(seed: int, max_steps: int, arguments: list[str]) -> int:
 
 
 def process_of(task: str, launcher: int) -> int:
-    """The living process of a task: the child of the launcher whose TF_CONFIG says that it is the task."""
-    role, index = task.split(":")
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        with contextlib.suppress(OSError, StopIteration):  # one that has ended has no environment
-            entries = Path(f"/proc/{child}/environ").read_text().split("\0")
-            config = next(entry for entry in entries if entry.startswith("TF_CONFIG="))
-            if json.loads(config.partition("=")[2])["task"] == {"type": role, "index": int(index)}:
-                return int(child)
+    """The living process of a task, which has the task's name; the launcher's child forks them."""
+    for server in children(launcher):
+        for child in children(server):
+            with contextlib.suppress(OSError):  # one that has ended and is no more
+                name, _, rest = Path(f"/proc/{child}/stat").read_text().rpartition(")")
+                if name.endswith(f"({task}") and not rest.startswith(" Z"):
+                    return child
     raise LookupError(f"{task} has no process")
+
+
+def children(process: int) -> list[int]:
+    """What a process of one thread has started."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def main() -> None:

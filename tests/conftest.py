@@ -42,6 +42,7 @@ def nothing_is_left() -> Iterator[None]:
     leaks = _leaks(before)
     if leaks:
         gc.collect()  # what only waits for the collector is no leak; collecting after every test would take minutes
+        gc.freeze()  # what is left is here to stay
         leaks = _leaks(before)
     assert not leaks, "left behind: " + "\n".join(leaks)
 

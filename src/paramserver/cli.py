@@ -73,6 +73,13 @@ def launch(
         typer.Option(metavar="N", help="Threads of each task; else the workers share the cores."),
     ] = None,
     restarts: Annotated[int, typer.Option(metavar="N", help="Start each task that fails again, up to N times.")] = 0,
+    start_method: Annotated[
+        str,
+        typer.Option(
+            metavar="forkserver|spawn",
+            help="forkserver: tasks are forks of one process that has imported torch; spawn: each imports it itself.",
+        ),
+    ] = "forkserver",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
 ) -> None:
     """Run SCRIPT as a cluster of processes on this machine.
@@ -93,6 +100,7 @@ def launch(
         lane=lane,
         threads=threads,
         restarts=restarts,
+        start_method=start_method,
     )
     if not Path(script).is_file():
         raise ConfigError(f"launch: there is no script {script!r} in {Path.cwd()}")

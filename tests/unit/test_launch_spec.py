@@ -8,7 +8,7 @@ import pytest
 
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
-from paramserver.launch.spec import LaunchOptions, LaunchSpec, TaskSpec, describe, plan
+from paramserver.launch.spec import LaunchOptions, LaunchSpec, TaskSpec, describe, plan, shared_environment
 
 DRY_RUN = """\
 run <run id>: 3 tasks
@@ -143,6 +143,7 @@ def test_threads_do_not_spin_for_long_unless_the_user_says_so(already_set: tuple
         ({"workers": 0}, "workers: expected 1 or more, got 0; the chief counts as a worker"),
         ({"threads": 0}, "threads: expected 1 or more, got 0"),
         ({"lane": "udp"}, "lane: expected one of auto, tcp, got 'udp'"),
+        ({"start_method": "fork"}, "start method: expected one of forkserver, spawn, got 'fork'"),
         ({"grace": -1.0}, "grace: expected seconds, 0 or more, got -1.0"),
         ({"script": ""}, "expected the path of a script"),
     ],
@@ -155,6 +156,14 @@ def test_options_that_cannot_work_are_refused(wrong: dict[str, object], message:
 def test_a_plan_needs_one_port_for_each_ps() -> None:
     with pytest.raises(ConfigError, match="ps_ports: expected 2, one for each ps, got 1"):
         plan(LaunchOptions(script="train.py", ps=2), [5000], "secret", "run", cores=1)
+
+
+def test_what_only_some_tasks_have_in_their_environment_is_not_shared() -> None:
+    tasks = (
+        TaskSpec(TaskId(Role.PS, 0), ("true",), {"A": "1", "B": "1", "C": "1"}),
+        TaskSpec(TaskId(Role.CHIEF, 0), ("true",), {"A": "1", "B": "2"}),
+    )
+    assert shared_environment(LaunchSpec("run", tasks)) == {"A": "1"}
 
 
 def test_a_run_of_any_tasks_can_be_shown() -> None:

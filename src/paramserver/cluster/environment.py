@@ -69,6 +69,11 @@ def for_child(additions: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **additions}
 
 
+def extend(additions: Mapping[str, str]) -> None:
+    """Add to this process's own environment, as if it had been started with it."""
+    os.environ.update(additions)
+
+
 def is_set(name: str) -> bool:
     """Whether the user has set a variable, so that a default of ours must give way."""
     return name in os.environ

@@ -17,9 +17,12 @@ from paramserver.launch.display import Display, find_terminal
 from paramserver.launch.local import launch
 from paramserver.launch.output import OutputLine, Printer
 from paramserver.launch.progress import RunProgress
-from paramserver.launch.spec import LaunchOptions, task_ids
+from paramserver.launch.spec import PRELOADED, LaunchOptions, task_ids
 
 SCRIPT = Path(__file__).with_name("digits.py")
+IMPORTED = ("sklearn.datasets", "torchmetrics.classification")
+"""What the script imports, and takes seconds."""
+
 KEPT_LINES = 200
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -44,7 +47,13 @@ def run_demo(steps: int, model_dir: str | None = None, lane: str = "auto") -> in
     console = Console()
     lines: deque[OutputLine] = deque(maxlen=KEPT_LINES)
     options = LaunchOptions(
-        script=str(SCRIPT), args=(str(folder), str(steps)), ps=2, workers=2, evaluator=True, lane=lane
+        script=str(SCRIPT),
+        args=(str(folder), str(steps)),
+        ps=2,
+        workers=2,
+        evaluator=True,
+        lane=lane,
+        preload=(*PRELOADED, *IMPORTED),
     )
     progress = RunProgress.of(task_ids(options))
     console.print("Training on handwritten digits: chief, worker, two ps tasks and an evaluator")

@@ -43,7 +43,11 @@ class Guard:
 
         It takes no lock and only writes a few bytes: that is all that is safe between fork and exec.
         """
-        os.write(self._writer, b"%d\n" % os.getpid())
+        announce(self._writer)
+
+    def fileno(self) -> int:
+        """What `announce` is called with where it is a descendant that becomes a task."""
+        return self._writer
 
     def close(self) -> None:
         """End the guard without it killing anything. The groups must be gone. Idempotent."""
@@ -51,6 +55,11 @@ class Guard:
             self._process.kill()
             self._process.wait()
             os.close(self._writer)
+
+
+def announce(descriptor: int) -> None:
+    """As `Guard.enter`, in a process that has got the guard's descriptor."""
+    os.write(descriptor, b"%d\n" % os.getpid())
 
 
 def main() -> None:

@@ -19,11 +19,21 @@ from paramserver.cluster import environment
 from paramserver.cluster.report import Report, decode
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
-from paramserver.launch.guard import Guard
+from paramserver.launch.fork_server import ForkServer
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.rules import Ending, Rules
-from paramserver.launch.spec import HOST, THREAD_VARIABLES, WAIT_VARIABLES, LaunchOptions, LaunchSpec, describe, plan
+from paramserver.launch.spec import (
+    HOST,
+    THREAD_VARIABLES,
+    WAIT_VARIABLES,
+    LaunchOptions,
+    LaunchSpec,
+    describe,
+    plan,
+    shared_environment,
+)
+from paramserver.launch.start_methods import Spawn, StartMethod
 
 LINGER = 1.0
 """Seconds that helpers, such as multiprocessing's resource tracker, get when all tasks have ended."""
@@ -122,28 +132,42 @@ class LocalRun:
             raise ConfigError(f"launch: expected Linux, whose pidfds it waits on, got {sys.platform}")
         with self._selector, _signals() as interrupts:
             self._selector.register(interrupts, selectors.EVENT_READ, partial(self._interrupt, interrupts))
-            guard = Guard()
+            method = _start_method(self._spec)
             try:
-                for task in self._specs:
-                    self._start(task, guard)
+                self._begin(method)
                 while not self._is_over():
                     self._turn()
             finally:
-                self._sweep(guard)
+                self._sweep(method)
         if self._rules.summary:
             self._say(self._rules.summary)
         return self._rules.exit_code
 
-    def _start(self, task: TaskId, guard: Guard) -> None:
+    def _begin(self, method: StartMethod) -> None:
+        if method.ready is None:
+            self._start_all(method)
+        else:
+            self._selector.register(method.ready, selectors.EVENT_READ, partial(self._make_ready, method, method.ready))
+
+    def _make_ready(self, method: StartMethod, descriptor: int) -> None:
+        self._selector.unregister(descriptor)
+        method.make_ready()
+        self._start_all(method)
+
+    def _start_all(self, method: StartMethod) -> None:
+        for task in self._specs:
+            self._start(task, method)
+
+    def _start(self, task: TaskId, method: StartMethod) -> None:
         listener = self._listeners.get(task)
-        process = TaskProcess(self._specs[task], listener, self._on_report is not None, guard)
+        process = TaskProcess(self._specs[task], listener, self._on_report is not None, method)
         self._processes[task] = process
         if listener is not None and not self._rules.restarts_left[task]:
             listener.close()  # or else connections to a dead ps would wait in our copy for ever
-        self._watch(process, guard)
+        self._watch(process, method)
 
-    def _watch(self, process: TaskProcess, guard: Guard) -> None:
-        self._selector.register(process.pidfd, selectors.EVENT_READ, partial(self._end, process, guard))
+    def _watch(self, process: TaskProcess, method: StartMethod) -> None:
+        self._selector.register(process.pidfd, selectors.EVENT_READ, partial(self._end, process, method))
         for descriptor, is_error in ((process.stdout, False), (process.stderr, True)):
             self._watch_lines(descriptor, partial(self._print, process.task, is_error))
         if process.reports is not None:
@@ -156,7 +180,7 @@ class LocalRun:
 
     def _is_over(self) -> bool:
         if self._rules.running:
-            return False
+            return self._rules.interrupt is not None and not self._processes  # before anything was started
         if self._linger_until is None:
             self._linger_until = time.monotonic() + LINGER
         return not self._open_pipes or time.monotonic() >= self._linger_until
@@ -172,7 +196,7 @@ class LocalRun:
         for key, _ in self._selector.select(timeout):
             key.data()
 
-    def _end(self, process: TaskProcess, guard: Guard) -> None:
+    def _end(self, process: TaskProcess, method: StartMethod) -> None:
         self._selector.unregister(process.pidfd)
         task, ending = process.task, process.ending()
         if self._rules.ended(task, ending, time.monotonic()):
@@ -180,7 +204,7 @@ class LocalRun:
             self._say(f"{task} {ending}; it is started again ({self._spec.restarts - left} of {self._spec.restarts})")
             process.signal(signal.SIGKILL)  # what it has started must not go on beside its successor
             self._replaced.append(process)
-            self._start(task, guard)
+            self._start(task, method)
             return
         if task in self._listeners:
             self._listeners[task].close()
@@ -212,15 +236,22 @@ class LocalRun:
                     self._say(f"stopping the run ({signal.Signals(number).name}); once more kills it")
                 self._rules.interrupted(number, time.monotonic())
 
-    def _sweep(self, guard: Guard) -> None:
+    def _sweep(self, method: StartMethod) -> None:
         for process in self._processes.values():
             process.signal(signal.SIGKILL)
-        guard.close()  # before the processes are reaped: it must not kill groups whose ids are free again
+        method.close()
         for process in [*self._processes.values(), *self._replaced]:
             process.close()
 
     def _say(self, text: str) -> None:
         self._on_output(OutputLine(None, text, is_error=True))
+
+
+def _start_method(spec: LaunchSpec) -> StartMethod:
+    if spec.start_method == "spawn":
+        return Spawn()
+    python, *_ = spec.tasks[0].command
+    return ForkServer(python, shared_environment(spec), spec.preload)
 
 
 def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str) -> LaunchSpec:

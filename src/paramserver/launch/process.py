@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
-import subprocess
 
-from paramserver.cluster import environment
 from paramserver.errors import ConfigError
-from paramserver.launch.guard import Guard
 from paramserver.launch.rules import Ending
 from paramserver.launch.spec import TaskSpec
+from paramserver.launch.start_methods import Descriptors, StartMethod
 
 
 class TaskProcess:
     """A started task, the leader of a session and process group of its own.
 
-    The process is not reaped before `close`, also when it has ended: until then its id, which is its group's
-    id as well, cannot be given to a stranger, and a signal to the group reaches nobody else.
+    The process is not reaped before its start method is closed, also when it has ended, so a signal to the group
+    reaches nobody else.
 
     Attributes:
         task: Who it is.
@@ -27,78 +26,53 @@ class TaskProcess:
         stdout: The reading end of what it prints.
         stderr: The reading end of what it complains about.
         reports: The reading end of its reports; None where nobody wants them.
+
+    Raises:
+        ConfigError: If it cannot be started.
     """
 
-    def __init__(self, spec: TaskSpec, listener: socket.socket | None, reports: bool, guard: Guard) -> None:
+    def __init__(self, spec: TaskSpec, listener: socket.socket | None, reports: bool, method: StartMethod) -> None:
         self.task = spec.task
-        self.reports: int | None = None
-        report_writer: int | None = None
-        if reports:
-            self.reports, report_writer = os.pipe()
-        try:
-            self._process = _start(spec, listener, report_writer, guard)
-        except OSError as exc:
-            if self.reports is not None:
-                os.close(self.reports)
-            raise ConfigError(f"start of {spec.task} failed: {spec.command[0]}: {exc.strerror}") from exc
-        finally:
-            if report_writer is not None:
-                os.close(report_writer)
-        assert self._process.stdout is not None  # noqa: S101  # both are pipes; this tells the type checker
-        assert self._process.stderr is not None  # noqa: S101
-        self.stdout = self._process.stdout.fileno()
-        self.stderr = self._process.stderr.fileno()
-        self.pidfd = os.pidfd_open(self._process.pid)
+        self._method = method
+        with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as writers:
+            self.stdout, stdout = _pipe(on_failure, writers)
+            self.stderr, stderr = _pipe(on_failure, writers)
+            self.reports: int | None = None
+            inherited = {} if listener is None else {"PARAMSERVER_LISTEN_FD": listener.fileno()}
+            if reports:
+                self.reports, inherited["PARAMSERVER_REPORT_FD"] = _pipe(on_failure, writers)
+            try:
+                self._pid = method.start(spec, Descriptors(stdout=stdout, stderr=stderr, inherited=inherited))
+            except OSError as exc:
+                raise ConfigError(f"start of {spec.task} failed: {spec.command[0]}: {exc.strerror}") from exc
+            self.pidfd = os.pidfd_open(self._pid)
+            on_failure.pop_all()
 
     def __repr__(self) -> str:
-        return f"<TaskProcess {self.task} pid {self._process.pid}>"
+        return f"<TaskProcess {self.task} pid {self._pid}>"
 
     def ending(self) -> Ending:
         """How it ended. Blocks until it has."""
-        # WNOWAIT leaves it to be reaped, see the class.
-        info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
-        assert info is not None  # noqa: S101  # None is for WNOHANG
-        if info.si_code == os.CLD_EXITED:
-            return Ending(info.si_status)
-        return Ending(128 + info.si_status, info.si_status)
+        return self._method.ending(self._pid)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process and to all that it has started in its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self._pid, number)
 
     def close(self) -> None:
-        """Reap the process, which must have ended or been killed, and close what is open. Call it once."""
-        self._process.wait()
-        os.close(self.pidfd)
-        if self.reports is not None:
-            os.close(self.reports)
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
+        """Wait for the process, which must have ended or been killed, and close what is open. Call it once."""
+        poll = select.poll()  # which takes any number of a descriptor
+        poll.register(self.pidfd, select.POLLIN)
+        poll.poll()
+        for descriptor in (self.pidfd, self.stdout, self.stderr, self.reports):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
-def _start(
-    spec: TaskSpec, listener: socket.socket | None, report_writer: int | None, guard: Guard
-) -> subprocess.Popen[bytes]:
-    inherited: dict[str, int] = {}
-    if listener is not None:
-        inherited["PARAMSERVER_LISTEN_FD"] = listener.fileno()
-    if report_writer is not None:
-        inherited["PARAMSERVER_REPORT_FD"] = report_writer
-    env = environment.for_child({**spec.env, **{name: str(number) for name, number in inherited.items()}})
-    for name in {"PARAMSERVER_LISTEN_FD", "PARAMSERVER_REPORT_FD"} - inherited.keys():
-        env.pop(name, None)  # a launcher may itself be a task; its descriptors are not its children's
-    # preexec_fn, because a group that the guard hears of only when Popen returns would be left behind by a
-    # launcher that is killed in between. What is run there takes no lock, so threads of ours cannot block it.
-    return subprocess.Popen(
-        spec.command,
-        bufsize=0,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=env,
-        pass_fds=tuple(inherited.values()),
-        start_new_session=True,
-        preexec_fn=guard.enter,
-    )
+def _pipe(readers: contextlib.ExitStack, writers: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe, each end of which is closed with a stack."""
+    reader, writer = os.pipe()
+    readers.callback(os.close, reader)
+    writers.callback(os.close, writer)
+    return reader, writer

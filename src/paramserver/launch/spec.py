@@ -23,6 +23,21 @@ milliseconds of the default, in which it would keep a ps from the core that the 
 WAIT_VARIABLES = (SPIN_VARIABLE, "OMP_WAIT_POLICY")
 """What decides how these threads wait."""
 
+INHERITED = ("PARAMSERVER_LISTEN_FD", "PARAMSERVER_REPORT_FD")
+"""The variables that tell a task the numbers of descriptors."""
+
+START_METHODS = ("forkserver", "spawn")
+"""As multiprocessing calls them: tasks are forks of one process that has imported torch, or import it themselves."""
+
+PRELOADED = (
+    "torch",
+    "torch._dynamo",  # which torch imports when the first optimizer is made, and which takes a second
+    "paramserver.server",
+    "paramserver.distribute.parameter_server",
+    "paramserver.estimator",
+)
+"""What is imported before tasks are forked."""
+
 HOST = "127.0.0.1"
 
 NO_ADDRESS = f"{HOST}:0"
@@ -46,6 +61,8 @@ class LaunchOptions:
         threads: Threads for each task's computations; None shares the cores among chief and workers.
         grace: Seconds that ps tasks get to end by themselves when chief and workers have ended.
         restarts: How often each task that fails is started again.
+        start_method: One of `START_METHODS`.
+        preload: With ``forkserver``, the modules that are imported before tasks are forked.
     """
 
     script: str
@@ -57,6 +74,8 @@ class LaunchOptions:
     threads: int | None = None
     grace: float = 10.0
     restarts: int = 0
+    start_method: str = "forkserver"
+    preload: tuple[str, ...] = PRELOADED
 
     def __post_init__(self) -> None:
         if not self.script:
@@ -67,6 +86,8 @@ class LaunchOptions:
             _check_least("threads", self.threads, "leave it out to share the cores among the workers")
         if self.lane not in LANES:
             raise ConfigError(f"lane: expected one of {', '.join(LANES)}, got {self.lane!r}")
+        if self.start_method not in START_METHODS:
+            raise ConfigError(f"start method: expected one of {', '.join(START_METHODS)}, got {self.start_method!r}")
         _check_least("restarts", self.restarts, "0 starts no task again", least=0)
         if self.grace < 0:
             raise ConfigError(f"grace: expected seconds, 0 or more, got {self.grace}")
@@ -97,6 +118,8 @@ class LaunchSpec:
         addresses: The cluster as TF_CONFIG has it, role -> addresses.
         grace: As in `LaunchOptions`.
         restarts: As in `LaunchOptions`.
+        start_method: As in `LaunchOptions`; for "forkserver" each command is ``PYTHON -m MODULE ARGUMENTS...``.
+        preload: As in `LaunchOptions`.
     """
 
     run_id: str
@@ -104,6 +127,8 @@ class LaunchSpec:
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     grace: float = 10.0
     restarts: int = 0
+    start_method: str = "spawn"
+    preload: tuple[str, ...] = ()
 
 
 def plan(
@@ -150,7 +175,8 @@ def plan(
         )
         for task in task_ids(options)
     )
-    return LaunchSpec(run_id, tasks, addresses, options.grace, options.restarts)
+    how = (options.grace, options.restarts, options.start_method, options.preload)
+    return LaunchSpec(run_id, tasks, addresses, *how)
 
 
 def task_ids(options: LaunchOptions) -> list[TaskId]:
@@ -161,6 +187,12 @@ def task_ids(options: LaunchOptions) -> list[TaskId]:
     if options.evaluator:
         tasks.append(TaskId(Role.EVALUATOR, 0))
     return tasks
+
+
+def shared_environment(spec: LaunchSpec) -> dict[str, str]:
+    """What all tasks have in their environment."""
+    first, *others = [task.env for task in spec.tasks]
+    return {name: value for name, value in first.items() if all(env.get(name) == value for env in others)}
 
 
 def describe(spec: LaunchSpec) -> str:

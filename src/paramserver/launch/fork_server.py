@@ -1,0 +1,218 @@
+"""Tasks as forks of one process that has imported torch, as multiprocessing's ``forkserver`` has its children.
+
+To import torch takes a core for seconds. The tasks of a run would do so all at once, and one that is started again
+while the others wait for it; a fork takes milliseconds, and shares the memory of what was imported.
+
+The process that forks is a child of the launcher. It gets orders through a socket, one at a time, and ends when the
+launcher is gone:
+
+    Fork    become a task, with the descriptors that come along     -> the id of its process, or -errno
+    Await   tell how a process ended, which is not reaped            -> its exit code or signal
+
+It has no thread of its own when it forks, but for those of libraries that know how to be forked (OpenBLAS).
+
+The launcher's side is here, and it imports no torch; the other is the function `main`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import random
+import runpy
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from paramserver.cluster import environment
+from paramserver.errors import ConfigError
+from paramserver.launch.guard import announce
+from paramserver.launch.rules import Ending
+from paramserver.launch.spec import TaskSpec
+from paramserver.launch.start_methods import Descriptors, StartMethod, as_text, ending, task_environment
+
+Answer = TypeVar("Answer")
+
+ORDER_BYTES = 1 << 18
+MOST_DESCRIPTORS = 8
+READY = b"ready"
+
+
+class Fork(msgspec.Struct, frozen=True, tag=True):
+    """Become a task. With it come descriptors: for stdout, for stderr, the guard's, and those of ``inherited``.
+
+    Attributes:
+        name: What the process is called in lists of processes.
+        module: Run as by ``python -m``.
+        arguments: The module's.
+        env: What is added to the environment.
+        inherited: The variables that tell where the other descriptors are.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    env: dict[str, str]
+    inherited: tuple[str, ...]
+
+
+class Await(msgspec.Struct, frozen=True, tag=True):
+    """Tell how the process ``pid`` ended, once it has."""
+
+    pid: int
+
+
+class ForkServer(StartMethod):
+    """Starts each task as a fork of a process that is started here.
+
+    Args:
+        python: The interpreter.
+        env: What all tasks have in their environment. What is read when a program starts has to be in here.
+        preload: The modules that it imports before it forks.
+
+    Raises:
+        ConfigError: If the interpreter cannot be started.
+    """
+
+    def __init__(self, python: str, env: Mapping[str, str], preload: Sequence[str]) -> None:
+        super().__init__()
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    (python, "-m", __name__, str(theirs.fileno()), *preload),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=task_environment(env),
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    preexec_fn=self._guard.enter,
+                )
+        except OSError as exc:
+            self._connection.close()
+            self._guard.close()
+            raise ConfigError(f"start of the tasks failed: {python}: {exc.strerror}") from exc
+        self.ready = self._connection.fileno()
+
+    def make_ready(self) -> None:
+        if self._connection.recv(len(READY)) != READY:
+            raise self._failure()
+
+    def start(self, task: TaskSpec, descriptors: Descriptors) -> int:
+        _, _, module, *arguments = task.command  # PYTHON -m MODULE ARGUMENTS...
+        inherited = descriptors.inherited
+        order = Fork(str(task.task), module, tuple(arguments), dict(task.env), tuple(inherited))
+        numbers = [descriptors.stdout, descriptors.stderr, self._guard.fileno(), *inherited.values()]
+        pid = self._ask(order, numbers, int)
+        if pid < 0:
+            raise OSError(-pid, os.strerror(-pid))
+        return pid
+
+    def ending(self, pid: int) -> Ending:
+        return self._ask(Await(pid), [], Ending)
+
+    def _reap(self) -> None:
+        self._process.kill()
+        self._process.wait()  # what it has forked is the system's from here on, which reaps it
+        self._connection.close()
+
+    def _ask(self, order: Fork | Await, descriptors: Sequence[int], kind: type[Answer]) -> Answer:
+        try:
+            socket.send_fds(self._connection, [msgspec.json.encode(order)], descriptors)
+            answer = self._connection.recv(ORDER_BYTES)
+        except (BrokenPipeError, ConnectionResetError):
+            answer = b""
+        if not answer:
+            raise self._failure()
+        return msgspec.json.decode(answer, type=kind)
+
+    def _failure(self) -> ConfigError:
+        return ConfigError(
+            "launch: the process that the tasks are forked from, which imports torch for all of them, ended with code "
+            f"{self._process.wait()}; does `python -c 'import torch'` work here? --start-method spawn does without it"
+        )
+
+
+def main(descriptor: int, preload: Sequence[str]) -> None:
+    """The other side: obey orders until the launcher is gone, or become a task."""
+    with socket.socket(fileno=descriptor) as launcher:
+        _preload(preload)
+        launcher.send(READY)
+        task = _obey(launcher)
+    if task is not None:
+        runpy.run_module(task, run_name="__main__", alter_sys=True)
+
+
+def _preload(names: Sequence[str]) -> None:
+    for name in names:
+        # A task imports it again, and says what is wrong with it.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections of the tasks need not look at it, and so not copy it
+
+
+def _obey(launcher: socket.socket) -> str | None:
+    """Obey orders; the module of a task to go on with in a process that has been forked, else None."""
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(launcher, ORDER_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            return None
+        order = msgspec.json.decode(data, type=Fork | Await)
+        if isinstance(order, Await):
+            info = os.waitid(os.P_PID, order.pid, os.WEXITED | os.WNOWAIT)
+            launcher.send(msgspec.json.encode(ending(info)))
+            continue
+        pid = _fork()
+        if pid == 0:
+            _become(order, descriptors)
+            return order.module
+        launcher.send(msgspec.json.encode(pid))
+        for number in descriptors:
+            os.close(number)
+
+
+def _fork() -> int:
+    """As ``os.fork``, but -errno where the system refuses."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads, see the top of the file
+            return os.fork()
+    except OSError as error:
+        return -(error.errno or 1)
+
+
+def _become(order: Fork, descriptors: Sequence[int]) -> None:
+    """Make this process, just forked, what it would be if it had been started as a program."""
+    stdout, stderr, guard, *inherited = descriptors
+    os.setsid()
+    announce(guard)
+    for number, standard in ((stdout, 1), (stderr, 2)):
+        os.dup2(number, standard)
+    for number in (stdout, stderr, guard):
+        os.close(number)
+    environment.extend({**order.env, **as_text(dict(zip(order.inherited, inherited, strict=True)))})
+    Path("/proc/self/comm").write_text(order.name)
+    sys.argv[1:] = order.arguments
+    _reseed()
+
+
+def _reseed() -> None:
+    """Random numbers that no other task draws, as when each imports the libraries itself."""
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].seed()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
