@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import select
 import socket
 import struct
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 from paramserver.errors import RemoteProtocolError, UnavailableError
+from paramserver.transport.arrival import Arrival
 from paramserver.wire import codec
 from paramserver.wire.messages import AnyMessage, Message
 
@@ -58,7 +58,7 @@ class FrameSocket:
         # only after the call that it woke has returned.
         self._in_use = threading.RLock()
         connection.settimeout(None)
-        self._arrival = _arrival_of(connection) if self.is_local else None
+        self._arrival: Arrival | None = Arrival(connection)
         if not self.is_local:
             _tune(connection)
 
@@ -229,6 +229,7 @@ class FrameSocket:
         else:
             self._make_room()
         while self._end < count:
+            self._await_arrival()
             received = self._receive(self._buffer[self._end :])
             if not received:
                 if not self._end:
@@ -252,14 +253,18 @@ class FrameSocket:
                 raise self._cut_short()
             ready += received
 
+    def _await_arrival(self) -> None:
+        """Wait until there is something to receive, or the end of the stream, also by `close`."""
+        self._may_wait()
+        with self._in_use:
+            if self._arrival and not self._arrival.wait(self._timeout):
+                raise self._given_up(BlockingIOError())
+
     def _receive(self, view: memoryview, flags: int = 0) -> int:
         """How many bytes came; 0 at the end of the stream, also when it was ended by `close`."""
-        if self.before_wait:
-            self.before_wait()
+        self._may_wait()
         with self._in_use:
             try:
-                if self._arrival and not self._arrival.poll(self._timeout * 1000 or None):
-                    raise BlockingIOError
                 return self._socket.recv_into(view, 0, flags)
             except OSError as error:
                 if self._is_closed:
@@ -303,17 +308,6 @@ class FrameSocket:
             return UnavailableError(f"{waited}; is that process stopped?", self.task)
         reason = error.strerror or error
         return UnavailableError(f"lost the connection to {self.task}: {reason}; has that process died?", self.task)
-
-
-def _arrival_of(connection: socket.socket) -> select.poll:
-    """What waits until something has come through a Unix socket.
-
-    Whoever waits in ``recv`` itself is woken, too, when the peer takes what this end has sent: for nothing, and twice
-    for each request and its reply.
-    """
-    arrival = select.poll()
-    arrival.register(connection, select.POLLIN)
-    return arrival
 
 
 def _tune(connection: socket.socket) -> None:
