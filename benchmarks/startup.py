@@ -1,7 +1,7 @@
 """``python -m benchmarks.startup``: from nothing to the first step, beside what importing torch takes.
 
     * Launch: from the start of ``paramserver launch`` of 1 ps and 2 workers until both have taken their first step.
-      All three import torch, on as many cores as there are.
+      All three are forks of a process that imports torch.
     * Import: a Python process that imports the package, beside one that does nothing; and one that imports a
       strategy, beside one that imports torch.
 

@@ -208,8 +208,8 @@ def _become(order: Fork, descriptors: Sequence[int]) -> None:
 def _reseed() -> None:
     """Random numbers that no other task draws, as when each imports the libraries itself."""
     random.seed()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
     if "torch" in sys.modules:
         sys.modules["torch"].seed()
 
