@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,8 +92,8 @@ def test_b05_w08_q12_the_chief_alone_writes_and_has_the_hooks_for_the_chief(
     assert made == [20, 20]
     assert (sorted(for_all.seen), for_chief.seen) == (["chief:0", "worker:0"], ["chief:0"])
     assert not (tmp_path / "worker:0").exists()
-    names = {path.name.partition(".")[0] for path in (tmp_path / "chief:0").iterdir()}
-    assert names >= {"checkpoint", "ckpt-0", "events"}
+    # Of which steps there are checkpoints is a matter of chance: the worker may be ahead of the chief's first one.
+    assert {re.split(r"[-.]", path.name)[0] for path in (tmp_path / "chief:0").iterdir()} == {"checkpoint", "ckpt", "events"}
     written = EventAccumulator(str(tmp_path / "chief:0")).Reload()
     assert [event.step for event in written.Scalars("recorded")] == [event.step for event in written.Scalars("loss")]
     assert len(written.Scalars("loss")) <= 20
