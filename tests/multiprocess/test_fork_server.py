@@ -43,6 +43,17 @@ print(json.dumps({
 print("an error", file=sys.stderr)
 """
 
+FAIL_ONCE = """
+from pathlib import Path
+try:
+    Path(__file__).with_name("was_here").mkdir()
+except FileExistsError:
+    print("again")
+else:
+    print("fails")
+    raise SystemExit(3)
+"""
+
 
 class Run:
     """A finished run of a script by a chief, and by a worker if that has one: what they printed."""
@@ -60,7 +71,7 @@ class Run:
         codes = {CHIEF: chief} if worker is None else {CHIEF: chief, WORKER: worker}
         tasks = tuple(_task(folder, task, code) for task, code in codes.items())
         self._lines: list[OutputLine] = []
-        spec = LaunchSpec("run", tasks, {}, 10.0, restarts, method, preload)
+        spec = LaunchSpec("run", tasks, restarts=restarts, start_method=method, preload=preload)
         self.code = local.run(spec, on_output=self._lines.append)
 
     def said(self, task: TaskId | None, is_error: bool = False) -> list[str]:
@@ -128,10 +139,8 @@ def test_exit_handlers_run_at_the_end_of_a_fork(tmp_path: Path) -> None:
 
 
 def test_a_fork_that_fails_is_started_again(tmp_path: Path) -> None:
-    code = "import os; os.mkdir('was_here') if not os.path.exists('was_here') and not print('fails') else exit()\n1 / 0"
-    code = f"import os; os.chdir({str(tmp_path)!r}); {code}"
-    run = Run(tmp_path, code, restarts=1)
-    assert (run.code, run.said(CHIEF)) == (0, ["fails"])
+    run = Run(tmp_path, FAIL_ONCE, restarts=1)
+    assert (run.code, run.said(CHIEF)) == (0, ["fails", "again"])
 
 
 def test_when_the_process_that_forks_is_gone_the_run_is_stopped(tmp_path: Path) -> None:

@@ -175,8 +175,15 @@ def plan(
         )
         for task in task_ids(options)
     )
-    how = (options.grace, options.restarts, options.start_method, options.preload)
-    return LaunchSpec(run_id, tasks, addresses, *how)
+    return LaunchSpec(
+        run_id,
+        tasks,
+        addresses,
+        grace=options.grace,
+        restarts=options.restarts,
+        start_method=options.start_method,
+        preload=options.preload,
+    )
 
 
 def task_ids(options: LaunchOptions) -> list[TaskId]:

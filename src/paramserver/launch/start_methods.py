@@ -6,7 +6,7 @@ import os
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from paramserver.cluster import environment
 from paramserver.launch.guard import Guard
@@ -26,7 +26,7 @@ class Descriptors:
 
     stdout: int
     stderr: int
-    inherited: Mapping[str, int] = field(default_factory=dict)
+    inherited: Mapping[str, int]
 
 
 class StartMethod(ABC):
