@@ -1,6 +1,6 @@
-"""``python -m benchmarks.bare FD NBYTES``: the least that a server of bytes does, to be compared with.
+"""``python -m benchmarks.bare NBYTES``: the least that a server of bytes does, to be compared with.
 
-It serves whoever connects to the listening socket FD with a thread each, as a ps does, and does what it is asked:
+It serves whoever connects to PARAMSERVER_LISTEN_FD with a thread each, as a ps does, and does what it is asked:
 answer, send so many bytes of its memory, or receive them into it. Sockets block, and send at once as a ps's do.
 """
 
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 
 from benchmarks.processes import Crew
+from paramserver.cluster import environment
 from paramserver.launch.spec import HOST
 
 WORD = struct.Struct("<4sxxxxQ")
@@ -87,8 +88,7 @@ class BareServer:
             listener.bind((HOST, 0) if family == socket.AF_INET else "")  # "": Linux finds an abstract name
             listener.listen(128)
             self._address = listener.getsockname()
-            command = (sys.executable, "-m", "benchmarks.bare", str(listener.fileno()), str(nbytes))
-            self.child = crew.start("the bare server", command, {}, [listener.fileno()])
+            self.child = crew.start_module("the bare server", "benchmarks.bare", str(nbytes), {}, listener)
 
     @contextlib.contextmanager
     def client(self) -> Iterator[Bare]:
@@ -99,7 +99,7 @@ class BareServer:
             yield bare
 
 
-def main(descriptor: int, nbytes: int) -> None:
+def main(descriptor: int | None, nbytes: int) -> None:
     """Serve. Blocks for ever."""
     memory = memoryview(bytearray(b"\1") * nbytes)  # written, so that its pages are there
     with socket.socket(fileno=descriptor) as listener:
@@ -127,4 +127,4 @@ def _send_at_once(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(environment.read().listen_fd, int(sys.argv[1]))

@@ -290,10 +290,8 @@ def _running(layout: ArenaLayout) -> Iterator[Run]:
         env = {
             "TF_CONFIG": json.dumps({"cluster": jobs, "task": {"type": "ps", "index": 0}}),
             "PARAMSERVER_TOKEN": token,
-            "PARAMSERVER_LISTEN_FD": str(listener.fileno()),
         }
-        command = (sys.executable, "-m", "paramserver", "server")
-        server = its_crew.start("ps:0", command, env, [listener.fileno()])
+        server = its_crew.start_server("ps:0", env, listener)
         chief, worker = (
             to_cluster(ClusterSpec(jobs), TaskId.parse(task), CONNECT_LIMIT, token=token, lane="auto")
             for task in ("chief:0", "worker:0")

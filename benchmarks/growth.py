@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -116,7 +115,7 @@ class Workers:
             jobs = {role: list(addresses) for role, addresses in servers.jobs.items()}
             spec = msgspec.json.encode(Herd(jobs=jobs, first=first, count=total - first)).decode()
             env = servers.env(f"worker:{first}", "auto")
-            herd = self._crew.start(f"a herd of {total - first}", (sys.executable, "-m", "benchmarks.herd", spec), env)
+            herd = self._crew.start_module(f"a herd of {total - first}", "benchmarks.herd", spec, env)
             self._step_seconds = max(self._step_seconds, slowest_step([herd]))
             self._herds[total] = herd
             held.append(_memory(servers.children[0]))

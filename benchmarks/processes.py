@@ -8,7 +8,6 @@ import secrets
 import select
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,10 +17,10 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.participant import Message, Window
-from paramserver.cluster import environment
 from paramserver.cluster.task import Role
-from paramserver.launch.guard import Guard
+from paramserver.launch.fork_server import inherited_fork_server
 from paramserver.launch.spec import HOST, THREAD_VARIABLES, LaunchOptions, plan
+from paramserver.launch.start_methods import Descriptors, Program, Spawn, StartMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 END_LIMIT = 15.0
@@ -36,38 +35,29 @@ class Child:
     """A process that belongs to a measurement, the leader of a session of its own.
 
     Args:
-        name: Who it is, for messages.
-        command: Program and arguments.
-        env: Added to this process's environment.
-        guard: Kills it if this process is killed.
-        inherited: Descriptors that it gets.
+        program: What it runs.
+        method: Starts it.
+        inherited: The descriptors that it finds by a variable of its environment: name -> descriptor.
     """
 
-    def __init__(
-        self, name: str, command: Sequence[str], env: Mapping[str, str], guard: Guard, inherited: Sequence[int] = ()
-    ) -> None:
-        self.name = name
+    def __init__(self, program: Program, method: StartMethod, inherited: Mapping[str, int]) -> None:
+        self.name = program.name
+        self._method = method
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the child
-        self._process = subprocess.Popen(
-            command,
-            bufsize=0,
-            cwd=ROOT,
-            env=environment.for_child(env),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            pass_fds=inherited,
-            start_new_session=True,
-            preexec_fn=guard.enter,
-        )
-        assert self._process.stdin is not None  # both are pipes
-        assert self._process.stdout is not None
-        self._input, self._output = self._process.stdin, self._process.stdout
+        (stdin, orders), (answers, stdout) = os.pipe(), os.pipe()
+        self._input, self._output = os.fdopen(orders, "wb", 0), os.fdopen(answers, "rb", 0)
+        streams = Descriptors(stdin=stdin, stdout=stdout, stderr=self._complaints.fileno(), inherited=inherited)
+        try:
+            self._pid = method.start(program, streams)
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+        self._handle = os.pidfd_open(self._pid)
 
     @property
     def pid(self) -> int:
         """Its process id."""
-        return self._process.pid
+        return self._pid
 
     def order(self, window: Window) -> None:
         """Tell it to measure. Does not block.
@@ -115,21 +105,18 @@ class Child:
         Raises:
             BenchmarkError: If it fails, or does not end within ``seconds``.
         """
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise BenchmarkError(f"{self.name} did not end within {seconds:.0f} s of the last order") from None
-        if code:
+        if not self._has_ended(seconds):
+            raise BenchmarkError(f"{self.name} did not end within {seconds:.0f} s of the last order")
+        if self._method.ending(self._pid).code:
             raise self._failure()
 
     def close(self) -> None:
-        """Kill it if it still runs. Idempotent."""
-        if self._process.returncode is None:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-        self._input.close()
-        self._output.close()
-        self._complaints.close()
+        """Kill it if it still runs."""
+        self._signal(signal.SIGKILL)
+        self._has_ended()
+        os.close(self._handle)
+        for file in (self._input, self._output, self._complaints):
+            file.close()
 
     def __repr__(self) -> str:
         return f"<Child {self.name} pid {self.pid}>"
@@ -143,16 +130,19 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.killpg(self._process.pid, number)
+            os.killpg(self._pid, number)
 
     def _complaints_start(self) -> int:
         return max(os.fstat(self._complaints.fileno()).st_size - COMPLAINT_BYTES, 0)
 
+    def _has_ended(self, within: float | None = None) -> bool:
+        """Wait until it has, or for so many seconds; whether it has."""
+        ready, _, _ = select.select([self._handle], [], [], within)
+        return bool(ready)
+
     def _failure(self) -> BenchmarkError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_LIMIT)
-        code = self._process.returncode
-        return BenchmarkError(f"{self.name} ended with code {code}: {self.last_words or 'it said nothing'}")
+        end = self._method.ending(self._pid) if self._has_ended(END_LIMIT) else "closed its output"
+        return BenchmarkError(f"{self.name} {end}: {self.last_words or 'it said nothing'}")
 
 
 @contextlib.contextmanager
@@ -193,10 +183,14 @@ class Cluster:
 
 
 class Crew:
-    """Starts processes, and is rid of them all when it is closed."""
+    """Starts processes, and is rid of them all when it is closed.
+
+    Each is a program of its own, unless a fork server was inherited.
+    """
 
     def __init__(self) -> None:
-        self._guard = Guard()
+        self._programs = Spawn()
+        self._modules = inherited_fork_server() or self._programs
         self._children: list[Child] = []
 
     def start_cluster(self, model: str, *, workers: int, ps: int, lane: str, threads: int) -> Cluster:
@@ -210,9 +204,7 @@ class Crew:
             servers, trainers = [], []
             for task in spec.tasks:
                 if task.task.role is Role.PS:
-                    descriptor = listeners[task.task.index].fileno()
-                    env = {**task.env, "PARAMSERVER_LISTEN_FD": str(descriptor)}
-                    servers.append(self.start(str(task.task), task.command, env, [descriptor]))
+                    servers.append(self.start_server(str(task.task), task.env, listeners[task.task.index]))
                 else:
                     trainers.append(self.start_module(str(task.task), "benchmarks.worker", model, task.env))
         return Cluster(servers, trainers)
@@ -222,13 +214,23 @@ class Crew:
         env = dict.fromkeys(THREAD_VARIABLES, str(threads))
         return self.start_module("plain PyTorch", "benchmarks.plain", model, env)
 
-    def start_module(self, name: str, module: str, model: str, env: Mapping[str, str]) -> Child:
-        """Start a participant."""
-        return self.start(name, (sys.executable, "-m", module, model), env)
+    def start_server(self, name: str, env: Mapping[str, str], listener: socket.socket) -> Child:
+        """Start a ps that accepts connections at ``listener``."""
+        return self.start_module(name, "paramserver", "server", env, listener)
 
-    def start(self, name: str, command: Sequence[str], env: Mapping[str, str], inherited: Sequence[int] = ()) -> Child:
+    def start_module(
+        self, name: str, module: str, argument: str, env: Mapping[str, str], listener: socket.socket | None = None
+    ) -> Child:
+        """Start ``python -m MODULE ARGUMENT``."""
+        return self._start(self._modules, Program(name, (sys.executable, "-m", module, argument), env), listener)
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
         """Start any process."""
-        child = Child(name, command, env, self._guard, inherited)
+        return self._start(self._programs, Program(name, command, env))
+
+    def _start(self, method: StartMethod, program: Program, listener: socket.socket | None = None) -> Child:
+        inherited = {} if listener is None else {"PARAMSERVER_LISTEN_FD": listener.fileno()}
+        child = Child(program, method, inherited)
         self._children.append(child)
         return child
 
@@ -243,7 +245,8 @@ class Crew:
         """Kill whatever still runs."""
         for child in self._children:
             child.close()
-        self._guard.close()
+        for method in {self._programs, self._modules}:
+            method.close()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import json
 import secrets
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,9 +60,8 @@ def start_servers(
         jobs = {"chief": [NO_ADDRESS], **others, "ps": addresses}
         token, children = secrets.token_hex(16), []
         for index, listener in enumerate(listeners):
-            task, descriptor = f"ps:{index}", listener.fileno()
-            env = _env(jobs, task, token) | {"PARAMSERVER_LISTEN_FD": str(descriptor)}
-            children.append(crew.start(task, (sys.executable, "-m", "paramserver", "server"), env, [descriptor]))
+            task = f"ps:{index}"
+            children.append(crew.start_server(task, _env(jobs, task, token), listener))
     return Servers(jobs, token, children)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 from benchmarks.figure import Effort, Figure, compared, run, take_turns
 from benchmarks.processes import ROOT, BenchmarkError
+from paramserver.launch.start_methods import task_environment
 
 LIMIT = 120.0
 WORKERS = 2
@@ -59,7 +60,10 @@ def _launch(options: tuple[str, ...]) -> Callable[[], float]:
     def launch() -> float:
         begun = time.monotonic()
         command = (sys.executable, "-m", "paramserver", *options)
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        env = task_environment({})  # without a fork server that is there already
+        with subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as run:
             assert run.stdout is not None  # it is a pipe
             said, steps = [], list[float]()
             for line in run.stdout:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 DESCRIPTORS = Path("/proc/self/fd")
+THREADS = Path("/proc/self/task")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # looked at only
 PATIENCE = 2.0
 """Seconds for a thread that is about to end to do so."""
@@ -25,6 +26,7 @@ class Holdings(NamedTuple):
     threads: frozenset[threading.Thread]
     descriptors: frozenset[str]
     shared_memory: frozenset[str]
+    children: frozenset[str]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -53,6 +55,7 @@ def _holdings() -> Holdings:
         threads=frozenset(threading.enumerate()),
         descriptors=frozenset(link for link in links if link.startswith(("socket:", "pipe:", "/memfd:"))),
         shared_memory=frozenset(map(str, SHARED_MEMORY.iterdir())) if SHARED_MEMORY.exists() else frozenset(),
+        children=frozenset(pid for thread in THREADS.iterdir() for pid in _children(thread)),
     )
 
 
@@ -72,8 +75,7 @@ def _leaks(before: Holdings) -> list[str]:
     leaks = [_shown(thread) for thread in after.threads - before.threads]
     leaks += sorted(after.descriptors - before.descriptors)
     leaks += [path for path in after.shared_memory - before.shared_memory if not _is_foreign(path)]
-    if _has_children():
-        leaks.append("a child process that nobody has waited for")
+    leaks += [f"a child process that nobody has waited for: {pid}" for pid in after.children - before.children]
     return leaks
 
 
@@ -83,12 +85,12 @@ def _shown(thread: threading.Thread) -> str:
     return f"{thread!r}\n{stack}"
 
 
-def _has_children() -> bool:
+def _children(thread: Path) -> list[str]:
+    """The processes that a thread has started and nobody has waited for."""
     try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
+        return (thread / "children").read_text().split()
+    except OSError:  # it has ended, and its process has adopted them
+        return []
 
 
 def _is_foreign(path: str) -> bool:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import Warm
+
+from paramserver.demo.run import IMPORTED
+from paramserver.launch.fork_server import ForkServer, OwnForkServer
+from paramserver.launch.spec import PRELOADED, SPIN_COUNT, SPIN_VARIABLE, THREAD_VARIABLES
 
 LINEAR = """
 import sys
@@ -50,6 +56,24 @@ def script(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def warm_server() -> Iterator[ForkServer]:
+    """A process that has imported torch, and what else the processes of tests import."""
+    env = {**dict.fromkeys(THREAD_VARIABLES, "1"), SPIN_VARIABLE: SPIN_COUNT}
+    server = OwnForkServer(sys.executable, env, (*PRELOADED, *IMPORTED))
+    server.make_ready()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def warm(warm_server: ForkServer) -> Iterator[Warm]:
+    """Starts programs that find torch imported."""
+    warm = Warm(warm_server)
+    yield warm
+    warm.close()
 
 
 @pytest.fixture

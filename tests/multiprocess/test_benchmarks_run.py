@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +12,9 @@ from benchmarks.figure import read
 from benchmarks.participant import Window
 from benchmarks.processes import BenchmarkError, crew, standing_by
 from benchmarks.proxy import Proxy
+from tests.multiprocess.warm import Warm
 
 pytestmark = pytest.mark.multiprocess
-
-ROOT = Path(__file__).parents[2]
 
 CASES = {
     "null": {
@@ -40,9 +37,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_benchmark_measures_both_sides(name: str) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+def test_a_benchmark_measures_both_sides(name: str, warm: Warm) -> None:
+    done = warm.run(f"benchmarks.{name}", "--smoke", "--json")
     assert done.returncode == 0, done.stderr
     figures = list(read(done.stdout.splitlines()))
     assert {figure.case for figure in figures} >= CASES[name]
@@ -51,9 +47,8 @@ def test_a_benchmark_measures_both_sides(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_its_benchmark_says_so() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+def test_without_a_gpu_its_benchmark_says_so(warm: Warm) -> None:
+    done = warm.run("benchmarks.gpu")
     assert (done.returncode, done.stdout) == (1, "")
     assert "there is no GPU that torch can use here, and nothing was measured" in " ".join(done.stderr.split())
 

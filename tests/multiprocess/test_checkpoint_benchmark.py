@@ -1,22 +1,20 @@
 """The benchmark of checkpoints runs, with few values; what it measures then means nothing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import Warm
 
 pytestmark = pytest.mark.multiprocess
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.parametrize("more", [[], ["--partitioned"]], ids=["whole", "partitioned"])
-def test_the_benchmark_of_checkpoints_measures_both_sides_and_leaves_nothing(tmp_path: Path, more: list[str]) -> None:
+def test_the_benchmark_of_checkpoints_measures_both_sides_and_leaves_nothing(
+    tmp_path: Path, warm: Warm, more: list[str]
+) -> None:
     options = ["--megabytes", "8", "--repeats", "1", "--folder", tmp_path, "--json"]
-    command = [sys.executable, "-m", "benchmarks.checkpoint", *options, *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = warm.run("benchmarks.checkpoint", *options, *more)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["values_bytes"] == pytest.approx(8e6, rel=0.01)

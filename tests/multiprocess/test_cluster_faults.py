@@ -1,13 +1,11 @@
 """Real processes that fail: what the others do then, and that nothing hangs."""
 
 import contextlib
-import os
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
+from tests.multiprocess.warm import PATIENCE, SCRIPT
 
 from paramserver.cluster.task import Role, TaskId
 from paramserver.launch import local
@@ -15,9 +13,6 @@ from paramserver.launch.spec import LaunchOptions
 from paramserver.testing.local_cluster import LocalCluster
 
 pytestmark = pytest.mark.multiprocess
-
-PATIENCE = 60.0
-"""Seconds after which a test gives up; nothing takes this long when it works."""
 
 FOR_EVER = 10**9
 
@@ -52,75 +47,31 @@ say("finished at", strategy.global_step)
 GO_ON_FOR_EVER = f"prepare()\ntrain(3)\nsay('trains')\ntrain({FOR_EVER})"
 
 
-class Task:
-    """A process that is a task; its complaints are kept."""
-
-    def __init__(self, command, env, pass_fds=()):
-        self._process = subprocess.Popen(
-            command, env={**os.environ, **env}, pass_fds=pass_fds, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def await_word(self, word):
-        """Read what it says until it says the word."""
-        said = []
-        for line in self._process.stdout:
-            said.append(line)
-            if word in line:
-                return line
-        raise AssertionError(f"it never said {word!r}, but {said} and {self._process.stderr.read()}")
-
-    def tell(self):
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-
-    def kill(self):
-        """SIGKILL, and the proof that it died of it."""
-        self._process.kill()
-        assert self._process.wait(PATIENCE) == -9
-
-    def ends(self):
-        """Its exit code and its complaints."""
-        _, complaints = self._process.communicate(timeout=PATIENCE)
-        return self._process.returncode, complaints
-
-    def close(self):
-        self._process.kill()
-        self._process.communicate()
-
-
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, warm):
     """Starts a task of some code in an environment."""
-    with contextlib.ExitStack() as stack:
 
-        def start(code, env):
-            script = tmp_path / f"script{len(list(tmp_path.iterdir()))}.py"
-            script.write_text(PRELUDE + code)
-            task = Task([sys.executable, str(script)], env)
-            stack.callback(task.close)
-            return task
+    def start(code, env):
+        script = tmp_path / f"script{len(list(tmp_path.iterdir()))}.py"
+        script.write_text(PRELUDE + code)
+        return warm.task(SCRIPT, script, env=env)
 
-        yield start
+    return start
 
 
 @pytest.fixture
-def start_ps():
+def start_ps(warm):
     """Starts a ps as a process on the port of a task of a `LocalCluster`, whose own server it replaces."""
-    with contextlib.ExitStack() as stack:
 
-        def start_ps(cluster, index):
-            cluster.servers[index].stop()
-            address = cluster.spec.address(TaskId(Role.PS, index))
-            host, _, port = address.rpartition(":")
-            with socket.create_server((host, int(port))) as listening:
-                env = cluster.environment(f"ps:{index}") | {"PARAMSERVER_LISTEN_FD": str(listening.fileno())}
-                command = [sys.executable, "-m", "paramserver", "server"]
-                task = Task(command, env, pass_fds=[listening.fileno()])
-            stack.callback(task.close)
-            return task
+    def start_ps(cluster, index):
+        cluster.servers[index].stop()
+        address = cluster.spec.address(TaskId(Role.PS, index))
+        host, _, port = address.rpartition(":")
+        with socket.create_server((host, int(port))) as listening:
+            env = cluster.environment(f"ps:{index}")
+            return warm.task("paramserver", "server", env=env, PARAMSERVER_LISTEN_FD=listening.fileno())
 
-        yield start_ps
+    return start_ps
 
 
 @pytest.fixture
@@ -221,11 +172,13 @@ def test_what_ended_the_chief_reaches_the_others(cluster, start):
     assert ["OSError: the disk is full" in str(error) for error in errors] == [True, True]
 
 
-def test_a_worker_that_leaves_before_it_connects_does_not_hang_the_run(tmp_path):
+def test_a_worker_that_leaves_before_it_connects_does_not_hang_the_run(tmp_path, warm, monkeypatch):
     script = tmp_path / "script.py"
     leave = "if 'worker' in os.environ['TF_CONFIG'].split('task')[-1]: sys.exit()\n"
     script.write_text(PRELUDE + leave + "prepare()\ntrain(3)")
     lines = []
-    options = LaunchOptions(script=str(script), ps=1, workers=2, grace=0.1)
-    assert local.launch(options, on_output=lines.append) == 0
+    with warm.launcher() as options:
+        monkeypatch.setenv("PARAMSERVER_FORK_SERVER_FD", options["env"]["PARAMSERVER_FORK_SERVER_FD"])
+        launched = LaunchOptions(script=str(script), ps=1, workers=2, grace=0.1)
+        assert local.launch(launched, on_output=lines.append) == 0
     assert [line.text for line in lines if "error" in line.text.lower()] == []

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import SCRIPT, Task, Warm
 
 pytestmark = pytest.mark.multiprocess
-
-PATIENCE = 60.0
-"""Seconds after which a test gives up; nothing takes this long when it works."""
 
 TCP_LISTENS, UNIX_LISTENS = "0A", 0x10000
 
@@ -63,52 +57,33 @@ print("finished", flush=True)
 """
 
 
-class Task:
-    """A process that is a task."""
-
-    def __init__(self, code: str, *arguments: str, env: dict[str, str], pass_fds: tuple[int, ...] = ()) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], env=os.environ | env, pass_fds=pass_fds, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def await_word(self, word: str) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == f"{word}\n", self.ends()
-
-    def ends(self, *lines: str) -> tuple[int, str, str]:
-        """Tell it lines, and wait for its exit code, what it still says, and its complaints."""
-        said, complaints = self.process.communicate("".join(f"{line}\n" for line in lines), timeout=PATIENCE)
-        return self.process.returncode, said, complaints
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 class Cluster:
     """The processes of a chief, a worker that has a neighbour which never starts, two ps tasks and an evaluator."""
 
-    def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        self.ports = [listener.getsockname()[1] for listener in listeners]
-        self.ps = [self._ps(index, listener) for index, listener in enumerate(listeners)]
-        self.chief = self._trainer("chief", directory, PARAMSERVER_LANE="tcp")
-        self.worker = self._trainer("worker", directory, PARAMSERVER_LANE="auto")
-        self.evaluator = self._trainer("evaluator", directory)
+    def __init__(self, directory: Path, warm: Warm) -> None:
+        self._warm = warm
+        self._directory = directory
+        with contextlib.ExitStack() as stack:
+            listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+            self.ports = [listener.getsockname()[1] for listener in listeners]
+            self.ps = [self._ps(index, listener) for index, listener in enumerate(listeners)]
+        self.chief = self._trainer("chief", PARAMSERVER_LANE="tcp")
+        self.worker = self._trainer("worker", PARAMSERVER_LANE="auto")
+        self.evaluator = self._trainer("evaluator")
 
     def _ps(self, index: int, listener: socket.socket) -> Task:
-        env = self._environment("ps", index) | {"PARAMSERVER_LISTEN_FD": str(listener.fileno())}
-        task = Task(SERVES, env=env, pass_fds=(listener.fileno(),))
-        listener.close()
-        self._stack.callback(task.close)
-        return task
+        script = self._script("ps.py", SERVES)
+        env = self._environment("ps", index)
+        return self._warm.task(SCRIPT, script, env=env, PARAMSERVER_LISTEN_FD=listener.fileno())
 
-    def _trainer(self, role: str, directory: Path, **env: str) -> Task:
-        task = Task(TRAINS, str(directory / "run"), env=self._environment(role, 0) | env)
-        self._stack.callback(task.close)
-        return task
+    def _trainer(self, role: str, **env: str) -> Task:
+        script = self._script("train.py", TRAINS)
+        return self._warm.task(SCRIPT, script, self._directory / "run", env=self._environment(role, 0) | env)
+
+    def _script(self, name: str, code: str) -> Path:
+        path = self._directory / name
+        path.write_text(code)
+        return path
 
     def _environment(self, role: str, index: int) -> dict[str, str]:
         nowhere = "127.0.0.1:0"
@@ -121,9 +96,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    with contextlib.ExitStack() as stack:
-        yield Cluster(tmp_path, stack)
+def cluster(tmp_path: Path, warm: Warm) -> Cluster:
+    return Cluster(tmp_path, warm)
 
 
 @dataclass
@@ -148,7 +122,7 @@ class Sockets:
 def sockets(task: Task) -> Sockets:
     found = Sockets()
     tcp, unix = _table("tcp"), _table("unix")
-    for inode in _inodes(task.process.pid):
+    for inode in _inodes(task.pid):
         if row := tcp.get(inode):
             local, remote, state = row[1:4]
             if state == TCP_LISTENS:
@@ -205,8 +179,12 @@ def test_everyone_talks_to_ps_tasks_only_and_nobody_is_missed(cluster: Cluster) 
     assert len(chief_ports) == 2, "the ps tasks have one TCP connection each, and it is the chief's"
     assert not set(chief_ports) & set(cluster.ports), "no ps is connected to a ps"
 
-    assert cluster.worker.ends("go on") == (0, "finished\n", "")
-    assert cluster.chief.ends("go on")[:2] == (0, "finished\n")
-    assert [task.ends()[:2] for task in cluster.ps] == [(0, "finished\n")] * 2
-    code, said, _ = cluster.evaluator.ends("go on", "and on")
-    assert (code, said) == (0, "evaluates\nfinished\n")
+    for trainer in (cluster.worker, cluster.chief):
+        trainer.tell("go on")
+        code, _ = trainer.ends()
+        assert (code, trainer.said) == (0, "trains\nfinished\n")
+    assert [(task.ends()[0], task.said) for task in cluster.ps] == [(0, "finished\n")] * 2
+    cluster.evaluator.tell("go on")
+    cluster.evaluator.tell("and on")
+    code, _ = cluster.evaluator.ends()
+    assert (code, cluster.evaluator.said) == (0, "evaluates\nevaluates\nfinished\n")

@@ -35,10 +35,13 @@ def test_the_demo_trains_and_says_what_came_of_it(tmp_path, mark):
     assert re.search(r"│ +20\d\d │ +0\.9\d\d │", done.stdout)
 
 
-def test_ctrl_c_ends_everything_and_gives_the_terminal_back(tmp_path, mark):
+def test_ctrl_c_ends_everything_and_gives_the_terminal_back(tmp_path, mark, warm):
     ours, theirs = os.openpty()
     command = [*DEMO, "--steps", "1000000000", "--model-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, env=mark, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    with warm.launcher(mark) as options:
+        process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, **options
+        )
     os.close(theirs)
     try:
         screen = _until(ours, b"training")

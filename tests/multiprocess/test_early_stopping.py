@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import Warm
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
@@ -29,11 +28,10 @@ ps.estimator.train_and_evaluate(
 """
 
 
-def launch(script: Path, *arguments: object, evaluator: bool) -> str:
+def launch(warm: Warm, script: Path, *arguments: float, evaluator: bool) -> str:
     """What a cluster of a chief, a worker and a ps says."""
     tasks = ("--ps", "1", "--workers", "2", *(["--evaluator"] if evaluator else []))
-    command = [sys.executable, "-m", "paramserver", "launch", *tasks, script.name, *map(str, arguments)]
-    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=150, check=False)
+    done = warm.launch(*tasks, script.name, *map(str, arguments), cwd=script.parent)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -45,10 +43,10 @@ def last_step(folder: Path) -> int:
 
 
 def test_y02_y05_v31_an_early_stop_ends_every_task_and_training_can_go_on(
-    tmp_path: Path, script: Callable[..., Path]
+    tmp_path: Path, script: Callable[..., Path], warm: Warm
 ) -> None:
     program = script(STOPPING)
-    said = launch(program, 1e9, 10**9, evaluator=True)  # any evaluation is below the threshold
+    said = launch(warm, program, 1e9, 10**9, evaluator=True)  # any evaluation is below the threshold
     reached = last_step(tmp_path)
     assert 1 <= reached < 10**9
     assert "chief:0 | training is stopped early" in said
@@ -57,6 +55,6 @@ def test_y02_y05_v31_an_early_stop_ends_every_task_and_training_can_go_on(
     assert list((tmp_path / "run" / "export" / "final").glob("*/model.safetensors"))
     assert list((tmp_path / "run" / "export" / "best").glob("*/model.pt2"))
 
-    said = launch(program, -1.0, reached + 100, evaluator=False)
+    said = launch(warm, program, -1.0, reached + 100, evaluator=False)
     assert "stops early" not in said
     assert last_step(tmp_path) >= reached + 100

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.multiprocess.warm import SCRIPT
 
 from paramserver.estimator.saved_values import SavedValues
 
@@ -21,10 +22,6 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "estimator.py"
 LAUNCH = (sys.executable, "-m", "paramserver", "launch")
-
-
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=150, check=False)
 
 
 def steps(model_dir: Path) -> list[int]:
@@ -35,17 +32,17 @@ def state(model_dir: Path) -> dict[str, object]:
     return json.loads((model_dir / "checkpoint").read_text())
 
 
-def test_the_example_runs_alone(tmp_path):
-    done = run(sys.executable, EXAMPLE, "--max-steps", "300", cwd=tmp_path)
+def test_the_example_runs_alone(tmp_path, warm):
+    done = warm.run(SCRIPT, EXAMPLE, "--max-steps", "300", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("test accuracy 0.9")
     assert done.stdout.endswith("at step 300\n")
     assert (done.stderr, steps(tmp_path / "run")) == ("", [0, 300])
 
 
-def test_the_example_runs_as_a_cluster(tmp_path):
+def test_the_example_runs_as_a_cluster(tmp_path, warm):
     options = ("--ps", "2", "--workers", "2", "--evaluator")
-    done = run(*LAUNCH, *options, EXAMPLE, "--max-steps", "300", cwd=tmp_path)
+    done = warm.launch(*options, EXAMPLE, "--max-steps", "300", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = steps(tmp_path / "run")[-1]  # W10: all workers together, and each of them may come one step late
     assert 300 <= last <= 301
@@ -56,19 +53,19 @@ def test_the_example_runs_as_a_cluster(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_b05_only_the_chief_writes_into_model_dir(tmp_path, script):
+def test_b05_only_the_chief_writes_into_model_dir(tmp_path, script, warm):
     path = script(
         "import json, os",
         "task = json.loads(os.environ['TF_CONFIG'])['task']",
         "main(f\"{task['type']}-{task['index']}\", 60)",
     )
-    done = run(*LAUNCH, "--workers", "2", path, cwd=tmp_path)
+    done = warm.launch("--workers", "2", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "chief-0").iterdir()} > {"checkpoint", "ckpt-0"}
     assert not (tmp_path / "worker-0").exists()
 
 
-def test_t12_t13_t22_t23_hooks_run_on_every_worker_and_saving_listeners_on_the_chief(tmp_path, script):
+def test_t12_t13_t22_t23_hooks_run_on_every_worker_and_saving_listeners_on_the_chief(tmp_path, script, warm):
     """And the ps tasks, which serve meanwhile, leave with the others (T13)."""
     path = script(
         "import pathlib",
@@ -90,7 +87,7 @@ def test_t12_t13_t22_t23_hooks_run_on_every_worker_and_saving_listeners_on_the_c
         "ps.estimator.train_and_evaluate(",
         "    ps.estimator.Estimator(model_fn, config=config), spec, ps.estimator.EvalSpec(eval_input))",
     )
-    done = run(*LAUNCH, "--ps", "2", "--workers", "3", path, cwd=tmp_path)
+    done = warm.launch("--ps", "2", "--workers", "3", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     ended = {line.partition(" | ")[0] for line in lines if line.endswith("hook ended")}
@@ -98,7 +95,7 @@ def test_t12_t13_t22_t23_hooks_run_on_every_worker_and_saving_listeners_on_the_c
     assert {line.partition(" | ")[0] for line in lines if line.endswith("saved")} == {"chief:0"}
 
 
-def test_q18_a_cluster_is_warm_started_by_its_chief_alone(tmp_path, script):
+def test_q18_a_cluster_is_warm_started_by_its_chief_alone(tmp_path, script, warm):
     """Others need not see the files."""
     weights = {"weight": torch.full((1, 3), 7.0), "bias": torch.full((1,), 5.0)}
     save_file(weights, tmp_path / "weights.safetensors")
@@ -111,25 +108,25 @@ def test_q18_a_cluster_is_warm_started_by_its_chief_alone(tmp_path, script):
         "ps.estimator.train_and_evaluate(",
         "    estimator, ps.estimator.TrainSpec(train_input, max_steps=20), ps.estimator.EvalSpec(eval_input))",
     )
-    done = run(*LAUNCH, "--ps", "2", "--workers", "2", path, cwd=tmp_path)
+    done = warm.launch("--ps", "2", "--workers", "2", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 variables begin with values of weights.safetensors" in done.stderr
     first = SavedValues.at(str(tmp_path / "run" / "ckpt-0"))
     assert all(torch.equal(first.read(name), value) for name, value in weights.items())
 
 
-def test_t14_a_cluster_whose_run_is_over_ends_at_once(tmp_path, script):
+def test_t14_a_cluster_whose_run_is_over_ends_at_once(tmp_path, script, warm):
     """The chief has nothing to do and says so: workers learn it, and the ps tasks leave."""
     path = script("main('run', 60)")
     for _ in range(2):
-        done = run(*LAUNCH, "--ps", "2", "--workers", "3", path, cwd=tmp_path)
+        done = warm.launch("--ps", "2", "--workers", "3", path, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "training is skipped" in done.stderr
     assert "failed" not in done.stderr
     assert "stopping it" not in done.stderr
 
 
-def test_everything_is_killed_and_training_goes_on_from_the_last_checkpoint(tmp_path, script):
+def test_everything_is_killed_and_training_goes_on_from_the_last_checkpoint(tmp_path, script, warm):
     endless = script("main('run', 10**9, keep_checkpoint_max=3)")
     with started(*LAUNCH, "--ps", "2", "--workers", "2", endless, cwd=tmp_path) as process:
         saved = 0
@@ -143,7 +140,7 @@ def test_everything_is_killed_and_training_goes_on_from_the_last_checkpoint(tmp_
     assert reached >= 100
     last = state(tmp_path / "run")["latest"]
 
-    done = run(*LAUNCH, "--workers", "2", script(f"main('run', {reached + 120})"), cwd=tmp_path)
+    done = warm.launch("--workers", "2", script(f"main('run', {reached + 120})"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"chief:0 | chief:0 restores run/{last}" in done.stderr
     assert steps(tmp_path / "run")[-1] >= reached + 120

@@ -10,11 +10,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import Warm
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -71,34 +71,26 @@ class Outcome:
         return "Traceback" in self.text
 
 
-def run(*arguments: str | Path, cwd: Path, module: str = "paramserver", **env: str) -> Outcome:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    surroundings = os.environ | env
-    return Outcome(
-        subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=100, check=False)
-    )
-
-
 @pytest.fixture
-def run_alone(tmp_path: Path) -> Callable[..., Outcome]:
+def run_alone(tmp_path: Path, warm: Warm) -> Callable[..., Outcome]:
     """Runs the program above as the one task that ``tf_config`` names."""
 
     def run_alone(tf_config: str, *lines: str, **env: str) -> Outcome:
         script = tmp_path / "script.py"
         script.write_text(PROGRAM + "\n".join(lines))
-        return run(script, cwd=tmp_path, module="paramserver.launch.task", TF_CONFIG=tf_config, **env)
+        return Outcome(warm.run("paramserver.launch.task", script, cwd=tmp_path, env={"TF_CONFIG": tf_config, **env}))
 
     return run_alone
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., Outcome]:
+def launch(tmp_path: Path, warm: Warm) -> Callable[..., Outcome]:
     """Runs the program above, with some lines of the test's own, as a chief, a worker and a ps."""
 
-    def launch(*lines: str, workers: int = 2, **env: str) -> Outcome:
+    def launch(*lines: str, workers: int = 2) -> Outcome:
         script = tmp_path / "script.py"
         script.write_text(PROGRAM + "\n".join(lines))
-        return run("launch", "--workers", str(workers), script, cwd=tmp_path, **env)
+        return Outcome(warm.launch("--workers", str(workers), script, cwd=tmp_path))
 
     return launch
 
@@ -122,8 +114,8 @@ CLUSTER = {"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]}
         (json.dumps({"cluster": CLUSTER, "task": {"type": "chief", "index": 0}}), "chief"),
     ],
 )
-def test_a_server_that_cannot_know_who_it_is_says_so(tmp_path, tf_config, message):
-    outcome = run("server", cwd=tmp_path, TF_CONFIG=tf_config)
+def test_a_server_that_cannot_know_who_it_is_says_so(warm, tmp_path, tf_config, message):
+    outcome = Outcome(warm.run("paramserver", "server", cwd=tmp_path, env={"TF_CONFIG": tf_config}))
     assert (outcome.code, len(outcome.lines)) == (1, 1), outcome.text
     assert outcome.lines[0].startswith("error: ")
     assert message in outcome.lines[0]
@@ -145,11 +137,11 @@ def test_a_script_that_cannot_know_who_it_is_says_so(run_alone, tf_config, messa
     assert message in outcome.lines[0]
 
 
-def test_a_port_that_is_taken_is_named(tmp_path):
+def test_a_port_that_is_taken_is_named(warm, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         tf_config = json.dumps({"cluster": {"chief": ["127.0.0.1:0"], "ps": [address]}, "task": TASK})
-        outcome = run("server", cwd=tmp_path, TF_CONFIG=tf_config)
+        outcome = Outcome(warm.run("paramserver", "server", cwd=tmp_path, env={"TF_CONFIG": tf_config}))
     assert (outcome.code, len(outcome.lines)) == (1, 1), outcome.text
     assert address in outcome.lines[0]
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import SCRIPT, Done, Warm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = EXAMPLES / "own_loop.py"
@@ -15,15 +16,23 @@ NOISE = re.compile("Traceback|Warning|ERROR|Exception")
 ACCURACY = re.compile(r"(\S+ \| )?test accuracy (\d\.\d+)")
 
 
-def run(*command: str) -> list[str]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+def alone(warm: Warm, *command: str | Path) -> list[str]:
+    return lines(warm.run(SCRIPT, *command))
+
+
+def cluster(warm: Warm, lane: str, example: Path) -> list[str]:
+    return lines(warm.launch("--ps", "2", "--workers", "2", "--lane", lane, example))
+
+
+def lines(done: Done) -> list[str]:
+    """What a program has said that ended well."""
     assert done.returncode == 0, done.stdout + done.stderr
     assert not NOISE.search(done.stderr), done.stderr
     return done.stdout.splitlines()
 
 
-def accuracies(lines: list[str]) -> dict[str, float]:
-    found = [match for line in lines if (match := ACCURACY.fullmatch(line))]
+def accuracies(said: list[str]) -> dict[str, float]:
+    found = [match for line in said if (match := ACCURACY.fullmatch(line))]
     return {(match[1] or "").removesuffix(" | "): float(match[2]) for match in found}
 
 
@@ -34,48 +43,48 @@ def test_own_loop_is_short() -> None:
 
 @pytest.mark.multiprocess
 def test_own_loop_alone() -> None:
-    lines = run(sys.executable, str(EXAMPLE))
-    assert lines[-2].endswith("global step 470")
-    assert accuracies(lines)[""] > 0.85
+    command = [sys.executable, EXAMPLE]
+    said = lines(subprocess.run(command, capture_output=True, text=True, timeout=100, check=False))
+    assert said[-2].endswith("global step 470")
+    assert accuracies(said)[""] > 0.85
 
 
 @pytest.mark.multiprocess
-def test_two_replicas_on_logical_devices() -> None:
-    lines = run(sys.executable, str(EXAMPLES / "replicas.py"))
-    assert lines[-2].endswith("global step 470, 15000 images seen")
-    assert accuracies(lines)[""] > 0.85
+def test_two_replicas_on_logical_devices(warm: Warm) -> None:
+    said = alone(warm, EXAMPLES / "replicas.py")
+    assert said[-2].endswith("global step 470, 15000 images seen")
+    assert accuracies(said)[""] > 0.85
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("lane", ["", "auto", "tcp"])
-def test_tables_learn_from_rows_alone(lane: str) -> None:
-    launch = ("-m", "paramserver", "launch", "--ps", "2", "--workers", "2", "--lane", lane) if lane else ()
-    lines = run(sys.executable, *launch, str(EXAMPLES / "tables.py"))
-    found = (re.search(r"test error (0\.\d+), of noise alone 0.250", line) for line in lines)
+def test_tables_learn_from_rows_alone(warm: Warm, lane: str) -> None:
+    example = EXAMPLES / "tables.py"
+    said = cluster(warm, lane, example) if lane else alone(warm, example)
+    found = (re.search(r"test error (0\.\d+), of noise alone 0.250", line) for line in said)
     errors = [float(each[1]) for each in found if each]
     assert len(errors) == (2 if lane else 1)
     assert max(errors) < 0.4
 
 
 @pytest.mark.multiprocess
-def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path) -> None:
-    last = run(sys.executable, str(EXAMPLES / "wide_and_deep.py"), "--model-dir", str(tmp_path), "--epochs", "5")[-1]
+def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path, warm: Warm) -> None:
+    last = alone(warm, EXAMPLES / "wide_and_deep.py", "--model-dir", tmp_path, "--epochs", "5")[-1]
     found = re.fullmatch(r"test accuracy (0\.\d+); who knows the odds has (0\.\d+)", last)
     assert found
     assert float(found[1]) > float(found[2]) - 0.01
 
 
 @pytest.mark.multiprocess
-def test_recovery_alone(tmp_path: Path) -> None:
+def test_recovery_alone(tmp_path: Path, warm: Warm) -> None:
     """And see test_recovery.py."""
-    lines = run(sys.executable, str(EXAMPLES / "recovery.py"), "--model-dir", str(tmp_path), "--max-steps", "500")
-    assert accuracies(lines)[""] > 0.85
+    said = alone(warm, EXAMPLES / "recovery.py", "--model-dir", tmp_path, "--max-steps", "500")
+    assert accuracies(said)[""] > 0.85
 
 
 @pytest.mark.multiprocess
-def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path) -> None:
-    options = ("--model-dir", str(tmp_path), "--patience", "400")
-    last = run(sys.executable, str(EXAMPLES / "early_stopping.py"), *options)[-1]
+def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path, warm: Warm) -> None:
+    last = alone(warm, EXAMPLES / "early_stopping.py", "--model-dir", tmp_path, "--patience", "400")[-1]
     found = re.fullmatch(r"test accuracy (0\.\d+) at step (\d+)", last)
     assert found
     assert float(found[1]) > 0.9
@@ -86,10 +95,9 @@ def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_own_loop_as_a_cluster(lane: str) -> None:
-    launch = (sys.executable, "-m", "paramserver", "launch", "--ps", "2", "--workers", "2", "--lane", lane)
-    lines = run(*launch, str(EXAMPLE))
-    found = accuracies(lines)
+def test_own_loop_as_a_cluster(warm: Warm, lane: str) -> None:
+    said = cluster(warm, lane, EXAMPLE)
+    found = accuracies(said)
     assert found.keys() == {"chief:0", "worker:0"}
     assert min(found.values()) > 0.85
-    assert any(line.endswith("global step 940") for line in lines), "each of two workers makes 470 steps"
+    assert any(line.endswith("global step 940") for line in said), "each of two workers makes 470 steps"

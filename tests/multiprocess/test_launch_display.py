@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import Warm
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -26,18 +27,13 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 class Terminal:
     """A run of a command on a pseudo terminal, and what it has shown."""
 
-    def __init__(self, *command: str, **env: str) -> None:
+    def __init__(self, warm: Warm, *command: str, **env: str) -> None:
         self._ours, theirs = os.openpty()
         termios.tcsetwinsize(theirs, (24, 80))
         left = {name: text for name, text in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            command,
-            env={**left, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **env},
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-        )
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        with warm.launcher({**left, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **env}) as options:
+            self.process = subprocess.Popen(command, **streams, start_new_session=True, **options)
         os.close(theirs)
         self._seen = b""
 
@@ -88,8 +84,8 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "train.py"
 
 
-def test_a_loop_of_ones_own_has_a_display_below_its_lines(terminals: list[Terminal]) -> None:
-    terminal = Terminal(*LAUNCH, "--ps", "2", "--workers", "2", str(EXAMPLES / "own_loop.py"))
+def test_a_loop_of_ones_own_has_a_display_below_its_lines(terminals: list[Terminal], warm: Warm) -> None:
+    terminal = Terminal(warm, *LAUNCH, "--ps", "2", "--workers", "2", str(EXAMPLES / "own_loop.py"))
     terminals.append(terminal)
     assert terminal.read_to_the_end() == 0
     assert len(set(re.findall(r"(?:chief|worker):0 \| \S*epoch \d+", COLOUR.sub("", terminal.seen)))) == 20
@@ -104,9 +100,9 @@ def test_a_loop_of_ones_own_has_a_display_below_its_lines(terminals: list[Termin
     assert not SEQUENCE.sub("", after).strip()
 
 
-def test_an_estimator_tells_how_far_it_is(terminals: list[Terminal], tmp_path: Path) -> None:
+def test_an_estimator_tells_how_far_it_is(terminals: list[Terminal], warm: Warm, tmp_path: Path) -> None:
     options = ("--model-dir", str(tmp_path), "--max-steps", "1000")
-    terminal = Terminal(*LAUNCH, "--workers", "2", "--evaluator", str(EXAMPLES / "estimator.py"), *options)
+    terminal = Terminal(warm, *LAUNCH, "--workers", "2", "--evaluator", str(EXAMPLES / "estimator.py"), *options)
     terminals.append(terminal)
     assert terminal.read_to_the_end() == 0
     last = "\n".join(terminal.frames[-1])
@@ -116,9 +112,9 @@ def test_an_estimator_tells_how_far_it_is(terminals: list[Terminal], tmp_path: P
     assert re.search(r"evaluator:0 +waiting for a checkpoint", terminal.seen)
 
 
-def test_ctrl_c_gives_the_terminal_back(terminals: list[Terminal], script: Path) -> None:
+def test_ctrl_c_gives_the_terminal_back(terminals: list[Terminal], warm: Warm, script: Path) -> None:
     script.write_text("import signal\nprint('it runs')\nsignal.pause()\n")
-    terminal = Terminal(*LAUNCH, str(script))
+    terminal = Terminal(warm, *LAUNCH, str(script))
     terminals.append(terminal)
     terminal.read_until("it runs")
     terminal.process.send_signal(signal.SIGINT)
@@ -129,9 +125,9 @@ def test_ctrl_c_gives_the_terminal_back(terminals: list[Terminal], script: Path)
     assert terminal.seen.rindex(SHOW_CURSOR) > terminal.seen.rindex("global step")
 
 
-def test_a_failure_is_the_last_thing_to_be_seen(terminals: list[Terminal], script: Path) -> None:
+def test_a_failure_is_the_last_thing_to_be_seen(terminals: list[Terminal], warm: Warm, script: Path) -> None:
     script.write_text("raise KeyError('x' * 200)\n")
-    terminal = Terminal(*LAUNCH, str(script))
+    terminal = Terminal(warm, *LAUNCH, str(script))
     terminals.append(terminal)
     assert terminal.read_to_the_end() == 1
     lines = SEQUENCE.sub("", terminal.seen).splitlines()
@@ -141,9 +137,9 @@ def test_a_failure_is_the_last_thing_to_be_seen(terminals: list[Terminal], scrip
     assert terminal.seen.rindex(SHOW_CURSOR) > terminal.seen.rindex("global step")
 
 
-def test_no_colours_where_none_are_wanted(terminals: list[Terminal], script: Path) -> None:
+def test_no_colours_where_none_are_wanted(terminals: list[Terminal], warm: Warm, script: Path) -> None:
     script.write_text("raise SystemExit('no')\n")
-    terminal = Terminal(*LAUNCH, str(script), NO_COLOR="1")
+    terminal = Terminal(warm, *LAUNCH, str(script), NO_COLOR="1")
     terminals.append(terminal)
     assert terminal.read_to_the_end() == 1
     assert "chief:0 | no\n" in terminal.seen
@@ -152,17 +148,17 @@ def test_no_colours_where_none_are_wanted(terminals: list[Terminal], script: Pat
     assert codes <= {"0", "1", "2", ""}  # bold, dim and their end
 
 
-def test_plain_lines_on_a_terminal_that_cannot_be_drawn_on(terminals: list[Terminal], script: Path) -> None:
+def test_plain_lines_on_a_terminal_that_cannot_be_drawn_on(terminals: list[Terminal], warm: Warm, script: Path) -> None:
     script.write_text("raise SystemExit('no')\n")
-    terminal = Terminal(*LAUNCH, str(script), TERM="dumb")
+    terminal = Terminal(warm, *LAUNCH, str(script), TERM="dumb")
     terminals.append(terminal)
     assert terminal.read_to_the_end() == 1
     assert terminal.seen == "chief:0 | no\nerror: chief:0 exited with code 1; the run was stopped\n"
 
 
-def test_plain_lines_where_there_is_no_terminal(script: Path) -> None:
+def test_plain_lines_where_there_is_no_terminal(script: Path, warm: Warm) -> None:
     script.write_text("print('hello')\nraise SystemExit('no')\n")
     env = {**os.environ, "FORCE_COLOR": "", "TERM": "xterm"}
-    done = subprocess.run((*LAUNCH, str(script)), env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = warm.launch(script, env=env)
     assert (done.returncode, done.stdout) == (1, "chief:0 | hello\n")
     assert done.stderr == "chief:0 | no\nerror: chief:0 exited with code 1; the run was stopped\n"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import Warm
 
 pytestmark = pytest.mark.multiprocess
 
@@ -31,11 +30,10 @@ print("copies of the model:", (resident() - before) / (COUNT * ELEMENTS * 4))
 """
 
 
-def test_the_memory_that_a_model_had_before_prepare_is_given_back(tmp_path: Path) -> None:
+def test_the_memory_that_a_model_had_before_prepare_is_given_back(tmp_path: Path, warm: Warm) -> None:
     """Left are its values. Its gradients are in shared memory, which is not counted here."""
     (tmp_path / "script.py").write_text(MANY_SMALL_PARAMETERS)
-    command = [sys.executable, "-m", "paramserver", "launch", "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    done = warm.launch("script.py", cwd=tmp_path)
     found = re.search(r"copies of the model: (\S+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
     assert float(found[1]) < 1.5

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.multiprocess.warm import Warm
 
 from paramserver.estimator.checkpoint import read_values
 
@@ -80,12 +79,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_a_ps_that_is_killed_gets_its_rows_back(tmp_path: Path, mark: dict[str, str], lane: str) -> None:
+def test_a_ps_that_is_killed_gets_its_rows_back(tmp_path: Path, mark: dict[str, str], warm: Warm, lane: str) -> None:
     """With their slots: as each step is saved, nothing is lost but the batch of the step that was not made."""
     script = tmp_path / "script.py"
     script.write_text(PROGRAM)
-    launch = [sys.executable, "-m", "paramserver", "launch", "--ps", "2", "--restarts", "1", "--lane", lane]
-    done = subprocess.run([*launch, script], env=mark, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = warm.launch("--ps", "2", "--restarts", "1", "--lane", lane, script, env=mark, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ps:1 was killed by SIGKILL (code 137); it is started again (1 of 1)" in done.stdout + done.stderr
     assert re.findall(r"chief:0 \| batch (\d+)", done.stdout) == list(map(str, range(11)))

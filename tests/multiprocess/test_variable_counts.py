@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.warm import Warm
 
 pytestmark = pytest.mark.multiprocess
 
@@ -40,13 +39,14 @@ while strategy.is_chief and left < workers:
 @pytest.mark.parametrize(
     ("workers", "replicas", "lane"), [(1, 4, "auto"), (2, 2, "tcp"), (3, 1, "auto"), (4, 2, "auto")]
 )
-def test_w04_workers_and_replicas_are_counted(tmp_path: Path, workers: int, replicas: int, lane: str) -> None:
+def test_w04_workers_and_replicas_are_counted(
+    tmp_path: Path, warm: Warm, workers: int, replicas: int, lane: str
+) -> None:
     """The chief is one of the workers; each also adds many times at once (W09), and everyone sees the same."""
     script = tmp_path / "count.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "paramserver", "launch", "--ps", "2", "--workers", str(workers), "--lane", lane]
-    command = [*launch, str(script), str(replicas), str(workers), "200"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    options = ("--ps", "2", "--workers", str(workers), "--lane", lane)
+    done = warm.launch(*options, script, str(replicas), str(workers), "200")
     assert done.returncode == 0, done.stderr
     assert not re.search("Traceback|Warning|ERROR|Exception", done.stderr), done.stderr
     said = re.findall(r"\S+:\d+ \| (.*)", done.stdout)

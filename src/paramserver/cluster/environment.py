@@ -17,6 +17,9 @@ PARAMSERVER_PS_LISTEN
     connection that is refused has come too late then, instead of too early.
 PARAMSERVER_REPORT_FD
     A pipe that a task inherits and writes its reports to (``cluster/report.py``).
+PARAMSERVER_FORK_SERVER_FD
+    A connection to a fork server that a launcher inherits and uses (``launch/fork_server.py``), so that who starts many
+    runs imports torch once.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Environment:
     listen_fd: int | None = None
     ps_listen: bool = False
     report_fd: int | None = None
+    fork_server_fd: int | None = None
 
     def __post_init__(self) -> None:
         if self.lane not in LANES:
@@ -61,6 +65,7 @@ def read() -> Environment:
         listen_fd=_descriptor("PARAMSERVER_LISTEN_FD"),
         ps_listen=os.environ.get("PARAMSERVER_PS_LISTEN") == "1",
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),
+        fork_server_fd=_descriptor("PARAMSERVER_FORK_SERVER_FD"),
     )
 
 

@@ -3,8 +3,8 @@
 To import torch takes a core for seconds. The tasks of a run would do so all at once, and one that is started again
 while the others wait for it; a fork takes milliseconds, and shares the memory of what was imported.
 
-The process that forks is a child of the launcher. It gets orders through a socket, one at a time, and ends when the
-launcher is gone:
+The process that forks is a child of the launcher, or one that the launcher has inherited a connection to. It gets
+orders through a socket, one at a time, and ends when the launcher is gone:
 
     Fork    become a task, with the descriptors that come along     -> the id of its process, or -errno
     Await   tell how a process ended, which is not reaped            -> its exit code or signal
@@ -36,23 +36,24 @@ from paramserver.cluster import environment
 from paramserver.errors import ConfigError
 from paramserver.launch.guard import announce
 from paramserver.launch.rules import Ending
-from paramserver.launch.spec import TaskSpec
-from paramserver.launch.start_methods import Descriptors, StartMethod, as_text, ending, task_environment
+from paramserver.launch.start_methods import Descriptors, Program, StartMethod, as_text, ending, task_environment
 
 Answer = TypeVar("Answer")
 
 ORDER_BYTES = 1 << 18
 MOST_DESCRIPTORS = 8
 READY = b"ready"
+STDIN, STDOUT, STDERR = range(3)
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
-    """Become a task. With it come descriptors: for stdout, for stderr, the guard's, and those of ``inherited``.
+    """Become a task. With it come descriptors: for stdin, stdout, stderr, the guard's, and those of ``inherited``.
 
     Attributes:
         name: What the process is called in lists of processes.
         module: Run as by ``python -m``.
         arguments: The module's.
+        folder: Where it works.
         env: What is added to the environment.
         inherited: The variables that tell where the other descriptors are.
     """
@@ -60,6 +61,7 @@ class Fork(msgspec.Struct, frozen=True, tag=True):
     name: str
     module: str
     arguments: tuple[str, ...]
+    folder: str
     env: dict[str, str]
     inherited: tuple[str, ...]
 
@@ -71,47 +73,24 @@ class Await(msgspec.Struct, frozen=True, tag=True):
 
 
 class ForkServer(StartMethod):
-    """Starts each task as a fork of a process that is started here.
+    """Starts each process as a fork of one that is there already.
 
     Args:
-        python: The interpreter.
-        env: What all tasks have in their environment. What is read when a program starts has to be in here.
-        preload: The modules that it imports before it forks.
-
-    Raises:
-        ConfigError: If the interpreter cannot be started.
+        connection: To that one, which must be ready; owned by this object from now on.
     """
 
-    def __init__(self, python: str, env: Mapping[str, str], preload: Sequence[str]) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         super().__init__()
-        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    (python, "-m", __name__, str(theirs.fileno()), *preload),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=task_environment(env),
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                    preexec_fn=self._guard.enter,
-                )
-        except OSError as exc:
-            self._connection.close()
-            self._guard.close()
-            raise ConfigError(f"start of the tasks failed: {python}: {exc.strerror}") from exc
-        self.ready = self._connection.fileno()
+        self._connection = connection
+        self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    def make_ready(self) -> None:
-        if self._connection.recv(len(READY)) != READY:
-            raise self._failure()
-
-    def start(self, task: TaskSpec, descriptors: Descriptors) -> int:
-        _, _, module, *arguments = task.command  # PYTHON -m MODULE ARGUMENTS...
+    def start(self, program: Program, descriptors: Descriptors) -> int:
+        _, _, module, *arguments = program.command  # PYTHON -m MODULE ARGUMENTS...
         inherited = descriptors.inherited
-        order = Fork(str(task.task), module, tuple(arguments), dict(task.env), tuple(inherited))
-        numbers = [descriptors.stdout, descriptors.stderr, self._guard.fileno(), *inherited.values()]
-        pid = self._ask(order, numbers, int)
+        order = Fork(program.name, module, tuple(arguments), str(Path.cwd()), dict(program.env), tuple(inherited))
+        stdin = self._nothing if descriptors.stdin is None else descriptors.stdin
+        standard = (stdin, descriptors.stdout, descriptors.stderr)
+        pid = self._ask(order, [*standard, self._guard.fileno(), *inherited.values()], int)
         if pid < 0:
             raise OSError(-pid, os.strerror(-pid))
         return pid
@@ -120,9 +99,8 @@ class ForkServer(StartMethod):
         return self._ask(Await(pid), [], Ending)
 
     def _reap(self) -> None:
-        self._process.kill()
-        self._process.wait()  # what it has forked is the system's from here on, which reaps it
-        self._connection.close()
+        os.close(self._nothing)
+        self._connection.close()  # which ends it; what it has forked is the system's from there on, which reaps it
 
     def _ask(self, order: Fork | Await, descriptors: Sequence[int], kind: type[Answer]) -> Answer:
         try:
@@ -135,20 +113,73 @@ class ForkServer(StartMethod):
         return msgspec.json.decode(answer, type=kind)
 
     def _failure(self) -> ConfigError:
+        return ConfigError("launch: the process that the tasks are forked from, which this one inherited, has ended")
+
+
+class OwnForkServer(ForkServer):
+    """Starts the process that it has forked, too.
+
+    Args:
+        python: The interpreter.
+        env: What all tasks have in their environment. What is read when a program starts has to be in here.
+        preload: The modules that it imports before it forks.
+
+    Raises:
+        ConfigError: If the interpreter cannot be started.
+    """
+
+    def __init__(self, python: str, env: Mapping[str, str], preload: Sequence[str]) -> None:
+        connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        super().__init__(connection)
+        self.ready = connection.fileno()
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    (python, "-m", __name__, *preload),
+                    stdin=subprocess.DEVNULL,
+                    stdout=theirs.fileno(),
+                    stderr=subprocess.DEVNULL,
+                    env=task_environment(env),
+                    start_new_session=True,
+                    preexec_fn=self._guard.enter,
+                )
+        except OSError as exc:
+            self._guard.close()
+            super()._reap()
+            raise ConfigError(f"start of the tasks failed: {python}: {exc.strerror}") from exc
+
+    def make_ready(self) -> None:
+        if self._connection.recv(len(READY)) != READY:
+            raise self._failure()
+
+    def _reap(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        super()._reap()
+
+    def _failure(self) -> ConfigError:
         return ConfigError(
             "launch: the process that the tasks are forked from, which imports torch for all of them, ended with code "
             f"{self._process.wait()}; does `python -c 'import torch'` work here? --start-method spawn does without it"
         )
 
 
-def main(descriptor: int, preload: Sequence[str]) -> None:
-    """The other side: obey orders until the launcher is gone, or become a task."""
-    with socket.socket(fileno=descriptor) as launcher:
+def inherited_fork_server() -> ForkServer | None:
+    """The fork server that the environment names, if it names one."""
+    descriptor = environment.read().fork_server_fd
+    return None if descriptor is None else ForkServer(socket.socket(fileno=os.dup(descriptor)))
+
+
+def main(preload: Sequence[str]) -> None:
+    """The other side: obey orders, which come through stdout, until the launcher is gone, or become a task."""
+    with socket.socket(fileno=os.dup(STDOUT)) as launcher:
+        os.dup2(STDIN, STDOUT)  # what is printed when modules are imported is nobody's
         _preload(preload)
         launcher.send(READY)
         task = _obey(launcher)
-    if task is not None:
-        runpy.run_module(task, run_name="__main__", alter_sys=True)
+    if task is None:
+        os._exit(0)  # there is nothing to tidy up, which would take longer than most tasks take to begin
+    runpy.run_module(task, run_name="__main__", alter_sys=True)
 
 
 def _preload(names: Sequence[str]) -> None:
@@ -192,13 +223,14 @@ def _fork() -> int:
 
 def _become(order: Fork, descriptors: Sequence[int]) -> None:
     """Make this process, just forked, what it would be if it had been started as a program."""
-    stdout, stderr, guard, *inherited = descriptors
+    stdin, stdout, stderr, guard, *inherited = descriptors
     os.setsid()
     announce(guard)
-    for number, standard in ((stdout, 1), (stderr, 2)):
+    os.chdir(order.folder)
+    for number, standard in ((stdin, STDIN), (stdout, STDOUT), (stderr, STDERR)):
         os.dup2(number, standard)
-    for number in (stdout, stderr, guard):
         os.close(number)
+    os.close(guard)
     environment.extend({**order.env, **as_text(dict(zip(order.inherited, inherited, strict=True)))})
     Path("/proc/self/comm").write_text(order.name)
     sys.argv[1:] = order.arguments
@@ -215,4 +247,4 @@ def _reseed() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1:])

@@ -19,7 +19,7 @@ from paramserver.cluster import environment
 from paramserver.cluster.report import Report, decode
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
-from paramserver.launch.fork_server import ForkServer
+from paramserver.launch.fork_server import OwnForkServer, inherited_fork_server
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.rules import Ending, Rules
@@ -251,7 +251,7 @@ def _start_method(spec: LaunchSpec) -> StartMethod:
     if spec.start_method == "spawn":
         return Spawn()
     python, *_ = spec.tasks[0].command
-    return ForkServer(python, shared_environment(spec), spec.preload)
+    return inherited_fork_server() or OwnForkServer(python, shared_environment(spec), spec.preload)
 
 
 def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str) -> LaunchSpec:

@@ -11,7 +11,7 @@ import socket
 from paramserver.errors import ConfigError
 from paramserver.launch.rules import Ending
 from paramserver.launch.spec import TaskSpec
-from paramserver.launch.start_methods import Descriptors, StartMethod
+from paramserver.launch.start_methods import Descriptors, Program, StartMethod
 
 
 class TaskProcess:
@@ -41,8 +41,9 @@ class TaskProcess:
             inherited = {} if listener is None else {"PARAMSERVER_LISTEN_FD": listener.fileno()}
             if reports:
                 self.reports, inherited["PARAMSERVER_REPORT_FD"] = _pipe(on_failure, writers)
+            program = Program(str(spec.task), spec.command, spec.env)
             try:
-                self._pid = method.start(spec, Descriptors(stdout=stdout, stderr=stderr, inherited=inherited))
+                self._pid = method.start(program, Descriptors(stdout=stdout, stderr=stderr, inherited=inherited))
             except OSError as exc:
                 raise ConfigError(f"start of {spec.task} failed: {spec.command[0]}: {exc.strerror}") from exc
             self.pidfd = os.pidfd_open(self._pid)

@@ -23,8 +23,8 @@ milliseconds of the default, in which it would keep a ps from the core that the 
 WAIT_VARIABLES = (SPIN_VARIABLE, "OMP_WAIT_POLICY")
 """What decides how these threads wait."""
 
-INHERITED = ("PARAMSERVER_LISTEN_FD", "PARAMSERVER_REPORT_FD")
-"""The variables that tell a task the numbers of descriptors."""
+INHERITED = ("PARAMSERVER_LISTEN_FD", "PARAMSERVER_REPORT_FD", "PARAMSERVER_FORK_SERVER_FD")
+"""The variables that tell a process the numbers of descriptors."""
 
 START_METHODS = ("forkserver", "spawn")
 """As multiprocessing calls them: tasks are forks of one process that has imported torch, or import it themselves."""

@@ -5,25 +5,42 @@ from __future__ import annotations
 import os
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from paramserver.cluster import environment
 from paramserver.launch.guard import Guard
 from paramserver.launch.rules import Ending
-from paramserver.launch.spec import INHERITED, TaskSpec
+from paramserver.launch.spec import INHERITED
+
+
+class Program(NamedTuple):
+    """What a process runs.
+
+    Attributes:
+        name: What it is called in lists of processes, where its start method can say so.
+        command: Program and arguments; for forks ``PYTHON -m MODULE ARGUMENTS...``.
+        env: What is added to the launcher's own environment.
+    """
+
+    name: str
+    command: Sequence[str]
+    env: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descriptors:
-    """The open files that a task gets. They stay the launcher's, to be closed by it.
+    """The open files that a process gets. They stay the launcher's, to be closed by it.
 
     Attributes:
+        stdin: What it reads; None for nothing.
         stdout: What it prints to.
         stderr: What it complains to.
         inherited: What it finds by a variable of its environment: name -> descriptor.
     """
 
+    stdin: int | None = None
     stdout: int
     stderr: int
     inherited: Mapping[str, int]
@@ -52,8 +69,8 @@ class StartMethod(ABC):
         """
 
     @abstractmethod
-    def start(self, task: TaskSpec, descriptors: Descriptors) -> int:
-        """Start a task, and return the id of its process. Blocks until its program has begun.
+    def start(self, program: Program, descriptors: Descriptors) -> int:
+        """Start a process, and return its id. Blocks until its program has begun.
 
         Raises:
             OSError: If the system refuses.
@@ -73,21 +90,21 @@ class StartMethod(ABC):
 
 
 class Spawn(StartMethod):
-    """Starts each task as a program of its own."""
+    """Starts each process as a program of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
-    def start(self, task: TaskSpec, descriptors: Descriptors) -> int:
+    def start(self, program: Program, descriptors: Descriptors) -> int:
         # preexec_fn, because a group that the guard hears of only when Popen returns would be left behind by a
         # launcher that is killed in between. What is run there takes no lock, so threads of ours cannot block it.
         process = subprocess.Popen(
-            task.command,
-            stdin=subprocess.DEVNULL,
+            program.command,
+            stdin=subprocess.DEVNULL if descriptors.stdin is None else descriptors.stdin,
             stdout=descriptors.stdout,
             stderr=descriptors.stderr,
-            env=task_environment({**task.env, **as_text(descriptors.inherited)}),
+            env=task_environment({**program.env, **as_text(descriptors.inherited)}),
             pass_fds=tuple(descriptors.inherited.values()),
             start_new_session=True,
             preexec_fn=self._guard.enter,
