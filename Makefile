@@ -28,7 +28,7 @@ demo: $(INSTALLED) ## train on bundled data with five processes
 	@$(BIN)/paramserver demo
 
 test: $(INSTALLED) ## all tests, the examples of the docstrings included
-	@$(BIN)/pytest --doctest-modules tests src
+	@$(BIN)/pytest --doctest-modules --numprocesses auto --maxprocesses 4 --dist worksteal tests src
 
 lint: $(INSTALLED) ## ruff and codespell
 	@$(BIN)/ruff check .

@@ -116,6 +116,9 @@ def server() -> None:
 
     Ends by itself when the run is over.
     """
+    from paramserver.cluster import server_task
+
+    server_task()  # what is wrong with it shows at once, and not after torch is imported
     from paramserver.server import run_standard_server
 
     run_standard_server()

@@ -417,6 +417,55 @@ signal.pause()
     assert (done.returncode, done.stdout, done.stderr) == (143, "cleaned up\n", "")
 
 
+KILL_ITSELF = """
+import os, signal
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    [number for number in range(9)]  # the handler has run by now
+"""
+
+WHERE_EXCEPTIONS_ARE_DROPPED = """
+class Thing:
+    __del__ = kill
+Thing()
+while True:  # to wait in a call would be to miss a signal that comes just before it
+    pass
+"""
+
+WHERE_AN_ERROR_TAKES_ITS_PLACE = """
+try:
+    kill()
+except BaseException as error:  # as C++ does when a module cannot be imported
+    raise ImportError("initialization failed") from error
+"""
+
+AFTER_THE_SCRIPT = """
+import atexit
+atexit.register(print, "cleaned up")
+atexit.register(kill)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "returncode", "said"),
+    [
+        (WHERE_EXCEPTIONS_ARE_DROPPED, 143, ""),
+        (WHERE_AN_ERROR_TAKES_ITS_PLACE, 143, ""),
+        (AFTER_THE_SCRIPT, 0, "cleaned up\n"),
+    ],
+    ids=["where exceptions are dropped", "where an error takes its place", "after the script"],
+)
+def test_sigterm_ends_a_script_quietly_wherever_it_is(tmp_path: Path, code: str, returncode: int, said: str) -> None:
+    done = run_task(tmp_path, KILL_ITSELF + code)
+    assert (done.returncode, done.stdout, done.stderr) == (returncode, said, "")
+
+
+def test_what_a_script_drops_of_its_own_is_shown_as_ever(tmp_path: Path) -> None:
+    done = run_task(tmp_path, "class Thing:\n    def __del__(self):\n        raise ValueError('dropped')\n\nThing()\n")
+    assert done.returncode == 0
+    assert done.stderr.endswith("ValueError: dropped\n")
+
+
 def test_what_a_script_forks_dies_of_sigterm_as_ever(tmp_path: Path) -> None:
     code = """
 import os, signal

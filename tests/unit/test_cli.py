@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -195,11 +196,23 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [{"steps": 5, "model_dir": "here", "lane": "tcp"}]
 
 
+PS_CONFIG = {"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}
+
+
 def test_server_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_CONFIG", json.dumps(PS_CONFIG))
     served: list[bool] = []
     replace_module(monkeypatch, "paramserver.server", run_standard_server=lambda: served.append(True))
     assert invoke("server").exit_code == 0
     assert served == [True]
+
+
+def test_a_server_that_cannot_know_who_it_is_says_so_before_it_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_CONFIG", json.dumps({**PS_CONFIG, "task": {"type": "ps", "index": 7}}))
+    monkeypatch.setitem(sys.modules, "paramserver.server", None)  # whoever imports it fails
+    error = invoke("server").exception
+    assert isinstance(error, ConfigError)
+    assert "7" in str(error)
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch) -> None:

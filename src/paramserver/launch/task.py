@@ -1,7 +1,8 @@
 """``python -m paramserver.launch.task SCRIPT ARGS...``: a user's script as a task of a run.
 
 The script runs as if Python had been given it, except for how it ends: an error that paramserver raises on
-purpose is one line and no traceback, and SIGTERM ends it as ``sys.exit`` does, so that atexit handlers run.
+purpose is one line and no traceback, and SIGTERM ends it as ``sys.exit`` does, so that atexit handlers run, and
+without a word, wherever it comes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -18,28 +20,37 @@ from paramserver.errors import ConfigError, ParameterServerError, RunOverError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+AGAIN = 0.01
+"""Seconds after which a SIGTERM that had no effect is sent once more."""
 
 
 def main(arguments: list[str]) -> int:
     """Run a script and return the exit code; a ``SystemExit`` of the script passes through."""
-    signal.signal(signal.SIGTERM, _Terminate())
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    termination = _Termination()
     try:
         _run(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except RunOverError as exc:
         _say(str(exc))  # it came too late to be of use, but nothing is wrong with it
-    except ParameterServerError as exc:
-        sys.last_value = exc  # as Python does it: what runs at exit can see that the script failed
-        _say(f"error: {exc}")
-        return 1
     except Exception as exc:  # noqa: BLE001  # it is the user's own, and shown as Python would show it
-        sys.last_value = exc
-        traceback = without_runner(exc.__traceback__)
-        sys.excepthook(type(exc), exc.with_traceback(traceback), traceback)
+        if termination.has_caused(exc):
+            return TERMINATED
+        sys.last_value = exc  # as Python does it: what runs at exit can see that the script failed
+        _show(exc)
         return 1
+    finally:
+        termination.script_is_over = True
     return 0
+
+
+def _show(exc: Exception) -> None:
+    if isinstance(exc, ParameterServerError):
+        _say(f"error: {exc}")
+        return
+    traceback = without_runner(exc.__traceback__)
+    sys.excepthook(type(exc), exc.with_traceback(traceback), traceback)
 
 
 def without_runner(traceback: TracebackType | None) -> TracebackType | None:
@@ -63,19 +74,43 @@ def _run(arguments: list[str]) -> None:
     runpy.run_path(str(script.absolute()), run_name="__main__")
 
 
-class _Terminate:
-    """Ends this process on its first SIGTERM; a second one finds the system's own handler."""
+class _Termination:
+    """Ends this process on its first SIGTERM; a second one finds the system's own handler.
+
+    Attributes:
+        script_is_over: Whether only exit handlers are left to run, so that there is nothing to end.
+    """
 
     def __init__(self) -> None:
+        self.script_is_over = False
         self._owner = os.getpid()
+        self._exit: SystemExit | None = None
+        signal.signal(signal.SIGTERM, self._terminate)
+        sys.unraisablehook = self._drop
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def has_caused(self, exc: BaseException | None) -> bool:
+        """Whether an exception is what became of SIGTERM, as where C++ imports a module."""
+        while exc is not None and exc is not self._exit:
+            exc = exc.__cause__ or exc.__context__
+        return exc is not None
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != self._owner:
             # What the script has forked, such as a worker of a DataLoader, has inherited this handler, but
             # its parent expects it to die of the signal.
             os.kill(os.getpid(), signal.SIGTERM)
-        raise SystemExit(TERMINATED)
+        if not self.script_is_over:
+            self._exit = SystemExit(TERMINATED)
+            raise self._exit
+
+    def _drop(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """SIGTERM came where Python drops exceptions, such as a ``__del__``: let it come again, when that is over."""
+        if self._exit is None or unraisable.exc_value is not self._exit:
+            sys.__unraisablehook__(unraisable)
+            return
+        signal.signal(signal.SIGTERM, self._terminate)
+        threading.Timer(AGAIN, os.kill, (self._owner, signal.SIGTERM)).start()
 
 
 def _say(text: str) -> None:
