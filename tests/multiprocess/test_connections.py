@@ -62,7 +62,9 @@ class Cluster:
 
     def __init__(self, directory: Path, warm: Warm) -> None:
         self._warm = warm
-        self._directory = directory
+        self._serves, self._trains = directory / "ps.py", directory / "train.py"
+        self._serves.write_text(SERVES)
+        self._trains.write_text(TRAINS)
         with contextlib.ExitStack() as stack:
             listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
             self.ports = [listener.getsockname()[1] for listener in listeners]
@@ -72,18 +74,12 @@ class Cluster:
         self.evaluator = self._trainer("evaluator")
 
     def _ps(self, index: int, listener: socket.socket) -> Task:
-        script = self._script("ps.py", SERVES)
         env = self._environment("ps", index)
-        return self._warm.task(SCRIPT, script, env=env, PARAMSERVER_LISTEN_FD=listener.fileno())
+        return self._warm.task(SCRIPT, self._serves, env=env, PARAMSERVER_LISTEN_FD=listener.fileno())
 
     def _trainer(self, role: str, **env: str) -> Task:
-        script = self._script("train.py", TRAINS)
-        return self._warm.task(SCRIPT, script, self._directory / "run", env=self._environment(role, 0) | env)
-
-    def _script(self, name: str, code: str) -> Path:
-        path = self._directory / name
-        path.write_text(code)
-        return path
+        env = self._environment(role, 0) | env
+        return self._warm.task(SCRIPT, self._trains, self._trains.with_name("run"), env=env)
 
     def _environment(self, role: str, index: int) -> dict[str, str]:
         nowhere = "127.0.0.1:0"
