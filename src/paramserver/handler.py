@@ -6,6 +6,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -100,7 +101,7 @@ class RequestHandler:
                 seconds += _apply(session, application)
             if push.counts:
                 step, staleness = store.count_update(push.local_step)
-        session.reply(messages.Applied(step, staleness, seconds), plan.pulled, self._read)
+        session.reply(messages.Applied(step, staleness, seconds), plan.pulled, self._lock)
 
     def _taken_rows(self, session: Session, part: messages.Part) -> Callable[[], float]:
         """What applies the rows of a part, which are taken and checked here; it returns the seconds that it took."""
@@ -145,10 +146,10 @@ class RequestHandler:
 
     def _pull(self, session: Session, pull: messages.Pull) -> None:
         self._store.check_alive()
-        session.reply(messages.State(True, self._store.global_step), self.pushes.whole(pull.arenas), self._read)
+        session.reply(messages.State(True, self._store.global_step), self.pushes.whole(pull.arenas), self._lock)
 
-    def _read(self, piece: Piece, out: torch.Tensor) -> None:
-        self._store.arenas[piece.arena].read((piece.start, piece.stop), out)
+    def _lock(self, piece: Piece) -> AbstractContextManager[object]:
+        return self._store.arenas[piece.arena].lock(piece.start)
 
     def _declare(self, session: Session, declare: messages.Declare) -> None:
         self._store.check_alive()

@@ -208,7 +208,7 @@ def test_an_end_in_the_middle_of_a_message_is_a_lost_connection(maker, sent):
 
 def test_an_end_in_the_middle_of_a_payload_is_a_lost_connection():
     with tcp() as (lane, session, _):
-        session.open(LARGE, StoreMemory([], []))
+        session.open(LARGE, memory.shared_store_memory(LARGE))
         lane._frames.announce(messages.GetStatus(), 1 << 20)
         lane._frames.send_raw(b"\0" * 1000)
         lane.close()
@@ -219,7 +219,7 @@ def test_an_end_in_the_middle_of_a_payload_is_a_lost_connection():
 
 def test_a_payload_that_is_too_short_is_refused_before_it_is_read():
     with tcp() as (lane, session, _):
-        session.open(LARGE, StoreMemory([], []))
+        session.open(LARGE, memory.shared_store_memory(LARGE))
         lane._frames.announce(messages.GetStatus(), 8)
         assert session.receive() == messages.GetStatus()
         with pytest.raises(RemoteProtocolError, match="40 bytes were expected next, 8 are left"):

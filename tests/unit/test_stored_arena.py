@@ -1,6 +1,7 @@
 """Operations on pieces, whole blocks, and slots of variables that blocks cut."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -63,12 +64,16 @@ def test_an_operation_reaches_its_piece_only():
     assert arena.values.tolist() == [0, 1, 1, 0]
 
 
-def test_a_read_copies():
+def test_who_holds_the_lock_of_an_element_keeps_its_block_as_it_is():
     arena, _ = arena_of(4)
-    out = torch.ones(2)
-    arena.read((1, 3), out)
-    arena.apply("add", (0, 4), torch.ones(4), None)
-    assert out.tolist() == [0, 0]
+    with ThreadPoolExecutor(1) as pool:
+        with arena.lock(2):
+            update = pool.submit(arena.apply, "add", (0, 1), torch.ones(1), None)
+            with pytest.raises(TimeoutError):
+                update.result(0.05)
+            assert arena.values.tolist() == [0, 0, 0, 0]
+        update.result()
+    assert arena.values.tolist() == [1, 0, 0, 0]
 
 
 def test_a_failed_operation_leaves_an_even_version():

@@ -1,28 +1,67 @@
-"""What a ps sends by TCP, over a pair of sockets in one thread."""
+"""What a ps sends by TCP, over a pair of sockets."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pytest
 import torch
 
-from paramserver.arena import ArenaLayout, StoreMemory, VariableSpec
+from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, VariableSpec
 from paramserver.rules import Rule
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Piece
 from paramserver.transport.tcp import TcpSession
 from paramserver.wire.messages import Done
 
+Pair = tuple[FrameSocket, TcpSession]
 
-def test_any_piece_of_an_arena_is_sent_also_of_one_that_workers_have_no_memory_for() -> None:
-    table = ArenaLayout("float32", Rule("SGD", {}), (VariableSpec("t", (3, 2), "float32"),), is_table=True)
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
     ours, theirs = map(FrameSocket, socket.socketpair(), ("ps:0", "worker:0"))
     session = TcpSession(theirs, "incarnation")
     with contextlib.closing(ours), contextlib.closing(session):
-        session.open([table], StoreMemory([], []))
-        session.reply(Done(), [Piece(0, 0, 6), Piece(0, 2, 4)], lambda piece, out: out.fill_(piece.start + 1))
-        assert ours.receive() == Done()
-        values = torch.zeros(8)
-        ours.receive_into(values.view(torch.uint8).numpy().data)
-    assert values.tolist() == [1.0] * 6 + [3.0] * 2
+        yield ours, session
+
+
+def received(frames: FrameSocket, count: int) -> torch.Tensor:
+    """The values that come with a reply."""
+    assert frames.receive() == Done()
+    values = torch.zeros(count)
+    frames.receive_into(values.view(torch.uint8).numpy().data)
+    return values
+
+
+def test_any_piece_of_an_arena_is_sent_also_of_one_that_workers_have_no_memory_for(pair: Pair) -> None:
+    ours, session = pair
+    table = ArenaLayout("float32", Rule("SGD", {}), (VariableSpec("t", (3, 2), "float32"),), is_table=True)
+    session.open([table], StoreMemory([torch.arange(6.0)], []))
+    session.reply(Done(), [Piece(0, 0, 6), Piece(0, 2, 4)], lambda _: contextlib.nullcontext())
+    assert received(ours, 8).tolist() == [0, 1, 2, 3, 4, 5, 2, 3]
+
+
+def test_a_piece_is_of_one_moment_also_if_the_connection_takes_only_a_part_of_it_at_once(pair: Pair) -> None:
+    """And the lock is not held while the rest waits for the peer."""
+    ours, session = pair
+    values = torch.zeros(2 * BLOCK)
+    held = 0
+
+    @contextlib.contextmanager
+    def lock(piece: Piece) -> Iterator[None]:
+        nonlocal held
+        yield
+        held += 1
+        values[piece.start : piece.stop] = float(held)  # as whoever waited for the lock
+
+    layout = ArenaLayout("float32", None, (VariableSpec("v", (2 * BLOCK,), "float32"),))
+    session.open([layout], StoreMemory([values], []))
+    with ThreadPoolExecutor(1) as pool:
+        arrived = pool.submit(received, ours, 2 * BLOCK)
+        session.reply(Done(), [Piece(0, 0, BLOCK), Piece(0, BLOCK, 2 * BLOCK)], lock)
+        assert not np.any(arrived.result(10).numpy())
+    assert values[[0, BLOCK]].tolist() == [1.0, 2.0]

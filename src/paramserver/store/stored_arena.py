@@ -177,11 +177,9 @@ class StoredArena:
                 self._versions[block] += 1
             return values.clone()
 
-    def read(self, piece: Range, out: torch.Tensor) -> None:
-        """Copy a piece into ``out``, whole."""
-        start, stop = piece
-        with self._locks[start // BLOCK]:
-            out.copy_(self.values[start:stop])
+    def lock(self, element: int) -> contextlib.AbstractContextManager[object]:
+        """Keeps the block of an element as it is, for whoever reads it."""
+        return self._locks[element // BLOCK]
 
     def copy(self, piece: Range) -> torch.Tensor:
         """A copy of a piece, whole."""

@@ -117,7 +117,7 @@ class Shelf:
                     self.rows += [TableRows(ids, values.clone()) for ids, values in taken]  # valid until the reply
                 self._push(session, _pieces(self._layouts, parts), pull)
             case messages.Pull(arenas):
-                session.reply(messages.State(True, 0), whole(self._layouts, arenas), self._read)
+                session.reply(messages.State(True, 0), whole(self._layouts, arenas), self._lock_of)
             case messages.PullRows(arena=arena, rows=count):
                 ids = torch.from_numpy(_taken_ids(session, count))
                 table = self.memory.values[arena].view(self._layouts[arena].table_shape)
@@ -144,9 +144,9 @@ class Shelf:
         for piece in pushed[: self.limit]:
             self.arrived.append((piece, session.gradient(piece).clone()))
         if self.limit is None:
-            session.reply(messages.Applied(1, 0), whole(self._layouts, pull), self._read)
+            session.reply(messages.Applied(1, 0), whole(self._layouts, pull), self._lock_of)
         elif pull:
-            session.reply(messages.State(True, 0), whole(self._layouts, pull), self._read)
+            session.reply(messages.State(True, 0), whole(self._layouts, pull), self._lock_of)
         else:
             session.reply(messages.Refused("refused", "no more of this"))
 
@@ -156,9 +156,8 @@ class Shelf:
         values = session.take_rows(len(ids) * row_bytes).reshape(len(ids), row_bytes)
         return TableRows(ids, torch.from_numpy(values).view(layout.torch_dtype))
 
-    def _read(self, piece: Piece, out: torch.Tensor) -> None:
-        with self._lock:
-            out.copy_(self.memory.values[piece.arena][piece.start : piece.stop])
+    def _lock_of(self, _: Piece) -> contextlib.AbstractContextManager[object]:
+        return self._lock
 
 
 class Worker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import socket
 import struct
 import threading
@@ -77,7 +78,7 @@ class FrameSocket:
         """One frame, with the payload from where it lies, in one system call where the kernel takes it whole."""
         if payload:
             header = codec.encode(message, sum(view.nbytes for view in payload))
-            self._send_vectors([memoryview(header), *payload])
+            self.send_views([memoryview(header), *payload])
         else:
             self.send_raw(codec.encode(message))
 
@@ -86,11 +87,34 @@ class FrameSocket:
         if self.before_wait is None:
             self._call(self._socket.sendall, view)
         else:
-            self._send_vectors([memoryview(view)])
+            self.send_views([memoryview(view)])
 
-    def announce(self, message: Message, payload_bytes: int, first: memoryview = NOTHING) -> None:
-        """The head of a frame and the first bytes of its payload, whose rest follows in several `send_raw`."""
-        self._send_vectors([memoryview(codec.encode(message, payload_bytes)), first])
+    def announce(self, message: Message, payload_bytes: int) -> None:
+        """The head of a frame, whose payload follows in several calls."""
+        self.send_raw(codec.encode(message, payload_bytes))
+
+    def send_views(self, views: list[memoryview]) -> None:
+        """As `send_raw`, of bytes that lie in several places."""
+        views = [view for view in views if view.nbytes]
+        while views:
+            sent = self._send_some(views[:MAX_VECTORS])
+            while views and sent >= views[0].nbytes:
+                sent -= views.pop(0).nbytes
+            if sent:
+                views[0] = views[0][sent:]
+
+    def send_now(self, views: list[memoryview]) -> int:
+        """As `send_views`, but only as many bytes as are taken without waiting; how many."""
+        return self._call(self._try, self._socket.sendmsg, views, ()) or 0
+
+    def await_room(self) -> None:
+        """Wait until `send_now` would send a good part of what fits on the way to the peer."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        if not poll.poll(0):
+            self._may_wait()
+            if not self._call(poll.poll, self._timeout * 1000 or None):
+                raise self._given_up(BlockingIOError())
 
     def gather(self) -> bool:
         """Receive what is there, without waiting for more; whether `receive` can go on.
@@ -195,14 +219,6 @@ class FrameSocket:
     @property
     def _is_closed(self) -> bool:
         return self._socket.fileno() < 0
-
-    def _send_vectors(self, views: list[memoryview]) -> None:
-        while views:
-            sent = self._send_some(views[:MAX_VECTORS])
-            while views and sent >= views[0].nbytes:
-                sent -= views.pop(0).nbytes
-            if sent:
-                views[0] = views[0][sent:]
 
     def _send_some(self, views: list[memoryview]) -> int:
         if self.before_wait:

@@ -10,7 +10,7 @@ import torch
 
 from paramserver.arena import ArenaLayout, StoreMemory
 from paramserver.errors import LocalProtocolError
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory
+from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire.messages import Refused, Reply, Request
 
 
@@ -50,7 +50,7 @@ class InProcessSession(Session):
         self,
         reply: Reply,
         pieces: Sequence[Piece] = (),
-        read: ReadPiece | None = None,
+        lock: LockPiece | None = None,
         rows: memoryview | None = None,
     ) -> None:
         self.answer = reply

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,7 +67,8 @@ class WorkerMemory:
     file: HasFileno | None = None
 
 
-ReadPiece = Callable[[Piece, torch.Tensor], None]
+LockPiece = Callable[[Piece], AbstractContextManager[object]]
+"""Keeps everyone from writing to a piece of the store's memory. Nobody may wait for a peer meanwhile."""
 
 
 class Lane(abc.ABC):
@@ -191,7 +193,7 @@ class Session(abc.ABC):
         self,
         reply: Reply,
         pieces: Sequence[Piece] = (),
-        read: ReadPiece | None = None,
+        lock: LockPiece | None = None,
         rows: memoryview | None = None,
     ) -> None:
         """Answer the current request; what is left of its payload is dropped.
@@ -199,7 +201,7 @@ class Session(abc.ABC):
         Args:
             reply: The message.
             pieces: What the payload holds.
-            read: Copies a piece, whole, into a tensor of its size; not called where the worker reads for itself.
+            lock: Held while a piece is read from the store's memory; not called where the worker reads for itself.
             rows: The rows that were asked for.
 
         Raises:

@@ -22,7 +22,7 @@ from paramserver.errors import LocalProtocolError, RemoteProtocolError, Unavaila
 from paramserver.rows import Rows
 from paramserver.transport import memory
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, TableRows, WorkerMemory, whole_blocks
+from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory, whole_blocks
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
 from paramserver.wire.refusals import raised
@@ -221,7 +221,7 @@ class SharedMemorySession(Session):
         self,
         reply: Reply,
         pieces: Sequence[Piece] = (),
-        read: ReadPiece | None = None,
+        lock: LockPiece | None = None,
         rows: memoryview | None = None,
     ) -> None:
         self._frames.send(reply, [] if rows is None else [rows])

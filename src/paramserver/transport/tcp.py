@@ -15,8 +15,9 @@ import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
 from paramserver.errors import RemoteProtocolError, UnavailableError
-from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, Piece, ReadPiece, Session, WorkerMemory, whole_blocks
+from paramserver.transport.frames import NOTHING, FrameSocket
+from paramserver.transport.lane import Lane, LockPiece, Piece, Session, WorkerMemory, whole_blocks
+from paramserver.wire import codec
 from paramserver.wire.messages import Message, Refused, Reply, Request
 
 
@@ -67,6 +68,7 @@ class TcpSession(Session):
         self._layouts: Sequence[ArenaLayout] = ()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._rooms: dict[Piece, _Room] = {}
+        self._values = _Bytes([], [])
 
     def receive(self) -> Request | None:
         return self._frames.receive()  # type: ignore[return-value]  # the server refuses whatever is no request
@@ -76,6 +78,7 @@ class TcpSession(Session):
         largest = max((min(layout.size, BLOCK) * layout.itemsize for layout in layouts), default=0)
         self._scratch = torch.empty(largest, dtype=torch.uint8)
         self._rooms = {piece: self._room(piece) for piece in whole_blocks(layouts)}
+        self._values = _Bytes(layouts, memory.values)
 
     def gradient(self, piece: Piece) -> torch.Tensor:
         if piece.arena >= len(self._layouts):
@@ -93,22 +96,22 @@ class TcpSession(Session):
         self,
         reply: Reply,
         pieces: Sequence[Piece] = (),
-        read: ReadPiece | None = None,
+        lock: LockPiece | None = None,
         rows: memoryview | None = None,
     ) -> None:
         self._frames.discard_payload()  # a worker that still sends its payload takes no reply
         if rows is not None:
             self._frames.send(reply, [rows])
             return
-        if read is None or not pieces:
+        if lock is None or not pieces:
             self._frames.send(reply)
             return
-        first, *others = pieces
-        total = sum(self._nbytes(piece) for piece in pieces)
-        # Together, so that the worker is woken once for a small model.
-        self._frames.announce(reply, total, self._values(first, read))
-        for piece in others:
-            self._frames.send_raw(self._values(piece, read))
+        head = memoryview(codec.encode(reply, sum(self._nbytes(piece) for piece in pieces)))
+        for piece in pieces:
+            if not head:
+                self._frames.await_room()
+            self._send_values(head, piece, lock)
+            head = NOTHING
 
     def close(self) -> None:
         self._frames.close()
@@ -116,10 +119,22 @@ class TcpSession(Session):
     def _nbytes(self, piece: Piece) -> int:
         return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
 
-    def _values(self, piece: Piece, read: ReadPiece) -> memoryview:
-        room = self._room_for(piece)
-        read(piece, room.elements)
-        return room.content
+    def _send_values(self, head: memoryview, piece: Piece, lock: LockPiece) -> None:
+        """A piece of the store's values: from where it lies what the kernel takes at once, and a copy of the rest."""
+        content = self._values.of(piece)
+        with lock(piece):
+            sent = self._frames.send_now([head, content])
+            rest = self._copied(content, max(sent - head.nbytes, 0))
+        self._frames.send_views([head[sent:], rest])
+
+    def _copied(self, content: memoryview, start: int) -> memoryview:
+        """A copy of what is left of ``content``."""
+        count = content.nbytes - start
+        if not count:
+            return NOTHING
+        copy = self._scratch[:count].numpy()
+        np.copyto(copy, np.frombuffer(content[start:], np.uint8))
+        return copy.data
 
     def _room_for(self, piece: Piece) -> _Room:
         return self._rooms.get(piece) or self._room(piece)
