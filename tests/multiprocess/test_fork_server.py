@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.finished_run import Run
 
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
-from paramserver.launch import local
-from paramserver.launch.output import OutputLine
-from paramserver.launch.spec import LaunchSpec, TaskSpec
+from paramserver.launch.spec import TaskSpec
 
 pytestmark = pytest.mark.multiprocess
 
@@ -55,27 +54,10 @@ else:
 """
 
 
-class Run:
-    """A finished run of a script by a chief, and by a worker if that has one: what they printed."""
-
-    def __init__(
-        self,
-        folder: Path,
-        chief: str,
-        worker: str | None = None,
-        *,
-        method: str = "forkserver",
-        preload: tuple[str, ...] = (),
-        restarts: int = 0,
-    ) -> None:
-        codes = {CHIEF: chief} if worker is None else {CHIEF: chief, WORKER: worker}
-        tasks = tuple(_task(folder, task, code) for task, code in codes.items())
-        self._lines: list[OutputLine] = []
-        spec = LaunchSpec("run", tasks, restarts=restarts, start_method=method, preload=preload)
-        self.code = local.run(spec, on_output=self._lines.append)
-
-    def said(self, task: TaskId | None, is_error: bool = False) -> list[str]:
-        return [line.text for line in self._lines if line.task == task and line.is_error == is_error]
+def run(folder: Path, chief: str, worker: str | None = None, *, method: str = "forkserver", **options: object) -> Run:
+    """Scripts of a chief, and of a worker if there is one, to their end."""
+    codes = {CHIEF: chief} if worker is None else {CHIEF: chief, WORKER: worker}
+    return Run(*(_task(folder, task, code) for task, code in codes.items()), start_method=method, **options)
 
 
 def _task(folder: Path, task: TaskId, code: str) -> TaskSpec:
@@ -88,33 +70,33 @@ def _task(folder: Path, task: TaskId, code: str) -> TaskSpec:
 def test_a_fork_sees_what_a_program_of_its_own_sees(tmp_path: Path) -> None:
     portraits = []
     for method in ("spawn", "forkserver"):
-        run = Run(tmp_path, SELF_PORTRAIT, SELF_PORTRAIT, method=method)
-        assert (run.code, run.said(WORKER, is_error=True)) == (0, ["an error"])
-        portraits.append([json.loads(run.said(task)[0]) for task in (CHIEF, WORKER)])
+        done = run(tmp_path, SELF_PORTRAIT, SELF_PORTRAIT, method=method)
+        assert (done.code, done.said(WORKER, is_error=True)) == (0, ["an error"])
+        portraits.append([json.loads(done.said(task)[0]) for task in (CHIEF, WORKER)])
     assert portraits[0] == portraits[1]
     assert [portrait["environment"]["WHO"] for portrait in portraits[1]] == ["chief:0", "worker:0"]
 
 
 def test_what_is_preloaded_is_there_before_the_script_begins(tmp_path: Path) -> None:
     code = "import sys; print('colorsys' in sys.modules)"
-    assert Run(tmp_path, code).said(CHIEF) == ["False"]
-    assert Run(tmp_path, code, preload=("colorsys",)).said(CHIEF) == ["True"]
+    assert run(tmp_path, code).said(CHIEF) == ["False"]
+    assert run(tmp_path, code, preload=("colorsys",)).said(CHIEF) == ["True"]
 
 
 def test_what_cannot_be_imported_is_the_scripts_own_to_complain_about(tmp_path: Path) -> None:
-    run = Run(tmp_path, "import no_such_module", preload=("no_such_module",))
-    assert run.code == 1
-    assert run.said(CHIEF, is_error=True)[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
+    done = run(tmp_path, "import no_such_module", preload=("no_such_module",))
+    assert done.code == 1
+    assert done.said(CHIEF, is_error=True)[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
 
 
 def test_each_fork_draws_random_numbers_of_its_own(tmp_path: Path) -> None:
-    run = Run(tmp_path, RANDOM, RANDOM, preload=("numpy", "torch"))
-    (first,), (second,) = run.said(CHIEF), run.said(WORKER)
+    done = run(tmp_path, RANDOM, RANDOM, preload=("numpy", "torch"))
+    (first,), (second,) = done.said(CHIEF), done.said(WORKER)
     assert len(set(first.split()) | set(second.split())) == 8
 
 
 def test_a_process_has_its_tasks_name(tmp_path: Path) -> None:
-    assert Run(tmp_path, "print(open('/proc/self/comm').read())").said(CHIEF)[0] == "chief:0"
+    assert run(tmp_path, "print(open('/proc/self/comm').read())").said(CHIEF)[0] == "chief:0"
 
 
 @pytest.mark.parametrize(
@@ -129,18 +111,18 @@ def test_a_process_has_its_tasks_name(tmp_path: Path) -> None:
     ],
 )
 def test_how_a_fork_ends_is_known(tmp_path: Path, code: str, exit_code: int, summary: str) -> None:
-    run = Run(tmp_path, code, "import signal; signal.pause()")
-    assert run.code == exit_code
-    assert run.said(None, is_error=True) == [summary]
+    done = run(tmp_path, code, "import signal; signal.pause()")
+    assert done.code == exit_code
+    assert done.said(None, is_error=True) == [summary]
 
 
 def test_exit_handlers_run_at_the_end_of_a_fork(tmp_path: Path) -> None:
-    assert Run(tmp_path, "import atexit; atexit.register(print, 'cleaned up')").said(CHIEF) == ["cleaned up"]
+    assert run(tmp_path, "import atexit; atexit.register(print, 'cleaned up')").said(CHIEF) == ["cleaned up"]
 
 
 def test_a_fork_that_fails_is_started_again(tmp_path: Path) -> None:
-    run = Run(tmp_path, FAIL_ONCE, restarts=1)
-    assert (run.code, run.said(CHIEF)) == (0, ["fails", "again"])
+    done = run(tmp_path, FAIL_ONCE, restarts=1)
+    assert (done.code, done.said(CHIEF)) == (0, ["fails", "again"])
 
 
 def test_when_the_process_that_forks_is_gone_the_run_is_stopped(tmp_path: Path) -> None:
@@ -150,7 +132,7 @@ def test_when_the_process_that_forks_is_gone_the_run_is_stopped(tmp_path: Path) 
     chief = f"import os; open({str(lifeline)!r}, 'w'); os.kill(os.getppid(), 9)"
     worker = f"import signal; line = open({str(lifeline)!r}, 'w'); signal.pause()"
     with pytest.raises(ConfigError, match="the process that the tasks are forked from, .* ended with code -9"):
-        Run(tmp_path, chief, worker)
+        run(tmp_path, chief, worker)
     assert os.read(reader, 1) == b""  # nobody holds it
     os.close(reader)
 

@@ -14,16 +14,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.finished_run import Run
 
 from paramserver.cluster.report import Report
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
 from paramserver.launch import local, rules
-from paramserver.launch.output import OutputLine
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.spec import LaunchSpec, TaskSpec
 
@@ -116,30 +116,6 @@ def program(lifeline: Lifeline) -> Iterator[Program]:
     env = {"HERE": str(here), "PRELUDE": PRELUDE}
     yield lambda task, code: TaskSpec(task, (sys.executable, "-S", "-c", PRELUDE + code), env)
     os.close(crowd)
-
-
-class Run:
-    """A finished run: its exit code and what it said."""
-
-    def __init__(
-        self,
-        *tasks: TaskSpec,
-        grace: float = 10.0,
-        reports: bool = False,
-        listeners: Mapping[TaskId, socket.socket] | None = None,
-        restarts: int = 0,
-    ) -> None:
-        self.lines: list[OutputLine] = []
-        self.reports: list[Report] = []
-        self.code = local.run(
-            LaunchSpec("run", tasks, {}, grace, restarts),
-            self.reports.append if reports else None,
-            self.lines.append,
-            listeners,
-        )
-
-    def said(self, task: TaskId | None, is_error: bool = False) -> list[str]:
-        return [line.text for line in self.lines if line.task == task and line.is_error == is_error]
 
 
 def test_output_is_taken_apart_by_task_and_stream(program: Program) -> None:
