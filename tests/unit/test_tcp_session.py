@@ -14,8 +14,8 @@ import torch
 from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, VariableSpec
 from paramserver.rules import Rule
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Piece
-from paramserver.transport.tcp import TcpSession
+from paramserver.transport.lane import Piece, whole_blocks
+from paramserver.transport.tcp import IN_PLACE, TcpSession
 from paramserver.wire.messages import Done
 
 Pair = tuple[FrameSocket, TcpSession]
@@ -45,10 +45,14 @@ def test_any_piece_of_an_arena_is_sent_also_of_one_that_workers_have_no_memory_f
     assert received(ours, 8).tolist() == [0, 1, 2, 3, 4, 5, 2, 3]
 
 
-def test_a_piece_is_of_one_moment_also_if_the_connection_takes_only_a_part_of_it_at_once(pair: Pair) -> None:
+@pytest.mark.parametrize(("blocks", "in_place"), [(2, False), (4, True)])
+def test_a_piece_is_of_one_moment_also_if_the_connection_takes_only_a_part_of_it_at_once(
+    pair: Pair, blocks: int, in_place: bool
+) -> None:
     """And the lock is not held while the rest waits for the peer."""
     ours, session = pair
-    values = torch.zeros(2 * BLOCK)
+    values = torch.zeros(blocks * BLOCK)
+    assert (values.nbytes >= IN_PLACE) == in_place
     held = 0
 
     @contextlib.contextmanager
@@ -58,10 +62,10 @@ def test_a_piece_is_of_one_moment_also_if_the_connection_takes_only_a_part_of_it
         held += 1
         values[piece.start : piece.stop] = float(held)  # as whoever waited for the lock
 
-    layout = ArenaLayout("float32", None, (VariableSpec("v", (2 * BLOCK,), "float32"),))
+    layout = ArenaLayout("float32", None, (VariableSpec("v", (blocks * BLOCK,), "float32"),))
     session.open([layout], StoreMemory([values], []))
     with ThreadPoolExecutor(1) as pool:
-        arrived = pool.submit(received, ours, 2 * BLOCK)
-        session.reply(Done(), [Piece(0, 0, BLOCK), Piece(0, BLOCK, 2 * BLOCK)], lock)
+        arrived = pool.submit(received, ours, blocks * BLOCK)
+        session.reply(Done(), whole_blocks([layout]), lock)
         assert not np.any(arrived.result(10).numpy())
-    assert values[[0, BLOCK]].tolist() == [1.0, 2.0]
+    assert values[::BLOCK].tolist() == list(range(1, blocks + 1))

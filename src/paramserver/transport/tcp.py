@@ -20,6 +20,10 @@ from paramserver.transport.lane import Lane, LockPiece, Piece, Session, WorkerMe
 from paramserver.wire import codec
 from paramserver.wire.messages import Message, Refused, Reply, Request
 
+IN_PLACE = 4 * BLOCK * 4
+"""Bytes of values from which on they are sent from where they lie. Workers of a smaller model wait for the same few
+locks, and a ps that wakes one of them by sending may lose its core to it, with a lock in hand."""
+
 
 class TcpLane(Lane):
     """The worker's end; see `Lane`."""
@@ -106,11 +110,10 @@ class TcpSession(Session):
         if lock is None or not pieces:
             self._frames.send(reply)
             return
-        head = memoryview(codec.encode(reply, sum(self._nbytes(piece) for piece in pieces)))
+        total = sum(self._nbytes(piece) for piece in pieces)
+        head = memoryview(codec.encode(reply, total))
         for piece in pieces:
-            if not head:
-                self._frames.await_room()
-            self._send_values(head, piece, lock)
+            self._send_values(head, piece, lock, in_place=total >= IN_PLACE)
             head = NOTHING
 
     def close(self) -> None:
@@ -119,11 +122,13 @@ class TcpSession(Session):
     def _nbytes(self, piece: Piece) -> int:
         return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
 
-    def _send_values(self, head: memoryview, piece: Piece, lock: LockPiece) -> None:
+    def _send_values(self, head: memoryview, piece: Piece, lock: LockPiece, *, in_place: bool) -> None:
         """A piece of the store's values: from where it lies what the kernel takes at once, and a copy of the rest."""
         content = self._values.of(piece)
+        if in_place and not head:
+            self._frames.await_room()
         with lock(piece):
-            sent = self._frames.send_now([head, content])
+            sent = self._frames.send_now([head, content]) if in_place else 0
             rest = self._copied(content, max(sent - head.nbytes, 0))
         self._frames.send_views([head[sent:], rest])
 
