@@ -71,6 +71,7 @@ class TcpSession(Session):
         self._frames = frames
         self._layouts: Sequence[ArenaLayout] = ()
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch_bytes = self._scratch.numpy()
         self._rooms: dict[Piece, _Room] = {}
         self._values = _Bytes([], [])
 
@@ -81,6 +82,7 @@ class TcpSession(Session):
         self._layouts = layouts
         largest = max((min(layout.size, BLOCK) * layout.itemsize for layout in layouts), default=0)
         self._scratch = torch.empty(largest, dtype=torch.uint8)
+        self._scratch_bytes = self._scratch.numpy()
         self._rooms = {piece: self._room(piece) for piece in whole_blocks(layouts)}
         self._values = _Bytes(layouts, memory.values)
 
@@ -137,8 +139,8 @@ class TcpSession(Session):
         count = content.nbytes - start
         if not count:
             return NOTHING
-        copy = self._scratch[:count].numpy()
-        np.copyto(copy, np.frombuffer(content[start:], np.uint8))
+        copy = self._scratch_bytes[:count]
+        np.copyto(copy, np.frombuffer(content, np.uint8, count, start))
         return copy.data
 
     def _room_for(self, piece: Piece) -> _Room:
