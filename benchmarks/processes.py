@@ -34,6 +34,10 @@ class BenchmarkError(Exception):
 class Child:
     """A process that belongs to a measurement, the leader of a session of its own.
 
+    Attributes:
+        name: Who it is, for messages.
+        pid: Its process id.
+
     Args:
         program: What it runs.
         method: Starts it.
@@ -48,16 +52,11 @@ class Child:
         self._input, self._output = os.fdopen(orders, "wb", 0), os.fdopen(answers, "rb", 0)
         streams = Descriptors(stdin=stdin, stdout=stdout, stderr=self._complaints.fileno(), inherited=inherited)
         try:
-            self._pid = method.start(program, streams)
+            self.pid = method.start(program, streams)
         finally:
             os.close(stdin)
             os.close(stdout)
-        self._handle = os.pidfd_open(self._pid)
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._pid
+        self._handle = os.pidfd_open(self.pid)
 
     def order(self, window: Window) -> None:
         """Tell it to measure. Does not block.
@@ -107,7 +106,7 @@ class Child:
         """
         if not self._has_ended(seconds):
             raise BenchmarkError(f"{self.name} did not end within {seconds:.0f} s of the last order")
-        if self._method.ending(self._pid).code:
+        if self._method.ending(self.pid).code:
             raise self._failure()
 
     def close(self) -> None:
@@ -130,7 +129,7 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.killpg(self._pid, number)
+            os.killpg(self.pid, number)
 
     def _complaints_start(self) -> int:
         return max(os.fstat(self._complaints.fileno()).st_size - COMPLAINT_BYTES, 0)
@@ -141,7 +140,7 @@ class Child:
         return bool(ready)
 
     def _failure(self) -> BenchmarkError:
-        end = self._method.ending(self._pid) if self._has_ended(END_LIMIT) else "closed its output"
+        end = self._method.ending(self.pid) if self._has_ended(END_LIMIT) else "closed its output"
         return BenchmarkError(f"{self.name} {end}: {self.last_words or 'it said nothing'}")
 
 

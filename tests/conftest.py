@@ -89,8 +89,10 @@ def _children(thread: Path) -> list[str]:
     """The processes that a thread has started and nobody has waited for."""
     try:
         return (thread / "children").read_text().split()
-    except OSError:  # it has ended, and its process has adopted them
-        return []
+    except OSError:
+        if thread.exists():
+            raise
+        return []  # it has ended, and its process has adopted them
 
 
 def _is_foreign(path: str) -> bool:

@@ -24,7 +24,7 @@ from paramserver.transport.in_process import InProcessLane, InProcessSession
 from paramserver.transport.lane import Lane, Piece, Session, WorkerMemory
 from paramserver.transport.shared_memory import SharedMemoryLane, SharedMemorySession
 from paramserver.transport.tcp import TcpLane, TcpSession
-from paramserver.wire import messages
+from paramserver.wire import codec, messages
 from paramserver.wire.messages import Part
 
 PS, WORKER, INCARNATION = "ps:1", "worker:2", "an incarnation"
@@ -209,7 +209,7 @@ def test_an_end_in_the_middle_of_a_message_is_a_lost_connection(maker, sent):
 def test_an_end_in_the_middle_of_a_payload_is_a_lost_connection():
     with tcp() as (lane, session, _):
         session.open(LARGE, memory.shared_store_memory(LARGE))
-        lane._frames.announce(messages.GetStatus(), 1 << 20)
+        lane._frames.send_raw(codec.encode(messages.GetStatus(), 1 << 20))
         lane._frames.send_raw(b"\0" * 1000)
         lane.close()
         assert session.receive() == messages.GetStatus()
@@ -220,7 +220,7 @@ def test_an_end_in_the_middle_of_a_payload_is_a_lost_connection():
 def test_a_payload_that_is_too_short_is_refused_before_it_is_read():
     with tcp() as (lane, session, _):
         session.open(LARGE, memory.shared_store_memory(LARGE))
-        lane._frames.announce(messages.GetStatus(), 8)
+        lane._frames.send_raw(codec.encode(messages.GetStatus(), 8))
         assert session.receive() == messages.GetStatus()
         with pytest.raises(RemoteProtocolError, match="40 bytes were expected next, 8 are left"):
             session.gradient(Piece(0, 0, 10))

@@ -175,10 +175,10 @@ def test_everyone_talks_to_ps_tasks_only_and_nobody_is_missed(cluster: Cluster) 
     assert len(chief_ports) == 2, "the ps tasks have one TCP connection each, and it is the chief's"
     assert not set(chief_ports) & set(cluster.ports), "no ps is connected to a ps"
 
-    for trainer in (cluster.worker, cluster.chief):
-        trainer.tell("go on")
-        code, _ = trainer.ends()
-        assert (code, trainer.said) == (0, "trains\nfinished\n")
+    cluster.worker.tell("go on")
+    assert (*cluster.worker.ends(), cluster.worker.said) == (0, "", "trains\nfinished\n")
+    cluster.chief.tell("go on")
+    assert (cluster.chief.ends()[0], cluster.chief.said) == (0, "trains\nfinished\n")
     assert [(task.ends()[0], task.said) for task in cluster.ps] == [(0, "finished\n")] * 2
     cluster.evaluator.tell("go on")
     cluster.evaluator.tell("and on")

@@ -67,7 +67,7 @@ def test_a_payload_may_lie_in_more_places_than_one_call_takes(pair, monkeypatch)
 
 def test_an_announced_payload_is_sent_in_several_calls(pair):
     worker, ps = pair
-    worker.announce(Done(), 4)
+    worker.send_raw(codec.encode(Done(), 4))
     worker.send_raw(b"ab")
     worker.send_raw(b"cd")
     ps.receive()

@@ -117,7 +117,7 @@ class ForkServer(StartMethod):
 
 
 class OwnForkServer(ForkServer):
-    """Starts the process that it has forked, too.
+    """A fork server that is started here, and ends with this object.
 
     Args:
         python: The interpreter.

@@ -19,7 +19,6 @@ from paramserver.wire.messages import AnyMessage, Message
 
 RECEIVE_BYTES = 64 << 10
 MAX_VECTORS = 512
-NOTHING = memoryview(b"")
 
 DEAD_HOST_TIMEOUT = 90
 """Seconds after which a host that answers nothing at all, not even the kernel's own questions, counts as lost."""
@@ -83,15 +82,11 @@ class FrameSocket:
             self.send_raw(codec.encode(message))
 
     def send_raw(self, view: memoryview | bytes) -> None:
-        """Bytes of a payload that was announced by `announce`, or bytes outside of any frame."""
+        """Bytes of a frame that is sent in several calls, or bytes outside of any frame."""
         if self.before_wait is None:
             self._call(self._socket.sendall, view)
         else:
             self.send_views([memoryview(view)])
-
-    def announce(self, message: Message, payload_bytes: int) -> None:
-        """The head of a frame, whose payload follows in several calls."""
-        self.send_raw(codec.encode(message, payload_bytes))
 
     def send_views(self, views: list[memoryview]) -> None:
         """As `send_raw`, of bytes that lie in several places."""

@@ -15,12 +15,14 @@ import torch
 
 from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
 from paramserver.errors import RemoteProtocolError, UnavailableError
-from paramserver.transport.frames import NOTHING, FrameSocket
+from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, WorkerMemory, whole_blocks
 from paramserver.wire import codec
 from paramserver.wire.messages import Message, Refused, Reply, Request
 
-IN_PLACE = 4 * BLOCK * 4
+NOTHING = memoryview(b"")
+
+IN_PLACE = 8 << 20
 """Bytes of values from which on they are sent from where they lie. Workers of a smaller model wait for the same few
 locks, and a ps that wakes one of them by sending may lose its core to it, with a lock in hand."""
 
@@ -70,8 +72,7 @@ class TcpSession(Session):
         self.incarnation = incarnation
         self._frames = frames
         self._layouts: Sequence[ArenaLayout] = ()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._scratch_bytes = self._scratch.numpy()
+        self._scratch = np.empty(0, dtype=np.uint8)
         self._rooms: dict[Piece, _Room] = {}
         self._values = _Bytes([], [])
 
@@ -81,15 +82,14 @@ class TcpSession(Session):
     def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
         self._layouts = layouts
         largest = max((min(layout.size, BLOCK) * layout.itemsize for layout in layouts), default=0)
-        self._scratch = torch.empty(largest, dtype=torch.uint8)
-        self._scratch_bytes = self._scratch.numpy()
+        self._scratch = torch.empty(largest, dtype=torch.uint8).numpy()  # at a multiple of 64 bytes, for vectors
         self._rooms = {piece: self._room(piece) for piece in whole_blocks(layouts)}
         self._values = _Bytes(layouts, memory.values)
 
     def gradient(self, piece: Piece) -> torch.Tensor:
         if piece.arena >= len(self._layouts):
             raise RemoteProtocolError(f"{self.task} pushed to arena {piece.arena} before it declared its arenas")
-        room = self._room_for(piece)
+        room = self._rooms.get(piece) or self._room(piece)
         self._frames.receive_into(room.content)
         return room.elements
 
@@ -139,20 +139,17 @@ class TcpSession(Session):
         count = content.nbytes - start
         if not count:
             return NOTHING
-        copy = self._scratch_bytes[:count]
+        copy = self._scratch[:count]
         np.copyto(copy, np.frombuffer(content, np.uint8, count, start))
         return copy.data
 
-    def _room_for(self, piece: Piece) -> _Room:
-        return self._rooms.get(piece) or self._room(piece)
-
     def _room(self, piece: Piece) -> _Room:
         content = self._scratch[: self._nbytes(piece)]
-        return _Room(content.view(self._layouts[piece.arena].torch_dtype), tensor_bytes(content))
+        return _Room(torch.from_numpy(content).view(self._layouts[piece.arena].torch_dtype), content.data)
 
 
 class _Room(NamedTuple):
-    """The beginning of a session's scratch memory, where a piece is for a moment."""
+    """The beginning of a session's scratch memory, where a piece of a gradient is for a moment."""
 
     elements: torch.Tensor
     content: memoryview
