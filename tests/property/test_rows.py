@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,7 +33,6 @@ def pushes(draw: st.DrawFn) -> tuple[int, int, list[tuple[list[int], float]]]:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # once, by torch's own optimizers
-@settings(deadline=None)  # torch imports half of itself when the first optimizer is made
 @given(st.sampled_from(CASES), pushes(), st.integers(1, 12))
 def test_any_sequence_of_rows_equals_torch(
     case: tuple[str, dict[str, Any]], pushed: tuple[int, int, list[tuple[list[int], float]]], block: int

@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -40,7 +40,6 @@ def step_torch(optimizer: torch.optim.Optimizer, gradients: list[Tensor], presen
     optimizer.step()
 
 
-@settings(deadline=None)  # torch imports half of itself when the first optimizer is made
 @given(cases, sizes, st.data())
 def test_any_sequence_of_pieces_equals_torch(
     case: tuple[str, dict[str, Any]], sizes: list[int], data: st.DataObject
