@@ -7,6 +7,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+FETCHED = 1024
+"""Rows that are brought into the cache together before they are copied: a copy waits for one row after the other."""
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -37,7 +40,7 @@ class Rows:
         if self._items is None:
             return torch.index_select(self._table, 0, self._places(ids), out=out)
         if len(ids):
-            self._items.take(ids, out=_items(out), mode="clip")  # other modes make a copy first
+            _copy(self._items, ids, _items(out))
         return out
 
     def put(self, ids: Ids, values: Tensor) -> None:
@@ -54,10 +57,19 @@ class Rows:
         if self._items is None:
             self._table.index_copy_(0, self._places(ids), values)
         elif len(ids):
-            np.put(self._items, ids, _items(values.contiguous()), mode="clip")
+            np.put(self._items, ids, _items(values.contiguous()), mode="wrap")  # "clip" takes a tenth longer
 
     def _places(self, ids: Ids) -> Tensor:
         return torch.from_numpy(ids).to(self._table.device)
+
+
+def _copy(items: npt.NDArray[np.void], ids: Ids, out: npt.NDArray[np.void]) -> None:
+    data = items.view(np.uint8)
+    for first in range(0, len(ids), FETCHED):
+        some = ids[first : first + FETCHED]
+        if len(ids) > FETCHED:
+            data.take(some * items.itemsize, mode="wrap")
+        items.take(some, out=out[first : first + FETCHED], mode="clip")  # "raise" makes a copy first
 
 
 def _items(table: Tensor) -> npt.NDArray[np.void]:

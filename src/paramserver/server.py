@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from paramserver import heap
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
 from paramserver.conversation import Conversation, Host
@@ -96,6 +97,7 @@ class Server:
     def start(self) -> None:
         """Begin to serve, on threads of its own. Idempotent; a server that was stopped stays so."""
         if not self._acceptor.ident and not self._listener.is_closed:
+            heap.keep_for_steps()
             self._acceptor.start()
 
     def join(self) -> None:

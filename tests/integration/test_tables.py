@@ -136,6 +136,25 @@ def test_a_table_follows_a_schedule_and_a_step_without_its_gradient(strategy_wit
         assert_same_values(model, plain)
 
 
+@pytest.mark.parametrize("ids", [[1, 5, 1, 7, 39], [1, 1, 1, 7]], ids=["few repeats", "mostly repeats"])
+def test_the_gradient_of_a_lookup_may_be_part_of_the_loss(strategy_with, ids):
+    def loss_of(model):
+        rows = model(torch.tensor(ids))
+        (gradient,) = torch.autograd.grad(rows.pow(2).sum(), model.weight, create_graph=True)
+        return rows.sum() + gradient.coalesce().values().square().sum()
+
+    torch.manual_seed(0)
+    plain = nn.Embedding(ROWS, WIDTH, sparse=True)
+    model, theirs = copy.deepcopy(plain), optim.SGD(plain.parameters(), lr=1e-4)
+    model, ours = strategy_with().prepare(model, optim.SGD(model.parameters(), lr=1e-4))
+    for _ in range(3):
+        for each, optimizer in ((plain, theirs), (model, ours)):
+            optimizer.zero_grad()
+            loss_of(each).backward()
+            optimizer.step()
+        assert_same_values(model, plain)
+
+
 def test_bags_take_offsets_and_weights(strategy_with):
     ids, offsets, weights = torch.tensor([1, 5, 1, 7, 39]), torch.tensor([0, 3]), torch.rand(5)
 

@@ -29,6 +29,29 @@ with strategy.scope():
 print("copies of the model:", (resident() - before) / (COUNT * ELEMENTS * 4))
 """
 
+# As a step's activations do, they come together and go together.
+TENSORS_OF_A_FEW_MB = """
+import resource, torch
+import paramserver as ps
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    tensors = [torch.ones(1 << 20) for _ in range(4)]
+
+strategy = ps.ParameterServerStrategy(session_creation_timeout=60)
+with strategy.scope():
+    module = torch.nn.Linear(2, 2)
+    strategy.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+for _ in range(10):
+    step()
+before = faults()
+for _ in range(10):
+    step()
+print("pages in ten steps:", faults() - before)
+"""
+
 
 def test_the_memory_that_a_model_had_before_prepare_is_given_back(tmp_path: Path, warm: Warm) -> None:
     """Left are its values. Its gradients are in shared memory, which is not counted here."""
@@ -37,3 +60,12 @@ def test_the_memory_that_a_model_had_before_prepare_is_given_back(tmp_path: Path
     found = re.search(r"copies of the model: (\S+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
     assert float(found[1]) < 1.5
+
+
+def test_a_step_gets_the_memory_that_the_one_before_has_freed(tmp_path: Path, warm: Warm) -> None:
+    """Else each gets 16 MB in 4,096 new pages."""
+    (tmp_path / "script.py").write_text(TENSORS_OF_A_FEW_MB)
+    done = warm.launch("script.py", cwd=tmp_path)
+    found = re.search(r"pages in ten steps: (\S+)", done.stdout)
+    assert found is not None, done.stdout + done.stderr
+    assert int(found[1]) < 4096

@@ -1,9 +1,11 @@
-"""What a lookup asks for."""
+"""What a lookup asks for, and the gradient of what it gets."""
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from paramserver.distribute.embeddings import unique
+from paramserver.distribute.embeddings import Lookup, look_up_in
 
 
 @pytest.mark.parametrize("largest", [0, 5, 1 << 40])
@@ -11,8 +13,63 @@ from paramserver.distribute.embeddings import unique
 def test_each_id_is_found_once_and_every_place_of_it(largest, count):
     ids = np.random.default_rng(0).integers(0, largest, count, endpoint=True)
     before = ids.copy()
-    wanted, places = unique(ids)
-    expected = np.unique(ids, return_inverse=True)
-    assert wanted.tolist() == expected[0].tolist()
-    assert places.tolist() == expected[1].tolist()
+    lookup = Lookup.of(ids)
+    expected = np.unique(ids, return_index=True, return_inverse=True)
+    assert lookup.rows.tolist() == expected[0].tolist()
+    assert lookup.places.tolist() == expected[2].tolist()
+    assert lookup.firsts.tolist() == expected[1].tolist()
+    assert sorted([*lookup.firsts, *lookup.repeats]) == list(range(count))
     assert ids.tolist() == before.tolist()
+
+
+class Held:
+    """A table that holds its rows itself."""
+
+    name = "table"
+
+    def __init__(self, values):
+        self._values = values
+
+    def pull(self, ids):
+        return self._values[torch.from_numpy(ids)]
+
+    def whole(self):
+        return self._values
+
+
+@pytest.fixture
+def alike():
+    """Torch's own module and one that looks rows up, with the same values, and which id is the padding."""
+    plain = nn.Embedding(40, 3, sparse=True, padding_idx=7)
+    ours = nn.Embedding(40, 3, sparse=True, padding_idx=7)
+    look_up_in(ours, Held(plain.weight.detach().clone()))
+    return plain, ours
+
+
+FEW_REPEATS = [[3, 9, 7], [20, 3, 30]]
+MOST_ARE_REPEATS = [[3, 3, 7], [3, 9, 7]]
+
+
+@pytest.mark.parametrize("ids", [FEW_REPEATS, MOST_ARE_REPEATS, [[1, 2, 3]], [[]]], ids=str)
+def test_a_lookup_has_torchs_values_and_gradient(alike, ids):
+    ids = torch.tensor(ids, dtype=torch.int64)
+    factors = torch.rand(*ids.shape, 3)
+    found = [module(ids) for module in alike]
+    for each in found:
+        (each * factors).sum().backward()
+    plain, ours = (module.weight.grad.coalesce() for module in alike)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(plain.to_dense(), ours.to_dense())
+    assert ours.indices()[0].tolist() == sorted({*ids.flatten().tolist()} - {7})
+
+
+@pytest.mark.parametrize("ids", [FEW_REPEATS, MOST_ARE_REPEATS], ids=str)
+def test_the_gradient_of_a_lookup_has_a_gradient(alike, ids):
+    ids, second = torch.tensor(ids), []
+    for module in alike:
+        factors = torch.arange(18.0).view(2, 3, 3).requires_grad_()
+        (gradient,) = torch.autograd.grad((module(ids) * factors).sum(), module.weight, create_graph=True)
+        gradient.to_dense().square().sum().backward()
+        second.append(factors.grad)
+    assert second[1].any()
+    assert torch.equal(*second)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from paramserver.rows import Rows
+from paramserver.rows import FETCHED, Rows
 
 IDS = np.array([0, 3, 4])
 
@@ -26,6 +26,13 @@ def test_rows_are_taken(width, dtype):
     assert torch.equal(rows.take(IDS), table[torch.from_numpy(IDS)])
     assert rows.take(IDS, out) is out
     assert torch.equal(out, table[torch.from_numpy(IDS)])
+
+
+@pytest.mark.parametrize("count", [FETCHED, FETCHED + 1, 3 * FETCHED])
+def test_many_rows_are_taken(count):
+    table = torch.arange(8.0 * FETCHED).view(-1, 2)
+    ids = np.random.default_rng(0).permutation(len(table))[:count]
+    assert torch.equal(Rows(table).take(ids), table[torch.from_numpy(ids)])
 
 
 @shapes

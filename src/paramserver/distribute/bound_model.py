@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from paramserver import heap
 from paramserver.client import ParameterClient, PushPlan, PushResult
-from paramserver.distribute import device_copies, heap
+from paramserver.distribute import device_copies
 from paramserver.distribute.bound_arena import BoundArena, CountedArena, PipelinedCountedArena, TrainedArena
 from paramserver.distribute.bound_table import BoundTable, by_table
 from paramserver.distribute.device_copies import DeviceCopies
@@ -121,6 +122,7 @@ class BoundModel:
         for arena in self._each():
             arena.bind()  # before the values come, so that the model's own are gone by then
         heap.give_back()
+        heap.keep_for_steps()
         self.refresh()
         self._clock = StepClock(self._client.push_times)
 

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from paramserver.client import ParameterClient
-from paramserver.distribute.embeddings import Embedding, Ids, look_up_in, placeholder, tables_of
+from paramserver.distribute.embeddings import Embedding, look_up_in, placeholder, tables_of
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import ArenaPlan, Kind, Variable
 from paramserver.errors import ConfigError
+from paramserver.rows import Ids
 from paramserver.rules import GroupSettings, rule_class, setting_names
 from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
@@ -145,7 +146,8 @@ class BoundTable:
         values = _joined([gradient._values().cpu() for gradient in found], 0)
         if self._weight != 1:
             values = values * self._weight
-        if np.any(np.diff(ids[0].numpy()) <= 0):  # else a lookup has made it, which names each row once
+        named = ids[0].numpy()
+        if np.any(named[1:] <= named[:-1]):  # else a lookup has made it, which names each row once
             merged = torch.sparse_coo_tensor(ids, values, found[0].shape, check_invariants=False).coalesce()
             ids, values = merged.indices(), merged.values()
         return TableRows(ids[0].numpy(), values.contiguous())

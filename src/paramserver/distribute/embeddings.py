@@ -13,20 +13,58 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paramserver.errors import ConfigError
+from paramserver.rows import Ids, Rows
 
-Ids = npt.NDArray[np.int64]
 Embedding = nn.Embedding | nn.EmbeddingBag
 
 _FORWARDS = (nn.Embedding.forward, nn.EmbeddingBag.forward)
+
+
+class Lookup(NamedTuple):
+    """What the ids of a batch ask for.
+
+    Attributes:
+        rows: The ids of the rows ``[rows]``, ascending, none twice.
+        places: Which of the rows each id of the batch is ``[ids]``.
+        firsts: Where in the batch each row is named first ``[rows]``.
+        repeats: Where it is named again ``[ids - rows]``, by rows and places ascending.
+    """
+
+    rows: Ids
+    places: Ids
+    firsts: Ids
+    repeats: Ids
+
+    @classmethod
+    def of(cls, ids: Ids) -> Lookup:
+        """The lookup of ``ids [ids]``, in half of the time of `np.unique`: numbers are sorted, not places.
+
+        Args:
+            ids: Not negative; the bits of the largest and of their count are 63 at most.
+
+        Example:
+            >>> lookup = Lookup.of(np.array([7, 2, 7]))
+            >>> [each.tolist() for each in lookup]
+            [[2, 7], [1, 0, 1], [1, 0], [2]]
+        """
+        bits = len(ids).bit_length()
+        at = (1 << bits) - 1
+        keys = (ids << bits) | np.arange(len(ids))  # an id, and behind it where it stands
+        keys.sort()
+        is_new = np.ones(len(ids), dtype=bool)
+        np.greater(keys[1:] ^ keys[:-1], at, out=is_new[1:])  # not the same but for where they stand
+        places = np.empty_like(keys)
+        places[keys & at] = np.cumsum(is_new) - 1
+        firsts = keys[is_new]
+        return cls(firsts >> bits, places, firsts & at, keys[~is_new] & at)
 
 
 class Table(Protocol):
@@ -97,9 +135,9 @@ def _as_sparse_embedding(module: nn.Module) -> Embedding | None:
 
 
 def _embed(module: nn.Embedding, table: Table, ids: Tensor) -> Tensor:
-    rows, places, _ = _fetched(module, table, ids)
-    # What F.embedding does; the gradient of this one takes a ninth of the time.
-    return rows.index_select(0, places.flatten()).view(*ids.shape, rows.shape[1])
+    rows, lookup, _ = _fetched(module, table, ids)
+    spread: Tensor = _Spread.apply(rows, lookup)  # type: ignore[no-untyped-call]
+    return spread.view(*ids.shape, rows.shape[1])
 
 
 def _embed_bags(
@@ -109,9 +147,9 @@ def _embed_bags(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
-    rows, places, padding = _fetched(module, table, input)
+    rows, lookup, padding = _fetched(module, table, input)
     return F.embedding_bag(
-        places,
+        _on_device(lookup.places, rows).view(input.shape),
         rows,
         offsets,
         mode=module.mode,
@@ -121,39 +159,17 @@ def _embed_bags(
     )
 
 
-def _fetched(module: Embedding, table: Table, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
-    """The rows of a batch, where each of its ids is among them, and where the padding is."""
+def _fetched(module: Embedding, table: Table, ids: Tensor) -> tuple[Tensor, Lookup, int | None]:
+    """The rows of a batch, which of them each of its ids is, and which one is the padding."""
     flat = ids.detach().cpu().numpy().reshape(-1).astype(np.int64, copy=False)
     count = len(module.weight)
-    if len(flat) and not 0 <= (least := flat.min()) <= (most := flat.max()) < count:
-        worst = most if least >= 0 else least
+    if len(flat) and flat.view(np.uint64).max() >= count:  # as such a number, one below 0 is larger than any other
+        worst = least if (least := flat.min()) < 0 else flat.max()
         raise IndexError(f"looking up rows of {table.name!r}: expected ids from 0 to {count - 1}, got {worst}")
-    wanted, places = unique(flat)
-    padding = _place_of(module.padding_idx, wanted)
-    rows: Tensor = _Rows.apply(module.weight, table, wanted, padding)  # type: ignore[no-untyped-call]
-    return rows, torch.from_numpy(places).view(ids.shape).to(rows.device), padding
-
-
-def unique(ids: Ids) -> tuple[Ids, Ids]:
-    """What ``np.unique(ids, return_inverse=True)`` returns, in about half of the time: numbers are sorted, not places.
-
-    Args:
-        ids: ``[ids]``, not negative; the bits of the largest and of their count are 63 at most.
-
-    Example:
-        >>> wanted, places = unique(np.array([7, 2, 7]))
-        >>> wanted.tolist(), places.tolist()
-        ([2, 7], [1, 0, 1])
-    """
-    bits = len(ids).bit_length()
-    keys = (ids << bits) | np.arange(len(ids))  # an id, and behind it where it stood
-    keys.sort()
-    ascending = keys >> bits
-    is_new = np.ones(len(ids), dtype=bool)
-    np.not_equal(ascending[1:], ascending[:-1], out=is_new[1:])
-    places = np.empty_like(keys)
-    places[keys & ((1 << bits) - 1)] = np.cumsum(is_new) - 1
-    return ascending[is_new], places
+    lookup = Lookup.of(flat)
+    padding = _place_of(module.padding_idx, lookup.rows)
+    rows: Tensor = _Rows.apply(module.weight, table, lookup.rows, padding)  # type: ignore[no-untyped-call]
+    return rows, lookup, padding
 
 
 def _place_of(wanted: int | None, ids: Ids) -> int | None:
@@ -161,6 +177,30 @@ def _place_of(wanted: int | None, ids: Ids) -> int | None:
         return None
     at = int(np.searchsorted(ids, wanted))
     return at if at < len(ids) and ids[at] == wanted else None
+
+
+class _Spread(torch.autograd.Function):
+    """Rows ``[rows, width]``, as often as a batch names them: ``[ids, width]``.
+
+    What `F.embedding` does, whose gradient takes ten times as long. Here it is known where each row is named; what is
+    left to add up are the repeats, in the order of the batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, lookup: Lookup) -> Tensor:
+        ctx.lookup = lookup
+        return Rows(rows).take(lookup.places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        lookup: Lookup = ctx.lookup
+        differentiable = torch.is_grad_enabled()
+        if differentiable or len(lookup.repeats) > len(lookup.firsts):
+            sums = gradient.new_zeros(len(lookup.rows), gradient.shape[1])
+            return sums.index_add(0, _on_device(lookup.places, gradient), gradient), None
+        named = Rows(gradient.contiguous())
+        sums, places = named.take(lookup.firsts), lookup.places[lookup.repeats]
+        return sums.index_add_(0, _on_device(places, gradient), named.take(lookup.repeats)), None
 
 
 class _Rows(torch.autograd.Function):
@@ -180,3 +220,7 @@ class _Rows(torch.autograd.Function):
             ids[None].to(gradient.device), gradient, ctx.shape, is_coalesced=True, check_invariants=False
         )
         return sparse, None, None, None
+
+
+def _on_device(ids: Ids, beside: Tensor) -> Tensor:
+    return torch.from_numpy(ids).to(beside.device)

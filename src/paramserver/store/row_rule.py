@@ -81,23 +81,32 @@ class RowRule:
             self._optimizer.param_groups[0].update(settings)
             self._settings = dict(settings)
         self._make_slots()
-        rows = nn.Parameter(self._rows.take(ids), requires_grad=False)
+        rows = self._rows.take(ids)
         gathered = {name: slot.take(ids) for name, slot in self._slot_rows.items()}
-        self._optimizer.param_groups[0]["params"] = [rows]
         if gathered:
             step = int(self._step) if self._takes_sparse else self._step.clone()
             self._optimizer.state[rows] = {**gathered, "step": step}
-        rows.grad = _sparse(gradient) if self._takes_sparse else gradient
+        self._optimizer.param_groups[0]["params"] = [rows]
         try:
-            # torch warns of sparse tensors that nobody has asked to check; its own steps make some.
-            with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
-                self._run(self._optimizer)
+            self._run_step(rows, gradient)
         finally:
             self._optimizer.state.clear()
+            self._optimizer.param_groups[0]["params"] = []
+            rows.grad = None  # as in `block_rule`
         self._step += 1  # after it: a step that torch refuses has changed nothing
         for name, slot in self._slot_rows.items():
             slot.put(ids, gathered[name])
-        return rows.detach()
+        return rows
+
+    def _run_step(self, rows: Tensor, gradient: Tensor) -> None:
+        if not self._takes_sparse:
+            rows.grad = gradient
+            self._run(self._optimizer)  # without `no_grad`, as in `block_rule`
+            return
+        rows.grad = _sparse(gradient)
+        # torch warns of sparse tensors that nobody has asked to check; its own steps make some.
+        with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
+            self._run(self._optimizer)
 
     def block(self, index: int) -> RowRuleBlock:
         """One block of it, for checkpoints."""

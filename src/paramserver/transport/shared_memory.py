@@ -162,7 +162,7 @@ class _RowsCopy:
             os.sched_yield()
             again = torch.empty(len(torn), self._width, dtype=out.dtype)
             still = self._copy(ids[torn], again)
-            out[torch.from_numpy(torn)] = again
+            Rows(out).put(torn, again)
             torn = torn[still]
         return not len(torn)
 
