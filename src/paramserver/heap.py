@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-import torch
+import numpy as np
 
 LARGEST = (32 << 20) - (64 << 10)
 """Bytes. glibc maps whatever is larger anew each time."""
@@ -28,4 +28,4 @@ def keep_for_steps() -> None:
     and takes it for a block of 32 MB at most. So a program that has freed such a block once gets no new pages in each
     step for its activations, and this makes it one; the block itself is never touched.
     """
-    torch.empty(LARGEST, dtype=torch.uint8, device="cpu")
+    np.empty(LARGEST, dtype=np.uint8)

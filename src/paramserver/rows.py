@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 FETCHED = 1024
-"""Rows that are brought into the cache together before they are copied: a copy waits for one row after the other."""
+"""Rows that are brought into the cache together before they are copied: copies wait for one row after the other."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -21,6 +21,7 @@ class Rows:
 
     Args:
         table: ``[rows, width]``, contiguous.
+        in_cache: Whether its rows are likely to be in the cache, so that many need not be brought there before.
 
     Example:
         >>> rows = Rows(torch.arange(6).view(3, 2))
@@ -29,8 +30,9 @@ class Rows:
         [[7, 7], [4, 5]]
     """
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self, table: Tensor, *, in_cache: bool = False) -> None:
         self._table = table
+        self._in_cache = in_cache
         self._items = _items(table) if table.device.type == "cpu" and table.numel() else None
 
     def take(self, ids: Ids, out: Tensor | None = None) -> Tensor:
@@ -39,8 +41,10 @@ class Rows:
             out = self._table.new_empty(len(ids), self._table.shape[1])
         if self._items is None:
             return torch.index_select(self._table, 0, self._places(ids), out=out)
-        if len(ids):
-            _copy(self._items, ids, _items(out))
+        if len(ids) > FETCHED and not self._in_cache:
+            _fetch_and_copy(self._items, ids, _items(out))
+        elif len(ids):
+            self._items.take(ids, out=_items(out), mode="clip")  # "raise" makes a copy first
         return out
 
     def put(self, ids: Ids, values: Tensor) -> None:
@@ -63,13 +67,12 @@ class Rows:
         return torch.from_numpy(ids).to(self._table.device)
 
 
-def _copy(items: npt.NDArray[np.void], ids: Ids, out: npt.NDArray[np.void]) -> None:
+def _fetch_and_copy(items: npt.NDArray[np.void], ids: Ids, out: npt.NDArray[np.void]) -> None:
     data = items.view(np.uint8)
     for first in range(0, len(ids), FETCHED):
         some = ids[first : first + FETCHED]
-        if len(ids) > FETCHED:
-            data.take(some * items.itemsize, mode="wrap")
-        items.take(some, out=out[first : first + FETCHED], mode="clip")  # "raise" makes a copy first
+        data.take(some * items.itemsize, mode="wrap")  # a byte of each: these need not wait for one another
+        items.take(some, out=out[first : first + FETCHED], mode="clip")
 
 
 def _items(table: Tensor) -> npt.NDArray[np.void]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from paramserver.distribute import embeddings
 from paramserver.distribute.embeddings import Lookup, look_up_in
 
 
@@ -37,9 +38,10 @@ class Held:
         return self._values
 
 
-@pytest.fixture
-def alike():
-    """Torch's own module and one that looks rows up, with the same values, and which id is the padding."""
+@pytest.fixture(params=[0, 100], ids=["many", "few"])
+def alike(request, monkeypatch):
+    """Torch's own module and one that looks rows up, with the same values; 7 is the padding."""
+    monkeypatch.setattr(embeddings, "MANY", request.param)
     plain = nn.Embedding(40, 3, sparse=True, padding_idx=7)
     ours = nn.Embedding(40, 3, sparse=True, padding_idx=7)
     look_up_in(ours, Held(plain.weight.detach().clone()))

@@ -7,7 +7,7 @@ from signal import SIGINT, SIGKILL, SIGTERM
 import pytest
 
 from paramserver.cluster.task import Role, TaskId
-from paramserver.launch.rules import KILL_AFTER, Ending, Rules
+from paramserver.launch.rules import AFTER_FAILURE, KILL_AFTER, Ending, Rules
 
 PS = TaskId(Role.PS, 0)
 CHIEF = TaskId(Role.CHIEF, 0)
@@ -60,6 +60,21 @@ def test_ps_tasks_get_the_grace_once_nobody_trains(rules: Rules) -> None:
     assert rules.next_due() == 5.0 + GRACE
     assert rules.take_due(15.0) == [(PS, SIGTERM)]
     assert rules.exit_code == 0
+
+
+@pytest.mark.parametrize("grace", [GRACE, 0.1])
+def test_ps_tasks_do_not_wait_long_for_a_worker_that_has_failed(grace: float) -> None:
+    rules = Rules(ALL, grace)
+    rules.ended(WORKER, Ending(1), 0.0)
+    assert rules.next_due() is None
+    rules.ended(CHIEF, WELL, 5.0)
+    assert rules.next_due() == 5.0 + min(grace, AFTER_FAILURE)
+
+
+def test_a_failed_evaluator_does_not_hurry_ps_tasks(rules: Rules) -> None:
+    for task, ending in ((EVALUATOR, Ending(1)), (WORKER, WELL), (CHIEF, WELL)):
+        rules.ended(task, ending, 0.0)
+    assert rules.next_due() == GRACE
 
 
 def test_a_ps_that_fails_when_nobody_trains_leaves_the_evaluator_alone(rules: Rules) -> None:

@@ -155,6 +155,9 @@ class BoundTable:
     def _divided(self, rows: TableRows) -> Iterator[tuple[_Part, TableRows]]:
         """Which rows each part holds, by its own ids."""
         ids, values = rows
+        if len(self._parts) == 1:
+            yield self._parts[0], rows
+            return
         for part in self._parts:
             first, last = np.searchsorted(ids, (part.start, part.stop))
             yield part, TableRows(ids[first:last] - part.start, values[first:last])

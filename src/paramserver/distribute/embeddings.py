@@ -25,6 +25,9 @@ from paramserver.rows import Ids, Rows
 
 Embedding = nn.Embedding | nn.EmbeddingBag
 
+MANY = 8192
+"""Ids of a batch from which on it takes longer to copy their rows than to get ready for it."""
+
 _FORWARDS = (nn.Embedding.forward, nn.EmbeddingBag.forward)
 
 
@@ -136,7 +139,10 @@ def _as_sparse_embedding(module: nn.Module) -> Embedding | None:
 
 def _embed(module: nn.Embedding, table: Table, ids: Tensor) -> Tensor:
     rows, lookup, _ = _fetched(module, table, ids)
-    spread: Tensor = _Spread.apply(rows, lookup)  # type: ignore[no-untyped-call]
+    if len(lookup.places) < MANY:
+        spread = rows.index_select(0, _on_device(lookup.places, rows))
+    else:
+        spread = _Spread.apply(rows, lookup)  # type: ignore[no-untyped-call]
     return spread.view(*ids.shape, rows.shape[1])
 
 
@@ -182,14 +188,14 @@ def _place_of(wanted: int | None, ids: Ids) -> int | None:
 class _Spread(torch.autograd.Function):
     """Rows ``[rows, width]``, as often as a batch names them: ``[ids, width]``.
 
-    What `F.embedding` does, whose gradient takes ten times as long. Here it is known where each row is named; what is
-    left to add up are the repeats, in the order of the batch.
+    What `F.embedding` does, whose gradient takes much longer. Here it is known where each row is named; what is left to
+    add up are the repeats, in the order of the batch.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, lookup: Lookup) -> Tensor:
         ctx.lookup = lookup
-        return Rows(rows).take(lookup.places)
+        return Rows(rows, in_cache=True).take(lookup.places)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -198,7 +204,7 @@ class _Spread(torch.autograd.Function):
         if differentiable or len(lookup.repeats) > len(lookup.firsts):
             sums = gradient.new_zeros(len(lookup.rows), gradient.shape[1])
             return sums.index_add(0, _on_device(lookup.places, gradient), gradient), None
-        named = Rows(gradient.contiguous())
+        named = Rows(gradient.contiguous(), in_cache=True)
         sums, places = named.take(lookup.firsts), lookup.places[lookup.repeats]
         return sums.index_add_(0, _on_device(places, gradient), named.take(lookup.repeats)), None
 

@@ -188,7 +188,7 @@ class LocalRun:
     def _turn(self) -> None:
         now = time.monotonic()
         for task, number in self._rules.take_due(now):
-            if not self._rules.is_stopping and number is signal.SIGTERM:
+            if number is signal.SIGTERM and not (self._rules.is_stopping or self._rules.has_lost_workers):
                 self._say(f"{task} did not end within {self._spec.grace:g} s of the last worker; stopping it")
             self._processes[task].signal(number)
         ends = [end for end in (self._rules.next_due(), self._linger_until) if end is not None]

@@ -4,7 +4,8 @@ Rules:
 1. The exit code of the run is that of the first task that failed; a task that was told to end cannot fail.
 2. A chief that fails takes the whole run with it, and so does a ps while anybody trains. A worker or an
    evaluator disturbs nobody.
-3. When chief and workers have ended, ps tasks end by themselves; after the grace they are told to.
+3. When chief and workers have ended, ps tasks end by themselves; after the grace they are told to. They get a second
+   only if one of those has failed: it may be one that they wait for.
 4. An evaluator gets the time that it needs.
 5. An interrupt ends all tasks, and its exit code is the run's; a second one kills.
 6. Who is told to end and has not ended `KILL_AFTER` seconds later is killed.
@@ -21,6 +22,8 @@ from paramserver.cluster.task import Role, TaskId
 
 KILL_AFTER = 3.0
 """Seconds between asking a task to end and killing it."""
+AFTER_FAILURE = 1.0
+"""The most that the grace is when a chief or worker has failed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Rules:
         return f"<Rules running: {running or 'none'}; failed: {len(self.failures)}; code: {self.exit_code}>"
 
     @property
+    def has_lost_workers(self) -> bool:
+        """Whether a chief or worker has failed for good."""
+        return any(task.role.trains for task, _ in self.failures)
+
+    @property
     def exit_code(self) -> int:
         """What the run's exit code is, as far as it is known."""
         if self.interrupt is not None:
@@ -90,9 +98,10 @@ class Rules:
             if task.role is Role.CHIEF or (task.role is Role.PS and trains):
                 self._stop(now)
         if not self.is_stopping and not trains:
+            grace = min(self._grace, AFTER_FAILURE) if self.has_lost_workers else self._grace
             for other in self.running:
                 if other.role is Role.PS and other not in self._told:
-                    self._due.setdefault(other, (now + self._grace, signal.SIGTERM))
+                    self._due.setdefault(other, (now + grace, signal.SIGTERM))
         return False
 
     def interrupted(self, number: int, now: float) -> None:

@@ -42,6 +42,7 @@ class SharedMemoryLane(Lane):
         self.task = frames.task
         self._frames = frames
         self._copies: dict[Piece, _BlockCopy] = {}
+        self._row_copies: dict[int, _RowsCopy] = {}
         self._mine = WorkerMemory([], [])
         self._theirs = StoreMemory([], [])
         self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
@@ -56,6 +57,8 @@ class SharedMemoryLane(Lane):
         values.close()  # the mappings stay
         self._rows = memory.RowsFile(rows.data.numpy())
         self._theirs = memory.store_memory(layouts, values)
+        tables = [(index, layout) for index, layout in enumerate(layouts) if layout.is_table]
+        self._row_copies = {index: _RowsCopy(self._theirs, index, layout.table_shape[1]) for index, layout in tables}
         return self._mine
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
@@ -77,7 +80,7 @@ class SharedMemoryLane(Lane):
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
-        return _RowsCopy(self._theirs, arena, rows.values.shape[1]).run(rows)
+        return self._row_copies[arena].run(rows)
 
     def close(self) -> None:
         self._frames.close()
