@@ -40,7 +40,7 @@ class Rows:
         if out is None:
             out = self._table.new_empty(len(ids), self._table.shape[1])
         if self._items is None:
-            return torch.index_select(self._table, 0, self._places(ids), out=out)
+            return torch.index_select(self._table, 0, on_device(ids, self._table), out=out)
         if len(ids) > FETCHED and not self._in_cache:
             _fetch_and_copy(self._items, ids, _items(out))
         elif len(ids):
@@ -59,12 +59,14 @@ class Rows:
                 f"got {tuple(values.shape)} of {values.dtype}"
             )
         if self._items is None:
-            self._table.index_copy_(0, self._places(ids), values)
+            self._table.index_copy_(0, on_device(ids, self._table), values)
         elif len(ids):
             np.put(self._items, ids, _items(values.contiguous()), mode="wrap")  # "clip" takes a tenth longer
 
-    def _places(self, ids: Ids) -> Tensor:
-        return torch.from_numpy(ids).to(self._table.device)
+
+def on_device(ids: Ids, beside: Tensor) -> Tensor:
+    """The ids as torch takes them, on the device of ``beside``; the same memory where that is the CPU."""
+    return torch.from_numpy(ids).to(beside.device)
 
 
 def _fetch_and_copy(items: npt.NDArray[np.void], ids: Ids, out: npt.NDArray[np.void]) -> None:

@@ -97,14 +97,16 @@ def assert_same_values(model, plain):
     torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()))
 
 
-many = pytest.mark.parametrize("many", [0, embeddings.MANY], ids=["many ids", "few ids"])
+@pytest.fixture(params=[0, embeddings.MANY], ids=["many ids", "few ids"])
+def many(request, monkeypatch):
+    """What a test looks up counts as many ids, or as few."""
+    monkeypatch.setattr(embeddings, "MANY", request.param)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shards", [1, 3])
-@many
-def test_a_table_trains_as_torch_trains_it(strategy_with, monkeypatch, rule, shards, many):
-    monkeypatch.setattr(embeddings, "MANY", many)
+@pytest.mark.usefixtures("many")
+def test_a_table_trains_as_torch_trains_it(strategy_with, rule, shards):
     plain, model = a_net(), a_net()
     theirs = optimizers_of(plain, rule)
     model, ours = strategy_with(variable_partitioner=FixedShards(shards)).prepare(model, optimizers_of(model, rule))
@@ -142,10 +144,8 @@ def test_a_table_follows_a_schedule_and_a_step_without_its_gradient(strategy_wit
 
 
 @pytest.mark.parametrize("ids", [[1, 5, 1, 7, 39], [1, 1, 1, 7]], ids=["few repeats", "mostly repeats"])
-@many
-def test_the_gradient_of_a_lookup_may_be_part_of_the_loss(strategy_with, monkeypatch, ids, many):
-    monkeypatch.setattr(embeddings, "MANY", many)
-
+@pytest.mark.usefixtures("many")
+def test_the_gradient_of_a_lookup_may_be_part_of_the_loss(strategy_with, ids):
     def loss_of(model):
         rows = model(torch.tensor(ids))
         (gradient,) = torch.autograd.grad(rows.pow(2).sum(), model.weight, create_graph=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paramserver.errors import ConfigError
-from paramserver.rows import Ids, Rows
+from paramserver.rows import Ids, Rows, on_device
 
 Embedding = nn.Embedding | nn.EmbeddingBag
 
@@ -139,8 +139,8 @@ def _as_sparse_embedding(module: nn.Module) -> Embedding | None:
 
 def _embed(module: nn.Embedding, table: Table, ids: Tensor) -> Tensor:
     rows, lookup, _ = _fetched(module, table, ids)
-    if len(lookup.places) < MANY:
-        spread = rows.index_select(0, _on_device(lookup.places, rows))
+    if len(lookup.places) < MANY or len(lookup.repeats) > len(lookup.firsts):
+        spread = rows.index_select(0, on_device(lookup.places, rows))
     else:
         spread = _Spread.apply(rows, lookup)  # type: ignore[no-untyped-call]
     return spread.view(*ids.shape, rows.shape[1])
@@ -155,7 +155,7 @@ def _embed_bags(
 ) -> Tensor:
     rows, lookup, padding = _fetched(module, table, input)
     return F.embedding_bag(
-        _on_device(lookup.places, rows).view(input.shape),
+        on_device(lookup.places, rows).view(input.shape),
         rows,
         offsets,
         mode=module.mode,
@@ -200,13 +200,12 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         lookup: Lookup = ctx.lookup
-        differentiable = torch.is_grad_enabled()
-        if differentiable or len(lookup.repeats) > len(lookup.firsts):
+        if torch.is_grad_enabled():  # this gradient is to have one, too
             sums = gradient.new_zeros(len(lookup.rows), gradient.shape[1])
-            return sums.index_add(0, _on_device(lookup.places, gradient), gradient), None
+            return sums.index_add(0, on_device(lookup.places, gradient), gradient), None
         named = Rows(gradient.contiguous(), in_cache=True)
         sums, places = named.take(lookup.firsts), lookup.places[lookup.repeats]
-        return sums.index_add_(0, _on_device(places, gradient), named.take(lookup.repeats)), None
+        return sums.index_add_(0, on_device(places, gradient), named.take(lookup.repeats)), None
 
 
 class _Rows(torch.autograd.Function):
@@ -226,7 +225,3 @@ class _Rows(torch.autograd.Function):
             ids[None].to(gradient.device), gradient, ctx.shape, is_coalesced=True, check_invariants=False
         )
         return sparse, None, None, None
-
-
-def _on_device(ids: Ids, beside: Tensor) -> Tensor:
-    return torch.from_numpy(ids).to(beside.device)

@@ -10,6 +10,7 @@ import torch
 
 from paramserver.arena import ArenaLayout, StoreMemory
 from paramserver.errors import LocalProtocolError
+from paramserver.rows import Rows
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire.messages import Refused, Reply, Request
 
@@ -98,7 +99,7 @@ class InProcessLane(Lane):
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
         table = self._session.memory.values[arena].view(-1, rows.values.shape[1])
-        rows.values.copy_(table.index_select(0, torch.from_numpy(rows.ids).to(table.device)))
+        rows.values.copy_(Rows(table).take(rows.ids))
         return True
 
     def close(self) -> None:

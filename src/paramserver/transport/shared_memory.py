@@ -57,8 +57,11 @@ class SharedMemoryLane(Lane):
         values.close()  # the mappings stay
         self._rows = memory.RowsFile(rows.data.numpy())
         self._theirs = memory.store_memory(layouts, values)
-        tables = [(index, layout) for index, layout in enumerate(layouts) if layout.is_table]
-        self._row_copies = {index: _RowsCopy(self._theirs, index, layout.table_shape[1]) for index, layout in tables}
+        self._row_copies = {
+            index: _RowsCopy(self._theirs, index, layout.table_shape[1])
+            for index, layout in enumerate(layouts)
+            if layout.is_table
+        }
         return self._mine
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
