@@ -104,8 +104,9 @@ class ServingThreads:
                 os.close(descriptor)
 
     def __repr__(self) -> str:
-        threads = sum(thread.is_alive() for thread in self._threads)
-        return f"<ServingThreads: {len(self._served)} connections, {self._num_waiting} on one of {threads} threads>"
+        with self._lock:
+            threads = sum(thread.is_alive() for thread in self._threads)
+            return f"<ServingThreads: {len(self._served)} connections, {self._num_waiting} on one of {threads} threads>"
 
     def _start(self, target: Callable[..., None], *args: Served) -> None:
         # Daemons: a program that fails before it has stopped its server must end all the same.
