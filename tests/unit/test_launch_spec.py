@@ -23,6 +23,7 @@ PYTHONUNBUFFERED=1 \\
 OMP_NUM_THREADS=8 \\
 MKL_NUM_THREADS=8 \\
 GOMP_SPINCOUNT=10000 \\
+GLIBC_TUNABLES=glibc.malloc.tcache_count=0 \\
 python -m paramserver server
 
 # chief:0
@@ -35,6 +36,7 @@ PYTHONUNBUFFERED=1 \\
 OMP_NUM_THREADS=8 \\
 MKL_NUM_THREADS=8 \\
 GOMP_SPINCOUNT=10000 \\
+GLIBC_TUNABLES=glibc.malloc.tcache_count=0 \\
 python -m paramserver.launch.task train.py --name 'two words'
 
 # evaluator:0
@@ -47,13 +49,14 @@ PYTHONUNBUFFERED=1 \\
 OMP_NUM_THREADS=8 \\
 MKL_NUM_THREADS=8 \\
 GOMP_SPINCOUNT=10000 \\
+GLIBC_TUNABLES=glibc.malloc.tcache_count=0 \\
 python -m paramserver.launch.task train.py --name 'two words'
 """
 
 
-def plan_of(options: LaunchOptions, cores: int = 8, thread_variables_set: tuple[str, ...] = ()) -> LaunchSpec:
+def plan_of(options: LaunchOptions, cores: int = 8, already_set: tuple[str, ...] = ()) -> LaunchSpec:
     ports = [5000 + index for index in range(options.ps)]
-    return plan(options, ports, "secret", "run", cores, thread_variables_set, "python")
+    return plan(options, ports, "secret", "run", cores, already_set, "python")
 
 
 def threads_of(options: LaunchOptions, cores: int, already_set: tuple[str, ...] = ()) -> list[str | None]:
@@ -134,6 +137,14 @@ def test_a_thread_variable_of_the_user_is_left_alone() -> None:
 def test_threads_do_not_spin_for_long_unless_the_user_says_so(already_set: tuple[str, ...], expected: str) -> None:
     for task in plan_of(LaunchOptions(script="train.py"), 8, already_set).tasks:
         assert task.env.get("GOMP_SPINCOUNT") == expected
+
+
+@pytest.mark.parametrize(
+    ("already_set", "expected"), [((), "glibc.malloc.tcache_count=0"), (("GLIBC_TUNABLES",), None)]
+)
+def test_memory_is_kept_for_no_thread_unless_the_user_says_so(already_set: tuple[str, ...], expected: str) -> None:
+    for task in plan_of(LaunchOptions(script="train.py"), 8, already_set).tasks:
+        assert task.env.get("GLIBC_TUNABLES") == expected
 
 
 @pytest.mark.parametrize(

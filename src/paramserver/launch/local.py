@@ -25,8 +25,7 @@ from paramserver.launch.process import TaskProcess
 from paramserver.launch.rules import Ending, Rules
 from paramserver.launch.spec import (
     HOST,
-    THREAD_VARIABLES,
-    WAIT_VARIABLES,
+    LEFT_ALONE,
     LaunchOptions,
     LaunchSpec,
     describe,
@@ -255,7 +254,7 @@ def _start_method(spec: LaunchSpec) -> StartMethod:
 
 
 def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str) -> LaunchSpec:
-    already_set = [name for name in (*THREAD_VARIABLES, *WAIT_VARIABLES) if environment.is_set(name)]
+    already_set = [name for name in LEFT_ALONE if environment.is_set(name)]
     cores = len(os.sched_getaffinity(0))
     return plan(options, ports, token, run_id, cores, already_set)
 

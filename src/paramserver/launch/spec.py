@@ -23,6 +23,14 @@ milliseconds of the default, in which it would keep a ps from the core that the 
 WAIT_VARIABLES = (SPIN_VARIABLE, "OMP_WAIT_POLICY")
 """What decides how these threads wait."""
 
+MALLOC_VARIABLE = "GLIBC_TUNABLES"
+MALLOC_TUNABLES = "glibc.malloc.tcache_count=0"
+"""glibc keeps small pieces of freed memory for each thread, those between two activations, too, which then never become
+one piece again, nor fit others of their own size. Without, a worker holds half as much freed memory, and is as fast."""
+
+LEFT_ALONE = (*THREAD_VARIABLES, *WAIT_VARIABLES, MALLOC_VARIABLE)
+"""The variables that are as the user has set them."""
+
 INHERITED = ("PARAMSERVER_LISTEN_FD", "PARAMSERVER_REPORT_FD", "PARAMSERVER_FORK_SERVER_FD")
 """The variables that tell a process the numbers of descriptors."""
 
@@ -137,7 +145,7 @@ def plan(
     token: str,
     run_id: str,
     cores: int,
-    thread_variables_set: Collection[str] = (),
+    already_set: Collection[str] = (),
     python: str = sys.executable,
 ) -> LaunchSpec:
     """The run that ``options`` ask for, on this machine.
@@ -148,8 +156,7 @@ def plan(
         token: The secret that lets tasks into the run.
         run_id: The run's name.
         cores: How many cores there are to share.
-        thread_variables_set: Those of `THREAD_VARIABLES` and `WAIT_VARIABLES` that the user has set, which are left
-            alone.
+        already_set: Those of `LEFT_ALONE` that the user has set.
         python: The interpreter that runs the tasks.
 
     Raises:
@@ -164,8 +171,9 @@ def plan(
         "PARAMSERVER_LANE": options.lane,
         "PYTHONUNBUFFERED": "1",
         **({} if None in ps_ports else {"PARAMSERVER_PS_LISTEN": "1"}),
-        **_thread_variables(options, cores, thread_variables_set),
-        **({} if set(WAIT_VARIABLES) & set(thread_variables_set) else {SPIN_VARIABLE: SPIN_COUNT}),
+        **_thread_variables(options, cores, already_set),
+        **({} if set(WAIT_VARIABLES) & set(already_set) else {SPIN_VARIABLE: SPIN_COUNT}),
+        **({} if MALLOC_VARIABLE in already_set else {MALLOC_VARIABLE: MALLOC_TUNABLES}),
     }
     tasks = tuple(
         TaskSpec(
