@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, VariableSpec
 from paramserver.rules import Rule
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Piece, whole_blocks
-from paramserver.transport.tcp import IN_PLACE, TcpSession
+from paramserver.transport.tcp import IN_PLACE, TcpLane, TcpSession
 from paramserver.wire.messages import Done
 
 Pair = tuple[FrameSocket, TcpSession]
@@ -35,6 +36,31 @@ def received(frames: FrameSocket, count: int) -> torch.Tensor:
     values = torch.zeros(count)
     frames.receive_into(values.view(torch.uint8).numpy().data)
     return values
+
+
+@pytest.fixture
+def lane() -> Iterator[TcpLane]:
+    ours, theirs = map(FrameSocket, socket.socketpair(), ("ps:0", "worker:0"))
+    with contextlib.closing(TcpLane(ours)) as its_lane, contextlib.closing(theirs):
+        yield its_lane
+
+
+def in_page(tensor: torch.Tensor) -> int:
+    """How far into its page a tensor's memory begins."""
+    return tensor.data_ptr() % mmap.PAGESIZE
+
+
+def test_what_is_sent_and_received_lies_as_far_into_its_page_as_no_message_is_long(pair: Pair, lane: TcpLane) -> None:
+    frames, session = pair
+    layouts = [ArenaLayout("float32", None, (VariableSpec(f"v{size}", (size,), "float32"),)) for size in (1, 3000)]
+    memory = lane.open(layouts)
+    session.open(layouts, StoreMemory([torch.zeros(layout.size) for layout in layouts], []))
+    assert [in_page(each) for each in (*memory.values, *memory.gradients)] == [mmap.PAGESIZE // 2] * 4
+    assert [each.tolist() for each in memory.gradients] == [[0] * layout.on_worker.size for layout in layouts]
+    for index, layout in enumerate(layouts):
+        frames.send(Done(), [memoryview(bytes(layout.nbytes))])
+        session.receive()
+        assert in_page(session.gradient(Piece(index, 0, layout.size))) == mmap.PAGESIZE // 2
 
 
 def test_any_piece_of_an_arena_is_sent_also_of_one_that_workers_have_no_memory_for(pair: Pair) -> None:

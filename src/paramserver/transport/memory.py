@@ -112,6 +112,18 @@ def _check_sealed(descriptor: int, nbytes: int, owner: str) -> None:
         )
 
 
+def payload_memory(nbytes: int) -> torch.Tensor:
+    """Private memory for what a socket sends or receives: flat uint8, not initialised, from the middle of a page on.
+
+    On AMD's Zen 3 the kernel copies five times slower to a place that is 1 to 31 bytes further into its page than the
+    source is into its own. In a socket's pages a payload lies as far in as the message before it is long, which is
+    about as far as malloc's memory often does.
+    """
+    memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8)
+    first = (mmap.PAGESIZE // 2 - memory.data_ptr()) % mmap.PAGESIZE
+    return memory[first : first + nbytes]
+
+
 def _map(descriptor: int, nbytes: int, protection: int) -> torch.Tensor:
     mapping = mmap.mmap(descriptor, _mapped_bytes(nbytes), mmap.MAP_SHARED, protection)
     with warnings.catch_warnings():

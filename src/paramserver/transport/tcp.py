@@ -17,6 +17,7 @@ from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
 from paramserver.errors import RemoteProtocolError, UnavailableError
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, WorkerMemory, whole_blocks
+from paramserver.transport.memory import payload_memory
 from paramserver.wire import codec
 from paramserver.wire.messages import Message, Refused, Reply, Request
 
@@ -41,8 +42,7 @@ class TcpLane(Lane):
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         self._memory = kept or WorkerMemory(
-            values=[torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
-            gradients=[torch.zeros(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
+            values=[_tensor(layout) for layout in layouts], gradients=[_tensor(layout).zero_() for layout in layouts]
         )
         self._gradients = _Bytes(layouts, self._memory.gradients)
         self._values = _Bytes(layouts, self._memory.values)
@@ -82,7 +82,7 @@ class TcpSession(Session):
     def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
         self._layouts = layouts
         largest = max((min(layout.size, BLOCK) * layout.itemsize for layout in layouts), default=0)
-        self._scratch = torch.empty(largest, dtype=torch.uint8).numpy()  # at a multiple of 64 bytes, for vectors
+        self._scratch = payload_memory(largest).numpy()
         self._rooms = {piece: self._room(piece) for piece in whole_blocks(layouts)}
         self._values = _Bytes(layouts, memory.values)
 
@@ -173,6 +173,11 @@ class _Bytes:
 
     def _cut(self, piece: Piece) -> memoryview:
         return tensor_bytes(self._tensors[piece.arena][piece.start : piece.stop])
+
+
+def _tensor(layout: ArenaLayout) -> torch.Tensor:
+    """Memory for all values of an arena, or all gradients, of a worker."""
+    return payload_memory(layout.on_worker.size * layout.itemsize).view(layout.torch_dtype)
 
 
 def expect_reply(frames: FrameSocket) -> Reply:
