@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from benchmarks.processes import Crew
 from paramserver.cluster import environment
 from paramserver.launch.spec import HOST
+from paramserver.transport.memory import payload_memory
 
 WORD = struct.Struct("<4sxxxxQ")
 """A request, and an answer: what to do, and with how many bytes. As long as a small message of ours."""
@@ -101,7 +102,7 @@ class BareServer:
 
 def main(descriptor: int | None, nbytes: int) -> None:
     """Serve. Blocks for ever."""
-    memory = memoryview(bytearray(b"\1") * nbytes)  # written, so that its pages are there
+    memory = payload_memory(nbytes).fill_(1).numpy().data  # written, so that its pages are there
     with socket.socket(fileno=descriptor) as listener:
         while True:
             connection, _ = listener.accept()

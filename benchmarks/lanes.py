@@ -30,6 +30,7 @@ from benchmarks.shapes import LEARNING_RATE
 from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.client import ParameterClient
 from paramserver.rules import describe
+from paramserver.transport.memory import payload_memory
 from paramserver.wire.messages import Part
 
 SIZES = (4_000, 64_000, 1_000_000, 16_000_000, 128_000_000, 512_000_000)
@@ -106,7 +107,7 @@ def _fill(client: ParameterClient, sizes: tuple[int, ...]) -> None:
 
 def _beside(kind: Kind, bare: Bare, nbytes: int) -> Sides:
     """The least that a pull, and a push, of so many bytes takes."""
-    target, source = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
+    target, source = (payload_memory(nbytes).fill_(1).numpy() for _ in range(2))
     if kind.lane == "tcp":
         return partial(bare.pull, target.data), partial(bare.push, source.data)
     copy = partial(np.copyto, target, source)
