@@ -14,14 +14,7 @@ from tests.multiprocess.warm import Warm
 
 from paramserver.demo.run import IMPORTED
 from paramserver.launch.fork_server import ForkServer, OwnForkServer
-from paramserver.launch.spec import (
-    MALLOC_TUNABLES,
-    MALLOC_VARIABLE,
-    PRELOADED,
-    SPIN_COUNT,
-    SPIN_VARIABLE,
-    THREAD_VARIABLES,
-)
+from paramserver.launch.spec import PRELOADED, LaunchOptions, runtime_variables
 
 LINEAR = """
 import sys
@@ -68,7 +61,7 @@ def script(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def warm_server() -> Iterator[ForkServer]:
     """A process that has imported torch, and what else the processes of tests import."""
-    env = {**dict.fromkeys(THREAD_VARIABLES, "1"), SPIN_VARIABLE: SPIN_COUNT, MALLOC_VARIABLE: MALLOC_TUNABLES}
+    env = runtime_variables(LaunchOptions(script="any", threads=1), cores=1)
     server = OwnForkServer(sys.executable, env, (*PRELOADED, *IMPORTED))
     server.make_ready()
     yield server

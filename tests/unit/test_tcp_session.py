@@ -38,22 +38,15 @@ def received(frames: FrameSocket, count: int) -> torch.Tensor:
     return values
 
 
-@pytest.fixture
-def lane() -> Iterator[TcpLane]:
-    ours, theirs = map(FrameSocket, socket.socketpair(), ("ps:0", "worker:0"))
-    with contextlib.closing(TcpLane(ours)) as its_lane, contextlib.closing(theirs):
-        yield its_lane
-
-
 def in_page(tensor: torch.Tensor) -> int:
     """How far into its page a tensor's memory begins."""
     return tensor.data_ptr() % mmap.PAGESIZE
 
 
-def test_what_is_sent_and_received_lies_as_far_into_its_page_as_no_message_is_long(pair: Pair, lane: TcpLane) -> None:
+def test_what_is_sent_and_received_lies_as_far_into_its_page_as_no_message_is_long(pair: Pair) -> None:
     frames, session = pair
     layouts = [ArenaLayout("float32", None, (VariableSpec(f"v{size}", (size,), "float32"),)) for size in (1, 3000)]
-    memory = lane.open(layouts)
+    memory = TcpLane(frames).open(layouts)
     session.open(layouts, StoreMemory([torch.zeros(layout.size) for layout in layouts], []))
     assert [in_page(each) for each in (*memory.values, *memory.gradients)] == [mmap.PAGESIZE // 2] * 4
     assert [each.tolist() for each in memory.gradients] == [[0] * layout.on_worker.size for layout in layouts]

@@ -171,9 +171,7 @@ def plan(
         "PARAMSERVER_LANE": options.lane,
         "PYTHONUNBUFFERED": "1",
         **({} if None in ps_ports else {"PARAMSERVER_PS_LISTEN": "1"}),
-        **_thread_variables(options, cores, already_set),
-        **({} if set(WAIT_VARIABLES) & set(already_set) else {SPIN_VARIABLE: SPIN_COUNT}),
-        **({} if MALLOC_VARIABLE in already_set else {MALLOC_VARIABLE: MALLOC_TUNABLES}),
+        **runtime_variables(options, cores, already_set),
     }
     tasks = tuple(
         TaskSpec(
@@ -192,6 +190,16 @@ def plan(
         start_method=options.start_method,
         preload=options.preload,
     )
+
+
+def runtime_variables(options: LaunchOptions, cores: int, already_set: Collection[str] = ()) -> dict[str, str]:
+    """What tells torch's threads and the C library of each task how to work; for the arguments see `plan`."""
+    variables = _thread_variables(options, cores, already_set)
+    if not set(WAIT_VARIABLES) & set(already_set):
+        variables[SPIN_VARIABLE] = SPIN_COUNT
+    if MALLOC_VARIABLE not in already_set:
+        variables[MALLOC_VARIABLE] = MALLOC_TUNABLES
+    return variables
 
 
 def task_ids(options: LaunchOptions) -> list[TaskId]:
