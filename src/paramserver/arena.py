@@ -209,14 +209,16 @@ def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[
     return ids * width // BLOCK, ((ids + 1) * width - 1) // BLOCK
 
 
-def each_once(blocks: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """The blocks that are named, ascending, each once; each array ascends.
+def each_once(blocks: Sequence[npt.NDArray[np.int64]], count: int) -> npt.NDArray[np.int64]:
+    """Which of so many blocks are named, ascending, each once.
 
-    >>> each_once([np.array([0, 0, 1, 4]), np.array([0, 1, 2, 4])]).tolist()
+    >>> each_once([np.array([0, 4, 0, 1]), np.array([2, 4, 1, 1])], count=6).tolist()
     [0, 1, 2, 4]
     """
-    few = [np.concatenate((each[:1], each[1:][each[1:] != each[:-1]])) for each in blocks]
-    return few[0] if len(few) == 1 else np.unique(np.concatenate(few))
+    is_named = np.zeros(count, dtype=bool)
+    for each in blocks:
+        is_named[each] = True
+    return np.flatnonzero(is_named)
 
 
 def pieces(ranges: Sequence[Range]) -> Iterator[Range]:

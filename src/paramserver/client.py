@@ -239,6 +239,10 @@ class ParameterClient:
         self._arrived(ask_each(self.lanes, calls, messages.State)[0].global_step)
         return self.global_step
 
+    def copy_rows(self, ps: int, arena: int, rows: TableRows) -> bool:
+        """Copy rows of a table if that takes no request; whether it did. See `Lane.copy_rows`."""
+        return self.lanes.each()[ps].copy_rows(arena, rows)
+
     def pull_rows(self, wanted: Sequence[tuple[int, int, TableRows]]) -> None:
         """Fetch rows of tables.
 

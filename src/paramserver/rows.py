@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from types import ModuleType
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,18 +14,44 @@ from torch import Tensor
 FETCHED = 1024
 """Rows that are brought into the cache together before they are copied: copies wait for one row after the other."""
 
+LARGE = 32 << 20
+"""Bytes of a table from which on its rows are hardly ever in a cache, and compiled loops are worth their making."""
+
 Ids = npt.NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
+
+
+def loops_for(nbytes: int, dtype: torch.dtype) -> ModuleType | None:
+    """`paramserver.row_loops`, if a table of so many bytes is large, and numba is installed and knows its numbers.
+
+    The first call takes a few tenths of a second, and so does that of each of the loops.
+    """
+    return _row_loops() if nbytes >= LARGE and dtype in (torch.float32, torch.float64) else None
+
+
+@functools.cache
+def _row_loops() -> ModuleType | None:
+    try:
+        from paramserver import row_loops
+    except ImportError as error:
+        logger.info("a large table is updated in several passes; the extra 'numba' makes that one (%s)", error)
+        return None
+    return row_loops
 
 
 class Rows:
     """The rows of a table, copied many at a time.
 
     On the CPU a row is one item to NumPy, whatever it holds, which copies single rows about twice as fast as torch's
-    index functions do. Not thread-safe.
+    index functions do; of a large table a compiled loop copies them, if there is one. Not thread-safe.
 
     Args:
         table: ``[rows, width]``, contiguous.
         in_cache: Whether its rows are likely to be in the cache, so that many need not be brought there before.
+
+    Attributes:
+        loops: See `loops_for`.
 
     Example:
         >>> rows = Rows(torch.arange(6).view(3, 2))
@@ -34,11 +64,15 @@ class Rows:
         self._table = table
         self._in_cache = in_cache
         self._items = _items(table) if table.device.type == "cpu" and table.numel() else None
+        self.loops = loops_for(table.nbytes, table.dtype) if self._items is not None and not in_cache else None
 
     def take(self, ids: Ids, out: Tensor | None = None) -> Tensor:
         """A copy ``[ids, width]`` of the rows ``ids [ids]``, which must be there; into ``out`` if it is given."""
         if out is None:
             out = self._table.new_empty(len(ids), self._table.shape[1])
+        if self.loops:
+            self.loops.gather(flat(self._table), ids.view(np.uint64), np.uint64(out.shape[1]), flat(out))
+            return out
         if self._items is None:
             return torch.index_select(self._table, 0, on_device(ids, self._table), out=out)
         if len(ids) > FETCHED and not self._in_cache:
@@ -62,6 +96,32 @@ class Rows:
             self._table.index_copy_(0, on_device(ids, self._table), values)
         elif len(ids):
             np.put(self._items, ids, _items(values.contiguous()), mode="wrap")  # "clip" takes a tenth longer
+
+
+def add_up(rows: Tensor, places: Ids, numbers: Ids, loops: ModuleType | None = None) -> Tensor:
+    """Rows of ``[..., width]``, contiguous, in groups: the sum ``[groups, width]`` of each, added one after the other.
+
+    Args:
+        rows: From which.
+        places: Those that are added up, in this order ``[places]``.
+        numbers: The group of each ``[places]``; they ascend from 0, and none is left out.
+        loops: See `loops_for`.
+    """
+    width = rows.shape[1]
+    if loops:
+        sums = rows.new_empty(int(numbers[-1]) + 1 if len(numbers) else 0, width)
+        loops.add_up(flat(rows), places.view(np.uint64), numbers.view(np.uint64), np.uint64(width), flat(sums))
+        return sums
+    is_again = np.zeros(len(numbers), dtype=bool)
+    np.equal(numbers[1:], numbers[:-1], out=is_again[1:])
+    taken = Rows(rows, in_cache=True)
+    sums, repeated = taken.take(places[~is_again]), on_device(numbers[is_again], rows)
+    return sums.index_add_(0, repeated, taken.take(places[is_again]))
+
+
+def flat(rows: Tensor) -> npt.NDArray[np.floating]:
+    """Their elements, one after the other, in the same memory."""
+    return rows.detach().view(-1).numpy()
 
 
 def on_device(ids: Ids, beside: Tensor) -> Tensor:

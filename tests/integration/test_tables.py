@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import paramserver as ps
+from paramserver import rows
 from paramserver.distribute import bound_parameter, embeddings
 from paramserver.errors import ConfigError, RefusedError, UnsupportedOptimizerError
 from paramserver.estimator.checkpoint import read_values, restore_checkpoint, write_checkpoint
@@ -97,10 +98,12 @@ def assert_same_values(model, plain):
     torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()))
 
 
-@pytest.fixture(params=[0, embeddings.MANY], ids=["many ids", "few ids"])
+@pytest.fixture(params=["many ids", "few ids", "large table"])
 def many(request, monkeypatch):
-    """What a test looks up counts as many ids, or as few."""
-    monkeypatch.setattr(embeddings, "MANY", request.param)
+    """What a test looks up counts as many ids, or as few, and its table as large, or as small."""
+    if request.param == "many ids":
+        monkeypatch.setattr(embeddings, "MANY", 0)
+    monkeypatch.setattr(rows, "LARGE", 0 if request.param == "large table" else 1 << 62)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -3,14 +3,16 @@
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from paramserver import arena
+from paramserver import arena, rows
 from paramserver.arena import ArenaLayout, VariableSpec, num_blocks
+from paramserver.distribute.embeddings import Lookup
 from paramserver.rules import ROW_RULES, describe_row_rule
 from paramserver.store import row_rule, stored_arena
 from paramserver.store.stored_table import StoredTable
@@ -33,9 +35,12 @@ def pushes(draw: st.DrawFn) -> tuple[int, int, list[tuple[list[int], float]]]:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # once, by torch's own optimizers
-@given(st.sampled_from(CASES), pushes(), st.integers(1, 12))
+@given(st.sampled_from(CASES), pushes(), st.integers(1, 12), st.booleans())
 def test_any_sequence_of_rows_equals_torch(
-    case: tuple[str, dict[str, Any]], pushed: tuple[int, int, list[tuple[list[int], float]]], block: int
+    case: tuple[str, dict[str, Any]],
+    pushed: tuple[int, int, list[tuple[list[int], float]]],
+    block: int,
+    is_large: bool,
 ) -> None:
     (name, kwargs), (count, width, steps) = case, pushed
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +49,8 @@ def test_any_sequence_of_rows_equals_torch(
     spec = VariableSpec("table", (count, width), "float64")
     layout = ArenaLayout("float64", describe_row_rule(optimizer, 0, "table"), (spec,), is_table=True)
     with mock.patch.multiple(arena, BLOCK=block), mock.patch.multiple(row_rule, BLOCK=block), \
-         mock.patch.multiple(stored_arena, BLOCK=block):  # fmt: skip
+         mock.patch.multiple(stored_arena, BLOCK=block), \
+         mock.patch.multiple(rows, LARGE=0 if is_large else 1 << 62):  # fmt: skip
         memory = private_store_memory([layout])
         table = StoredTable(layout, memory.values[0], memory.versions[0])
         everything = torch.arange(count).numpy()
@@ -62,3 +68,12 @@ def test_any_sequence_of_rows_equals_torch(
             torch.testing.assert_close(table.read_rows(everything), whole.detach(), rtol=1e-12, atol=1e-12)
         assert len(memory.versions[0]) == num_blocks(count * width)
         assert not (memory.versions[0] % 2).any()
+
+
+@given(st.lists(st.integers(0, 1 << 40) | st.integers(0, 9), max_size=60))
+def test_any_batch_is_looked_up_alike_with_and_without_loops(batch: list[int]) -> None:
+    ids = np.array(batch, dtype=np.int64)
+    with mock.patch.multiple(rows, LARGE=0):
+        loops = rows.loops_for(0, torch.float32)
+    assert loops is not None
+    assert all(map(np.array_equal, Lookup.of(ids, loops), Lookup.of(ids)))

@@ -5,22 +5,31 @@ import pytest
 import torch
 from torch import nn
 
+from paramserver import rows
 from paramserver.distribute import embeddings
 from paramserver.distribute.embeddings import Lookup, look_up_in
+from paramserver.rows import loops_for
 
 
+@pytest.fixture
+def loops(monkeypatch):
+    monkeypatch.setattr(rows, "LARGE", 0)
+    return loops_for(0, torch.float32)
+
+
+@pytest.mark.parametrize("with_loops", [False, True])
 @pytest.mark.parametrize("largest", [0, 5, 1 << 40])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 1000])
-def test_each_id_is_found_once_and_every_place_of_it(largest, count):
+def test_each_id_is_found_once_and_every_place_of_it(loops, with_loops, largest, count):
     ids = np.random.default_rng(0).integers(0, largest, count, endpoint=True)
     before = ids.copy()
-    lookup = Lookup.of(ids)
-    expected = np.unique(ids, return_index=True, return_inverse=True)
-    assert lookup.rows.tolist() == expected[0].tolist()
-    assert lookup.places.tolist() == expected[2].tolist()
-    assert lookup.firsts.tolist() == expected[1].tolist()
-    assert sorted([*lookup.firsts, *lookup.repeats]) == list(range(count))
-    assert ids.tolist() == before.tolist()
+    lookup = Lookup.of(ids, loops if with_loops else None)
+    expected, places = np.unique(ids, return_inverse=True)
+    assert lookup.rows.tolist() == expected.tolist()
+    assert lookup.places().tolist() == places.tolist()
+    assert lookup.order.tolist() == np.argsort(ids, kind="stable").tolist()
+    assert lookup.numbers.tolist() == places[lookup.order].tolist()
+    assert lookup.ids.tolist() == ids.tolist() == before.tolist()
 
 
 class Held:
@@ -28,23 +37,27 @@ class Held:
 
     name = "table"
 
-    def __init__(self, values):
+    def __init__(self, values, loops):
         self._values = values
+        self.loops = loops
 
     def pull(self, ids):
         return self._values[torch.from_numpy(ids)]
+
+    def pull_batch(self, lookup):
+        return self._values[torch.from_numpy(lookup.ids)]
 
     def whole(self):
         return self._values
 
 
-@pytest.fixture(params=[0, 100], ids=["many", "few"])
-def alike(request, monkeypatch):
+@pytest.fixture(params=["many", "few", "loops"])
+def alike(request, monkeypatch, loops):
     """Torch's own module and one that looks rows up, with the same values; 7 is the padding."""
-    monkeypatch.setattr(embeddings, "MANY", request.param)
+    monkeypatch.setattr(embeddings, "MANY", 0 if request.param == "many" else 100)
     plain = nn.Embedding(40, 3, sparse=True, padding_idx=7)
     ours = nn.Embedding(40, 3, sparse=True, padding_idx=7)
-    look_up_in(ours, Held(plain.weight.detach().clone()))
+    look_up_in(ours, Held(plain.weight.detach().clone(), loops if request.param == "loops" else None))
     return plain, ours
 
 

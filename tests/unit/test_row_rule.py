@@ -1,4 +1,7 @@
-"""Row rules equal torch.optim with sparse gradients on the whole table, step by step; slots go out and in by blocks."""
+"""Row rules equal torch.optim with sparse gradients on the whole table, step by step; slots go out and in by blocks.
+
+They do with torch's own step on the rows, and with a loop that is compiled.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
+from paramserver import rows
 from paramserver.errors import ConfigError, UnsupportedOptimizerError
 from paramserver.rules import ROW_RULES, Rule, describe_row_rule
 from paramserver.store import row_rule
@@ -33,10 +37,20 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 every_row = pytest.mark.parametrize(
     ("name", "kwargs"), ROWS, ids=[f"{name}-{'-'.join(map(str, kwargs))}" for name, kwargs in ROWS]
 )
+
+# Those of a large table that a loop computes, bit by bit as torch does on the rows.
+LOOPS = [kwargs for kwargs in ROWS if kwargs[0] != "SparseAdam" and not kwargs[1].get("maximize")]
+
 COUNT, WIDTH = 11, 3
 STEPS = 8
 SLOTS = {"SGD": set(), "Adagrad": {"sum", "step"}, "SparseAdam": {"exp_avg", "exp_avg_sq", "step"}}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # torch's fused kernels round differently
+
+
+@pytest.fixture(autouse=True, params=["torch", "loops"])
+def size_of_tables(request, monkeypatch):
+    """Whether a table counts as large."""
+    monkeypatch.setattr(rows, "LARGE", 0 if request.param == "loops" else 1 << 62)
 
 
 class Tables:
@@ -62,7 +76,7 @@ class Tables:
 
     def update(self, ids: Tensor, gradient: Tensor, settings: dict[str, Any]) -> None:
         before = gradient.clone()
-        self.values[ids] = self.rule.update(ids.numpy(), gradient, settings)
+        self.rule.update(ids.numpy(), gradient, settings)()
         assert torch.equal(gradient, before), "a gradient is only read"
 
     def assert_equal(self) -> None:
@@ -120,11 +134,48 @@ def test_rows_without_a_gradient_keep_values_and_slots():
         assert torch.equal(tables.rule._slots[name][others], slot[others])
 
 
-def test_the_table_itself_is_left_to_the_caller():
-    values = torch.zeros(4, 2)
+@every_row
+def test_values_are_written_by_what_comes_back_and_by_nothing_else(name, kwargs):
+    tables = Tables(name, kwargs)
+    before, rest = tables.values.clone(), [0, *range(2, COUNT)]
+    write = tables.rule.update(np.array([1]), torch.ones(1, WIDTH, dtype=torch.float64), {})
+    assert torch.equal(tables.values, before)
+    write()
+    assert not (tables.values[1] == before[1]).any()
+    assert torch.equal(tables.values[rest], before[rest])
+
+
+@pytest.mark.parametrize("size_of_tables", ["loops"], indirect=True)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 8, 16, 21, 64])
+@pytest.mark.parametrize(("name", "kwargs"), LOOPS, ids=str)
+def test_a_loop_makes_torchs_step_bit_by_bit(monkeypatch, name, kwargs, width, dtype):
+    """Also in rows that the loop asks for ahead, and in those that it does not any more."""
+    generator = torch.Generator().manual_seed(0)
+    count, described = 50, describe_row_rule(ROW_RULES[name]([torch.zeros(1)], **kwargs), 0, "table")
+    first = torch.randn(count, width, generator=generator).to(dtype)
+    tables = []
+    for large in (0, 1 << 62):
+        monkeypatch.setattr(rows, "LARGE", large)
+        tables.append(RowRule(described, first.clone()))
+    assert [rule._rows.loops is None for rule in tables] == [False, True]
+    for seed in range(4):
+        generator.manual_seed(seed)
+        ids = torch.randperm(count, generator=generator)[: 5 + 12 * seed].sort().values.numpy()
+        gradient = torch.randn(len(ids), width, generator=generator).to(dtype) * 10.0 ** (seed - 2)
+        for rule in tables:
+            rule.update(ids, gradient, described.settings)()
+    mine, theirs = ({"values": rule._values, **rule.state(0, count * width)} for rule in tables)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[slot], theirs[slot]) for slot in mine)
+    assert not torch.equal(mine["values"], first)
+
+
+def test_torch_makes_the_steps_of_numbers_that_no_loop_knows():
+    values = torch.zeros(4, 2, dtype=torch.bfloat16)
     rule = RowRule(Rule("SGD", {"lr": 1.0}), values)
-    assert rule.update(np.array([1]), torch.ones(1, 2), {}).tolist() == [[-1, -1]]
-    assert not values.any()
+    rule.update(np.array([1]), torch.ones(1, 2, dtype=torch.bfloat16), {})()
+    assert values.tolist() == [[0, 0], [-1, -1], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("name", ["Adagrad", "SparseAdam"])

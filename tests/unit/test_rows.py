@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from paramserver.rows import FETCHED, Rows
+import paramserver
+from paramserver import rows
+from paramserver.rows import FETCHED, Rows, add_up, loops_for
 
 IDS = np.array([0, 3, 4])
 
 shapes = pytest.mark.parametrize("width", [1, 3, 16])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True, params=["NumPy", "loops"])
+def size_of_tables(request, monkeypatch):
+    """Whether a table counts as large."""
+    monkeypatch.setattr(rows, "LARGE", 0 if request.param == "loops" else 1 << 62)
 
 
 def table_of(width, dtype):
@@ -50,6 +61,40 @@ def test_no_rows_and_empty_tables(shape):
     rows, none = Rows(torch.ones(shape)), np.empty(0, np.int64)
     assert rows.take(none).shape == (0, shape[1])
     rows.put(none, torch.empty(0, shape[1]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 100])
+@shapes
+def test_rows_are_added_up_in_their_order(width, count):
+    generator = np.random.default_rng(0)
+    table = torch.from_numpy(generator.standard_normal((50, width), dtype=np.float32))
+    places = generator.integers(0, 50, count)
+    numbers = np.cumsum(generator.integers(0, 2, count)) if count else np.empty(0, dtype=np.int64)
+    numbers -= numbers[:1].sum()  # the first is 0
+    expected = torch.zeros(int(numbers.max(initial=-1)) + 1, width)
+    for place, number in zip(places, numbers, strict=True):
+        expected[number] += table[place]
+    assert torch.equal(add_up(table, places, numbers, loops_for(0, torch.float32)), expected)
+
+
+def test_there_are_loops_for_large_tables_of_numbers_that_they_know(monkeypatch):
+    monkeypatch.setattr(rows, "LARGE", 100)
+    assert loops_for(100, torch.float32) is loops_for(101, torch.float64) is not None
+    assert loops_for(99, torch.float32) is None
+    assert loops_for(100, torch.bfloat16) is None
+
+
+def test_without_numba_there_are_none_and_it_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(rows, "LARGE", 0)
+    monkeypatch.setattr(rows, "_row_loops", functools.cache(rows._row_loops.__wrapped__))
+    monkeypatch.delattr(paramserver, "row_loops", raising=False)
+    monkeypatch.setitem(sys.modules, "paramserver.row_loops", None)
+    caplog.set_level("INFO")
+    assert loops_for(1, torch.float32) is loops_for(1, torch.float32) is None
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "the extra 'numba'" in caplog.text
+    table = table_of(3, torch.float32)
+    assert torch.equal(Rows(table).take(IDS), table[torch.from_numpy(IDS)])
 
 
 def test_on_other_devices_torch_copies():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from paramserver import arena
+from paramserver import arena, rows
 from paramserver.arena import ArenaLayout, StoreMemory, VariableSpec
 from paramserver.rules import Rule
 from paramserver.store import row_rule, stored_arena
@@ -99,9 +99,9 @@ def test_the_versions_of_exactly_the_blocks_that_rows_lie_in_go_up_by_two(operat
 def test_blocks_are_marked_while_rows_are_put_back_and_not_while_they_are_computed(monkeypatch):
     table, memory = a_table()
     seen: dict[str, list[int]] = {}
-    update, put = table._rule.update, table._rows.put
+    update, put = table._rule.update, table._rule._rows.put
 
-    def computing(*args: Any) -> torch.Tensor:
+    def computing(*args: Any) -> Any:
         seen["computing"] = memory.versions[0].tolist()
         return update(*args)
 
@@ -110,9 +110,32 @@ def test_blocks_are_marked_while_rows_are_put_back_and_not_while_they_are_comput
         put(*args)
 
     monkeypatch.setattr(table._rule, "update", computing)
-    monkeypatch.setattr(table._rows, "put", putting)
+    monkeypatch.setattr(table._rule._rows, "put", putting)
     table.apply_rows("rule", ids_of(1), filled(1), {"lr": 1.0})
     assert seen == {"computing": [0] * 6, "putting": [1, 1, 0, 0, 0, 0]}
+
+
+def test_blocks_are_marked_while_a_loop_changes_rows_where_they_lie(monkeypatch):
+    monkeypatch.setattr(rows, "LARGE", 0)
+    table, memory = a_table(ADAGRAD)
+    seen: list[list[int]] = []
+    update = table._rule.update
+
+    def noting(*args: Any) -> Any:
+        write = update(*args)
+        seen.append(memory.versions[0].tolist())
+
+        def write_and_note() -> None:
+            seen.append(memory.versions[0].tolist())
+            write()
+
+        return write_and_note
+
+    monkeypatch.setattr(table._rule, "update", noting)
+    table.apply_rows("rule", ids_of(1), filled(1), {"lr": 1.0})
+    assert seen == [[0] * 6, [1, 1, 0, 0, 0, 0]]
+    assert memory.versions[0].tolist() == [2, 2, 0, 0, 0, 0]
+    assert firsts(table) == [0, -1, 0, 0, 0, 0, 0]
 
 
 def test_versions_are_even_after_an_update_that_failed():
@@ -236,7 +259,7 @@ def reader(memory: StoreMemory) -> shared_memory._RowsCopy:
 def test_a_reader_of_the_memory_gets_the_rows_that_it_names():
     table, memory = a_table()
     table.apply_rows("assign", np.arange(COUNT), filled(*range(COUNT)), None)
-    for ids in (ids_of(), ids_of(4), ids_of(0, 1, 6), np.arange(COUNT)):
+    for ids in (ids_of(), ids_of(4), ids_of(0, 1, 6), np.arange(COUNT), ids_of(6, 0, 6, 1)):
         out = torch.full((len(ids), WIDTH), -1.0)
         assert reader(memory).run(TableRows(ids, out))
         assert torch.equal(out, table.read_rows(ids))
@@ -251,6 +274,9 @@ class Overtaken:
     def __getitem__(self, blocks: Any) -> Any:
         self.events.get(next(self.looks), lambda: None)()
         return self.versions[blocks]
+
+    def __len__(self) -> int:
+        return len(self.versions)
 
 
 def overtaken(memory: StoreMemory, events: dict[int, Any]) -> shared_memory._RowsCopy:
@@ -315,13 +341,15 @@ def test_a_row_that_is_being_written_is_waited_for():
         memory.values[0][3:6] = 3
         memory.versions[0][1] += 1
 
-    out = torch.full((2, WIDTH), -1.0)
-    assert overtaken(memory, {2: end}).run(TableRows(ids_of(1, 6), out))
+    out, copy = torch.full((2, WIDTH), -1.0), overtaken(memory, {2: end})
+    assert copy.run(TableRows(ids_of(1, 6), out))
     assert torch.equal(out, filled(3, 0))
+    assert next(copy._versions.looks) == 4, "it was copied once"  # type: ignore[attr-defined]
 
 
 def test_rows_that_others_keep_writing_to_are_given_up(monkeypatch):
     """Then the ps is asked, which has a lock; or cannot be any more, if it has died while it wrote."""
+    monkeypatch.setattr(shared_memory, "QUIET_LIMIT", 0)
     table, memory = a_table()
     memory.versions[0][1] += 1
     copy = overtaken(memory, {})

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from paramserver.client import ParameterClient
-from paramserver.distribute.embeddings import Embedding, look_up_in, placeholder, tables_of
+from paramserver.distribute.embeddings import Embedding, Lookup, look_up_in, placeholder, tables_of
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import ArenaPlan, Kind, Variable
 from paramserver.errors import ConfigError
-from paramserver.rows import Ids
+from paramserver.rows import Ids, Rows, loops_for
 from paramserver.rules import GroupSettings, rule_class, setting_names
 from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
@@ -58,6 +58,7 @@ class BoundTable:
     Attributes:
         name: Of the variable.
         group: The index of its param group.
+        loops: What works on its rows, if it is large.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class BoundTable:
         self._settings = GroupSettings(group, setting_names(rule_class(first.layout.rule)))
         self._weight = 1 / len(self._parameters) if mean else 1.0
         self._client = client
+        self.loops = loops_for(self._rows * self._width * self._dtype.itemsize, self._dtype)
 
     def assign(self, values: torch.Tensor) -> None:
         """Make these ``[rows, width]`` its rows on the ps tasks."""
@@ -108,6 +110,15 @@ class BoundTable:
         rows = TableRows(ids, torch.empty(len(ids), self._width, dtype=self._dtype, device="cpu"))
         self._client.pull_rows([(part.ps, part.arena, each) for part, each in self._divided(rows)])
         return rows.values
+
+    def pull_batch(self, lookup: Lookup) -> torch.Tensor:
+        """See `embeddings.Table`."""
+        batch = torch.empty(len(lookup.ids), self._width, dtype=self._dtype, device="cpu")
+        if len(self._parts) == 1 and self._client.copy_rows(
+            self._parts[0].ps, self._parts[0].arena, TableRows(lookup.ids, batch)
+        ):
+            return batch
+        return Rows(self.pull(lookup.rows), in_cache=True).take(lookup.places(), batch)
 
     def whole(self) -> torch.Tensor | None:
         """See `embeddings.Table`."""

@@ -4,7 +4,8 @@ Rules
     * A table is a weight that only modules look rows up in: ``nn.Embedding`` and ``nn.EmbeddingBag`` with
       ``sparse=True``. A weight that anything else uses as well (a tied output layer) is a parameter like others.
     * A lookup fetches each row once, however often the batch names it, and the module's own function is computed on
-      what has come. So the gradient has each row once, too, and is sparse as torch's own would be.
+      what has come; where the rows lie in memory that is seen here, they are copied to where the batch names them. The
+      gradient has each row once, too, and is sparse as torch's own would be.
     * On a worker of a cluster the weight holds no values: all of it reads as NaN, and takes no memory.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paramserver.errors import ConfigError
-from paramserver.rows import Ids, Rows, on_device
+from paramserver.rows import Ids, add_up, on_device
 
 Embedding = nn.Embedding | nn.EmbeddingBag
 
@@ -35,45 +37,58 @@ class Lookup(NamedTuple):
     """What the ids of a batch ask for.
 
     Attributes:
-        rows: The ids of the rows ``[rows]``, ascending, none twice.
-        places: Which of the rows each id of the batch is ``[ids]``.
-        firsts: Where in the batch each row is named first ``[rows]``.
-        repeats: Where it is named again ``[ids - rows]``, by rows and places ascending.
+        ids: The ids ``[ids]``.
+        rows: The rows that they name, ascending, none twice ``[rows]``.
+        order: The places of the ids in the batch, those of the first row first, each row's ascending ``[ids]``.
+        numbers: Which of the rows is named at each of these places ``[ids]``.
     """
 
+    ids: Ids
     rows: Ids
-    places: Ids
-    firsts: Ids
-    repeats: Ids
+    order: Ids
+    numbers: Ids
 
     @classmethod
-    def of(cls, ids: Ids) -> Lookup:
+    def of(cls, ids: Ids, loops: ModuleType | None = None) -> Lookup:
         """The lookup of ``ids [ids]``, in half of the time of `np.unique`: numbers are sorted, not places.
 
         Args:
             ids: Not negative; the bits of the largest and of their count are 63 at most.
+            loops: What takes a third of that time, if there is something.
 
         Example:
             >>> lookup = Lookup.of(np.array([7, 2, 7]))
             >>> [each.tolist() for each in lookup]
-            [[2, 7], [1, 0, 1], [1, 0], [2]]
+            [[7, 2, 7], [2, 7], [1, 0, 2], [0, 1, 1]]
         """
+        if loops:
+            largest = int(ids.max(initial=0))
+            return cls(ids, *(each.view(np.int64) for each in loops.arrange(ids.view(np.uint64), largest.bit_length())))
         bits = len(ids).bit_length()
-        at = (1 << bits) - 1
         keys = (ids << bits) | np.arange(len(ids))  # an id, and behind it where it stands
         keys.sort()
+        at = (1 << bits) - 1
         is_new = np.ones(len(ids), dtype=bool)
         np.greater(keys[1:] ^ keys[:-1], at, out=is_new[1:])  # not the same but for where they stand
-        places = np.empty_like(keys)
-        places[keys & at] = np.cumsum(is_new) - 1
-        firsts = keys[is_new]
-        return cls(firsts >> bits, places, firsts & at, keys[~is_new] & at)
+        return cls(ids, keys[is_new] >> bits, keys & at, np.cumsum(is_new) - 1)
+
+    def places(self) -> Ids:
+        """Which of the rows each id of the batch is ``[ids]``, in the order of the batch."""
+        places = np.empty_like(self.numbers)
+        places[self.order] = self.numbers
+        return places
 
 
 class Table(Protocol):
-    """Where the rows come from."""
+    """Where the rows come from.
+
+    Attributes:
+        name: Of the variable.
+        loops: See `paramserver.rows.loops_for`.
+    """
 
     name: str
+    loops: ModuleType | None
 
     def pull(self, ids: Ids) -> Tensor:
         """The rows ``[ids, width]``, on the CPU or where the table lies. Blocks.
@@ -81,6 +96,9 @@ class Table(Protocol):
         Args:
             ids: Ascending, none twice.
         """
+
+    def pull_batch(self, lookup: Lookup) -> Tensor:
+        """The rows that a batch names, in its order ``[ids, width]``, on the CPU. Blocks."""
 
     def whole(self) -> Tensor | None:
         """All rows; None where the weight itself holds them. Blocks."""
@@ -138,12 +156,19 @@ def _as_sparse_embedding(module: nn.Module) -> Embedding | None:
 
 
 def _embed(module: nn.Embedding, table: Table, ids: Tensor) -> Tensor:
-    rows, lookup, _ = _fetched(module, table, ids)
-    if len(lookup.places) < MANY or len(lookup.repeats) > len(lookup.firsts):
-        spread = rows.index_select(0, on_device(lookup.places, rows))
+    lookup, padding = _lookup(module, table, ids)
+    if _is_direct(module.weight, table, lookup):
+        found: Tensor = _Batch.apply(module.weight, table, lookup, padding)  # type: ignore[no-untyped-call]
     else:
-        spread = _Spread.apply(rows, lookup)  # type: ignore[no-untyped-call]
-    return spread.view(*ids.shape, rows.shape[1])
+        rows = _Rows.apply(module.weight, table, lookup.rows, padding)  # type: ignore[no-untyped-call]
+        found = rows.index_select(0, on_device(lookup.places(), rows))
+    return found.view(*ids.shape, found.shape[1])
+
+
+def _is_direct(weight: Tensor, table: Table, lookup: Lookup) -> bool:
+    """Whether rows are copied as the batch names them. NumPy takes long to get ready for it, and to add up repeats."""
+    is_many = len(lookup.ids) >= MANY and 2 * len(lookup.rows) >= len(lookup.ids)
+    return weight.is_cpu and (table.loops is not None or is_many)
 
 
 def _embed_bags(
@@ -153,9 +178,10 @@ def _embed_bags(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
-    rows, lookup, padding = _fetched(module, table, input)
+    lookup, padding = _lookup(module, table, input)
+    rows: Tensor = _Rows.apply(module.weight, table, lookup.rows, padding)  # type: ignore[no-untyped-call]
     return F.embedding_bag(
-        on_device(lookup.places, rows).view(input.shape),
+        on_device(lookup.places(), rows).view(input.shape),
         rows,
         offsets,
         mode=module.mode,
@@ -165,17 +191,15 @@ def _embed_bags(
     )
 
 
-def _fetched(module: Embedding, table: Table, ids: Tensor) -> tuple[Tensor, Lookup, int | None]:
-    """The rows of a batch, which of them each of its ids is, and which one is the padding."""
+def _lookup(module: Embedding, table: Table, ids: Tensor) -> tuple[Lookup, int | None]:
+    """The lookup of a batch, and which of its rows is the padding."""
     flat = ids.detach().cpu().numpy().reshape(-1).astype(np.int64, copy=False)
     count = len(module.weight)
     if len(flat) and flat.view(np.uint64).max() >= count:  # as such a number, one below 0 is larger than any other
         worst = least if (least := flat.min()) < 0 else flat.max()
         raise IndexError(f"looking up rows of {table.name!r}: expected ids from 0 to {count - 1}, got {worst}")
-    lookup = Lookup.of(flat)
-    padding = _place_of(module.padding_idx, lookup.rows)
-    rows: Tensor = _Rows.apply(module.weight, table, lookup.rows, padding)  # type: ignore[no-untyped-call]
-    return rows, lookup, padding
+    lookup = Lookup.of(flat, table.loops)
+    return lookup, _place_of(module.padding_idx, lookup.rows)
 
 
 def _place_of(wanted: int | None, ids: Ids) -> int | None:
@@ -185,27 +209,26 @@ def _place_of(wanted: int | None, ids: Ids) -> int | None:
     return at if at < len(ids) and ids[at] == wanted else None
 
 
-class _Spread(torch.autograd.Function):
-    """Rows ``[rows, width]``, as often as a batch names them: ``[ids, width]``.
+class _Batch(torch.autograd.Function):
+    """Rows of a table, as often as a batch names them: ``[ids, width]``.
 
-    What `F.embedding` does, whose gradient takes much longer. Here it is known where each row is named; what is left to
-    add up are the repeats, in the order of the batch.
+    What `F.embedding` does, whose gradient takes much longer. Here it is known where each row is named.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, lookup: Lookup) -> Tensor:
-        ctx.lookup = lookup
-        return Rows(rows, in_cache=True).take(lookup.places)
+    def forward(ctx: Any, weight: Tensor, table: Table, lookup: Lookup, padding: int | None) -> Tensor:
+        ctx.lookup, ctx.loops, ctx.padding, ctx.shape = lookup, table.loops, padding, weight.shape
+        return table.pull_batch(lookup)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         lookup: Lookup = ctx.lookup
         if torch.is_grad_enabled():  # this gradient is to have one, too
             sums = gradient.new_zeros(len(lookup.rows), gradient.shape[1])
-            return sums.index_add(0, on_device(lookup.places, gradient), gradient), None
-        named = Rows(gradient.contiguous(), in_cache=True)
-        sums, places = named.take(lookup.firsts), lookup.places[lookup.repeats]
-        return sums.index_add_(0, on_device(places, gradient), named.take(lookup.repeats)), None
+            sums = sums.index_add(0, torch.from_numpy(lookup.places()), gradient)
+        else:
+            sums = add_up(gradient.contiguous(), lookup.order, lookup.numbers, ctx.loops)
+        return _sparse(lookup.rows, sums, ctx.padding, ctx.shape), None, None, None
 
 
 class _Rows(torch.autograd.Function):
@@ -218,10 +241,14 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        ids = torch.from_numpy(ctx.ids)
-        if (at := ctx.padding) is not None:
-            ids, gradient = (torch.cat([each[:at], each[at + 1 :]]) for each in (ids, gradient))
-        sparse = torch.sparse_coo_tensor(
-            ids[None].to(gradient.device), gradient, ctx.shape, is_coalesced=True, check_invariants=False
-        )
-        return sparse, None, None, None
+        return _sparse(ctx.ids, gradient, ctx.padding, ctx.shape), None, None, None
+
+
+def _sparse(rows: Ids, gradient: Tensor, padding: int | None, shape: torch.Size) -> Tensor:
+    """The gradient of a table of this shape that has rows, but for the padding."""
+    ids = torch.from_numpy(rows)
+    if padding is not None:
+        ids, gradient = (torch.cat([each[:padding], each[padding + 1 :]]) for each in (ids, gradient))
+    return torch.sparse_coo_tensor(
+        ids[None].to(gradient.device), gradient, shape, is_coalesced=True, check_invariants=False
+    )

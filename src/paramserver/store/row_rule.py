@@ -3,21 +3,24 @@
 Rules
     * The rows and their slots are gathered, torch.optim makes its step on them as on a small parameter, and they go
       back. As torch.optim leaves rows without a gradient alone, that is the step it would make on the whole table.
+    * For SGD and Adagrad of a large table a compiled loop does the same where the rows lie, if there is one.
     * Slots are made with the first update, and memory is taken for the rows of a slot that were ever written.
     * Counters are the table's, not a row's, as in torch.optim: ``step`` counts updates of the table.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from paramserver.arena import BLOCK
 from paramserver.errors import UnsupportedOptimizerError
-from paramserver.rows import Ids, Rows
+from paramserver.rows import Ids, Rows, flat
 from paramserver.rules import ROW_RULES, Rule, Setting
 from paramserver.store.optimizers import build
 
@@ -29,7 +32,7 @@ class RowRule:
 
     Args:
         rule: The rule and its first settings.
-        values: ``[rows, width]``; read, never written.
+        values: ``[rows, width]``.
 
     Raises:
         UnsupportedOptimizerError: No such rule for rows.
@@ -40,7 +43,8 @@ class RowRule:
         >>> table = torch.zeros(4, 2)
         >>> rule = RowRule(Rule("Adagrad", {"lr": 0.5}), table)
         >>> ids = np.array([1, 3])
-        >>> table[ids] = rule.update(ids, torch.ones(2, 2), {"lr": 0.5})
+        >>> write = rule.update(ids, torch.ones(2, 2), {"lr": 0.5})
+        >>> write()
         >>> table.tolist()
         [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0], [-0.5, -0.5]]
     """
@@ -68,8 +72,8 @@ class RowRule:
         """Bytes of state beside the values."""
         return sum(slot.nbytes for slot in self._slots.values())
 
-    def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> Tensor:
-        """What the rows ``ids`` are after a step; their slots are updated.
+    def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> Callable[[], None]:
+        """Make a step on rows; what comes back has to be called at once, and writes to the values. Nothing else does.
 
         Args:
             ids: ``[rows]``, ascending, none twice.
@@ -81,6 +85,8 @@ class RowRule:
             self._optimizer.param_groups[0].update(settings)
             self._settings = dict(settings)
         self._make_slots()
+        if (loop := self._loop(ids, gradient)) is not None:
+            return loop
         rows = self._rows.take(ids)
         gathered = {name: slot.take(ids) for name, slot in self._slot_rows.items()}
         if gathered:
@@ -96,7 +102,22 @@ class RowRule:
         self._step += 1  # after it: a step that torch refuses has changed nothing
         for name, slot in self._slot_rows.items():
             slot.put(ids, gathered[name])
-        return rows
+        return functools.partial(self._rows.put, ids, rows)
+
+    def _loop(self, ids: Ids, gradient: Tensor) -> Callable[[], None] | None:
+        """What makes the step where the rows lie; None if nothing does."""
+        loops, group = self._rows.loops, self._optimizer.param_groups[0]
+        if loops is None or group["maximize"]:
+            return None
+        values, lr = flat(self._values), float(group["lr"])
+        number, rows = values.dtype.type, (ids.view(np.uint64), flat(gradient), np.uint64(self._values.shape[1]))
+        if self._class is optim.SGD:
+            return functools.partial(loops.sgd, values, *rows, number(lr))
+        if self._class is not optim.Adagrad:
+            return None
+        lr, eps = lr / (1 + self._step.item() * group["lr_decay"]), float(group["eps"])
+        self._step += 1
+        return functools.partial(loops.adagrad, values, flat(self._slots["sum"]), *rows, number(lr), number(eps))
 
     def _run_step(self, rows: Tensor, gradient: Tensor) -> None:
         if not self._takes_sparse:

@@ -1,13 +1,15 @@
 """A table of a ps: one variable whose rows are read and updated one by one.
 
 Rules
-    * What is changed at once is locked as a whole. An update takes the rows out, computes, and puts them back; only
-      while it puts them back are their blocks marked as being written, so that who reads the memory hardly waits.
+    * What is changed at once is locked as a whole. An update takes the rows out, computes, and puts them back, or
+      computes where they lie; only while their memory changes are their blocks marked as being written, so that who
+      reads it hardly waits.
     * A reader sees each row as one update has left it.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Collection, Sequence
 
@@ -73,17 +75,16 @@ class StoredTable(StoredArena):
             settings: Of the rule.
         """
         source = source.to(self._table.device)
-        touched = each_once(blocks_of_rows(ids, self._width))
+        touched = each_once(blocks_of_rows(ids, self._width), len(self._versions))
         with self._lock:
             if operation == "rule":
-                fresh = self._rule.update(ids, source, settings or {})
-            elif operation == "assign":
-                fresh = source
+                write = self._rule.update(ids, source, settings or {})
             else:
-                fresh = self._rows.take(ids).add_(source)
+                fresh = source if operation == "assign" else self._rows.take(ids).add_(source)
+                write = functools.partial(self._rows.put, ids, fresh)
             self._versions[touched] += 1
             try:
-                self._rows.put(ids, fresh)
+                write()
             finally:
                 self._versions[touched] += 1
 

@@ -98,8 +98,12 @@ class InProcessLane(Lane):
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
-        table = self._session.memory.values[arena].view(-1, rows.values.shape[1])
-        rows.values.copy_(Rows(table).take(rows.ids))
+        values, (ids, out) = self._session.memory.values[arena], rows
+        table = Rows(values.view(-1, out.shape[1]))
+        if values.is_cpu:
+            table.take(ids, out)
+        else:
+            out.copy_(table.take(ids))
         return True
 
     def close(self) -> None:

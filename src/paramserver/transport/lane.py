@@ -129,7 +129,8 @@ class Lane(abc.ABC):
 
         Args:
             arena: The table.
-            rows: Their ids, in its range, and where they go; each row that is copied is of one version.
+            rows: Their ids, in its range, in any order and as often as they are wanted, and where they go; each row
+                that is copied is of one version.
         """
         return False
 

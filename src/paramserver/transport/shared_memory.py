@@ -29,6 +29,8 @@ from paramserver.wire.refusals import raised
 
 TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
+QUIET_LIMIT = 5e-3
+"""Seconds for which rows that others write to are waited for, before they are copied nevertheless."""
 ROW_TRIES = 16
 """How often rows are copied that others write to meanwhile, before the ps is asked for them."""
 
@@ -175,13 +177,20 @@ class _RowsCopy:
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
         places = blocks_of_rows(ids, self._width)
-        touched = each_once(places)
-        before = self._versions[touched]
+        touched = each_once(places, len(self._versions))
+        before = self._quiet_versions(touched)
         self._rows.take(ids, out)
         torn = touched[(self._versions[touched] != before) | (before % 2 == 1)]
         if not len(torn):  # blocks are few beside rows
             return np.empty(0, dtype=np.intp)
         return np.flatnonzero(np.logical_or.reduce([np.isin(blocks, torn) for blocks in places]))
+
+    def _quiet_versions(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Their versions, as soon as nobody writes to them, if that is soon: it takes less time than copies in vain."""
+        give_up = time.perf_counter() + QUIET_LIMIT
+        while np.any((versions := self._versions[blocks]) % 2) and time.perf_counter() < give_up:
+            os.sched_yield()
+        return versions
 
 
 class SharedMemorySession(Session):
