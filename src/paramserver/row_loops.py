@@ -24,8 +24,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Array = npt.NDArray[Any]
 Numbers = npt.NDArray[np.uint64]
 
-AHEAD = np.uint64(16)
-"""How many rows ahead memory is asked for: fewer, or more than 32, take longer."""
+AHEAD = 64
+"""Lines of a table that are asked for ahead. Other processes keep the memory busy: alone, a loop would do with a few."""
 LINE = 64
 """Bytes that come into a cache at once."""
 DIGIT = 11
@@ -45,19 +45,27 @@ def _intrinsic(function: Callable[..., Any]) -> Any:
     return intrinsic(function)
 
 
-@_intrinsic
-def _ask_for(typing: Any, array: Any, index: Any) -> Any:
-    """Have the line of an element come into the cache, and go on."""
+def _asking(*, to_write: bool) -> Any:
+    """A function of an array and an index: has the line of that element come into the cache, and goes on."""
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = builder.gep(_make_array(array)(context, builder, arguments[0]).data, [arguments[1]])
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        builder.call(prefetch, [builder.bitcast(address, byte), number(0), number(3), number(1)])  # to read; keep; data
-        return context.get_dummy_value()
+    @_intrinsic
+    def ask(typing: Any, array: Any, index: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address = builder.gep(_make_array(array)(context, builder, arguments[0]).data, [arguments[1]])
+            byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+            prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+            stay, is_data = number(3), number(1)
+            builder.call(prefetch, [builder.bitcast(address, byte), number(int(to_write)), stay, is_data])
+            return context.get_dummy_value()
 
-    return types.void(array, index), code
+        return types.void(array, index), code
+
+    return ask
+
+
+_ask_for = _asking(to_write=False)
+_ask_to_write = _asking(to_write=True)  # no other core has the line then
 
 
 @_intrinsic
@@ -67,12 +75,18 @@ def _fused(typing: Any, one: Any, other: Any, addend: Any) -> Any:
 
 
 @_compiled
+def _rows_ahead(width: np.uint64, line: np.uint64) -> np.uint64:
+    return np.uint64(AHEAD) // ((width + line - _1) // line) + _1
+
+
+@_compiled
 def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
     """Copy the rows ``ids`` of ``values``."""
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
+    ahead = _rows_ahead(width, line)
     for i in range(count):
-        if i + AHEAD < count:
-            next_row = ids[i + AHEAD] * width
+        if i + ahead < count:
+            next_row = ids[i + ahead] * width
             for j in range(next_row, next_row + width, line):
                 _ask_for(values, j)
         row, its_copy = ids[i] * width, i * width
@@ -84,11 +98,12 @@ def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
 def sgd(values: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.floating) -> None:
     """A step of torch.optim.SGD on the rows ``ids`` of ``values``, bit by bit."""
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
+    ahead = _rows_ahead(width, line)
     for i in range(count):
-        if i + AHEAD < count:
-            next_row = ids[i + AHEAD] * width
+        if i + ahead < count:
+            next_row = ids[i + ahead] * width
             for j in range(next_row, next_row + width, line):
-                _ask_for(values, j)
+                _ask_to_write(values, j)
         row, its_gradient = ids[i] * width, i * width
         for j in range(width):
             values[row + j] = _fused(-lr, gradient[its_gradient + j], values[row + j])
@@ -100,12 +115,13 @@ def adagrad(
 ) -> None:
     """A step of torch.optim.Adagrad on the rows ``ids`` of ``values``, bit by bit; ``lr`` is that of this step."""
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
+    ahead = _rows_ahead(width, line)
     for i in range(count):
-        if i + AHEAD < count:
-            next_row = ids[i + AHEAD] * width
+        if i + ahead < count:
+            next_row = ids[i + ahead] * width
             for j in range(next_row, next_row + width, line):
-                _ask_for(values, j)
-                _ask_for(sums, j)
+                _ask_to_write(values, j)
+                _ask_to_write(sums, j)
         row, its_gradient = ids[i] * width, i * width
         for j in range(width):
             each = gradient[its_gradient + j]
@@ -118,9 +134,10 @@ def adagrad(
 def add_up(rows: Array, places: Numbers, numbers: Numbers, width: np.uint64, sums: Array) -> None:
     """`paramserver.rows.add_up`, into ``sums``."""
     count, line = np.uint64(len(places)), np.uint64(LINE // rows.itemsize)
+    ahead = _rows_ahead(width, line)
     for i in range(count):
-        if i + AHEAD < count:
-            next_row = places[i + AHEAD] * width
+        if i + ahead < count:
+            next_row = places[i + ahead] * width
             for j in range(next_row, next_row + width, line):
                 _ask_for(rows, j)
         row, its_sum = places[i] * width, numbers[i] * width

@@ -152,7 +152,7 @@ def test_values_are_written_by_what_comes_back_and_by_nothing_else(name, kwargs)
 def test_a_loop_makes_torchs_step_bit_by_bit(monkeypatch, name, kwargs, width, dtype):
     """Also in rows that the loop asks for ahead, and in those that it does not any more."""
     generator = torch.Generator().manual_seed(0)
-    count, described = 50, describe_row_rule(ROW_RULES[name]([torch.zeros(1)], **kwargs), 0, "table")
+    count, described = 300, describe_row_rule(ROW_RULES[name]([torch.zeros(1)], **kwargs), 0, "table")
     first = torch.randn(count, width, generator=generator).to(dtype)
     tables = []
     for large in (0, 1 << 62):
@@ -161,7 +161,7 @@ def test_a_loop_makes_torchs_step_bit_by_bit(monkeypatch, name, kwargs, width, d
     assert [rule._rows.loops is None for rule in tables] == [False, True]
     for seed in range(4):
         generator.manual_seed(seed)
-        ids = torch.randperm(count, generator=generator)[: 5 + 12 * seed].sort().values.numpy()
+        ids = torch.randperm(count, generator=generator)[: 5 + 80 * seed].sort().values.numpy()
         gradient = torch.randn(len(ids), width, generator=generator).to(dtype) * 10.0 ** (seed - 2)
         for rule in tables:
             rule.update(ids, gradient, described.settings)()
