@@ -4,7 +4,7 @@ Rows of a large table are in no cache. A loop asks for those that come next whil
 torch cannot be told to do, and what they do in several passes is one here.
 
 All arrays are flat. Ids, places and numbers of rows are uint64: numba would look at each signed one whether it counts
-from the end. Nothing is checked.
+from the end. Nothing is checked, but for what `gather` says: a program could change the ids of a batch meanwhile.
 """
 
 from __future__ import annotations
@@ -81,15 +81,15 @@ def _rows_ahead(width: np.uint64, line: np.uint64) -> np.uint64:
 
 @_compiled
 def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
-    """Copy the rows ``ids`` of ``values``."""
+    """Copy the rows ``ids`` of ``values``; instead of one that is not there the last."""
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
-    ahead = _rows_ahead(width, line)
+    ahead, last = _rows_ahead(width, line), np.uint64(len(values)) // width - _1
     for i in range(count):
         if i + ahead < count:
             next_row = ids[i + ahead] * width
             for j in range(next_row, next_row + width, line):
                 _ask_for(values, j)
-        row, its_copy = ids[i] * width, i * width
+        row, its_copy = min(ids[i], last) * width, i * width
         for j in range(width):
             out[its_copy + j] = values[row + j]
 

@@ -65,13 +65,14 @@ class Rows:
         self._in_cache = in_cache
         self._items = _items(table) if table.device.type == "cpu" and table.numel() else None
         self.loops = loops_for(table.nbytes, table.dtype) if self._items is not None and not in_cache else None
+        self._flat = flat(table) if self.loops else None
 
     def take(self, ids: Ids, out: Tensor | None = None) -> Tensor:
         """A copy ``[ids, width]`` of the rows ``ids [ids]``, which must be there; into ``out`` if it is given."""
         if out is None:
             out = self._table.new_empty(len(ids), self._table.shape[1])
         if self.loops:
-            self.loops.gather(flat(self._table), ids.view(np.uint64), np.uint64(out.shape[1]), flat(out))
+            self.loops.gather(self._flat, ids.view(np.uint64), np.uint64(out.shape[1]), flat(out))
             return out
         if self._items is None:
             return torch.index_select(self._table, 0, on_device(ids, self._table), out=out)

@@ -31,6 +31,8 @@ TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
 QUIET_LIMIT = 5e-3
 """Seconds for which rows that others write to are waited for, before they are copied nevertheless."""
+MANY = 16
+"""Rows for each block from which on all blocks are taken for touched."""
 ROW_TRIES = 16
 """How often rows are copied that others write to meanwhile, before the ps is asked for them."""
 
@@ -176,20 +178,26 @@ class _RowsCopy:
 
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
-        places = blocks_of_rows(ids, self._width)
-        touched = each_once(places, len(self._versions))
+        count = len(self._versions)
+        if len(ids) > MANY * count:  # it takes less time to look at all of them
+            touched = np.arange(count)
+        else:
+            touched = each_once(blocks_of_rows(ids, self._width), count)
         before = self._quiet_versions(touched)
         self._rows.take(ids, out)
         torn = touched[(self._versions[touched] != before) | (before % 2 == 1)]
         if not len(torn):  # blocks are few beside rows
             return np.empty(0, dtype=np.intp)
+        places = blocks_of_rows(ids, self._width)
         return np.flatnonzero(np.logical_or.reduce([np.isin(blocks, torn) for blocks in places]))
 
     def _quiet_versions(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Their versions, as soon as nobody writes to them, if that is soon: it takes less time than copies in vain."""
+        versions = self._versions[blocks]
         give_up = time.perf_counter() + QUIET_LIMIT
-        while np.any((versions := self._versions[blocks]) % 2) and time.perf_counter() < give_up:
+        while np.any(versions % 2) and time.perf_counter() < give_up:
             os.sched_yield()
+            versions = self._versions[blocks]
         return versions
 
 
