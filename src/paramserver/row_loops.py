@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 Numbers = npt.NDArray[np.uint64]
 
 AHEAD = 64
-"""Lines of a table that are asked for ahead. Other processes keep the memory busy: alone, a loop would do with a few."""
+"""Lines of a table that are asked for ahead. A loop that runs alone would do with 16; others keep the memory busy."""
 LINE = 64
 """Bytes that come into a cache at once."""
 DIGIT = 11
@@ -131,16 +131,18 @@ def adagrad(
 
 
 @_compiled
-def add_up(rows: Array, places: Numbers, numbers: Numbers, width: np.uint64, sums: Array) -> None:
-    """`paramserver.rows.add_up`, into ``sums``."""
+def add_up(
+    rows: Array, group: np.uint64, gap: np.uint64, places: Numbers, numbers: Numbers, width: np.uint64, sums: Array
+) -> None:
+    """`paramserver.rows.add_up`, into ``sums``; behind each ``group`` rows there is a gap of so many elements."""
     count, line = np.uint64(len(places)), np.uint64(LINE // rows.itemsize)
     ahead = _rows_ahead(width, line)
     for i in range(count):
         if i + ahead < count:
-            next_row = places[i + ahead] * width
+            next_row = places[i + ahead] * width + places[i + ahead] // group * gap
             for j in range(next_row, next_row + width, line):
                 _ask_for(rows, j)
-        row, its_sum = places[i] * width, numbers[i] * width
+        row, its_sum = places[i] * width + places[i] // group * gap, numbers[i] * width
         if i > 0 and numbers[i] == numbers[i - _1]:
             for j in range(width):
                 sums[its_sum + j] += rows[row + j]

@@ -100,24 +100,38 @@ class Rows:
 
 
 def add_up(rows: Tensor, places: Ids, numbers: Ids, loops: ModuleType | None = None) -> Tensor:
-    """Rows of ``[..., width]``, contiguous, in groups: the sum ``[groups, width]`` of each, added one after the other.
+    """Sums ``[sums, width]`` of rows, each added one row after the other.
 
     Args:
-        rows: From which.
+        rows: From which, ``[..., width]``; they are counted from the first to the last.
         places: Those that are added up, in this order ``[places]``.
-        numbers: The group of each ``[places]``; they ascend from 0, and none is left out.
+        numbers: The sum that each belongs to ``[places]``; they ascend from 0, and none is left out.
         loops: See `loops_for`.
     """
-    width = rows.shape[1]
+    width = rows.shape[-1]
     if loops:
         sums = rows.new_empty(int(numbers[-1]) + 1 if len(numbers) else 0, width)
-        loops.add_up(flat(rows), places.view(np.uint64), numbers.view(np.uint64), np.uint64(width), flat(sums))
+        loops.add_up(*_with_gaps(rows), places.view(np.uint64), numbers.view(np.uint64), np.uint64(width), flat(sums))
         return sums
+    rows = rows.reshape(-1, width)
     is_again = np.zeros(len(numbers), dtype=bool)
     np.equal(numbers[1:], numbers[:-1], out=is_again[1:])
-    taken = Rows(rows, in_cache=True)
+    taken = Rows(rows.contiguous(), in_cache=True)
     sums, repeated = taken.take(places[~is_again]), on_device(numbers[is_again], rows)
     return sums.index_add_(0, repeated, taken.take(places[is_again]))
+
+
+def _with_gaps(rows: Tensor) -> tuple[npt.NDArray[np.floating], np.uint64, np.uint64]:
+    """The elements of rows ``[..., width]``, how many rows lie without a gap, and the elements of the gaps between."""
+    if (
+        rows.dim() == 3
+        and rows.numel()
+        and rows.stride()[1:] == (rows.shape[2], 1)
+        and rows.stride(0) >= rows[0].numel()
+    ):
+        elements = rows.detach().as_strided(((len(rows) - 1) * rows.stride(0) + rows[0].numel(),), (1,))
+        return elements.numpy(), np.uint64(rows.shape[1]), np.uint64(rows.stride(0) - rows[0].numel())
+    return flat(rows.contiguous()), np.uint64(max(rows.numel(), 1)), np.uint64(0)
 
 
 def flat(rows: Tensor) -> npt.NDArray[np.floating]:

@@ -78,6 +78,16 @@ def test_a_lookup_has_torchs_values_and_gradient(alike, ids):
     assert ours.indices()[0].tolist() == sorted({*ids.flatten().tolist()} - {7})
 
 
+def test_the_gradient_of_a_lookup_may_come_as_a_part_of_something(alike):
+    ids = torch.tensor(FEW_REPEATS)
+    factors = torch.rand(2, 11)
+    for module in alike:
+        (torch.cat([module(ids).flatten(1), torch.ones(2, 2)], 1) * factors).sum().backward()
+    plain, ours = (module.weight.grad.to_dense() for module in alike)
+    assert plain.any()
+    assert torch.equal(plain, ours)
+
+
 @pytest.mark.parametrize("ids", [FEW_REPEATS, MOST_ARE_REPEATS], ids=str)
 def test_the_gradient_of_a_lookup_has_a_gradient(alike, ids):
     ids, second = torch.tensor(ids), []

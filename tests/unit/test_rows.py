@@ -77,6 +77,31 @@ def test_rows_are_added_up_in_their_order(width, count):
     assert torch.equal(add_up(table, places, numbers, loops_for(0, torch.float32)), expected)
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda whole: whole[:, :12].view(5, 4, 3),
+        lambda whole: whole[:, 1:13].view(5, 4, 3),
+        lambda whole: whole[:1, :12].view(1, 4, 3),
+        lambda whole: whole[:, :12].view(5, 3, 4).transpose(1, 2)[..., :3],
+        lambda whole: whole[:1, :12].view(1, 4, 3).expand(5, 4, 3),
+        lambda whole: whole[:1, :1].expand(5, 4, 3),
+        lambda whole: whole[:, :15].reshape(5, 5, 3)[:, :4],
+        lambda whole: whole[::2, :12].unflatten(1, (4, 3)),
+        lambda whole: whole[:, :12].view(5, 2, 2, 3),
+        lambda whole: whole[:0, :12].view(0, 4, 3),
+    ],
+)
+def test_rows_are_added_up_from_where_they_lie(view):
+    """The gradient of a part of what was put side by side has gaps."""
+    rows_of = view(torch.arange(75.0).view(5, 15))
+    plain = rows_of.reshape(-1, 3)
+    places = np.random.default_rng(0).integers(0, max(len(plain), 1), 3 * len(plain))
+    numbers = np.arange(len(places)) // 2
+    expected = add_up(plain, places, numbers)
+    assert torch.equal(add_up(rows_of, places, numbers, loops_for(0, torch.float32)), expected)
+
+
 def test_there_are_loops_for_large_tables_of_numbers_that_they_know(monkeypatch):
     monkeypatch.setattr(rows, "LARGE", 100)
     assert loops_for(100, torch.float32) is loops_for(101, torch.float64) is not None

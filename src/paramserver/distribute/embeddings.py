@@ -158,11 +158,10 @@ def _as_sparse_embedding(module: nn.Module) -> Embedding | None:
 def _embed(module: nn.Embedding, table: Table, ids: Tensor) -> Tensor:
     lookup, padding = _lookup(module, table, ids)
     if _is_direct(module.weight, table, lookup):
-        found: Tensor = _Batch.apply(module.weight, table, lookup, padding)  # type: ignore[no-untyped-call]
-    else:
-        rows = _Rows.apply(module.weight, table, lookup.rows, padding)  # type: ignore[no-untyped-call]
-        found = rows.index_select(0, on_device(lookup.places(), rows))
-    return found.view(*ids.shape, found.shape[1])
+        batch: Tensor = _Batch.apply(module.weight, table, lookup, padding, ids.shape)  # type: ignore[no-untyped-call]
+        return batch
+    rows: Tensor = _Rows.apply(module.weight, table, lookup.rows, padding)  # type: ignore[no-untyped-call]
+    return rows.index_select(0, on_device(lookup.places(), rows)).view(*ids.shape, rows.shape[1])
 
 
 def _is_direct(weight: Tensor, table: Table, lookup: Lookup) -> bool:
@@ -210,25 +209,25 @@ def _place_of(wanted: int | None, ids: Ids) -> int | None:
 
 
 class _Batch(torch.autograd.Function):
-    """Rows of a table, as often as a batch names them: ``[ids, width]``.
+    """Rows of a table, as often as a batch names them: ``[*ids, width]``.
 
     What `F.embedding` does, whose gradient takes much longer. Here it is known where each row is named.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, table: Table, lookup: Lookup, padding: int | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, table: Table, lookup: Lookup, padding: int | None, ids: torch.Size) -> Tensor:
         ctx.lookup, ctx.loops, ctx.padding, ctx.shape = lookup, table.loops, padding, weight.shape
-        return table.pull_batch(lookup)
+        return table.pull_batch(lookup).view(*ids, weight.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         lookup: Lookup = ctx.lookup
         if torch.is_grad_enabled():  # this gradient is to have one, too
-            sums = gradient.new_zeros(len(lookup.rows), gradient.shape[1])
-            sums = sums.index_add(0, torch.from_numpy(lookup.places()), gradient)
+            sums = gradient.new_zeros(len(lookup.rows), gradient.shape[-1])
+            sums = sums.index_add(0, torch.from_numpy(lookup.places()), gradient.reshape(-1, gradient.shape[-1]))
         else:
-            sums = add_up(gradient.contiguous(), lookup.order, lookup.numbers, ctx.loops)
-        return _sparse(lookup.rows, sums, ctx.padding, ctx.shape), None, None, None
+            sums = add_up(gradient, lookup.order, lookup.numbers, ctx.loops)
+        return _sparse(lookup.rows, sums, ctx.padding, ctx.shape), None, None, None, None
 
 
 class _Rows(torch.autograd.Function):

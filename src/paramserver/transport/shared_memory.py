@@ -178,11 +178,7 @@ class _RowsCopy:
 
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
-        count = len(self._versions)
-        if len(ids) > MANY * count:  # it takes less time to look at all of them
-            touched = np.arange(count)
-        else:
-            touched = each_once(blocks_of_rows(ids, self._width), count)
+        touched = self._touched(ids)
         before = self._quiet_versions(touched)
         self._rows.take(ids, out)
         torn = touched[(self._versions[touched] != before) | (before % 2 == 1)]
@@ -190,6 +186,11 @@ class _RowsCopy:
             return np.empty(0, dtype=np.intp)
         places = blocks_of_rows(ids, self._width)
         return np.flatnonzero(np.logical_or.reduce([np.isin(blocks, torn) for blocks in places]))
+
+    def _touched(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The blocks that these rows lie in, ascending; of many rows all blocks, which takes less time."""
+        count = len(self._versions)
+        return np.arange(count) if len(ids) > MANY * count else each_once(blocks_of_rows(ids, self._width), count)
 
     def _quiet_versions(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Their versions, as soon as nobody writes to them, if that is soon: it takes less time than copies in vain."""
