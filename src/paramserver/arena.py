@@ -31,6 +31,8 @@ from paramserver.rules import Rule
 ALIGNMENT = 64
 BLOCK = 1 << 19
 ID_BYTES = 8
+MANY = 16
+"""Rows for each block from which on it takes longer to find out which blocks they lie in than it is worth."""
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -209,16 +211,18 @@ def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[
     return ids * width // BLOCK, ((ids + 1) * width - 1) // BLOCK
 
 
-def each_once(blocks: Sequence[npt.NDArray[np.int64]], count: int) -> npt.NDArray[np.int64]:
-    """Which of so many blocks are named, ascending, each once.
+def touched_blocks(ids: npt.NDArray[np.int64], width: int, count: int) -> npt.NDArray[np.int64]:
+    """Which of so many blocks rows of ``width`` elements lie in, ascending; of many rows all, which are next to the same.
 
-    >>> each_once([np.array([0, 4, 0, 1]), np.array([2, 4, 1, 1])], count=6).tolist()
-    [0, 1, 2, 4]
+    >>> touched_blocks(np.array([5, 1, 5]), BLOCK, count=8).tolist()
+    [1, 5]
     """
-    is_named = np.zeros(count, dtype=bool)
-    for each in blocks:
-        is_named[each] = True
-    return np.flatnonzero(is_named)
+    if len(ids) > MANY * count:
+        return np.arange(count)
+    is_touched = np.zeros(count, dtype=bool)
+    for blocks in blocks_of_rows(ids, width):
+        is_touched[blocks] = True
+    return np.flatnonzero(is_touched)
 
 
 def pieces(ranges: Sequence[Range]) -> Iterator[Range]:

@@ -96,6 +96,15 @@ def test_the_versions_of_exactly_the_blocks_that_rows_lie_in_go_up_by_two(operat
     assert memory.versions[0].tolist() == [2 if block in blocks else 0 for block in range(6)]
 
 
+def test_all_blocks_are_marked_for_many_rows(monkeypatch):
+    monkeypatch.setattr(arena, "MANY", 0.5)
+    table, memory = a_table()
+    table.apply_rows("assign", ids_of(0, 3, 6), filled(1, 2, 3), None)
+    assert memory.versions[0].tolist() == [2, 0, 2, 0, 2, 2]
+    table.apply_rows("assign", ids_of(0, 1, 5, 6), filled(5, 6, 7, 8), None)
+    assert memory.versions[0].tolist() == [4, 2, 4, 2, 4, 4]
+
+
 def test_blocks_are_marked_while_rows_are_put_back_and_not_while_they_are_computed(monkeypatch):
     table, memory = a_table()
     seen: dict[str, list[int]] = {}

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import Range, blocks_of_rows, each_once
+from paramserver.arena import Range, touched_blocks
 from paramserver.rows import Rows
 from paramserver.rules import Setting, row_fault
 from paramserver.store.row_rule import RowRule
@@ -75,7 +75,7 @@ class StoredTable(StoredArena):
             settings: Of the rule.
         """
         source = source.to(self._table.device)
-        touched = each_once(blocks_of_rows(ids, self._width), len(self._versions))
+        touched = touched_blocks(ids, self._width, len(self._versions))
         with self._lock:
             if operation == "rule":
                 write = self._rule.update(ids, source, settings or {})

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows, each_once
+from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows, touched_blocks
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
 from paramserver.rows import Rows
 from paramserver.transport import memory
@@ -31,8 +31,6 @@ TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
 QUIET_LIMIT = 5e-3
 """Seconds for which rows that others write to are waited for, before they are copied nevertheless."""
-MANY = 16
-"""Rows for each block from which on all blocks are taken for touched."""
 ROW_TRIES = 16
 """How often rows are copied that others write to meanwhile, before the ps is asked for them."""
 
@@ -178,7 +176,7 @@ class _RowsCopy:
 
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
         """Copy these rows; which of them have to be copied again."""
-        touched = self._touched(ids)
+        touched = touched_blocks(ids, self._width, len(self._versions))
         before = self._quiet_versions(touched)
         self._rows.take(ids, out)
         torn = touched[(self._versions[touched] != before) | (before % 2 == 1)]
@@ -186,11 +184,6 @@ class _RowsCopy:
             return np.empty(0, dtype=np.intp)
         places = blocks_of_rows(ids, self._width)
         return np.flatnonzero(np.logical_or.reduce([np.isin(blocks, torn) for blocks in places]))
-
-    def _touched(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The blocks that these rows lie in, ascending; of many rows all blocks, which takes less time."""
-        count = len(self._versions)
-        return np.arange(count) if len(ids) > MANY * count else each_once(blocks_of_rows(ids, self._width), count)
 
     def _quiet_versions(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Their versions, as soon as nobody writes to them, if that is soon: it takes less time than copies in vain."""
