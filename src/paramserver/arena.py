@@ -212,7 +212,7 @@ def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[
 
 
 def touched_blocks(ids: npt.NDArray[np.int64], width: int, count: int) -> npt.NDArray[np.int64]:
-    """Which of so many blocks rows of ``width`` elements lie in, ascending; of many rows all, which are next to the same.
+    """Which of so many blocks rows of ``width`` elements lie in, ascending; all, if there are many rows.
 
     >>> touched_blocks(np.array([5, 1, 5]), BLOCK, count=8).tolist()
     [1, 5]
