@@ -114,9 +114,8 @@ class BoundTable:
     def pull_batch(self, lookup: Lookup) -> torch.Tensor:
         """See `embeddings.Table`."""
         batch = torch.empty(len(lookup.ids), self._width, dtype=self._dtype, device="cpu")
-        if len(self._parts) == 1 and self._client.copy_rows(
-            self._parts[0].ps, self._parts[0].arena, TableRows(lookup.ids, batch)
-        ):
+        part, *others = self._parts
+        if not others and self._client.copy_rows(part.ps, part.arena, TableRows(lookup.ids, batch)):
             return batch
         return Rows(self.pull(lookup.rows), in_cache=True).take(lookup.places(), batch)
 
