@@ -76,6 +76,7 @@ def _fused(typing: Any, one: Any, other: Any, addend: Any) -> Any:
 
 @_compiled
 def _rows_ahead(width: np.uint64, line: np.uint64) -> np.uint64:
+    """How many rows ahead these lines are, for lines and rows of so many elements."""
     return np.uint64(AHEAD) // ((width + line - _1) // line) + _1
 
 

@@ -123,14 +123,11 @@ def add_up(rows: Tensor, places: Ids, numbers: Ids, loops: ModuleType | None = N
 
 def _with_gaps(rows: Tensor) -> tuple[npt.NDArray[np.floating], np.uint64, np.uint64]:
     """The elements of rows ``[..., width]``, how many rows lie without a gap, and the elements of the gaps between."""
-    if (
-        rows.dim() == 3
-        and rows.numel()
-        and rows.stride()[1:] == (rows.shape[2], 1)
-        and rows.stride(0) >= rows[0].numel()
-    ):
-        elements = rows.detach().as_strided(((len(rows) - 1) * rows.stride(0) + rows[0].numel(),), (1,))
-        return elements.numpy(), np.uint64(rows.shape[1]), np.uint64(rows.stride(0) - rows[0].numel())
+    if rows.dim() == 3 and rows.numel() and rows.stride()[1:] == (rows.shape[2], 1):
+        together = rows.shape[1] * rows.shape[2]
+        if (gap := rows.stride(0) - together) >= 0:
+            elements = rows.detach().as_strided(((len(rows) - 1) * rows.stride(0) + together,), (1,))
+            return elements.numpy(), np.uint64(rows.shape[1]), np.uint64(gap)
     return flat(rows.contiguous()), np.uint64(max(rows.numel(), 1)), np.uint64(0)
 
 
