@@ -4,7 +4,7 @@ Rules
     * The rows and their slots are gathered, torch.optim makes its step on them as on a small parameter, and they go
       back. As torch.optim leaves rows without a gradient alone, that is the step it would make on the whole table.
     * For SGD and Adagrad of a large table a compiled loop does the same where the rows lie, if there is one.
-    * Slots are made with the first update, and memory is taken for the rows of a slot that were ever written.
+    * Slots are made with the first update, and memory is taken as rows of them are first written.
     * Counters are the table's, not a row's, as in torch.optim: ``step`` counts updates of the table.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
+from paramserver import huge_pages
 from paramserver.arena import BLOCK
 from paramserver.errors import UnsupportedOptimizerError
 from paramserver.rows import Ids, Rows, flat
@@ -165,8 +166,8 @@ class RowRule:
 
     def _make_slots(self) -> None:
         for name, first in self._first_slots.items():
-            if name not in self._slots:  # zeros take no memory until they are written
-                made = torch.zeros_like(self._values, memory_format=torch.contiguous_format)
+            if name not in self._slots:
+                made = huge_pages.zeros(self._values.shape, self._values.dtype, self._values.device)
                 self._slots[name] = made.fill_(first) if first else made
                 self._slot_rows[name] = Rows(self._slots[name])
 

@@ -13,7 +13,6 @@ import functools
 import mmap
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paramserver import huge_pages
 from paramserver.arena import ALIGNMENT, ID_BYTES, ArenaLayout, StoreMemory, num_blocks
 from paramserver.errors import RemoteProtocolError
 
@@ -55,8 +55,12 @@ class SharedFile:
         self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def create(cls, nbytes: int) -> SharedFile:
+    def create(cls, nbytes: int, *, is_filled: bool = False) -> SharedFile:
         """A new file of at least ``nbytes`` bytes, zeroed, that others can map for reading only.
+
+        Args:
+            nbytes: How many.
+            is_filled: Whether all of it will be written, and not only some, so that it takes its memory at once.
 
         Raises:
             OSError: If the system cannot give that much, or has no such files.
@@ -64,7 +68,9 @@ class SharedFile:
         descriptor = os.memfd_create("paramserver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with _closed_on_error(descriptor):
             os.ftruncate(descriptor, _mapped_bytes(nbytes))
-            data = _map(descriptor, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+            data = huge_pages.map_file(descriptor, _mapped_bytes(nbytes), mmap.PROT_READ | mmap.PROT_WRITE)
+            if is_filled:
+                huge_pages.take(data)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
         return cls(descriptor, data)
 
@@ -79,7 +85,7 @@ class SharedFile:
         with _closed_on_error(descriptor):
             try:
                 _check_sealed(descriptor, nbytes, owner)
-                data = _map(descriptor, nbytes, mmap.PROT_READ)
+                data = huge_pages.map_file(descriptor, _mapped_bytes(nbytes), mmap.PROT_READ)
             except OSError as error:
                 raise RemoteProtocolError(f"{owner} passed a file that is no shared memory: {error}") from error
         return cls(descriptor, data)
@@ -122,14 +128,6 @@ def payload_memory(nbytes: int) -> torch.Tensor:
     memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8)
     first = (mmap.PAGESIZE // 2 - memory.data_ptr()) % mmap.PAGESIZE
     return memory[first : first + nbytes]
-
-
-def _map(descriptor: int, nbytes: int, protection: int) -> torch.Tensor:
-    mapping = mmap.mmap(descriptor, _mapped_bytes(nbytes), mmap.MAP_SHARED, protection)
-    with warnings.catch_warnings():
-        # torch warns that a read-only buffer must not be written to; nothing here does
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _mapped_bytes(nbytes: int) -> int:
@@ -202,7 +200,7 @@ def shared_store_memory(layouts: Sequence[ArenaLayout]) -> StoreMemory:
     """The same in a new file, which workers of this host can map; in private memory where there are no such files."""
     if not can_share():
         return private_store_memory(layouts)
-    return store_memory(layouts, SharedFile.create(store_bytes(layouts)))
+    return store_memory(layouts, SharedFile.create(store_bytes(layouts), is_filled=True))
 
 
 def private_store_memory(layouts: Sequence[ArenaLayout], device: torch.device | str = "cpu") -> StoreMemory:
@@ -211,7 +209,7 @@ def private_store_memory(layouts: Sequence[ArenaLayout], device: torch.device | 
     Each arena is a tensor of its own, so that a program can save the values that are views into it.
     """
     return StoreMemory(
-        [torch.zeros(layout.size, dtype=layout.torch_dtype, device=device) for layout in layouts],
+        [huge_pages.zeros((layout.size,), layout.torch_dtype, device) for layout in layouts],
         [np.zeros(num_blocks(layout.size), dtype=np.uint64) for layout in layouts],
     )
 

@@ -112,7 +112,7 @@ class SharedMemoryLane(Lane):
 
 
 def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
-    gradients = memory.SharedFile.create(memory.gradient_bytes(layouts))
+    gradients = memory.SharedFile.create(memory.gradient_bytes(layouts), is_filled=True)
     return WorkerMemory(
         values=[torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
         gradients=memory.gradient_tensors(layouts, gradients.data),
