@@ -1,7 +1,8 @@
 """Loops over the rows of tables, compiled by numba; only `paramserver.rows.loops_for` imports this module.
 
 Rows of a large table are in no cache. A loop asks for those that come next while it is at work on one, which NumPy and
-torch cannot be told to do, and what they do in several passes is one here.
+torch cannot be told to do, and what they do in several passes is one here. A row that begins within a line ends in one
+more than its length says, so its last element is asked for, too.
 
 All arrays are flat. Ids, places and numbers of rows are uint64: numba would look at each signed one whether it counts
 from the end. Nothing is checked, but for what `gather` says: a program could change the ids of a batch meanwhile.
@@ -90,6 +91,7 @@ def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
             next_row = ids[i + ahead] * width
             for j in range(next_row, next_row + width, line):
                 _ask_for(values, j)
+            _ask_for(values, next_row + width - _1)
         row, its_copy = min(ids[i], last) * width, i * width
         for j in range(width):
             out[its_copy + j] = values[row + j]
@@ -105,6 +107,7 @@ def sgd(values: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.f
             next_row = ids[i + ahead] * width
             for j in range(next_row, next_row + width, line):
                 _ask_to_write(values, j)
+            _ask_to_write(values, next_row + width - _1)
         row, its_gradient = ids[i] * width, i * width
         for j in range(width):
             values[row + j] = _fused(-lr, gradient[its_gradient + j], values[row + j])
@@ -123,6 +126,8 @@ def adagrad(
             for j in range(next_row, next_row + width, line):
                 _ask_to_write(values, j)
                 _ask_to_write(sums, j)
+            _ask_to_write(values, next_row + width - _1)
+            _ask_to_write(sums, next_row + width - _1)
         row, its_gradient = ids[i] * width, i * width
         for j in range(width):
             each = gradient[its_gradient + j]
@@ -143,6 +148,7 @@ def add_up(
             next_row = places[i + ahead] * width + places[i + ahead] // group * gap
             for j in range(next_row, next_row + width, line):
                 _ask_for(rows, j)
+            _ask_for(rows, next_row + width - _1)
         row, its_sum = places[i] * width + places[i] // group * gap, numbers[i] * width
         if i > 0 and numbers[i] == numbers[i - _1]:
             for j in range(width):
