@@ -51,7 +51,9 @@ class Rows:
         in_cache: Whether its rows are likely to be in the cache, so that many need not be brought there before.
 
     Attributes:
+        table: The table.
         loops: See `loops_for`.
+        elements: Of the table, as loops take them; None without loops.
 
     Example:
         >>> rows = Rows(torch.arange(6).view(3, 2))
@@ -61,21 +63,21 @@ class Rows:
     """
 
     def __init__(self, table: Tensor, *, in_cache: bool = False) -> None:
-        self._table = table
+        self.table = table
         self._in_cache = in_cache
         self._items = _items(table) if table.device.type == "cpu" and table.numel() else None
         self.loops = loops_for(table.nbytes, table.dtype) if self._items is not None and not in_cache else None
-        self._flat = flat(table) if self.loops else None
+        self.elements = flat(table) if self.loops else None
 
     def take(self, ids: Ids, out: Tensor | None = None) -> Tensor:
         """A copy ``[ids, width]`` of the rows ``ids [ids]``, which must be there; into ``out`` if it is given."""
         if out is None:
-            out = self._table.new_empty(len(ids), self._table.shape[1])
+            out = self.table.new_empty(len(ids), self.table.shape[1])
         if self.loops:
-            self.loops.gather(self._flat, ids.view(np.uint64), np.uint64(out.shape[1]), flat(out))
+            self.loops.gather(self.elements, ids.view(np.uint64), np.uint64(out.shape[1]), flat(out))
             return out
         if self._items is None:
-            return torch.index_select(self._table, 0, on_device(ids, self._table), out=out)
+            return torch.index_select(self.table, 0, on_device(ids, self.table), out=out)
         if len(ids) > FETCHED and not self._in_cache:
             _fetch_and_copy(self._items, ids, _items(out))
         elif len(ids):
@@ -88,13 +90,13 @@ class Rows:
         Raises:
             ValueError: If the values are not of the table's width and dtype, or not as many as the ids.
         """
-        if values.shape != (len(ids), self._table.shape[1]) or values.dtype is not self._table.dtype:
+        if values.shape != (len(ids), self.table.shape[1]) or values.dtype is not self.table.dtype:
             raise ValueError(
-                f"putting {len(ids)} rows of {self._table.shape[1]} elements of {self._table.dtype}: "
+                f"putting {len(ids)} rows of {self.table.shape[1]} elements of {self.table.dtype}: "
                 f"got {tuple(values.shape)} of {values.dtype}"
             )
         if self._items is None:
-            self._table.index_copy_(0, on_device(ids, self._table), values)
+            self.table.index_copy_(0, on_device(ids, self.table), values)
         elif len(ids):
             np.put(self._items, ids, _items(values.contiguous()), mode="wrap")  # "clip" takes a tenth longer
 

@@ -125,13 +125,13 @@ def test_a_step_without_rows_counts_as_it_does_for_torch(name, kwargs):
 def test_rows_without_a_gradient_keep_values_and_slots():
     tables = Tables("SparseAdam", {"lr": 0.1})
     tables.step(4)
-    before, slots = tables.values.clone(), {name: slot.clone() for name, slot in tables.rule._slots.items()}
+    before, slots = tables.values.clone(), {name: slot.table.clone() for name, slot in tables.rule._slots.items()}
     tables.update(torch.tensor([2, 5]), torch.ones(2, WIDTH, dtype=torch.float64), {})
     others = [row for row in range(COUNT) if row not in (2, 5)]
     assert torch.equal(tables.values[others], before[others])
     assert not (tables.values[[2, 5]] == before[[2, 5]]).any()
     for name, slot in slots.items():
-        assert torch.equal(tables.rule._slots[name][others], slot[others])
+        assert torch.equal(tables.rule._slots[name].table[others], slot[others])
 
 
 @every_row
@@ -157,8 +157,9 @@ def test_a_loop_makes_torchs_step_bit_by_bit(monkeypatch, name, kwargs, width, d
     tables = []
     for large in (0, 1 << 62):
         monkeypatch.setattr(rows, "LARGE", large)
-        tables.append(RowRule(described, first.clone()))
-    assert [rule._rows.loops is None for rule in tables] == [False, True]
+        tables.append(rule := RowRule(described, first.clone()))
+        rule.update(np.array([], dtype=np.int64), first[:0], described.settings)()  # makes its slots
+    assert [rule.rows.loops is None for rule in tables] == [False, True]
     for seed in range(4):
         generator.manual_seed(seed)
         ids = torch.randperm(count, generator=generator)[: 5 + 80 * seed].sort().values.numpy()
@@ -225,7 +226,7 @@ def test_slots_of_a_block_are_as_long_as_the_block(monkeypatch, size):
     blocks = blocks_of(tables.rule, size)
     assert [list(block.slots()) for block in blocks] == [[]] * len(blocks), "there are none before the first step"
     tables.step(3)
-    ((_, whole),) = ((name, slot) for name, slot in tables.rule._slots.items())
+    ((_, whole),) = ((name, slot.table) for name, slot in tables.rule._slots.items())
     found = []
     for index, block in enumerate(blocks):
         ((start, stop, state),) = block.slots()

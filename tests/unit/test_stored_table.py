@@ -108,7 +108,7 @@ def test_all_blocks_are_marked_for_many_rows(monkeypatch):
 def test_blocks_are_marked_while_rows_are_put_back_and_not_while_they_are_computed(monkeypatch):
     table, memory = a_table()
     seen: dict[str, list[int]] = {}
-    update, put = table._rule.update, table._rule._rows.put
+    update, put = table._rule.update, table._rule.rows.put
 
     def computing(*args: Any) -> Any:
         seen["computing"] = memory.versions[0].tolist()
@@ -119,7 +119,7 @@ def test_blocks_are_marked_while_rows_are_put_back_and_not_while_they_are_comput
         put(*args)
 
     monkeypatch.setattr(table._rule, "update", computing)
-    monkeypatch.setattr(table._rule._rows, "put", putting)
+    monkeypatch.setattr(table._rule.rows, "put", putting)
     table.apply_rows("rule", ids_of(1), filled(1), {"lr": 1.0})
     assert seen == {"computing": [0] * 6, "putting": [1, 1, 0, 0, 0, 0]}
 

@@ -35,6 +35,9 @@ class RowRule:
         rule: The rule and its first settings.
         values: ``[rows, width]``.
 
+    Attributes:
+        rows: The values.
+
     Raises:
         UnsupportedOptimizerError: No such rule for rows.
         ConfigError: A setting that the rule does not have, or a value that torch.optim refuses.
@@ -54,12 +57,11 @@ class RowRule:
         if rule.name not in ROW_RULES:
             raise UnsupportedOptimizerError(f"no update rule for rows is called {rule.name!r}", rule.name)
         self._class = ROW_RULES[rule.name]
+        self.rows = Rows(values)
         self._values = values
-        self._rows = Rows(values)
         self._settings = dict(rule.settings)
-        self._slots: dict[str, Tensor] = {}
-        self._slot_rows: dict[str, Rows] = {}
-        self._step = torch.zeros(())
+        self._slots: dict[str, Rows] = {}
+        self._steps = 0
         self._first_slots = _first_slots(rule)
         self._takes_sparse = rule.name == "SparseAdam"
         self._optimizer = build(self._class, rule.settings, nn.Parameter(values[:0], requires_grad=False))
@@ -71,7 +73,7 @@ class RowRule:
     @property
     def slot_bytes(self) -> int:
         """Bytes of state beside the values."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        return sum(slot.table.nbytes for slot in self._slots.values())
 
     def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> Callable[[], None]:
         """Make a step on rows; what comes back has to be called at once, and writes to the values. Nothing else does.
@@ -88,10 +90,10 @@ class RowRule:
         self._make_slots()
         if (loop := self._loop(ids, gradient)) is not None:
             return loop
-        rows = self._rows.take(ids)
-        gathered = {name: slot.take(ids) for name, slot in self._slot_rows.items()}
+        rows = self.rows.take(ids)
+        gathered = {name: slot.take(ids) for name, slot in self._slots.items()}
         if gathered:
-            step = int(self._step) if self._takes_sparse else self._step.clone()
+            step = self._steps if self._takes_sparse else torch.tensor(float(self._steps))
             self._optimizer.state[rows] = {**gathered, "step": step}
         self._optimizer.param_groups[0]["params"] = [rows]
         try:
@@ -100,25 +102,26 @@ class RowRule:
             self._optimizer.state.clear()
             self._optimizer.param_groups[0]["params"] = []
             rows.grad = None  # as in `block_rule`
-        self._step += 1  # after it: a step that torch refuses has changed nothing
-        for name, slot in self._slot_rows.items():
+        self._steps += 1  # after it: a step that torch refuses has changed nothing
+        for name, slot in self._slots.items():
             slot.put(ids, gathered[name])
-        return functools.partial(self._rows.put, ids, rows)
+        return functools.partial(self.rows.put, ids, rows)
 
     def _loop(self, ids: Ids, gradient: Tensor) -> Callable[[], None] | None:
         """What makes the step where the rows lie; None if nothing does."""
-        loops, group = self._rows.loops, self._optimizer.param_groups[0]
+        loops, group = self.rows.loops, self._optimizer.param_groups[0]
         if loops is None or group["maximize"]:
             return None
-        values, lr = flat(self._values), float(group["lr"])
-        number, rows = values.dtype.type, (ids.view(np.uint64), flat(gradient), np.uint64(self._values.shape[1]))
+        elements, lr = flat(gradient), float(group["lr"])
+        rows, number = (ids.view(np.uint64), elements, np.uint64(self._values.shape[1])), elements.dtype.type
         if self._class is optim.SGD:
-            return functools.partial(loops.sgd, values, *rows, number(lr))
+            return functools.partial(loops.sgd, self.rows.elements, *rows, number(lr))
         if self._class is not optim.Adagrad:
             return None
-        lr, eps = lr / (1 + self._step.item() * group["lr_decay"]), float(group["eps"])
-        self._step += 1
-        return functools.partial(loops.adagrad, values, flat(self._slots["sum"]), *rows, number(lr), number(eps))
+        lr, eps = lr / (1 + self._steps * group["lr_decay"]), float(group["eps"])
+        self._steps += 1
+        sums = self._slots["sum"].elements
+        return functools.partial(loops.adagrad, self.rows.elements, sums, *rows, number(lr), number(eps))
 
     def _run_step(self, rows: Tensor, gradient: Tensor) -> None:
         if not self._takes_sparse:
@@ -138,7 +141,8 @@ class RowRule:
         """The slots of elements ``[start, stop)`` of the flat table, as views; empty before the first update."""
         if not self._slots:
             return {}
-        return {name: slot.view(-1)[start:stop] for name, slot in self._slots.items()} | {"step": self._step}
+        slots = {name: slot.table.view(-1)[start:stop] for name, slot in self._slots.items()}
+        return slots | {"step": torch.tensor(float(self._steps))}
 
     def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
         """Put back the slots of elements ``[start, stop)`` of the flat table. Copies.
@@ -160,16 +164,15 @@ class RowRule:
                 )
         self._make_slots()
         for name in self._first_slots:
-            self._slots[name].view(-1)[start:stop] = state[name]
+            self._slots[name].table.view(-1)[start:stop] = state[name]
         if "step" in state:
-            self._step = state["step"].float().clone()
+            self._steps = int(state["step"])
 
     def _make_slots(self) -> None:
         for name, first in self._first_slots.items():
             if name not in self._slots:
                 made = huge_pages.zeros(self._values.shape, self._values.dtype, self._values.device)
-                self._slots[name] = made.fill_(first) if first else made
-                self._slot_rows[name] = Rows(self._slots[name])
+                self._slots[name] = Rows(made.fill_(first) if first else made)
 
 
 class RowRuleBlock:

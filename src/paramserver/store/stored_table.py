@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from paramserver.arena import Range, touched_blocks
-from paramserver.rows import Rows
 from paramserver.rules import Setting, row_fault
 from paramserver.store.row_rule import RowRule
 from paramserver.store.stored_arena import Operation, StoredArena
@@ -31,7 +30,6 @@ class StoredTable(StoredArena):
         assert self.layout.rule is not None  # noqa: S101  # the store has checked it
         rows, self._width = self.layout.table_shape
         self._table = self.values.view(rows, self._width)
-        self._rows = Rows(self._table)
         self._rule = RowRule(self.layout.rule, self._table)
         self._lock = threading.Lock()  # one for all blocks
         self._locks = [self._lock] * count
@@ -80,8 +78,8 @@ class StoredTable(StoredArena):
             if operation == "rule":
                 write = self._rule.update(ids, source, settings or {})
             else:
-                fresh = source if operation == "assign" else self._rows.take(ids).add_(source)
-                write = functools.partial(self._rows.put, ids, fresh)
+                fresh = source if operation == "assign" else self._rule.rows.take(ids).add_(source)
+                write = functools.partial(self._rule.rows.put, ids, fresh)
             self._versions[touched] += 1
             try:
                 write()
@@ -91,7 +89,7 @@ class StoredTable(StoredArena):
     def read_rows(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy ``[rows, width]`` of rows."""
         with self._lock:
-            return self._rows.take(ids).cpu()
+            return self._rule.rows.take(ids).cpu()
 
     @property
     def slots_bytes(self) -> int:
