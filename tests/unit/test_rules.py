@@ -29,6 +29,7 @@ ROWS: list[tuple[str, Kwargs]] = [
     ("Adam", {"lr": 0.01}),
     ("Adam", {"lr": 0.01, "betas": (0.8, 0.95), "amsgrad": True, "weight_decay": 0.1}),
     ("Adam", {"lr": 0.01, "maximize": True, "eps": 1e-5}),
+    ("Adam", {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
     ("AdamW", {"lr": 0.01, "amsgrad": True}),
     ("Adamax", {"lr": 0.01, "weight_decay": 0.1}),
@@ -494,3 +495,23 @@ def test_slot_bytes_counts_elements_and_scalars() -> None:
     assert rule.slot_bytes == 2 * 400 + 4
     rule.apply(0, 50, torch.ones(50), {})
     assert rule.slot_bytes == 2 * 400 + 2 * 4
+
+
+@pytest.mark.parametrize("bad", [{"amsgrad": True}, {"betas": (0.9,)}], ids=str)
+def test_settings_that_a_rule_with_slots_cannot_follow_change_nothing(bad: dict[str, Setting]) -> None:
+    good: dict[str, Setting] = {"lr": 0.1, "betas": (0.9, 0.99), "amsgrad": False}
+    values, gradient = torch.zeros(4), torch.ones(4)
+    rule = BlockRule(Rule("Adam", good), values)
+    rule.apply(0, 4, gradient, good)
+    before, ((_, _, slots),) = values.clone(), rule.slots()
+    kept = {name: slot.clone() for name, slot in slots.items()}
+    for _ in range(2):
+        with pytest.raises((KeyError, ValueError)):
+            rule.apply(0, 4, gradient, good | bad)
+    assert torch.equal(values, before)
+    assert all(torch.equal(slots[name], slot) for name, slot in kept.items())
+    rule.apply(0, 4, gradient, good)
+    other = BlockRule(Rule("Adam", good), again := torch.zeros(4))
+    for _ in range(2):
+        other.apply(0, 4, gradient, good)
+    assert torch.equal(values, again)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from paramserver.rules import Rule, Setting, rule_class, setting_names
-from paramserver.store.optimizers import build
+from paramserver.store.optimizers import build, kernel
 
 
 class _Run(NamedTuple):
@@ -70,6 +70,7 @@ class BlockRule:
         # takes to update 100,000 elements. Nothing of it means anything here.
         self._step = inspect.unwrap(self._class.step)
         self._is_one_operation = _is_one_operation(self._class, rule.settings)
+        self._kernel = kernel(self._class, self._optimizer.param_groups[0])
 
     def __repr__(self) -> str:
         return f"<BlockRule {self._class.__name__} of {self._size} in {len(self._runs)} runs>"
@@ -160,6 +161,7 @@ class BlockRule:
             # A peer must not reach the group's other entries, such as its parameters.
             raise ValueError(f"update rule {self._class.__name__} has no setting {min(unknown)!r}")
         group = self._optimizer.param_groups[0]
+        self._kernel = kernel(self._class, {**group, **settings})  # which may raise, before anything has changed
         group.update(settings)
         self._settings = dict(settings)
         self._is_one_operation = _is_one_operation(self._class, group)
@@ -171,6 +173,10 @@ class BlockRule:
         if self._is_one_operation:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.add_(gradient, alpha=-group["lr"])
+            return
+        states = [state for parameter in parameters if (state := self._optimizer.state.get(parameter))]
+        if self._kernel and len(states) == len(parameters):
+            self._kernel(parameters, gradients, states)
             return
         group["params"] = parameters
         for parameter, gradient in zip(parameters, gradients, strict=True):
