@@ -31,7 +31,7 @@ from paramserver.rules import Rule
 ALIGNMENT = 64
 BLOCK = 1 << 19
 ID_BYTES = 8
-MANY = 16
+ROWS_PER_BLOCK = 16
 """Rows for each block from which on it takes longer to find out which blocks they lie in than it is worth."""
 
 DTYPES: dict[str, torch.dtype] = {
@@ -217,7 +217,7 @@ def touched_blocks(ids: npt.NDArray[np.int64], width: int, count: int) -> npt.ND
     >>> touched_blocks(np.array([5, 1, 5]), BLOCK, count=8).tolist()
     [1, 5]
     """
-    if len(ids) > MANY * count:
+    if len(ids) > ROWS_PER_BLOCK * count:
         return np.arange(count)
     is_touched = np.zeros(count, dtype=bool)
     for blocks in blocks_of_rows(ids, width):

@@ -102,7 +102,7 @@ def assert_same_values(model, plain):
 def many(request, monkeypatch):
     """What a test looks up counts as many ids, or as few, and its table as large, or as small."""
     if request.param == "many ids":
-        monkeypatch.setattr(embeddings, "MANY", 0)
+        monkeypatch.setattr(embeddings, "MANY_IDS", 0)
     monkeypatch.setattr(rows, "LARGE", 0 if request.param == "large table" else 1 << 62)
 
 

@@ -54,7 +54,7 @@ class Held:
 @pytest.fixture(params=["many", "few", "loops"])
 def alike(request, monkeypatch, loops):
     """Torch's own module and one that looks rows up, with the same values; 7 is the padding."""
-    monkeypatch.setattr(embeddings, "MANY", 0 if request.param == "many" else 100)
+    monkeypatch.setattr(embeddings, "MANY_IDS", 0 if request.param == "many" else 100)
     plain = nn.Embedding(40, 3, sparse=True, padding_idx=7)
     ours = nn.Embedding(40, 3, sparse=True, padding_idx=7)
     look_up_in(ours, Held(plain.weight.detach().clone(), loops if request.param == "loops" else None))

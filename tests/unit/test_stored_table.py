@@ -97,7 +97,7 @@ def test_the_versions_of_exactly_the_blocks_that_rows_lie_in_go_up_by_two(operat
 
 
 def test_all_blocks_are_marked_for_many_rows(monkeypatch):
-    monkeypatch.setattr(arena, "MANY", 0.5)
+    monkeypatch.setattr(arena, "ROWS_PER_BLOCK", 0.5)
     table, memory = a_table()
     table.apply_rows("assign", ids_of(0, 3, 6), filled(1, 2, 3), None)
     assert memory.versions[0].tolist() == [2, 0, 2, 0, 2, 2]

@@ -27,7 +27,7 @@ from paramserver.rows import Ids, add_up, on_device
 
 Embedding = nn.Embedding | nn.EmbeddingBag
 
-MANY = 8192
+MANY_IDS = 8192
 """Ids of a batch from which on it takes longer to copy their rows than to get ready for it."""
 
 _FORWARDS = (nn.Embedding.forward, nn.EmbeddingBag.forward)
@@ -166,7 +166,7 @@ def _embed(module: nn.Embedding, table: Table, ids: Tensor) -> Tensor:
 
 def _is_direct(weight: Tensor, table: Table, lookup: Lookup) -> bool:
     """Whether rows are copied as the batch names them. NumPy takes long to get ready for it, and to add up repeats."""
-    is_many = len(lookup.ids) >= MANY and 2 * len(lookup.rows) >= len(lookup.ids)
+    is_many = len(lookup.ids) >= MANY_IDS and 2 * len(lookup.rows) >= len(lookup.ids)
     return weight.is_cpu and (table.loops is not None or is_many)
 
 
