@@ -8,11 +8,16 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from paramserver import huge_pages
+from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.huge_pages import SIZE, map_file, take, zeros
+from paramserver.rules import Rule
+from paramserver.store.row_rule import RowRule
+from paramserver.transport import memory
 
 READ, WRITE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 SHARED_MEMORY = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -91,6 +96,22 @@ def test_what_was_taken_lies_in_huge_pages_for_all_who_map_it():
     assert bytes_of("ShmemPmdMapped", data) == 2 * SIZE
     assert not other.any()
     assert bytes_of("ShmemPmdMapped", other) == 2 * SIZE
+
+
+@on_linux
+@pytest.mark.skipif(not makes_huge_pages(), reason="the system has no huge pages for shared memory")
+def test_values_of_a_ps_lie_in_huge_pages_and_what_may_never_be_pushed_takes_none():
+    layouts = [ArenaLayout("float32", None, (VariableSpec("words", (SIZE, 1), "float32"),), is_table=True)]
+    values = memory.shared_store_memory(layouts).file.data
+    assert bytes_of("ShmemPmdMapped", values) == SIZE * (memory.store_bytes(layouts) // SIZE) > 0
+    pushed = memory.SharedFile.create(memory.rows_bytes(layouts)).data
+    assert bytes_of("Rss", pushed) == 0
+
+
+def test_slots_of_a_large_table_begin_with_a_huge_page():
+    rule = RowRule(Rule("Adagrad", {"lr": 1.0}), torch.zeros(SIZE // 4, 1))
+    rule.update(np.array([1]), torch.ones(1, 1), {})()
+    assert rule.state(0, 1)["sum"].data_ptr() % SIZE == 0
 
 
 @on_linux
