@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ _MAP_FIXED = 0x10  # <linux/mman.h>; the mmap module names neither
 _MADV_COLLAPSE = 25
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """As `torch.zeros`; memory is taken when it is first written, on the CPU a huge page at a time if it is as large.
 
     Example:
@@ -37,10 +36,10 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or nbytes < SIZE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     data = _reserved(nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
     _advise(data, mmap.MADV_HUGEPAGE)
-    return data.view(dtype).view(tuple(shape))
+    return data.view(dtype).view(shape)
 
 
 def map_file(descriptor: int, nbytes: int, protection: int) -> Tensor:

@@ -166,7 +166,7 @@ def test_a_loop_makes_torchs_step_bit_by_bit(monkeypatch, name, kwargs, width, d
         gradient = torch.randn(len(ids), width, generator=generator).to(dtype) * 10.0 ** (seed - 2)
         for rule in tables:
             rule.update(ids, gradient, described.settings)()
-    mine, theirs = ({"values": rule._values, **rule.state(0, count * width)} for rule in tables)
+    mine, theirs = ({"values": rule.rows.table, **rule.state(0, count * width)} for rule in tables)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[slot], theirs[slot]) for slot in mine)
     assert not torch.equal(mine["values"], first)
@@ -214,7 +214,7 @@ def test_slots_of_all_blocks_make_another_rule_go_on_alike(monkeypatch, name, kw
             theirs.load(start, stop, state)
     tables.rule = other  # which goes on beside torch's
     for seed in range(3, 6):
-        tables.values = other._values
+        tables.values = other.rows.table
         tables.step(seed)
         tables.assert_equal()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from paramserver.rules import Rule, Setting, rule_class, setting_names
 from paramserver.store.optimizers import build, kernel
@@ -69,7 +69,6 @@ class BlockRule:
         # The decorated step spends 8 to 10 us on profiler ranges, hooks and the autograd mode: as much as SGD
         # takes to update 100,000 elements. Nothing of it means anything here.
         self._step = inspect.unwrap(self._class.step)
-        self._is_one_operation = _is_one_operation(self._class, rule.settings)
         self._kernel = kernel(self._class, self._optimizer.param_groups[0])
 
     def __repr__(self) -> str:
@@ -164,21 +163,13 @@ class BlockRule:
         self._kernel = kernel(self._class, {**group, **settings})  # which may raise, before anything has changed
         group.update(settings)
         self._settings = dict(settings)
-        self._is_one_operation = _is_one_operation(self._class, group)
 
     def _update(self, runs: list[_Run], gradients: list[Tensor]) -> None:
         """Runs torch's step over these runs only."""
         parameters = [run.parameter for run in runs]
-        group = self._optimizer.param_groups[0]
-        if self._is_one_operation:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.add_(gradient, alpha=-group["lr"])
+        if self._kernel and self._kernel(parameters, gradients, self._optimizer.state):
             return
-        states = [state for parameter in parameters if (state := self._optimizer.state.get(parameter))]
-        if self._kernel and len(states) == len(parameters):
-            self._kernel(parameters, gradients, states)
-            return
-        group["params"] = parameters
+        self._optimizer.param_groups[0]["params"] = parameters
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         try:
@@ -254,11 +245,6 @@ class BlockRule:
         optimizer = build(self._class, {name: group[name] for name in self._names}, parameter)
         self._step(optimizer)
         return dict(optimizer.state.get(parameter, {}))
-
-
-def _is_one_operation(optimizer: type[optim.Optimizer], settings: Mapping[str, Setting]) -> bool:
-    """Whether a step is ``values -= lr * gradient``, for which torch's own takes as long again to get ready."""
-    return optimizer is optim.SGD and not any(map(settings.get, ("momentum", "weight_decay", "maximize")))
 
 
 def _check_slots(rule: str, start: int, stop: int, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 from paramserver.errors import ConfigError
 from paramserver.rules import ROW_RULES, RULES, Setting
 
-Kernel = Callable[[list[nn.Parameter], list[Tensor], list[Mapping[str, Tensor]]], None]
+Kernel = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Mapping[Tensor, Mapping[str, Tensor]]], bool]
 
 
 def build(
@@ -56,37 +56,52 @@ def _light(name: str) -> Callable[..., optim.Optimizer]:
 
 
 def kernel(optimizer: type[optim.Optimizer], group: Mapping[str, Any]) -> Kernel | None:
-    """What torch's step comes down to with the settings of a group, where that is one fused kernel; else None.
+    """What torch's step comes down to with the settings of a group, where that is one operation; else None.
 
-    torch.optim takes 20 us until it calls it, and 100 in caches that others have filled, as long as the kernel takes
-    for 100,000 elements.
+    torch.optim takes 20 us until it calls it, and 100 in caches that others have filled, as long as a fused kernel
+    takes for 100,000 elements.
 
     Returns:
-        A function of parameters, their gradients and their states, of which none is empty; it updates the first and
-        the last.
+        A function of parameters, their gradients, and the optimizer's state; it updates the first and the last, and
+        says whether it did: torch makes the first step of what has a state.
 
     Raises:
+        TypeError: If the learning rate is no number.
         ValueError: If it has no two betas.
     """
+    if optimizer is optim.SGD and not any(map(group.get, ("momentum", "weight_decay", "maximize"))):
+        return functools.partial(_descend, -group["lr"])
     if not group.get("fused"):
         return None
     if optimizer is optim.Adagrad:
-        return _kernel(torch._fused_adagrad_, ("sum",), group, "lr_decay")
+        return _fused(torch._fused_adagrad_, ("sum",), group, "lr_decay")
     if optimizer in (optim.Adam, optim.AdamW):
         is_decoupled = optimizer is optim.AdamW or group.get("decoupled_weight_decay")
         beta1, beta2 = group["betas"]
-        fused = functools.partial(torch._fused_adamw_ if is_decoupled else torch._fused_adam_, beta1=beta1, beta2=beta2)
+        run = functools.partial(torch._fused_adamw_ if is_decoupled else torch._fused_adam_, beta1=beta1, beta2=beta2)
         largest = "max_exp_avg_sq" if group["amsgrad"] else ""
-        return _kernel(fused, ("exp_avg", "exp_avg_sq", largest), group, "amsgrad")
+        return _fused(run, ("exp_avg", "exp_avg_sq", largest), group, "amsgrad")
     return None
 
 
-def _kernel(fused: Callable[..., None], slots: Sequence[str], group: Mapping[str, Any], *own: str) -> Kernel:
+def _descend(alpha: float, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], _: object) -> bool:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.add_(gradient, alpha=alpha)
+    return True
+
+
+def _fused(run: Callable[..., None], slots: Sequence[str], group: Mapping[str, Any], *own: str) -> Kernel:
     settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", *own)}
 
-    def run(parameters: list[nn.Parameter], gradients: list[Tensor], states: list[Mapping[str, Tensor]]) -> None:
-        lists = [[state[slot] for state in states if slot] for slot in (*slots, "step")]
+    def step(
+        parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]
+    ) -> bool:
+        states = [known for parameter in parameters if (known := state.get(parameter))]
+        if len(states) < len(parameters):
+            return False
+        lists = [[known[slot] for known in states if slot] for slot in (*slots, "step")]
         torch._foreach_add_(lists[-1], 1)
-        fused(parameters, gradients, *lists, **settings)
+        run(parameters, gradients, *lists, **settings)
+        return True
 
-    return run
+    return step

@@ -58,7 +58,6 @@ class RowRule:
             raise UnsupportedOptimizerError(f"no update rule for rows is called {rule.name!r}", rule.name)
         self._class = ROW_RULES[rule.name]
         self.rows = Rows(values)
-        self._values = values
         self._settings = dict(rule.settings)
         self._slots: dict[str, Rows] = {}
         self._steps = 0
@@ -68,7 +67,7 @@ class RowRule:
         self._run = inspect.unwrap(self._class.step)  # without hooks and the profiler, as in `block_rule`
 
     def __repr__(self) -> str:
-        return f"<RowRule {self._class.__name__} of {len(self._values)} rows>"
+        return f"<RowRule {self._class.__name__} of {len(self.rows.table)} rows>"
 
     @property
     def slot_bytes(self) -> int:
@@ -113,7 +112,7 @@ class RowRule:
         if loops is None or group["maximize"]:
             return None
         elements, lr = flat(gradient), float(group["lr"])
-        rows, number = (ids.view(np.uint64), elements, np.uint64(self._values.shape[1])), elements.dtype.type
+        rows, number = (ids.view(np.uint64), elements, np.uint64(self.rows.table.shape[1])), elements.dtype.type
         if self._class is optim.SGD:
             return functools.partial(loops.sgd, self.rows.elements, *rows, number(lr))
         if self._class is not optim.Adagrad:
@@ -156,10 +155,10 @@ class RowRule:
             raise ValueError(f"cannot load rows of {self._class.__name__}: slot {name!r} {what}")
         for name, slot in state.items():
             shape = (stop - start,) if name in self._first_slots else ()
-            if slot.shape != shape or (shape and slot.dtype is not self._values.dtype):
+            if slot.shape != shape or (shape and slot.dtype is not self.rows.table.dtype):
                 got = f"{slot.dtype} and {tuple(slot.shape)}"
                 raise ValueError(
-                    f"cannot load rows of {self._class.__name__}: slot {name!r} must be {self._values.dtype} and "
+                    f"cannot load rows of {self._class.__name__}: slot {name!r} must be {self.rows.table.dtype} and "
                     f"{shape}, got {got}"
                 )
         self._make_slots()
@@ -171,7 +170,7 @@ class RowRule:
     def _make_slots(self) -> None:
         for name, first in self._first_slots.items():
             if name not in self._slots:
-                made = huge_pages.zeros(self._values.shape, self._values.dtype, self._values.device)
+                made = huge_pages.zeros(self.rows.table.shape, self.rows.table.dtype, self.rows.table.device)
                 self._slots[name] = Rows(made.fill_(first) if first else made)
 
 
@@ -184,7 +183,7 @@ class RowRuleBlock:
 
     def slots(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yields ``(start, stop, state)``; see `BlockRule.slots`."""
-        size = min(BLOCK, self._rule._values.numel() - self._first)
+        size = min(BLOCK, self._rule.rows.table.numel() - self._first)
         if state := self._rule.state(self._first, self._first + size):
             yield 0, size, state
 
