@@ -19,6 +19,18 @@ class ConfigError(ParameterServerError, ValueError):
     """
 
 
+class EditedError(ParameterServerError, RuntimeError):
+    """The program has written values into a parameter whose values belong to the parameter servers.
+
+    Attributes:
+        variable: The parameter's name.
+    """
+
+    def __init__(self, message: str, variable: str) -> None:
+        super().__init__(message)
+        self.variable = variable
+
+
 class UnsupportedOptimizerError(ConfigError):
     """An optimizer whose rule cannot run on a parameter server, because it is not elementwise.
 

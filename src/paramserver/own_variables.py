@@ -14,8 +14,8 @@ import torch
 
 from paramserver.arena import DTYPES, Range, VariableSpec, pieces
 from paramserver.errors import ConfigError, RemoteProtocolError
-from paramserver.lanes import Lanes
-from paramserver.questions import OnWait, Patience, ask, ask_until_ready
+from paramserver.lanes import Call, Lanes
+from paramserver.questions import OnWait, Patience, ask, ask_until_ready, expected
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
 from paramserver.wire.values import packed, unpacked
@@ -126,12 +126,15 @@ class OwnVariables:
 
         Atomic for each block of elements: a variable of more than `arena.BLOCK` may meet another worker's in between.
         """
-        lane = self._lanes.each()[ps]
+        lane, blocks = self._lanes.each()[ps], list(pieces([(0, variable.size)]))
+        calls = [
+            Call(lane, messages.UpdateVariable(number, variable.name, operation, start, packed(values[start:stop])))
+            for (start, stop), number in zip(blocks, self._sequence, strict=False)
+        ]
+        replies = expected(calls, self._lanes.exchange_in_turn(calls), messages.Values)
         result = torch.empty_like(values)
-        for start, stop in pieces([(0, variable.size)]):
-            source = packed(values[start:stop])
-            request = messages.UpdateVariable(next(self._sequence), variable.name, operation, start, source)
-            _fill(result[start:stop], ask(self._lanes, lane, request, messages.Values), lane)
+        for (start, stop), reply in zip(blocks, replies, strict=True):
+            _fill(result[start:stop], reply, lane)
         return result
 
     def __repr__(self) -> str:

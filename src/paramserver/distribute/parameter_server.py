@@ -39,7 +39,7 @@ from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.step_times import StepTimes
 from paramserver.distribute.strategy import Strategy, StrategyExtended
-from paramserver.errors import ConfigError, RunOverError
+from paramserver.errors import ConfigError, LocalProtocolError, RunOverError, UnavailableError
 from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,7 @@ class ParameterServerStrategy(Strategy):
         self.client: ParameterClient | None = None
         self._has_prepared = False
         self._models: weakref.WeakSet[BoundModel] = weakref.WeakSet()
+        self._bound: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BoundModel]] = weakref.WeakKeyDictionary()
         self._place = self._placement.start(self.num_ps)
         logger.info("%r", self)
 
@@ -213,8 +214,8 @@ class ParameterServerStrategy(Strategy):
         all ps tasks are up and the chief has initialized them. Afterwards every worker but the first has a random
         stream of torch's of its own, so that shuffling and dropout differ between them.
 
-        From then on a parameter changes by its optimizer only: values that a program writes into it (as
-        ``load_state_dict`` does) are lost with the next step where the ps tasks are others, so write them before.
+        From then on a parameter changes by its optimizer only. After a program has written other values into it (as
+        ``load_state_dict`` does) the next step raises `EditedError`, until `assign` or `refresh` is called.
 
         With several replicas each has parameters and buffers of its own in the model's modules, and in the optimizer's
         param groups, while it runs, and ``optimizer.step()`` makes one update of all their gradients. What is done
@@ -284,6 +285,7 @@ class ParameterServerStrategy(Strategy):
             lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
         self._models.add(bound)
+        self._bound[model] = weakref.ref(bound)
         self._separate_random_streams()
         return tuple(
             PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync)
@@ -317,10 +319,12 @@ class ParameterServerStrategy(Strategy):
             raise RuntimeError(f"recover: {self!r} has no prepared model on the ps tasks of a cluster")
         (model,) = self._models
         limit = self._timeout if timeout is None else timeout
-        lanes = connection.lanes_again(self.cluster, self.task, limit, self.client)
-        if not self.client.resume(lanes, limit, on_wait, is_chief=self.is_chief):
-            self.client.mark_ready((initialize or _present_values)(self.client, model))
-        model.refresh()
+        try:
+            model.refresh()  # a connection that was cut is made anew, and what was under way made up for
+        except (UnavailableError, LocalProtocolError):
+            if not self.client.resume(limit, on_wait, is_chief=self.is_chief):
+                self.client.mark_ready((initialize or _present_values)(self.client, model))
+            model.refresh()
 
     def refresh(self) -> int:
         """Bring the prepared model up to date with the ps tasks, as every step does; the global step. Blocks.
@@ -332,6 +336,31 @@ class ParameterServerStrategy(Strategy):
         """
         for model in self._models:
             model.refresh()
+        return self.global_step
+
+    def assign(self, model: nn.Module) -> int:
+        """Make a prepared model's present values, those of its buffers too, the ps tasks'; the global step. Blocks.
+
+        The chief's values count: a call on another worker takes the ps tasks' values instead, as `refresh` does. Updates
+        that others have made since this worker's last step are overwritten. Tables of a cluster, whose values workers do
+        not hold, stay as they are.
+
+        Args:
+            model: What `prepare` was given.
+
+        Raises:
+            ConfigError: If it is not prepared by this strategy.
+            UnavailableError: If a ps is lost.
+        """
+        reference = self._bound.get(model)
+        bound = reference() if reference else None
+        if bound is None:
+            raise ConfigError(f"assign: {type(model).__name__} is no model that {self!r} has prepared")
+        if self.is_chief:
+            bound.assign_present()
+        else:
+            logger.info("assign: the chief's values count; %s takes those of the ps tasks", self.task)
+            bound.refresh()
         return self.global_step
 
     def statistics(self) -> StepTimes:

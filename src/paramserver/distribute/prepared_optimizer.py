@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
@@ -55,6 +56,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         self.last_push: PushResult | None = None
         self._original = optimizer
+        # A method, as schedulers expect that were given the original.
+        vars(optimizer)["step"] = types.MethodType(_refuse_step, optimizer)
         self._model = model
         self._owner = owner
         self._num_replicas = num_replicas
@@ -151,6 +154,13 @@ class PreparedOptimizer(torch.optim.Optimizer):
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         )
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> NoReturn:
+    raise ConfigError(
+        f"{type(optimizer).__name__}.step: this optimizer was given to prepare, and its updates are made by the parameter "
+        "servers; call step() of the one that prepare returned: model, optimizer = strategy.prepare(model, optimizer)"
+    )
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(PreparedOptimizer._step)
