@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from paramserver.arena import ArenaLayout, pieces
 from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, digest, read_index
-from paramserver.lanes import Call, Dialer, Lanes, Meanwhile, nothing
+from paramserver.lanes import Answers, Call, Dialer, Lanes, Meanwhile, nothing
 from paramserver.long_requests import ask_at_length
 from paramserver.own_variables import OwnVariables
 from paramserver.questions import WAIT_INTERVAL, OnWait, Patience, ask, ask_all, ask_each, ask_until_ready, expected
@@ -88,7 +88,7 @@ class ParameterClient:
         self.lanes = Lanes(lanes, dialer)
         self._sequence = itertools.count(1)
         self.variables = OwnVariables(self.lanes, self._sequence)
-        self._aside: tuple[list[Call], Future[list[messages.Reply]]] | None = None
+        self._aside: tuple[list[Call], Future[Answers]] | None = None
         self.global_step = 0
         self.local_step = 0
         self.push_times = [PushTimes(lane.task) for lane in lanes]
@@ -142,9 +142,8 @@ class ParameterClient:
     def resume(self, timeout: float, on_wait: OnWait = lambda _: None, *, is_chief: bool) -> bool:
         """Connect to all ps tasks anew, after one was lost, and go on.
 
-        The memory stays the same; what was under way is not made up for. What a ps does not hold any more, the chief makes
-        anew, without values: unless this
-        returns True, it has to initialize the variables and `mark_ready`. Everyone else waits for that here.
+        The memory stays the same; what was under way is not made up for. What a ps does not hold any more, the chief
+        makes anew, without values: unless this returns True, it has to initialize the variables and `mark_ready`. Everyone else waits for that here.
 
         Args:
             timeout: Seconds to wait for the ps tasks, and again for the chief, in all.
@@ -216,7 +215,7 @@ class ParameterClient:
             number: Of `next_number`, for `has_begun`.
         """
         calls = self._push(number or self.next_number(), plans, counts, self.local_step, rows)
-        return self._pushed(expected(calls, self.lanes.exchange(calls, meanwhile), messages.Applied))
+        return self._pushed(calls, self.lanes.exchange(calls, meanwhile))
 
     def begin_push_pull(
         self,
@@ -250,8 +249,9 @@ class ParameterClient:
             calls, replies = self._aside
             wait([replies])  # an interrupt leaves it under way
             self._aside = None
-            if answers := replies.result():
-                return self._pushed(expected(calls, answers, messages.Applied))
+            answers = replies.result()
+            if answers.replies:
+                return self._pushed(calls, answers)
         applied = [reply for reply in self.lanes.mend() if isinstance(reply, messages.Applied)]
         if not applied:
             return None
@@ -381,8 +381,9 @@ class ParameterClient:
             for lane, plan, ps_rows in zip(lanes, plans, rows or [()] * len(lanes), strict=True)
         ]
 
-    def _pushed(self, applied: Sequence[messages.Applied]) -> PushResult:
-        each_ps = zip(self.push_times, self.lanes.sending, self.lanes.waiting, applied, strict=True)
+    def _pushed(self, calls: Sequence[Call], answers: Answers) -> PushResult:
+        applied = expected(calls, answers.replies, messages.Applied)
+        each_ps = zip(self.push_times, answers.sending, answers.waiting, applied, strict=True)
         for times, sending, waiting, each in each_ps:
             times.sending += sending
             times.waiting += waiting

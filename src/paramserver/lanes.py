@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
@@ -60,16 +60,56 @@ class Call(NamedTuple):
     rows_in: Sequence[memoryview] = ()
 
 
+class Answers(NamedTuple):
+    """The answers to several calls, in their order.
+
+    Attributes:
+        replies: The replies.
+        sending: Seconds until each call was handed over.
+        waiting: Seconds in which each answer was then waited for, one after the other.
+    """
+
+    replies: list[messages.Reply]
+    sending: list[float]
+    waiting: list[float]
+
+
 class _Outstanding(NamedTuple):
     """What was begun, and is not answered yet.
 
     Attributes:
         calls: By the index of the ps.
         number: The highest number of a request that was ever begun.
+        aside: If a thread of its own is to ask.
     """
 
     calls: dict[int, Call]
     number: int
+    aside: _Aside | None = None
+
+
+class _Aside:
+    """An exchange on a thread of its own, which the thread that asked may take back, as long as it has not begun.
+
+    No lock: an interrupt may come between the end of a ``with`` statement and the release of its lock.
+    """
+
+    def __init__(self) -> None:
+        self._owner: dict[str, int] = {}
+        self._is_over = threading.Event()
+
+    def take(self) -> bool:
+        """Whether this thread is the one to ask; once it is, it stays so."""
+        mine = threading.get_ident()
+        return self._owner.setdefault("thread", mine) == mine  # one of the threads is first
+
+    def end(self) -> None:
+        """The thread of its own has asked, and has all answers that there will be."""
+        self._is_over.set()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._is_over.wait()
 
 
 class Lanes:
@@ -95,8 +135,6 @@ class Lanes:
         memories: The memory for it, once it is made.
         epochs: The name of its values; see `wire.messages.MarkReady`.
         has_updated: Whether an update of the model was pushed.
-        sending: For each call of the last exchange, the seconds until it was handed over.
-        waiting: For each, the seconds in which its answer was then waited for, one after the other.
     """
 
     def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
@@ -110,11 +148,8 @@ class Lanes:
         self._outstanding = _Outstanding({}, 0)
         self._later: list[tuple[int, Call]] = []
         self.has_updated = False
-        self.sending: list[float] = []
-        self.waiting: list[float] = []
-        self._busy = threading.Lock()  # held by the thread that asks
         self._executor: ThreadPoolExecutor | None = None
-        self._aside: Future[list[messages.Reply]] | None = None
+        self._aside: Future[Answers] | None = None
 
     def each(self) -> list[Lane]:
         """The lanes, by index.
@@ -132,7 +167,7 @@ class Lanes:
             raise LocalProtocolError("this task has said goodbye to the ps tasks already; it cannot ask them anything")
         return self._lanes
 
-    def exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> list[messages.Reply]:
+    def exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
         """Ask several ps tasks at once. The answers of all are taken in, also if one is lost.
 
         Args:
@@ -143,32 +178,31 @@ class Lanes:
             UnavailableError: If one of them is lost; the first one that is.
             LocalProtocolError: If two calls are for one ps.
         """
-        self.mend()
-        self._begin(calls)
-        with self._busy:
-            return self._exchange(calls, meanwhile)
+        if self._later:
+            self.mend()
+        return self._exchange(self._begin(calls), meanwhile)
 
     def exchange_in_turn(self, calls: Sequence[Call]) -> list[messages.Reply]:
         """Ask one thing after another, all of which have numbers; if that is interrupted, `mend` asks the rest."""
-        self.mend()
-        self._later = [(self._number(call.lane), call) for call in calls]
-        replies = []
+        tasks = [self._number(call.lane) for call in calls]
+        self._mend(tasks)
+        self._later = list(zip(tasks, calls, strict=True))
+        replies = list[messages.Reply]()
         for call in calls:
-            self._begin([call])
-            with self._busy:
-                replies += self._exchange([call])
+            replies += self._exchange(self._begin([call])).replies
             self._later = self._later[1:]
         return replies
 
-    def exchange_aside(self, calls: Sequence[Call]) -> Future[list[messages.Reply]]:
+    def exchange_aside(self, calls: Sequence[Call]) -> Future[Answers]:
         """`exchange` on a thread of its own; whatever is asked next waits until it is over. Does not block for long.
 
         Until then the memory that the pieces lie in belongs to that thread.
         """
-        self.mend()
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange")
-        self._begin(calls)
+        if self._later:
+            self.mend()
+        calls = self._begin(calls, _Aside())
         self._aside = self._executor.submit(self._exchange_aside, calls, self._outstanding)
         return self._aside
 
@@ -178,29 +212,41 @@ class Lanes:
         Raises:
             UnavailableError: If a ps cannot be reached any more, or holds nothing of this run.
         """
+        return self._mend(range(len(self._lanes)))
+
+    def _mend(self, tasks: Container[int]) -> list[messages.Reply]:
+        """`mend` for some of the ps tasks; another one may be lost."""
         if self._aside is not None:
             wait([self._aside])
             self._aside = None
         if not self._outstanding.calls and not self._later:
             return []
         self.each()
-        with self._busy:
-            return self._ask_again()
+        aside = self._outstanding.aside
+        if aside is not None and not aside.take():
+            aside.wait()
+        return self._ask_again(tasks)
 
     @property
     def begun(self) -> int:
         """The highest number of a request that was begun: it was carried out by now, or `mend` asks it once more."""
         return self._outstanding.number
 
-    def _begin(self, calls: Sequence[Call]) -> None:
+    def _begin(self, calls: Sequence[Call], aside: _Aside | None = None) -> Sequence[Call]:
+        """Begin to ask, of which all lanes are of use; the calls by the lanes that there are by then."""
         self.each()
         unanswered = {self._number(call.lane): call for call in calls}
         if len(unanswered) < len(calls):
             count = len(unanswered)
             raise LocalProtocolError(f"{len(calls)} requests to {count} ps tasks at once: one each is answered")
+        if self._aside is not None or self._outstanding.calls:
+            self._mend(unanswered)
+            asked = {ps: call._replace(lane=self._lanes[ps]) for ps, call in unanswered.items()}
+            calls, unanswered = list(asked.values()), self._outstanding.calls | asked
         number = max((_number_of(call.request) for call in calls), default=0)
         # In one go, so that an interrupt finds that all of it has begun, or nothing.
-        self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number))
+        self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number), aside)
+        return calls
 
     def _number(self, lane: Lane) -> int:
         try:
@@ -208,11 +254,11 @@ class Lanes:
         except KeyError:
             raise UnavailableError(f"the connection to {lane.task} was interrupted, and made anew", lane.task) from None
 
-    def _exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> list[messages.Reply]:
+    def _exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
         asked: list[Call] = []
         replies: list[messages.Reply] = []
         failures: list[ParameterServerError] = []
-        now, sending, waiting = time.perf_counter(), [], []
+        now, sending, waiting = time.perf_counter(), list[float](), list[float]()
         for call in calls:
             try:
                 call.lane.start(call.request, call.outgoing, call.rows_out)
@@ -235,26 +281,29 @@ class Lanes:
                 del self._outstanding.calls[self._numbers[call.lane]]
             begun, now = now, time.perf_counter()
             waiting.append(now - begun)
-        self.sending, self.waiting = sending, waiting
         if failures:
             raise failures[0]
-        return replies
+        return Answers(replies, sending, waiting)
 
-    def _exchange_aside(self, calls: Sequence[Call], begun: _Outstanding) -> list[messages.Reply]:
-        with self._busy:
-            if self._outstanding is not begun:  # the thread that asked was interrupted, and has made up for it
-                return []
+    def _exchange_aside(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
+        assert begun.aside is not None  # noqa: S101  # it was begun so
+        if not begun.aside.take():  # the thread that asked was interrupted, and has made up for it
+            return Answers([], [], [])
+        try:
             return self._exchange(calls)
+        finally:
+            begun.aside.end()
 
-    def _ask_again(self) -> list[messages.Reply]:
+    def _ask_again(self, tasks: Container[int]) -> list[messages.Reply]:
         replies, unanswered = [], self._outstanding.calls
         for ps, call in list(unanswered.items()):
-            lane = self._made_anew(ps)
-            if isinstance(call.request, NUMBERED):
-                replies.append(_asked_once_more(lane, call))
-            del unanswered[ps]
-        self._outstanding = _Outstanding({}, self._outstanding.number)
-        while self._later:
+            if ps in tasks:
+                lane = self._made_anew(ps)
+                if isinstance(call.request, NUMBERED):
+                    replies.append(_asked_once_more(lane, call))
+                del unanswered[ps]
+        self._outstanding = _Outstanding(unanswered, self._outstanding.number)
+        while self._later and self._later[0][0] in tasks:
             ps, call = self._later[0]
             replies.append(_asked_once_more(self._lanes[ps], call))
             self._later = self._later[1:]
@@ -329,7 +378,7 @@ class Lanes:
             return  # that would end them for the parent
         for lane in self._lanes:
             lane.close()  # which wakes a thread that waits for it
-        self._lanes, self._later = [], []
+        self._lanes, self._numbers, self._later = [], {}, []
         self._outstanding = _Outstanding({}, self._outstanding.number)
         if self._executor is not None:
             self._executor.shutdown()

@@ -34,7 +34,7 @@ def ask_at_length(lanes: Lanes, calls: Sequence[Call], directory: Path, interval
     going_on = list(calls)
     with CheckpointFolder(directory) as folder:
         while going_on:
-            replies = lanes.exchange(going_on)
+            replies = lanes.exchange(going_on).replies
             timeout = 0.0 if _asks_for_more(replies) else interval  # let nobody wait for the disk of another
             asked, going_on = going_on, []
             for (lane, *_), reply in zip(asked, replies, strict=True):

@@ -158,7 +158,7 @@ class Detector(TorchDispatchMode):
         self.races: list[str] = []
 
     def _address(self, tensor: Tensor) -> int:
-        """Where the lasting block begins that a tensor lies in, which may have a storage of its own over a part of it."""
+        """Where the lasting block begins that a tensor lies in; its own storage may be a part of that."""
         own = address(tensor)
         return next((start for start, nbytes in self._spans if start <= own < start + nbytes), own)
 

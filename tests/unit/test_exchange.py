@@ -46,7 +46,7 @@ def test_what_is_done_meanwhile_is_done_while_all_ps_tasks_are_at_work() -> None
     entries: list[str] = []
     lanes = [Diary(task, entries) for task in ("ps:0", "ps:1")]
     replies = Lanes(lanes).exchange([Call(lane, GetStatus()) for lane in lanes], lambda: entries.append("meanwhile"))
-    assert replies == [Done(), Done()]
+    assert replies.replies == [Done(), Done()]
     assert entries == ["start ps:0", "start ps:1", "meanwhile", "finish ps:0", "finish ps:1"]
 
 

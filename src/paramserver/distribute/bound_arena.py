@@ -223,7 +223,16 @@ class TrainedArena(BoundArena):
 
     def check(self) -> None:
         if any([parameters.check_values() for parameters in self._parameters]):
-            self._copied = [each for parameters in self._parameters for each in parameters.each if each.is_apart]
+            self._find_copied()
+
+    def refreshed(self) -> None:
+        for parameters in self._parameters:
+            parameters.adopt()
+        self._find_copied()
+        super().refreshed()
+
+    def _find_copied(self) -> None:
+        self._copied = [each for parameters in self._parameters for each in parameters.each if each.is_apart]
 
     def gather(self) -> None:
         present = self._gathered()
@@ -279,11 +288,6 @@ class TrainedArena(BoundArena):
         ]
         self._replica_gradients.append(gradients)
         self._parameters.append(BoundParameters(bound))
-        self._copied.extend(
-            parameter
-            for parameter, member in zip(bound, self.plan.members, strict=True)
-            if parameter.is_apart and (replica == 0 or not _share(parameter.tensor, member.variable.tensor))
-        )
 
     def _gather_replica(self, replica: int) -> list[bool]:
         present = self._parameters[replica].gather()
@@ -364,8 +368,3 @@ class Homes:
             for address, tensor, view in zip(addresses, self._tensors, self._views, strict=True)
             if address != view.data_ptr()
         ]
-
-
-def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether their values are the same memory."""
-    return one.device == other.device and one.data_ptr() == other.data_ptr()

@@ -70,6 +70,10 @@ class BoundParameter(abc.ABC):
         """
 
     @abc.abstractmethod
+    def adopt(self) -> None:
+        """Go on with memory that a program has moved its values to, whatever they are."""
+
+    @abc.abstractmethod
     def pulled(self) -> None:
         """The memory of its values is fresh."""
 
@@ -145,6 +149,12 @@ class BoundParameters:
             parameter.check_values()
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         return True
+
+    def adopt(self) -> None:
+        """Go on with memory that the program has moved values to, whatever they are."""
+        for parameter in self.each:
+            parameter.adopt()
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
 
     def advance(self, moved: Sequence[bool]) -> None:
         """Count a write by the lanes to the memory of some of them; see `ValueWatch.advance`."""
@@ -257,7 +267,12 @@ class WholeParameter(BoundParameter):
         found = same_kind(self._spec, self.tensor).detach()
         if found.data_ptr() != self._address:
             _check_moved(self.name, found, self._value)
-            self.is_apart, self._address = True, found.data_ptr()
+            self.adopt()
+
+    def adopt(self) -> None:
+        address = self.tensor.data_ptr()
+        if address != self._address:
+            self.is_apart, self._address = True, address
 
     def pulled(self) -> None:
         """The memory is the parameter, or else it is copied there."""
@@ -306,7 +321,10 @@ class _ApartParameter(BoundParameter):
         found = same_kind(self._spec, self.tensor).detach()
         if found.data_ptr() != self._whole.data_ptr():
             _check_moved(self.name, found[self._rows], self._value)
-            self._whole = alias(found)
+            self.adopt()
+
+    def adopt(self) -> None:
+        self._whole = alias(same_kind(self._spec, self.tensor).detach())
 
     def pulled(self) -> None:
         self._whole[self._rows].copy_(self._value)

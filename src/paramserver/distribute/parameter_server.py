@@ -341,9 +341,9 @@ class ParameterServerStrategy(Strategy):
     def assign(self, model: nn.Module) -> int:
         """Make a prepared model's present values, those of its buffers too, the ps tasks'; the global step. Blocks.
 
-        The chief's values count: a call on another worker takes the ps tasks' values instead, as `refresh` does. Updates
-        that others have made since this worker's last step are overwritten. Tables of a cluster, whose values workers do
-        not hold, stay as they are.
+        The chief's values count: a call on another worker takes the ps tasks' values instead, as `refresh` does.
+        Updates that others have made since this worker's last step are overwritten. Tables of a cluster stay as they
+        are, since workers do not hold their values.
 
         Args:
             model: What `prepare` was given.

@@ -158,9 +158,12 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
 def _refuse_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> NoReturn:
     raise ConfigError(
-        f"{type(optimizer).__name__}.step: this optimizer was given to prepare, and its updates are made by the parameter "
-        "servers; call step() of the one that prepare returned: model, optimizer = strategy.prepare(model, optimizer)"
+        f"{type(optimizer).__name__}.step: this optimizer was given to prepare, and the parameter servers make its "
+        "updates; call step() of the one that prepare returned: model, optimizer = strategy.prepare(model, optimizer)"
     )
+
+
+_refuse_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or schedulers warn that they cannot count steps
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(PreparedOptimizer._step)

@@ -25,7 +25,7 @@ class Progress:
     __slots__ = ("_is_applying", "_is_over", "_number", "done", "lock")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # an interrupt in this process may leave it held
         self.done = 0
         self._number = 0
         self._is_over = True
