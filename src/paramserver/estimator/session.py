@@ -179,12 +179,25 @@ class Session:
             else:
                 return
 
-    def finish(self) -> None:
-        """The loop is at its end: the chief waits until all other workers have finished, so that its last checkpoint
-        holds what they did; then the global step is fresh. Blocks for as long as they take.
-        """  # noqa: D205
+    def finish(self, while_waiting: Callable[[], object] = lambda: None) -> None:
+        """Bring the loop to its end, with a fresh global step. Blocks for as long as other workers take.
+
+        The chief waits until all other workers have finished, so that its last checkpoint holds what they did.
+
+        Args:
+            while_waiting: Called about every second of this wait, with a fresh global step.
+
+        Raises:
+            UnavailableError: If a ps is lost.
+        """
+
+        def on_wait(tasks: tuple[str, ...]) -> None:
+            step = self._client.read_global_step()
+            self._reporter.tell(state=f"waiting for {', '.join(tasks)}", global_step=step)
+            while_waiting()
+
         if self.is_chief:
-            self._client.await_workers(lambda tasks: self._reporter.tell(state=f"waiting for {', '.join(tasks)}"))
+            self._client.await_workers(on_wait)
         self._client.read_global_step()
 
     def close(self) -> None:

@@ -67,6 +67,13 @@ class StepCounterHook(TrainingHook):
         """Logs when due, warns where the step stands still."""
         step = values.global_step
         self._watch_progress(step, context.session.task)
+        self._log_if_due(step)
+
+    def while_waiting(self, context: RunContext) -> None:
+        """Logs when due how fast the other workers are."""
+        self._log_if_due(context.session.global_step)
+
+    def _log_if_due(self, step: int) -> None:
         if self._timer.should_trigger_for_step(step):
             seconds, steps = self._timer.update_last_triggered_step(step)
             if seconds and steps is not None:
