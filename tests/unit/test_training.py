@@ -19,7 +19,7 @@ from paramserver import CentralStorageStrategy, ParameterServerStrategy, SimpleC
 from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
 from paramserver.cluster import ClusterSpec
 from paramserver.cluster.report import Reporter
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, NotFiniteError
 from paramserver.estimator import (
     Estimator,
     EstimatorSpec,
@@ -184,6 +184,44 @@ def test_a_loss_that_is_nan_on_one_replica_is_pushed_by_none(tmp_path):
     with pytest.raises(NanLossDuringTrainingError):
         Estimator(linear_fn, str(tmp_path), config).train(data)
     assert strategy.global_step == 1
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+def test_cp_a_nan_that_reached_the_variables_ends_the_training_and_leaves_the_last_good_checkpoint(tmp_path):
+    """The loss is finite, the gradient is not; a restart goes on from before."""
+
+    def model_fn(mode, params):
+        model = net()
+
+        def loss_fn(model, features, labels):
+            loss = squared_error(model, features, labels)
+            return Poisoned.apply(loss) if features.sum() > 100 else loss
+
+        return EstimatorSpec(mode, model=model, loss_fn=loss_fn, optimizer=adam(model.parameters()))
+
+    def poisoned():
+        yield from itertools.islice(batches(), 3)
+        yield torch.full((4, 3), 100.0) + torch.rand(4, 3), torch.zeros(4)
+        yield from batches()
+
+    config = RunConfig(save_checkpoints_steps=1, log_step_count_steps=None)
+    estimator = Estimator(model_fn, str(tmp_path), config, params={})
+    with pytest.raises(NotFiniteError, match=f"the last good checkpoint is {tmp_path / 'ckpt-3'}: start the run again"):
+        estimator.train(poisoned, max_steps=10)
+    assert estimator.latest_checkpoint() == str(tmp_path / "ckpt-3")
+    assert all(value.isfinite().all() for value in read_values(estimator.latest_checkpoint()).values())
+    assert math.isfinite(estimator.train(batches, max_steps=10).evaluate(batches, steps=2)["loss"])
 
 
 def test_the_same_seed_gives_the_same_model(tmp_path):

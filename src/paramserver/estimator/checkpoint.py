@@ -29,7 +29,7 @@ from paramserver.checkpoint_files import (
     write_index,
 )
 from paramserver.client import ParameterClient
-from paramserver.errors import CheckpointError
+from paramserver.errors import CheckpointError, NotFiniteError
 from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, readable
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
 
     Raises:
         CheckpointError: If a ps or this task cannot write it.
+        NotFiniteError: If a trained variable is not finite; the message says how to go on.
     """
     folder = manager.temporary_path(step)
     try:
@@ -53,12 +54,26 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
         maps = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
         _write_indexes(Path(folder), maps, step, total_size=sum(shard.nbytes for shard in saved), aliases=aliases)
         path = manager.publish(folder, step)
+    except NotFiniteError as error:
+        manager.discard(folder)
+        raise _with_way_back(error, manager, step) from error
     except BaseException:
         manager.discard(folder)
         raise
     pauses = (max(shard.pause for shard in saved), max(shard.longest_pause for shard in saved))
     logger.debug("checkpoint of step %d: pushes were kept waiting for %.3g s in all, %.3g s at once", step, *pauses)
     return path
+
+
+def _with_way_back(error: NotFiniteError, manager: CheckpointManager, step: int) -> NotFiniteError:
+    latest, path = manager.state.latest, manager.save_path(step)
+    if latest:
+        good = manager.save_path(checkpoint_step(latest))
+        way = f"the last good checkpoint is {good}: start the run again to go on from it"
+    else:
+        way = "there is no good checkpoint: start the run again from the beginning"
+    cause = "a lower learning rate, clipped gradients, or without the batches that it came from"
+    return NotFiniteError(f"checkpoint {path} is not written: {error}; {way}, with {cause}", path, error.variable)
 
 
 def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:

@@ -190,7 +190,8 @@ class NanLossHook(TrainingHook):
         task, step = context.session.task, values.global_step
         message = (
             f"the loss of {task} is NaN at global step {step}; expected a number: "
-            "try a lower learning rate or clipped gradients, and look for bad values in the batch"
+            "try a lower learning rate or clipped gradients, and look for bad values in the batch; "
+            f"started again, training goes on from the latest checkpoint in {context.session.model_dir}"
         )
         if self._fail:
             raise NanLossDuringTrainingError(message, task, step)
