@@ -21,6 +21,7 @@ from paramserver.estimator.aside import Aside
 from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of
 from paramserver.estimator.checkpoint import load_model
 from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
+from paramserver.estimator.eval_results import scalars, shown, unwritten
 from paramserver.estimator.export import write_export
 from paramserver.estimator.hooks import TrainingHook, as_tuple
 from paramserver.estimator.inference import ModelReplicas, own_strategy
@@ -168,8 +169,11 @@ class Estimator:
         hooks: Sequence[TrainingHook] | None = None,
         checkpoint_path: str | None = None,
         name: str | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """The metrics of a checkpoint, with ``loss`` and ``global_step``. Blocks; changes no random state.
+
+        A metric that computes several numbers gives a nest of them: a dict, list or tuple as it is, a tensor as a NumPy
+        array. Summaries, exporters and early stopping know each number by a name such as ``accuracy/0``.
 
         With ``RunConfig.eval_distribute`` each of its replicas takes a batch at a time; the results are those of one.
 
@@ -197,8 +201,8 @@ class Estimator:
             results = evaluation.evaluate(spec, watched, steps, session, around, replicas)
         results["global_step"] = session.global_step
         self._write_summary(name, results, path)
-        shown = ", ".join(f"{key} = {value:.6g}" for key, value in results.items() if key != "global_step")
-        logger.info("evaluated step %d: %s", session.global_step, shown)
+        listed = ", ".join(f"{key} = {shown(value)}" for key, value in results.items() if key != "global_step")
+        logger.info("evaluated step %d: %s", session.global_step, listed)
         return results
 
     def predict(
@@ -356,10 +360,12 @@ class Estimator:
         offered = {"mode": mode, "params": self.params, "config": self._config, "input_context": context}
         return call_with_named(input_fn, offered)
 
-    def _write_summary(self, name: str | None, results: Mapping[str, float], checkpoint: str | None) -> None:
+    def _write_summary(self, name: str | None, results: Mapping[str, Any], checkpoint: str | None) -> None:
         step = int(results["global_step"])
+        if many := unwritten(results):
+            logger.warning("no summary is written of %s: too many numbers", ", ".join(many))
         with summary_writer(join(self.model_dir, f"eval_{name}" if name else "eval")) as writer:
-            for key, value in results.items():
+            for key, value in scalars(results).items():
                 if key != "global_step":
                     writer.scalar(key, value, step)
             if checkpoint is not None:

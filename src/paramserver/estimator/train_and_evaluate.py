@@ -21,7 +21,7 @@ from paramserver.server import run_standard_server
 
 logger = logging.getLogger(__name__)
 
-Results = tuple[dict[str, float], list[str | None]]
+Results = tuple[dict[str, Any], list[str | None]]
 
 
 def train_and_evaluate(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> Results | None:
