@@ -327,6 +327,34 @@ def test_a_ps_that_is_lost_again_while_hooks_are_told_of_the_recovery_is_waited_
     assert read_values(str(tmp_path / "ckpt-10"))
 
 
+def tables_and_dense(model: nn.Module) -> list[optim.Optimizer]:
+    net: Any = model
+    return [adagrad(net.table), optim.Adam(net.head.parameters(), lr=0.1)]
+
+
+def two_fn(mode: ModeKeys) -> EstimatorSpec:
+    spec = model_fn(mode)
+    assert spec.model is not None
+    return EstimatorSpec(mode, model=spec.model, loss_fn=spec.loss_fn, optimizer=tables_and_dense(spec.model))
+
+
+@sparse
+def test_e1_tables_by_one_optimizer_and_layers_by_another_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    """With the slots of both."""
+    with a_cluster() as cluster:
+        config = RunConfig(model_dir=str(tmp_path), save_checkpoints_steps=1, train_distribute=cluster.strategy())
+        Estimator(two_fn, config=config).train(lambda: map(batch, range(100)), max_steps=10, hooks=[Loses(cluster, 6)])
+    plain = Net()
+    optimizers = tables_and_dense(plain)
+    for at in [*range(6), *range(7, 11)]:
+        ids, labels = batch(at)
+        plain.zero_grad()
+        F.mse_loss(plain(ids), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(read_values(str(tmp_path / "ckpt-10")), dict(plain.state_dict()))
+
+
 @sparse
 @pytest.mark.parametrize("until", ["steps", "max_steps"])
 def test_a_ps_that_is_lost_after_the_last_step_costs_no_step(tmp_path: Path, until: str) -> None:

@@ -54,7 +54,7 @@ class Session:
         reporter: Reporter,
     ) -> None:
         assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-        assert spec.optimizer is not None  # noqa: S101
+        assert spec.optimizers  # noqa: S101
         assert config.model_dir is not None  # noqa: S101  # the Estimator has set it
         self.is_chief = strategy.is_chief
         self.task = str(strategy.task or "chief:0")
@@ -65,7 +65,7 @@ class Session:
         self._reporter = reporter
         self._patience = config.session_creation_timeout_secs
         self._losses = 0
-        self._schedule = Schedule(spec.scheduler, max_steps)
+        self._schedules = [Schedule(scheduler, max_steps) for scheduler in spec.schedulers]
         self._aliases = aliases(spec.model)
         self._manager = CheckpointManager(
             config.model_dir, config.keep_checkpoint_max, config.keep_checkpoint_every_n_hours
@@ -75,15 +75,16 @@ class Session:
             self._manager.remove_leftovers()
             self._manager.mark_started(self._run_id)
         self.model = spec.model
-        (self.optimizer,) = strategy.prepare_from(
+        self.optimizers = strategy.prepare_from(
             spec.model,
-            [spec.optimizer],
+            spec.optimizers,
             initialize=self._initialize,
             timeout=self._patience,
             on_wait=self._waiting(),
         )
         self.model.train()
-        self._schedule.resume(self.global_step)
+        for schedule in self._schedules:
+            schedule.resume(self.global_step)
 
     @property
     def global_step(self) -> int:
@@ -123,16 +124,18 @@ class Session:
             StopIteration: If the input is at its end.
             UnavailableError: If a ps is lost.
         """
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         losses = self._strategy.run(self._loss, args=next(batches))
         loss = self._strategy.reduce(ReduceOp.MEAN, losses).detach()
         if math.isnan(loss.item()):
             return RunValues(loss, self.global_step, 0)
         self._strategy.run(self._update, args=(losses,))
-        push = self.optimizer.last_push
+        push = self.optimizers[0].last_push
         assert push is not None  # noqa: S101  # a step was just made
         self._losses = 0
-        self._schedule.follow(push.global_step)
+        for schedule in self._schedules:
+            schedule.follow(push.global_step)
         return RunValues(loss, push.global_step, push.staleness)
 
     def save(self) -> str:
@@ -229,7 +232,8 @@ class Session:
 
     def _update(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def _waiting(self) -> Callable[[float], None]:
         """What is done about every second of a wait for the chief, with the seconds so far: it is said now and then."""
