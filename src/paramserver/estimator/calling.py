@@ -52,13 +52,29 @@ def check_arguments(fn: Callable[..., Any], offered: Collection[str]) -> None:
 def batches_of(data: object, where: str) -> Iterator[Batch]:
     """The ``(features, labels)`` batches of what an input_fn returned: a DataLoader, a Dataset, any iterable.
 
+    A batch that is neither a tuple nor a list, such as a tensor or a dict, is features alone; its labels are None.
+
+    >>> list(batches_of([("a", 1), {"x": "b"}], "input_fn"))
+    [('a', 1), ({'x': 'b'}, None)]
+
     Raises:
-        ConfigError: If it is none of these, or a batch is no pair.
+        ConfigError: If it is none of these, or a batch is a tuple or list that is no pair.
     """
+    if isinstance(data, tuple) and any(isinstance(each, torch.Tensor) for each in data):
+        raise ConfigError(
+            f"{where}: expected batches that are pairs (features, labels), got a Tensor as the first batch: a tuple of "
+            "tensors is one batch; return a list of such tuples"
+        )
     for batch in _iterate(data, where):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ConfigError(f"{where}: expected batches that are pairs (features, labels), got {_shown(batch)}")
-        yield batch[0], batch[1]
+        if not isinstance(batch, (tuple, list)):
+            yield batch, None
+        elif len(batch) == 2:
+            yield batch[0], batch[1]
+        else:
+            raise ConfigError(
+                f"{where}: expected batches that are pairs (features, labels), or features alone that are a tensor or "
+                f"a dict, got {_shown(batch)}"
+            )
 
 
 def features_of(data: object, where: str) -> Iterator[Any]:
@@ -82,19 +98,25 @@ def features_of(data: object, where: str) -> Iterator[Any]:
             )
 
 
+class LossTypeError(ConfigError, TypeError):
+    """A loss_fn returned no tensor."""
+
+
 def as_loss(value: object) -> torch.Tensor:
     """What a loss_fn returned.
 
     Raises:
-        ConfigError: If it is no tensor of one element.
+        LossTypeError: If it is no tensor.
+        ConfigError: If it has not one element.
     """
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value
-    shape = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
-    raise ConfigError(
-        f"loss_fn must return a tensor of one element, got a {type(value).__name__}{shape}; "
-        "reduce it, for instance with mean()"
-    )
+    if not isinstance(value, torch.Tensor):
+        raise LossTypeError(f"loss_fn must return a tensor of one element, got a {type(value).__name__}")
+    if value.numel() != 1:
+        raise ConfigError(
+            f"loss_fn must return a tensor of one element, got a {type(value).__name__} of shape {list(value.shape)}; "
+            "reduce it, for instance with mean()"
+        )
+    return value
 
 
 def _iterate(data: object, where: str) -> Iterable[Any]:

@@ -19,7 +19,7 @@ from paramserver.estimator import evaluation, prediction, progress, training
 from paramserver.estimator.arguments import check_model_fn, check_steps, training_strategy, with_model_dir
 from paramserver.estimator.aside import Aside
 from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of
-from paramserver.estimator.checkpoint import load_model
+from paramserver.estimator.checkpoint import load_model, say_left_out
 from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
 from paramserver.estimator.eval_results import scalars, shown, unwritten
 from paramserver.estimator.export import write_export
@@ -67,6 +67,7 @@ class Estimator:
         self._model_fn = model_fn
         self._config = with_model_dir(config, model_dir)
         self._params = copy.deepcopy(dict(params or {}))
+        self._left_out: list[str] = []
 
     def __init_subclass__(cls) -> None:
         public = {name for name in vars(Estimator) if not name.startswith("_")}
@@ -275,21 +276,22 @@ class Estimator:
             serving_input_fn: Returns one example batch of features, as the model takes them: a tensor, an array or a
                 nest of them; may ask for ``mode``, ``params`` and ``config`` by name. The model, built for PREDICT, is
                 traced with it, and runs without this library for batches of any size. None exports the weights only.
-            checkpoint_path: Which; the latest by default.
+            checkpoint_path: Which; the latest by default. Without any, the model is exported as it is warm-started.
             assets_extra: Files to put beside the model: source, a path or URL, by name.
 
         Raises:
-            ConfigError: If there is no checkpoint, the model cannot be traced, or an asset is missing. Nothing is
-                written then.
+            ConfigError: If there is neither a checkpoint nor ``warm_start_from``, the model cannot be traced, or an
+                asset is missing. Nothing is written then.
             CheckpointError: If the checkpoint is cut short or belongs to another model.
         """
         path = checkpoint_path or self.latest_checkpoint()
-        if path is None:
+        if path is None and self._warm_start_from is None:
             raise ConfigError(f"export: there is no checkpoint in {self.model_dir}; train first")
         with Aside(self._config.seed).entered():
             spec = self._filled(path, ModeKeys.PREDICT)
             serving_input = serving_input_fn and partial(self._call, serving_input_fn, ModeKeys.PREDICT, InputContext())
-            return write_export(export_path, spec, checkpoint_step(path), serving_input, assets_extra)
+            step = 0 if path is None else checkpoint_step(path)
+            return write_export(export_path, spec, step, serving_input, assets_extra)
 
     def __repr__(self) -> str:
         return f"<Estimator in {self.model_dir}, latest checkpoint {self.latest_checkpoint()}>"
@@ -312,7 +314,10 @@ class Estimator:
             begins = "as it is built" if self._warm_start_from is None else "as it is warm-started"
             logger.info("there is no checkpoint in %s: %s the model %s", self.model_dir, _DOING[mode], begins)
         else:
-            load_model(spec.model, checkpoint)
+            left_out = load_model(spec.model, checkpoint)
+            if left_out != self._left_out:  # once, and not for each checkpoint
+                say_left_out(checkpoint, left_out)
+            self._left_out = left_out
         return spec
 
     def _predictions(
@@ -329,7 +334,8 @@ class Estimator:
             spec = self._filled(path, ModeKeys.PREDICT)
             features = features_of(self._call(input_fn, ModeKeys.PREDICT, _input_context(strategy)), _name(input_fn))
             watched = line.watch(features)
-            yield from prediction.predict(spec, watched, self._session(path), hooks, _replicas(spec, strategy))
+            around = (*hooks, *spec.prediction_hooks)
+            yield from prediction.predict(spec, watched, self._session(path), around, _replicas(spec, strategy))
 
         with progress.shown(_doing("predicting with", path)) as line:
             for made in Aside(self._config.seed, strategy).iterate(batches()):

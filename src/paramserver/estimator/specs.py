@@ -62,7 +62,7 @@ class EstimatorSpec:
     _: KW_ONLY
     model: torch.nn.Module | None = None
     loss_fn: Callable[[Any, Any, Any], torch.Tensor] | None = None
-    """``(model, features, labels) -> loss``, a tensor of one element."""
+    """``(model, features, labels) -> loss``, a tensor of one element. Labels are None for batches of features alone."""
     optimizer: Several[torch.optim.Optimizer] = None
     """One, or several that hold different parameters, in a list or by name. All make a step after each backward pass;
     the first one's steps are what the global step counts."""
@@ -78,6 +78,9 @@ class EstimatorSpec:
     training_chief_hooks: Sequence[TrainingHook] = ()
     """Run on the chief only."""
     evaluation_hooks: Sequence[TrainingHook] = ()
+    """Run around each evaluation."""
+    prediction_hooks: Sequence[TrainingHook] = ()
+    """Run around each prediction, with a loss of NaN."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _checked_mode(self.mode))
@@ -89,7 +92,7 @@ class EstimatorSpec:
         self._check_complete()
         self._check_schedulers()
         _check_metrics(self.eval_metrics)
-        for name in ("training_hooks", "training_chief_hooks", "evaluation_hooks"):
+        for name in ("training_hooks", "training_chief_hooks", "evaluation_hooks", "prediction_hooks"):
             _make_tuple(self, name, TrainingHook)
 
     @property

@@ -34,7 +34,7 @@ class NanLossDuringTrainingError(ParameterServerError):
 
 
 class StepCounterHook(TrainingHook):
-    """Logs how many global steps all workers together make in a second.
+    """Logs how many global steps all workers together make in a second, from this task's first step on.
 
     Args:
         every_n_steps: Global steps between two lines; exactly one of the two is given.
@@ -58,10 +58,6 @@ class StepCounterHook(TrainingHook):
         self._warnings = 0
         self.steps_per_second: float | None = None
         """The last rate that was logged, None before the first."""
-
-    def after_create_session(self, session: TrainingSession) -> None:
-        """The first interval begins here, so that the first line counts every step."""
-        self._timer.update_last_triggered_step(session.global_step)
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
         """Logs when due, warns where the step stands still."""
