@@ -44,7 +44,7 @@ class _Metadata(msgspec.Struct):
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
-    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
+    metadata: _Metadata | None = None
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -67,7 +67,8 @@ def unclaimed(path: Path, known: Collection[str]) -> list[str]:
         CheckpointError: If the index is missing or is none.
     """
     index = _decoded(path)
-    return sorted(index.weight_map.keys() - set(known) - set(index.metadata.program_variables))
+    own = index.metadata.program_variables if index.metadata else ()
+    return sorted(index.weight_map.keys() - set(known) - set(own))
 
 
 def _decoded(path: Path) -> _Index:

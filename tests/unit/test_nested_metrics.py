@@ -84,7 +84,7 @@ WRITTEN = {
 
 
 def test_an_evaluation_returns_the_nest_and_writes_its_numbers(tmp_path, caplog):
-    caplog.set_level("INFO", "paramserver.estimator.estimator")
+    caplog.set_level("INFO")
     estimator = make(tmp_path)
     results = estimator.evaluate(data)
     for name, value in EXPECTED.items():

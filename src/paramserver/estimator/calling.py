@@ -45,7 +45,7 @@ def check_arguments(fn: Callable[..., Any], offered: Collection[str]) -> None:
         is_offered = parameter.kind in _NAMED and parameter.name in offered
         if parameter.default is parameter.empty and parameter.kind not in _COLLECTING and not is_offered:
             raise ConfigError(
-                f"{_name(fn)} asks for an argument {parameter.name!r}; it may ask for {', '.join(offered)} by name"
+                f"{name_of(fn)} asks for an argument {parameter.name!r}; it may ask for {', '.join(offered)} by name"
             )
 
 
@@ -129,7 +129,8 @@ def _iterate(data: object, where: str) -> Iterable[Any]:
     )
 
 
-def _name(fn: Callable[..., Any]) -> str:
+def name_of(fn: Callable[..., Any]) -> str:
+    """What messages call a function."""
     return getattr(fn, "__name__", None) or repr(fn)
 
 

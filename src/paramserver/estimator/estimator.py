@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,18 @@ from paramserver.errors import ConfigError
 from paramserver.estimator import evaluation, prediction, progress, training
 from paramserver.estimator.arguments import check_model_fn, check_steps, training_strategy, with_model_dir
 from paramserver.estimator.aside import Aside
-from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of
+from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of, name_of
 from paramserver.estimator.checkpoint import load_model, say_left_out
 from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
-from paramserver.estimator.eval_results import scalars, shown, unwritten
+from paramserver.estimator.eval_summary import write_results
 from paramserver.estimator.export import write_export
 from paramserver.estimator.hooks import TrainingHook, as_tuple
-from paramserver.estimator.inference import ModelReplicas, own_strategy
+from paramserver.estimator.inference import input_context, own_strategy, replicas_of
 from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.saved_values import SavedValues
 from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
 from paramserver.estimator.storage import join
-from paramserver.estimator.uploading import summary_writer
 from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
 
 logger = logging.getLogger(__name__)
@@ -192,19 +192,40 @@ class Estimator:
         """
         check_steps("evaluate", steps=steps)
         own_hooks = as_tuple(hooks, TrainingHook, "evaluate: hooks")
-        path, strategy = self._source(checkpoint_path)
-        session = self._session(path)
-        with Aside(self._config.seed, strategy).entered(), progress.shown(_doing("evaluating", path), steps) as line:
-            spec = self._filled(path, ModeKeys.EVAL)
-            batches = batches_of(self._call(input_fn, ModeKeys.EVAL, _input_context(strategy)), _name(input_fn))
-            around = (*own_hooks, *spec.evaluation_hooks)
-            watched, replicas = line.watch(batches), _replicas(spec, strategy)
-            results = evaluation.evaluate(spec, watched, steps, session, around, replicas)
-        results["global_step"] = session.global_step
-        self._write_summary(name, results, path)
-        listed = ", ".join(f"{key} = {shown(value)}" for key, value in results.items() if key != "global_step")
-        logger.info("evaluated step %d: %s", session.global_step, listed)
-        return results
+        path = checkpoint_path or self.latest_checkpoint()
+        fill = partial(self._filled, path, ModeKeys.EVAL)
+        return self._evaluated(fill, input_fn, steps, own_hooks, self._session(path), name, path)
+
+    def evaluate_values(
+        self,
+        values: Mapping[str, torch.Tensor],
+        global_step: int,
+        input_fn: Callable[..., object],
+        steps: int | None = None,
+        hooks: Sequence[TrainingHook] | None = None,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """The metrics of values that are in no checkpoint, as `evaluate` gives them; for `InMemoryEvaluatorHook`.
+
+        Args:
+            values: By name, as the model's ``state_dict()`` has them; RuntimeError if they are another model's.
+            global_step: Of the values.
+            input_fn: As for `evaluate`.
+            steps: As for `evaluate`.
+            hooks: As for `evaluate`.
+            name: As for `evaluate`.
+        """
+        check_steps("evaluate_values", steps=steps)
+
+        def fill() -> EstimatorSpec:
+            spec = self._build(ModeKeys.EVAL)
+            assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
+            spec.model.load_state_dict(values)
+            return spec
+
+        session = replace(self._session(None), global_step=global_step)
+        around = as_tuple(hooks, TrainingHook, "evaluate_values: hooks")
+        return self._evaluated(fill, input_fn, steps, around, session, name, None)
 
     def predict(
         self,
@@ -320,6 +341,28 @@ class Estimator:
             self._left_out = left_out
         return spec
 
+    def _evaluated(
+        self,
+        fill: Callable[[], EstimatorSpec],
+        input_fn: Callable[..., object],
+        steps: int | None,
+        hooks: tuple[TrainingHook, ...],
+        session: evaluation.EvaluationSession,
+        name: str | None,
+        path: str | None,
+    ) -> dict[str, Any]:
+        """Evaluate the model that ``fill`` makes; its results, which are written and logged."""
+        strategy = own_strategy(self._config.eval_distribute)
+        with Aside(self._config.seed, strategy).entered(), progress.shown(_doing("evaluating", path), steps) as line:
+            spec = fill()
+            batches = batches_of(self._call(input_fn, ModeKeys.EVAL, input_context(strategy)), name_of(input_fn))
+            around = (*hooks, *spec.evaluation_hooks)
+            watched, replicas = line.watch(batches), replicas_of(spec, strategy)
+            results = evaluation.evaluate(spec, watched, steps, session, around, replicas)
+        results["global_step"] = session.global_step
+        write_results(join(self.model_dir, f"eval_{name}" if name else "eval"), results, path)
+        return results
+
     def _predictions(
         self,
         input_fn: Callable[..., object],
@@ -332,10 +375,10 @@ class Estimator:
 
         def batches() -> Generator[Any, None, None]:
             spec = self._filled(path, ModeKeys.PREDICT)
-            features = features_of(self._call(input_fn, ModeKeys.PREDICT, _input_context(strategy)), _name(input_fn))
+            features = features_of(self._call(input_fn, ModeKeys.PREDICT, input_context(strategy)), name_of(input_fn))
             watched = line.watch(features)
             around = (*hooks, *spec.prediction_hooks)
-            yield from prediction.predict(spec, watched, self._session(path), around, _replicas(spec, strategy))
+            yield from prediction.predict(spec, watched, self._session(path), around, replicas_of(spec, strategy))
 
         with progress.shown(_doing("predicting with", path)) as line:
             for made in Aside(self._config.seed, strategy).iterate(batches()):
@@ -360,22 +403,11 @@ class Estimator:
     def _training_input(self, input_fn: Callable[..., Any], strategy: ParameterServerStrategy) -> Iterator[Batch]:
         """What the input_fn gives, a batch for each replica in turn."""
         data = strategy.distribute_datasets_from_function(lambda context: self._call(input_fn, ModeKeys.TRAIN, context))
-        return batches_of(data, _name(input_fn))
+        return batches_of(data, name_of(input_fn))
 
     def _call(self, input_fn: Callable[..., Any], mode: ModeKeys, context: InputContext) -> Any:
         offered = {"mode": mode, "params": self.params, "config": self._config, "input_context": context}
         return call_with_named(input_fn, offered)
-
-    def _write_summary(self, name: str | None, results: Mapping[str, Any], checkpoint: str | None) -> None:
-        step = int(results["global_step"])
-        if many := unwritten(results):
-            logger.warning("no summary is written of %s: too many numbers", ", ".join(many))
-        with summary_writer(join(self.model_dir, f"eval_{name}" if name else "eval")) as writer:
-            for key, value in scalars(results).items():
-                if key != "global_step":
-                    writer.scalar(key, value, step)
-            if checkpoint is not None:
-                writer.text("checkpoint_path", checkpoint, step)
 
 
 _DOING = {ModeKeys.EVAL: "evaluating", ModeKeys.PREDICT: "predicting with"}
@@ -383,16 +415,3 @@ _DOING = {ModeKeys.EVAL: "evaluating", ModeKeys.PREDICT: "predicting with"}
 
 def _doing(verb: str, checkpoint: str | None) -> str:
     return f"{verb} {Path(checkpoint).name if checkpoint else 'a model without a checkpoint'}"
-
-
-def _input_context(strategy: ParameterServerStrategy | None) -> InputContext:
-    return strategy.input_context if strategy else InputContext()
-
-
-def _replicas(spec: EstimatorSpec, strategy: ParameterServerStrategy | None) -> ModelReplicas:
-    assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-    return ModelReplicas(spec.model, strategy)
-
-
-def _name(input_fn: Callable[..., object]) -> str:
-    return getattr(input_fn, "__name__", "input_fn")

@@ -45,6 +45,10 @@ class EvaluationSession:
         """Does nothing: a checkpoint stays what it is."""
         return self.global_step
 
+    def values(self) -> NoReturn:
+        """Refused. Raises ConfigError."""
+        raise ConfigError(f"values: {self.task} reads a checkpoint; a training has values of its own")
+
     def save(self) -> NoReturn:
         """Refused. Raises ConfigError."""
         raise ConfigError(f"save: {self.task} reads a checkpoint, and only a training can write one")

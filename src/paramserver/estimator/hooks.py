@@ -60,6 +60,9 @@ class TrainingSession(Protocol):
             UnavailableError: If a ps task cannot be reached.
         """
 
+    def values(self) -> dict[str, torch.Tensor]:
+        """The values of the model by name, as its ``state_dict()`` has them. Blocks where it has tables."""
+
     def save(self) -> str:
         """Write a checkpoint and return its path. Blocks until it is whole.
 

@@ -107,6 +107,14 @@ class Session:
         """
         return self._strategy.refresh()
 
+    def values(self) -> dict[str, torch.Tensor]:
+        """The values of the model by name, as its ``state_dict()`` has them. Blocks where it has tables.
+
+        Raises:
+            UnavailableError: If a ps is lost.
+        """
+        return self.model.state_dict()
+
     def statistics(self) -> StepTimes:
         """Where the time of this task's steps has gone. Does not block."""
         return self._strategy.statistics()
