@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import socket
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.integration.test_recovery import Cluster
 from torch import Tensor, nn
 
-import paramserver as ps
 from paramserver.estimator import (
     CheckpointSaverListener,
     Estimator,
@@ -68,10 +68,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
-        listening = socket.create_server(("127.0.0.1", 0))
-        workers = ["127.0.0.1:1", "127.0.0.1:2"]  # nobody listens there
-        self._spec = ps.ClusterSpec({"worker": workers, "ps": [f"127.0.0.1:{listening.getsockname()[1]}"]})
-        self._server = ps.Server(self._spec, "ps", 0, descriptor=listening.detach())
+        self.cluster = Cluster(num_ps=1, num_workers=2)
 
     def train(
         self,
@@ -81,8 +78,7 @@ class Run:
         **config: object,
     ) -> None:
         def task(index: int) -> None:
-            resolver = ps.SimpleClusterResolver(self._spec, task_type="worker", task_id=index)
-            strategy = ps.ParameterServerStrategy(resolver, session_creation_timeout=PATIENCE)
+            strategy = self.cluster.strategy(index)
             options = {"save_checkpoints_steps": 20, "log_step_count_steps": None, **config}
             estimator = Estimator(model_fn, self.folder, RunConfig(**options))  # type: ignore[arg-type]
             told = listeners if index == 0 else ()
@@ -93,8 +89,8 @@ class Run:
                 done.result(2 * PATIENCE)
 
     def close(self) -> None:
-        self._server.stop()
-        del self._server  # pytest keeps this object for longer than the memory of the ps may stay
+        self.cluster.close()
+        del self.cluster  # pytest keeps this object for longer than the memory of the ps may stay
 
 
 @pytest.fixture
@@ -160,3 +156,23 @@ def test_a_users_hook_is_told_while_it_waits_with_a_step_that_is_fresh(run: Run)
     waits = Waits()
     run.train((short, until(lambda: waits.seen > 5)), ([waits], []))
     assert waits.seen > 5
+
+
+def test_a_ps_that_is_lost_meanwhile_costs_the_steps_since_the_last_of_its_checkpoints(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def saved() -> int:
+        latest = latest_checkpoint(run.folder)
+        return checkpoint_step(latest) if latest else 0
+
+    def input_with_a_loss() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from until(lambda: saved() >= 100)()
+        run.cluster.lose(0)
+        reached = saved()
+        yield from until(lambda: saved() > reached)()
+
+    run.train((short, input_with_a_loss))
+    (restored,) = re.findall(r"restores .*ckpt-(\d+)", caplog.text)
+    assert int(restored) >= 100

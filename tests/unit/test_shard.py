@@ -575,6 +575,7 @@ def test_cp_the_whole_variable_is_named_and_the_row_in_it(tmp_path):
     store = Store("ps:1", private_store_memory)
     part = VariableSpec("table/part_1", (4, 2), "float32", Shard("table", 1, 6, 10))
     store.create([ArenaLayout("float32", ADAGRAD, (part,))])
+    train([store])
     spoil(store, "table/part_1", 5, float("nan"))
     with pytest.raises(NotFiniteError, match=r"variable 'table' on ps:1 is nan at \[8, 1\]"):
         write_shard(store, str(tmp_path), 1, 2)
@@ -582,6 +583,7 @@ def test_cp_the_whole_variable_is_named_and_the_row_in_it(tmp_path):
 
 def test_cp_a_block_that_is_not_the_first_is_looked_at(tmp_path):
     store = place(1, {"a": (BLOCK,), "b": (BLOCK - 7, 3)}, rule=ADAGRAD)[0]
+    train([store])
     spoil(store, "b", BLOCK * 2 + 1, float("nan"))
     with pytest.raises(NotFiniteError, match=rf"'b' on ps:0 is nan at \[{(BLOCK * 2 + 1) // 3}, "):
         write_shard(store, str(tmp_path), 0, 1)
@@ -591,13 +593,23 @@ def test_cp_a_block_that_is_not_the_first_is_looked_at(tmp_path):
 def test_cp_large_values_whose_sum_is_none_are_written(tmp_path, dtype):
     store = Store("ps:0", private_store_memory)
     store.create([layout({"a": (4, 8)}, ADAGRAD, dtype)])
+    train([store])
     store.arenas[0].values.fill_(torch.finfo(store.arenas[0].values.dtype).max)
     assert write_shard(store, str(tmp_path), 0, 1).weight_map
 
 
-def test_cp_what_no_rule_updates_may_hold_anything(tmp_path):
-    """A mask of -inf, a frozen parameter, the best loss so far."""
+def test_cp_a_first_value_that_is_nan_is_refused_before_the_first_update(tmp_path):
+    store = place(1)[0]
+    spoil(store, "0.bias", 2, float("nan"))
+    with pytest.raises(NotFiniteError, match=r"variable '0.bias' on ps:0 is nan at \[2\]"):
+        write_shard(store, str(tmp_path), 0, 1)
+
+
+@pytest.mark.parametrize("rule", [None, ADAGRAD])
+def test_cp_what_nobody_trains_may_hold_anything(tmp_path, rule):
+    """A mask of -inf, the best loss so far; or a frozen parameter, although an optimizer holds it."""
     store = Store("ps:0", private_store_memory)
-    store.create([layout({"mask": (4, 8)}, rule=None)])
+    store.create([layout({"mask": (4, 8)}, rule), layout({"a": (4,)}, ADAGRAD)])
+    train([store]) if rule is None else store.arenas[1].apply("rule", (0, 4), torch.ones(4), None)
     store.arenas[0].values.fill_(-float("inf"))
     assert write_shard(store, str(tmp_path), 0, 1).weight_map

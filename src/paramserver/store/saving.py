@@ -115,8 +115,7 @@ def _write_arena(
 ) -> Steps[None]:
     for block, here in _by_block(held).items():
         arena.copy_block(block, copy)
-        if arena.layout.rule:
-            check_finite(task, block, here, copy)
+        check_finite(task, arena, block, here, copy)
         for place, (start, stop) in here:
             value = copy.values[start - block * BLOCK : stop - block * BLOCK]
             yield from values.write(_Piece(place, (start, stop), {_VALUE: value}))
