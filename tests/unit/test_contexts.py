@@ -389,6 +389,19 @@ def test_what_a_replica_knows_of_itself(replicas: int) -> None:
     assert {(replica.num_replicas_in_sync, replica.strategy) for replica in found} == {(replicas, runner)}
 
 
+def test_a_replica_context_can_be_entered_again() -> None:
+    """One after the other, and inside itself."""
+    replica = ps.ReplicaContext(strategy(2), 1)
+    for _ in range(2):
+        with replica, replica:
+            assert ps.get_replica_context() is replica
+        assert context.current() is None
+    with replica:
+        with replica:
+            pass
+        assert ps.get_replica_context() is replica
+
+
 @pytest.mark.parametrize("known", [0, 1, torch.tensor(1), None])
 def test_a_replica_context_may_be_entered_by_hand(known: Any) -> None:
     """E18."""

@@ -184,6 +184,14 @@ def test_e1_several_optimizers_with_schedules_train_and_resume_as_plain_pytorch_
     for name, value in {**theirs, **plain_with_two(12)}.items():
         torch.testing.assert_close(ours[name], value)
     assert parts.evaluate(batches, steps=2)["global_step"] == 12
+    counts = []
+
+    class Count(TrainingHook):
+        def after_run(self, context, values):
+            counts.append(context.session.statistics().steps)
+
+    Estimator(two_fn, str(tmp_path / "counted"), config).train(batches, max_steps=3, hooks=[Count()])
+    assert counts == [1, 2, 3], "times are those of a step of both"
     warm = Estimator(two_fn, str(tmp_path / "warm"), config, warm_start_from=str(tmp_path / "parts"))
     warm.train(batches, max_steps=1)
     assert not torch.equal(contents(warm.latest_checkpoint())["2.weight"], net()[2].weight)

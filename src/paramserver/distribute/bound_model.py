@@ -153,7 +153,7 @@ class BoundModel:
         reducing = time.perf_counter() - entered
         result = self._client.push_pull(plans, counts=owner == 0, rows=rows, meanwhile=step.meanwhile)
         step.pulled(plans)
-        self._clock.left(entered, reducing)
+        self._clock.left(entered, reducing, counts=owner == 0)
         return result
 
     def times(self) -> StepTimes:
@@ -192,7 +192,7 @@ class PipelinedModel(BoundModel):
         self._client.begin_push_pull(plans, counts=owner == 0, computed_from=computed_from, rows=rows)
         self._under_way = step, plans
         step.meanwhile()
-        self._clock.left(entered, reducing)
+        self._clock.left(entered, reducing, counts=owner == 0)
         return PushResult(self._client.global_step, before.staleness if before else 0)
 
     def refresh(self) -> None:

@@ -313,9 +313,10 @@ class BestExporter(_ModelExporter):
 def _is_same(result: EvalResult, written: EvalResult) -> bool:
     """Whether this is what was written of a result, as float32."""
     known = scalars(written)
-    return "global_step" in result and all(
-        float(np.float32(value)) == float(np.float32(known[name])) for name, value in scalars(result).items()
-    )
+    with np.errstate(over="ignore"):  # beyond its range it was written as infinity
+        return "global_step" in result and all(
+            float(np.float32(value)) == float(np.float32(known[name])) for name, value in scalars(result).items()
+        )
 
 
 def check_exporter_name(name: object, where: str) -> str:
