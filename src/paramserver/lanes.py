@@ -41,7 +41,7 @@ class Lanes:
         lanes: By the ps's index. Owned by this object from now on.
 
     Attributes:
-        sending: For each call of the last exchange, the seconds until it was handed over.
+        sending: For each call of the last push, the seconds until it was handed over.
         waiting: For each, the seconds in which its answer was then waited for, one after the other.
     """
 
@@ -117,7 +117,8 @@ class Lanes:
                 self._unanswered.discard(call.lane)
             begun, now = now, time.perf_counter()
             waiting.append(now - begun)
-        self.sending, self.waiting = sending, waiting
+        if calls and isinstance(calls[0].request, messages.Push):  # another question may come before they are read
+            self.sending, self.waiting = sending, waiting
         if failures:
             raise failures[0]
         return replies
