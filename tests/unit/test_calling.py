@@ -86,7 +86,7 @@ def test_batches_come_from_any_iterable(data):
     ("data", "got"),
     [
         ([(1, 2, 3)], "a tuple of length 3"),
-        ([[1]], "a list of length 1"),
+        ([[]], "a list of length 0"),
         ((torch.zeros(2, 3), torch.zeros(2)), "a Tensor"),
     ],
 )
@@ -97,7 +97,9 @@ def test_q03_a_batch_is_a_pair(data, got):
 
 @pytest.mark.parametrize("features", [torch.zeros(2), {"a": torch.zeros(2)}, np.zeros(2)])
 def test_e8_a_batch_may_be_features_alone(features):
-    ((found, labels), _) = batches_of([features, features], "train_input")
+    ((found, labels), (listed, none)) = batches_of([features, [features]], "train_input")
+    assert listed is features
+    assert none is None
     assert found is features
     assert labels is None
 

@@ -53,12 +53,13 @@ def batches_of(data: object, where: str) -> Iterator[Batch]:
     """The ``(features, labels)`` batches of what an input_fn returned: a DataLoader, a Dataset, any iterable.
 
     A batch that is neither a tuple nor a list, such as a tensor or a dict, is features alone; its labels are None.
+    So is a list of one element, as a DataLoader makes it of one tensor.
 
-    >>> list(batches_of([("a", 1), {"x": "b"}], "input_fn"))
-    [('a', 1), ({'x': 'b'}, None)]
+    >>> list(batches_of([("a", 1), {"x": "b"}, ["c"]], "input_fn"))
+    [('a', 1), ({'x': 'b'}, None), ('c', None)]
 
     Raises:
-        ConfigError: If it is none of these, or a batch is a tuple or list that is no pair.
+        ConfigError: If it is none of these, or a batch is a tuple of more than ``(features, labels)``.
     """
     if isinstance(data, tuple) and any(isinstance(each, torch.Tensor) for each in data):
         raise ConfigError(
@@ -68,12 +69,12 @@ def batches_of(data: object, where: str) -> Iterator[Batch]:
     for batch in _iterate(data, where):
         if not isinstance(batch, (tuple, list)):
             yield batch, None
-        elif len(batch) == 2:
-            yield batch[0], batch[1]
+        elif len(batch) in (1, 2):
+            yield batch[0], batch[1] if len(batch) == 2 else None
         else:
             raise ConfigError(
-                f"{where}: expected batches that are pairs (features, labels), or features alone that are a tensor or "
-                f"a dict, got {_shown(batch)}"
+                f"{where}: expected batches that are pairs (features, labels), or features alone, got {_shown(batch)}; "
+                "put several features into a dict"
             )
 
 
