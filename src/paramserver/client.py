@@ -302,6 +302,7 @@ class ParameterClient:
 
         Raises:
             CheckpointError: If it cannot be written.
+            NotFiniteError: If a trained variable is not finite.
         """
         lanes = self.lanes.each()
         calls = [Call(lane, messages.Save(directory, shard, len(lanes))) for shard, lane in enumerate(lanes)]

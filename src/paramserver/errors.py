@@ -115,5 +115,17 @@ class CheckpointError(ParameterServerError):
         self.path = path
 
 
+class NotFiniteError(CheckpointError):
+    """A trained variable holds NaN or infinity, and is not checkpointed: no restart would get out of it.
+
+    Attributes:
+        variable: The first one that was found; ``path`` is the checkpoint that was not written, where it is known.
+    """
+
+    def __init__(self, message: str, path: str, variable: str) -> None:
+        super().__init__(message, path)
+        self.variable = variable
+
+
 class RunOverError(ParameterServerError):
     """The run that a task wanted to join has ended already. Not a fault: the task can leave with code 0."""

@@ -55,6 +55,16 @@ class OwnVariables:
         self._names.add(unique)
         return unique
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that are taken by the program's own variables."""
+        return frozenset(self._names)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The names of all variables, the model's too."""
+        return frozenset(self._names | self._model_names)
+
     def leave_to_model(self, names: set[str]) -> None:
         """A model has variables of these names.
 

@@ -222,7 +222,8 @@ class TrainedArena(BoundArena):
         super().offer_values()
 
     def check(self) -> None:
-        if any([parameters.check_values() for parameters in self._parameters]):
+        moved = [parameters.check_values() for parameters in self._parameters]
+        if any(moved):
             self._find_copied()
 
     def refreshed(self) -> None:

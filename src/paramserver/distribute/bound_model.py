@@ -200,7 +200,7 @@ class BoundModel:
             step.evict()  # a program may go on to add to gradients that a ps has yet to read
             raise
         self._under_way, self.gate.is_shut = None, False
-        self._clock.left(entered, reducing)
+        self._clock.left(entered, reducing, counts=owner == 0)
         return result
 
     def _arrive(self) -> PushResult | None:
@@ -250,7 +250,7 @@ class PipelinedModel(BoundModel):
         self._under_way = _UnderWay(step, plans, number)
         self._client.begin_push_pull(plans, counts=owner == 0, computed_from=computed_from, rows=rows, number=number)
         step.meanwhile()
-        self._clock.left(entered, reducing)
+        self._clock.left(entered, reducing, counts=owner == 0)
         return PushResult(self._client.global_step, before.staleness if before else 0)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +27,16 @@ from paramserver.checkpoint_files import (
     read_index,
     read_shapes,
     read_tensors,
+    unclaimed,
     write_index,
 )
 from paramserver.client import ParameterClient
-from paramserver.errors import CheckpointError
+from paramserver.errors import CheckpointError, NotFiniteError
 from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, readable
 
 logger = logging.getLogger(__name__)
+
+SHOWN_NAMES = 8
 
 
 def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: int, aliases: dict[str, str]) -> str:
@@ -46,13 +50,24 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
 
     Raises:
         CheckpointError: If a ps or this task cannot write it.
+        NotFiniteError: If a trained variable is not finite; the message says how to go on.
     """
     folder = manager.temporary_path(step)
     try:
         saved = client.save(folder)
         maps = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
-        _write_indexes(Path(folder), maps, step, total_size=sum(shard.nbytes for shard in saved), aliases=aliases)
+        _write_indexes(
+            Path(folder),
+            maps,
+            step,
+            total_size=sum(shard.nbytes for shard in saved),
+            aliases=aliases,
+            program_variables=sorted(client.variables.names & maps.weight_map.keys()),
+        )
         path = manager.publish(folder, step)
+    except NotFiniteError as error:
+        manager.discard(folder)
+        raise _with_way_back(error, manager, step) from error
     except BaseException:
         manager.discard(folder)
         raise
@@ -61,14 +76,39 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
     return path
 
 
+def _with_way_back(error: NotFiniteError, manager: CheckpointManager, step: int) -> NotFiniteError:
+    latest, path = manager.state.latest, manager.save_path(step)
+    if latest:
+        good = manager.save_path(checkpoint_step(latest))
+        way = f"the last good checkpoint is {good}: start the run again to go on from it"
+    else:
+        way = "there is no good checkpoint: start the run again from the beginning"
+    cause = "a lower learning rate, clipped gradients, or without the batches that it came from"
+    return NotFiniteError(f"checkpoint {path} is not written: {error}; {way}, with {cause}", path, error.variable)
+
+
 def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:
-    """Have the ps tasks read their variables from a checkpoint. Blocks.
+    """Have the ps tasks read their variables from a checkpoint, and say what it holds beside them. Blocks.
 
     Raises:
         CheckpointError: If it is cut short or belongs to another model.
     """
     with readable(checkpoint_path) as folder:
         client.restore(str(folder.absolute()))
+        say_left_out(checkpoint_path, unclaimed(folder / VALUES_INDEX, client.variables.known))
+
+
+def say_left_out(checkpoint_path: str, names: Sequence[str]) -> None:
+    """Warn of variables of a checkpoint that the model does not have, if there are any."""
+    if names:
+        more = f" and {len(names) - SHOWN_NAMES} others" if len(names) > SHOWN_NAMES else ""
+        logger.warning(
+            "checkpoint %s holds %d variables that the model does not have, and that are left out: %s%s",
+            checkpoint_path,
+            len(names),
+            ", ".join(map(repr, names[:SHOWN_NAMES])),
+            more,
+        )
 
 
 def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> None:
@@ -77,15 +117,20 @@ def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> N
     write_index(folder / VALUES_INDEX, maps.weight_map, global_step=step, id=identity, **metadata)
 
 
-def load_model(model: nn.Module, checkpoint_path: str) -> None:
+def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:
     """Fill a plain module with the values of a checkpoint, in place.
 
-    What the checkpoint holds beside them, such as a program's own variables, is left alone.
+    A program's own variables in it are left alone.
+
+    Returns:
+        The other variables of the checkpoint that the model does not have.
 
     Raises:
         CheckpointError: If the checkpoint is cut short or belongs to another model.
     """
-    values = read_values(checkpoint_path)
+    with readable(checkpoint_path, f"{VALUES_PREFIX}*") as folder:
+        values = dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
+        left_out = unclaimed(folder / VALUES_INDEX, model.state_dict(keep_vars=True))
     expected = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     for name, tensor in expected.items():
@@ -99,6 +144,7 @@ def load_model(model: nn.Module, checkpoint_path: str) -> None:
             f"checkpoint {checkpoint_path} does not fit the model: {error}; does it belong to another model?",
             checkpoint_path,
         ) from error
+    return left_out
 
 
 def read_values(checkpoint_path: str) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ holds what, so that a checkpoint loads into any number of ps tasks, with any par
 Rules
     * Pushes go on meanwhile. A block is locked while it is copied, and written after that: a push waits for the copy
       of one block, never for a disk. So the values and slots of a block are of one version.
+    * What is not finite is not written; `finite` says what that is about.
     * Memory is taken for one block, whatever the size of the store.
     * The header of a file comes first, so the slots that there are when it begins are the slots it holds. Variables
       whose first update comes later get a file of their own at the end; this is the one case that takes more memory.
@@ -25,6 +26,7 @@ import torch
 from paramserver.arena import BLOCK, Range, pieces, tensor_bytes
 from paramserver.checkpoint_files import Maps, merge, name_clash, rows_files
 from paramserver.checkpoint_folder import Steps, Write
+from paramserver.store.finite import check_finite
 from paramserver.store.place import Place, overlaps, places
 from paramserver.store.store import Store
 from paramserver.store.stored_arena import BlockCopy, SlotKind, StoredArena
@@ -61,6 +63,7 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
 
     Raises:
         CheckpointError: If two variables have one name.
+        NotFiniteError: If a trained value or a slot is NaN or infinite; see `finite`.
     """
     suffix = f"{shard + 1:05d}-of-{num_shards:05d}"
     # Wide dtypes first, as they stand in a file, so that it is written from its beginning to its end.
@@ -71,7 +74,7 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
     yield from slots.begin()
     copy, late = BlockCopy(), list[_Piece]()
     for arena, here in _by_arena(held).items():
-        yield from _write_arena(arena, here, values, slots, copy, late)
+        yield from _write_arena(store.task, arena, here, values, slots, copy, late)
     later = _Files(_complete((piece.place, piece.span, piece.kinds) for piece in late), _slots_file(f"{suffix}-later"))
     yield from later.begin()
     for piece in late:
@@ -102,10 +105,17 @@ class _Piece(NamedTuple):
 
 
 def _write_arena(
-    arena: StoredArena, held: Iterable[Place], values: _Files, slots: _Files, copy: BlockCopy, late: list[_Piece]
+    task: str,
+    arena: StoredArena,
+    held: Iterable[Place],
+    values: _Files,
+    slots: _Files,
+    copy: BlockCopy,
+    late: list[_Piece],
 ) -> Steps[None]:
     for block, here in _by_block(held).items():
         arena.copy_block(block, copy)
+        check_finite(task, arena, block, here, copy)
         for place, (start, stop) in here:
             value = copy.values[start - block * BLOCK : stop - block * BLOCK]
             yield from values.write(_Piece(place, (start, stop), {_VALUE: value}))

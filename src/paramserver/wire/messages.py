@@ -304,7 +304,7 @@ class Status(Message, frozen=True):
 class Refused(Message, frozen=True):
     """A request was understood and refused. ``kind`` chooses the exception that the client raises."""
 
-    kind: Literal["refused", "token", "model", "over", "checkpoint"]
+    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite"]
     message: str
     subject: str = ""
 
