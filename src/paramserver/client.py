@@ -143,7 +143,8 @@ class ParameterClient:
         """Connect to all ps tasks anew, after one was lost, and go on.
 
         The memory stays the same; what was under way is not made up for. What a ps does not hold any more, the chief
-        makes anew, without values: unless this returns True, it has to initialize the variables and `mark_ready`. Everyone else waits for that here.
+        makes anew, without values: unless this returns True, it has to initialize the variables and `mark_ready`.
+        Everyone else waits for that here.
 
         Args:
             timeout: Seconds to wait for the ps tasks, and again for the chief, in all.

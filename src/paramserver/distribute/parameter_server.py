@@ -127,7 +127,7 @@ class ParameterServerStrategy(Strategy):
 
     def _begin(self) -> None:
         self.client: ParameterClient | None = None
-        self._has_prepared = False
+        self._has_prepared = self._is_preparing = False
         self._models: weakref.WeakSet[BoundModel] = weakref.WeakSet()
         self._bound: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BoundModel]] = weakref.WeakKeyDictionary()
         self._place = self._placement.start(self.num_ps)
@@ -269,7 +269,7 @@ class ParameterServerStrategy(Strategy):
         limit = self._timeout if timeout is None else timeout
         collected = variables.collect(model, optimizers)
         arenas = variables.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
-        self._has_prepared = True
+        self._has_prepared = self._is_preparing = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
@@ -287,6 +287,7 @@ class ParameterServerStrategy(Strategy):
         self._models.add(bound)
         self._bound[model] = weakref.ref(bound)
         self._separate_random_streams()
+        self._is_preparing = False
         return tuple(
             PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync)
             for owner, optimizer in enumerate(optimizers)
@@ -463,6 +464,11 @@ class ParameterServerStrategy(Strategy):
 
     def _check_can_prepare(self) -> None:
         self._check_trains("prepare")
+        if self._is_preparing and self.task is not None:
+            raise ConfigError(
+                "prepare: an earlier prepare of this strategy did not get to its end, and the values of its model may be "
+                "lost; make the model, the optimizer and the strategy anew"
+            )
         if self._has_prepared and self.task is not None:
             raise ConfigError(
                 "prepare: this strategy has prepared a model already, and a run trains one; "
