@@ -466,8 +466,8 @@ class ParameterServerStrategy(Strategy):
         self._check_trains("prepare")
         if self._is_preparing and self.task is not None:
             raise ConfigError(
-                "prepare: an earlier prepare of this strategy did not get to its end, and the values of its model may be "
-                "lost; make the model, the optimizer and the strategy anew"
+                "prepare: an earlier prepare of this strategy did not get to its end, and the values of its model may "
+                "be lost; make the model, the optimizer and the strategy anew"
             )
         if self._has_prepared and self.task is not None:
             raise ConfigError(
