@@ -162,17 +162,14 @@ def test_a_variable_of_the_programs_own(cluster: LocalCluster, size: int) -> Non
     strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
     with strategy.scope():
         variable = ps.Variable(torch.zeros(size), name="v")
-    certain = possible = 0
 
     def act() -> None:
         variable.assign_add(torch.ones(size))
 
-    for where in interrupted(act, every=1 if size < BLOCK else 11):
-        possible += 1
+    for count, where in enumerate(interrupted(act, every=1 if size < BLOCK else 11), start=1):
         act()
-        certain += 1
         (found,) = variable.read_value().unique().tolist()
-        assert certain <= found <= certain + possible, where
+        assert count <= found <= 2 * count, where
     strategy.close()
 
 
