@@ -1,4 +1,4 @@
-"""H2: rows of a table in several parts, looked up while others write to them: each is whole, and the one that was named."""
+"""H2: rows of a table in several parts, looked up while others write: each is whole, and the one that was named."""
 
 from __future__ import annotations
 
