@@ -8,9 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from paramserver.errors import CheckpointError, ConfigError
-from paramserver.estimator import checkpoint_state
-from paramserver.estimator.checkpoint_state import (
+import paramserver.checkpoint.model_dir
+from paramserver.checkpoint.model_dir import (
     INDEX_FILE,
     CheckpointManager,
     checkpoint_step,
@@ -19,7 +18,8 @@ from paramserver.estimator.checkpoint_state import (
     latest_checkpoint,
     read_state,
 )
-from paramserver.estimator.storage import join, storage_of
+from paramserver.checkpoint.storage import join, storage_of
+from paramserver.errors import CheckpointError, ConfigError
 
 HOUR = 3600
 
@@ -125,7 +125,7 @@ def test_b03_a_failed_deletion_is_a_warning(tmp_path, caplog, monkeypatch):
 
     manager = CheckpointManager(str(tmp_path), keep_max=1)
     save(manager, 1)
-    monkeypatch.setattr(checkpoint_state.shutil, "rmtree", fail)
+    monkeypatch.setattr(paramserver.checkpoint.model_dir.shutil, "rmtree", fail)
     save(manager, 2)
     assert "cannot be deleted" in caplog.text
     assert manager.state.retained == ("ckpt-2",)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from paramserver.checkpoint.model_dir import checkpoint_step, latest_checkpoint
+from paramserver.checkpoint.storage import join
 from paramserver.cluster import Role
 from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
@@ -20,7 +22,6 @@ from paramserver.estimator.arguments import check_model_fn, check_steps, trainin
 from paramserver.estimator.aside import Aside
 from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of
 from paramserver.estimator.checkpoint import load_model
-from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
 from paramserver.estimator.export import write_export
 from paramserver.estimator.hooks import TrainingHook, as_tuple
 from paramserver.estimator.inference import ModelReplicas, own_strategy
@@ -28,7 +29,6 @@ from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.saved_values import SavedValues
 from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
-from paramserver.estimator.storage import join
 from paramserver.estimator.uploading import summary_writer
 from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
 

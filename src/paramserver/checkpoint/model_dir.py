@@ -23,9 +23,9 @@ from pathlib import Path
 
 import msgspec
 
+from paramserver.checkpoint.storage import ASIDE, is_remote, local_copy, storage_of
 from paramserver.checkpoint_files import VALUES_INDEX
 from paramserver.errors import CheckpointError, ConfigError
-from paramserver.estimator.storage import ASIDE, is_remote, local_copy, storage_of
 
 STATE_FILE = "checkpoint"
 INDEX_FILE = VALUES_INDEX
