@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from paramserver.arena import ArenaLayout, pieces
-from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, digest, read_index
+from paramserver.checkpoint.memory_files import MemoryFiles
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, digest, merge, read_index
 from paramserver.lanes import Call, Lanes, Meanwhile, nothing
-from paramserver.long_requests import ask_at_length
+from paramserver.long_requests import ask_at_length, ask_with_files
 from paramserver.own_variables import OwnVariables
 from paramserver.questions import WAIT_INTERVAL, OnWait, Patience, ask, ask_all, ask_each, ask_until_ready, expected
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
+
+SLOTS_FILE = "slots"
+"""What ps tasks call the file of slots that this task holds in memory for them."""
 
 
 class PushResult(NamedTuple):
@@ -295,6 +301,35 @@ class ParameterClient:
         request = messages.Restore(directory, digest(folder), weight_map, slot_map)
         calls = [Call(lane, request) for lane in self.lanes.each()]
         expected(calls, ask_at_length(self.lanes, calls, folder, WAIT_INTERVAL), messages.Done)
+
+    def read_slots(self, variables: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Fetch the slots of variables from the ps tasks, by names such as ``fc.weight/exp_avg``.
+
+        Each is of the shape of its whole variable (of a scalar, ``[1]``), or a scalar. The values and slots of a block
+        of elements are of one moment; pushes go on meanwhile. Blocks as `save` does.
+        """
+        files, lanes = MemoryFiles(), self.lanes.each()
+        names = tuple(variables)
+        calls = [Call(lane, messages.ReadSlots(shard, len(lanes), names)) for shard, lane in enumerate(lanes)]
+        sent = expected(calls, ask_with_files(self.lanes, calls, files, WAIT_INTERVAL), messages.Saved)
+        slot_map = merge(Maps(each.weight_map, each.slot_map) for each in sent).slot_map
+        return {name: files.tensor(file, name) for name, file in slot_map.items()}
+
+    def load_slots(self, groups: Sequence[messages.SlotGroup], slots: Mapping[str, torch.Tensor]) -> None:
+        """Replace the slots of variables on the ps tasks. Blocks as `save` does.
+
+        Args:
+            groups: The variables, which begin anew where ``slots`` has none, and the settings of their rules.
+            slots: As `read_slots` returns them; contiguous, on the CPU.
+
+        Raises:
+            CheckpointError: If they are not the slots of the rule with these settings.
+        """
+        files = MemoryFiles()
+        files.add(SLOTS_FILE, slots)
+        request = messages.LoadSlots(tuple(groups), dict.fromkeys(slots, SLOTS_FILE))
+        calls = [Call(lane, request) for lane in self.lanes.each()]
+        expected(calls, ask_with_files(self.lanes, calls, files, WAIT_INTERVAL), messages.Done)
 
     def await_workers(self, on_wait: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
         """Wait until this task is the only one that still trains. Blocks for as long as the others take.

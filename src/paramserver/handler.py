@@ -19,7 +19,7 @@ from paramserver.arena import DTYPES, ID_BYTES, ArenaLayout, tensor_bytes
 from paramserver.checkpoint_files import digest
 from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
-from paramserver.jobs import Job, here, restoring, saving, through_peer
+from paramserver.jobs import Job, here, loading_slots, reading_slots, restoring, saving, through_peer
 from paramserver.push_plans import Application, PushPlans
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
@@ -57,6 +57,8 @@ class RequestHandler:
             messages.AwaitWorkers: self._await_workers,
             messages.Save: self._save,
             messages.Restore: self._restore,
+            messages.ReadSlots: self._read_slots,
+            messages.LoadSlots: self._load_slots,
             messages.Proceed: self._proceed,
             messages.CreateVariable: self._create_variable,
             messages.AwaitVariable: self._await_variable,
@@ -178,6 +180,17 @@ class RequestHandler:
     def _restore(self, session: Session, restore: messages.Restore) -> None:
         directory = Path(restore.directory)
         self._begin(session, restoring(self._store, restore), directory, is_here=_sees(directory, restore.digest))
+
+    def _read_slots(self, session: Session, request: messages.ReadSlots) -> None:
+        self._begin_through_peer(session, reading_slots(self._store, request))
+
+    def _load_slots(self, session: Session, request: messages.LoadSlots) -> None:
+        self._begin_through_peer(session, loading_slots(self._store, request, f"from {session.task}"))
+
+    def _begin_through_peer(self, session: Session, steps: Steps[messages.Reply]) -> None:
+        self._store.check_alive()
+        self._jobs[session] = Job(through_peer(steps))
+        session.reply(messages.Underway())
 
     def _begin(self, session: Session, steps: Steps[messages.Reply], directory: Path, *, is_here: bool) -> None:
         if not is_here:

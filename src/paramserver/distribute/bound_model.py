@@ -47,6 +47,7 @@ class BoundModel:
 
     Attributes:
         tables: What is looked up by rows, by name.
+        begin_state: Brings the state that optimizers had before to the ps tasks, with the first values.
     """
 
     is_pipelined = False
@@ -93,6 +94,7 @@ class BoundModel:
             _Step(self._arenas, bound_tables, owner, groups, copies, client.plan)
             for owner in range(max(len(optimizers), 1))
         ]
+        self.begin_state: Callable[[], None] = _nothing
         copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
 
     def assign(self) -> None:
@@ -113,10 +115,12 @@ class BoundModel:
             arena.offer_values()
         parts = [[Part(arena.plan.index, "assign") for arena in arenas] for arenas in self._arenas]
         self._client.push_pull(self._client.plan(parts, [() for _ in self._arenas]), counts=False)
+        self.begin_state()
 
     def bind(self) -> None:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
         self._first_rows.clear()
+        self.begin_state = _nothing
         for table in self.tables.values():
             table.bind()
         for arena in self._each():
@@ -170,6 +174,10 @@ class BoundModel:
 
     def _each(self) -> list[BoundArena]:
         return [arena for arenas in self._arenas for arena in arenas]
+
+
+def _nothing() -> None:
+    """No optimizer had state before."""
 
 
 class PipelinedModel(BoundModel):

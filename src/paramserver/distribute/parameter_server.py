@@ -28,13 +28,14 @@ from paramserver.cluster import (
     validate_cluster,
     worker_count,
 )
-from paramserver.distribute import connection, variables
+from paramserver.distribute import connection, optimizer_state, variables
 from paramserver.distribute.bound_model import BoundModel, PipelinedModel
 from paramserver.distribute.bound_table import take_tables
 from paramserver.distribute.devices import Device, DeviceChoice
 from paramserver.distribute.direct_gradients import make_direct
 from paramserver.distribute.input.context import InputContext
-from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
+from paramserver.distribute.optimizer_state import OptimizerState, State
+from paramserver.distribute.prepared_optimizer import PreparedOptimizer
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.step_times import StepTimes
@@ -263,8 +264,6 @@ class ParameterServerStrategy(Strategy):
             on_wait: Called about every second while the chief is waited for.
         """
         self._check_can_prepare()
-        for optimizer in optimizers:
-            check_fresh(optimizer)
         limit = self._timeout if timeout is None else timeout
         collected = variables.collect(model, optimizers)
         arenas = variables.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
@@ -272,22 +271,30 @@ class ParameterServerStrategy(Strategy):
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
+        carried = [optimizer_state.carried(optimizer) for optimizer in optimizers]  # before tables let go of theirs
         lookups = take_tables(model, collected, optimizers)
         tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         first_rows = {name: lookup.values for name, lookup in lookups.items()}
         kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
         bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client, first_rows)
+        states = [
+            OptimizerState(optimizer, collected, tensors, client, task=self._shown_task, is_chief=self.is_chief)
+            for optimizer in optimizers
+        ]
+        bound.begin_state = lambda: _begin_state(states, carried)
         if not is_ready:
             client.mark_ready(initialize(client, bound))
         bound.bind()
+        for optimizer in optimizers:
+            optimizer.state.clear()  # it is with the ps tasks now, and may be twice as large as the model
         for name, lookup in lookups.items():
             lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
         self._models.add(bound)
         self._separate_random_streams()
         return tuple(
-            PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync)
-            for owner, optimizer in enumerate(optimizers)
+            PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync, state)
+            for owner, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
         )
 
     def recover(
@@ -432,6 +439,10 @@ class ParameterServerStrategy(Strategy):
             f"computing on {', '.join(self.extended.worker_devices)}, variables on /job:ps>"
         )
 
+    @property
+    def _shown_task(self) -> str:
+        return str(self.task or "this process")
+
     def _check_can_prepare(self) -> None:
         self._check_trains("prepare")
         if self._has_prepared and self.task is not None:
@@ -480,6 +491,12 @@ class ParameterServerExtended(StrategyExtended):
         if self._strategy.task is None:
             return (str(self._strategy.parameter_device),)
         return tuple(f"/job:ps/task:{task.index}" for task in self._strategy.cluster.tasks(Role.PS))
+
+
+def _begin_state(states: Sequence[OptimizerState], carried: Sequence[State]) -> None:
+    for remote, state in zip(states, carried, strict=True):
+        if state:
+            remote.write(state)
 
 
 def _present_values(client: ParameterClient, bound: BoundModel) -> int:

@@ -16,7 +16,7 @@ Rules
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,10 +62,23 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
     Raises:
         CheckpointError: If two variables have one name.
     """
-    suffix = f"{shard + 1:05d}-of-{num_shards:05d}"
+    return (yield from _write(places(store), f"{shard + 1:05d}-of-{num_shards:05d}"))
+
+
+def write_slots(store: Store, shard: int, num_shards: int, variables: Collection[str]) -> Steps[WrittenShard]:
+    """Write the slots of some variables into the files that `write_shard` writes them into, and no values.
+
+    ``weight_map`` names the files that the values would be in. Raises as `write_shard` does.
+    """
+    wanted = [place for place in places(store) if place.variable in variables]
+    return (yield from _write(wanted, f"{shard + 1:05d}-of-{num_shards:05d}", with_values=False))
+
+
+def _write(held: Iterable[Place], suffix: str, *, with_values: bool = True) -> Steps[WrittenShard]:
     # Wide dtypes first, as they stand in a file, so that it is written from its beginning to its end.
-    held = sorted(places(store), key=lambda place: -place.whole.itemsize)
-    values = _Files({place: {_VALUE: SlotKind(place.spec.dtype, False)} for place in held}, _values_file(suffix))
+    held = sorted(held, key=lambda place: -place.whole.itemsize)
+    named = _Files({place: {_VALUE: SlotKind(place.spec.dtype, False)} for place in held}, _values_file(suffix))
+    values = named if with_values else _Files({}, _values_file(suffix))
     slots = _Files(_slots_of(held), _slots_file(suffix))
     yield from values.begin()
     yield from slots.begin()
@@ -76,7 +89,7 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
     yield from later.begin()
     for piece in late:
         yield from later.write(piece)
-    weight_map, slot_map = merge(_maps(held, values, slots, later))
+    weight_map, slot_map = merge(_maps(held, named, slots, later))
     return WrittenShard(
         weight_map=weight_map,
         slot_map=slot_map,
