@@ -86,6 +86,7 @@ class ParameterClient:
         global_step: Updates of the model, as the ps tasks last told it, and one that is on its way.
         local_step: The global step of the values that are here, from which staleness is counted.
         push_times: For each ps.
+        emptied: The ps tasks, by index, that had lost their values when the chief came back by `resume`.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
@@ -97,13 +98,14 @@ class ParameterClient:
         self._under_way: tuple[list[Call], Future[list[messages.Reply]]] | None = None
         self.global_step = 0
         self.local_step = 0
+        self.emptied: list[int] = []
         self.push_times = [PushTimes(lane.task) for lane in lanes]
 
     # --- start
 
     def create(self, layouts: Sequence[Sequence[ArenaLayout]]) -> bool:
         """The chief creates the arenas, one list of layouts for each ps; whether all of them are ready already."""
-        return self._declare(layouts, create=True)
+        return all(self._declare(layouts, create=True))
 
     def await_ready(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
         """Wait until the chief has initialized the variables on every ps.
@@ -136,6 +138,22 @@ class ParameterClient:
         ask_all(self.lanes, messages.MarkReady(global_step), messages.Done)
         self._arrived(global_step)
 
+    def mark_restored(self, global_step: int | None) -> None:
+        """The chief has restored a checkpoint after `mark_ready`, or found none (None): let those that wait go on."""
+        ask_all(self.lanes, messages.MarkRestored(global_step), messages.Done)
+        if global_step is not None:
+            self._arrived(global_step)
+
+    def await_restored(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
+        """Wait for the chief's `mark_restored`, or until somebody has made an update, as `await_ready` does."""
+        lane = self.lanes.each()[0]
+        failing = "the chief has not restored a checkpoint, as this worker was told that it does"
+        ask_until_ready(self.lanes, lane, messages.AwaitRestored, Patience(timeout, on_wait), failing)
+
+    def is_beyond_restoring(self) -> bool:
+        """Whether the ps tasks hold values that a checkpoint was restored into, or that were trained."""
+        return ask(self.lanes, self.lanes.each()[0], messages.AwaitRestored(0.0), messages.State).ready
+
     def resume(
         self,
         lanes: Sequence[Lane],
@@ -164,11 +182,15 @@ class ParameterClient:
         self.lanes.replace(lanes)
         self._under_way = None
         patience = Patience(timeout, on_wait)
-        is_ready = self.create(self._layouts) if is_chief else self._join_again(patience)
+        is_ready = self._create_again() if is_chief else self._join_again(patience)
         for lane, layouts, memory in zip(lanes, self._layouts, self._memories, strict=True):
             lane.open(layouts, memory)
         self.variables.find_again(patience)
         return is_ready
+
+    def num_variables(self, ps: int) -> int:
+        """How many variables of the model, or parts of them, lie on a ps."""
+        return sum(len(layout.variables) for layout in self._layouts[ps])
 
     @property
     def ways(self) -> list[str]:
@@ -404,14 +426,19 @@ class ParameterClient:
         self.join(self._layouts)
         return True
 
-    def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> bool:
+    def _create_again(self) -> bool:
+        are_ready = self._declare(self._layouts, create=True)
+        self.emptied = [index for index, is_ready in enumerate(are_ready) if not is_ready]
+        return not self.emptied
+
+    def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> list[bool]:
         self.variables.leave_to_model(_names(layouts))
         self._layouts = list(layouts)
         calls = [
             Call(lane, messages.Declare(tuple(ps_layouts), create))
             for lane, ps_layouts in zip(self.lanes.each(), layouts, strict=True)
         ]
-        return all(reply.ready for reply in ask_each(self.lanes, calls, messages.Declared))
+        return [reply.ready for reply in ask_each(self.lanes, calls, messages.Declared)]
 
 
 def _bytes_of(rows: Sequence[TableRows]) -> list[memoryview]:

@@ -54,6 +54,8 @@ class RequestHandler:
             messages.Declare: self._declare,
             messages.MarkReady: self._mark_ready,
             messages.AwaitReady: self._await_ready,
+            messages.MarkRestored: self._mark_restored,
+            messages.AwaitRestored: self._await_restored,
             messages.AwaitWorkers: self._await_workers,
             messages.Save: self._save,
             messages.Restore: self._restore,
@@ -168,6 +170,16 @@ class RequestHandler:
         if not ready:
             self._roster.check_going_on(session.task)
         session.reply(messages.State(ready, self._store.global_step))
+
+    def _mark_restored(self, session: Session, request: messages.MarkRestored) -> None:
+        self._store.mark_restored(request.global_step)
+        session.reply(messages.Done())
+
+    def _await_restored(self, session: Session, request: messages.AwaitRestored) -> None:
+        is_over = self._store.await_restored(_bounded(request.timeout))
+        if not is_over:
+            self._roster.check_going_on(session.task)
+        session.reply(messages.State(is_over, self._store.global_step))
 
     def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:
         left = self._roster.await_alone(session.task, _bounded(request.timeout))

@@ -137,6 +137,11 @@ def readable(place: str, pattern: str = "*") -> Iterator[Path]:
         raise CheckpointError(f"{place}: {error}", place) from error
 
 
+def is_name(checkpoint_path: str) -> bool:
+    """Whether a path has the name of a checkpoint, such as ``run/ckpt-100``."""
+    return _NAME.fullmatch(Path(checkpoint_path).name) is not None
+
+
 def checkpoint_step(checkpoint_path: str) -> int:
     """The global step in a checkpoint's name. Raises CheckpointError where it is no checkpoint's name."""
     match = _NAME.fullmatch(Path(checkpoint_path).name)

@@ -9,13 +9,29 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from paramserver.checkpoint.model_dir import CheckpointManager, readable
+from paramserver.checkpoint.model_dir import (
+    CheckpointManager,
+    checkpoint_step,
+    checkpoint_to_restore,
+    is_name,
+    is_whole,
+    readable,
+)
+from paramserver.checkpoint.storage import absolute
 from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, write_index
 from paramserver.client import ParameterClient
+from paramserver.cluster import environment
+from paramserver.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+SAY_EVERY = 10.0
+"""Seconds between two lines about who is waited for."""
 
 
 def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: int, aliases: dict[str, str]) -> str:
@@ -58,3 +74,133 @@ def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> N
     write_index(folder / SLOTS_INDEX, maps.slot_map, global_step=step)
     identity = secrets.token_hex(8)  # see `checkpoint_files.digest`
     write_index(folder / VALUES_INDEX, maps.weight_map, global_step=step, id=identity, **metadata)
+
+
+def find_checkpoint(directory: str) -> str | None:
+    """The checkpoint that a place means: the place itself, or the latest of a model_dir; None where there is none.
+
+    Raises:
+        CheckpointError: If the place has the name of a checkpoint and is none, or the latest one was damaged.
+    """
+    if is_whole(directory):
+        return directory
+    if is_name(directory):
+        raise CheckpointError(
+            f"checkpoint {directory} is not there, or is cut short: expected {VALUES_INDEX} in it", directory
+        )
+    return checkpoint_to_restore(directory)
+
+
+class Checkpoints:
+    """The checkpoints of a strategy: what it begins with, and what it has written. For the chief; not thread-safe.
+
+    Attributes:
+        begin: What `prepare` fills the variables with; None for the model's own values.
+        last: The last one that was written or restored, which a loss of a ps leads back to; None before there is one.
+    """
+
+    def __init__(self) -> None:
+        self.begin: str | None = None
+        self.last: str | None = None
+        self._entered: set[str] = set()
+
+    def save(self, client: ParameterClient, directory: str, max_to_keep: int | None, names: dict[str, str]) -> str:
+        """Write a checkpoint of the present global step; its path. Blocks.
+
+        Args:
+            client: Connected to every ps.
+            directory: The model_dir, a path or URL.
+            max_to_keep: How many of the newest checkpoints stay; None for all.
+            names: Other names of tied variables.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+            ConfigError: If ``max_to_keep`` is negative, or fsspec knows no such URL.
+        """
+        manager = CheckpointManager(directory, max_to_keep)
+        if absolute(directory) not in self._entered:
+            manager.remove_leftovers()
+            manager.mark_started(environment.read().run_id)  # an evaluator does not take an earlier run's end for ours
+            self._entered.add(absolute(directory))
+        path = write_checkpoint(client, manager, client.read_global_step(), names)
+        self.last = absolute(path)
+        return path
+
+    def restore(self, client: ParameterClient, checkpoint: str) -> int:
+        """Fill the ps tasks' variables from a checkpoint; its global step. Blocks; raises as `restore_checkpoint`."""
+        step = checkpoint_step(checkpoint)
+        restore_checkpoint(client, checkpoint)
+        self.last = absolute(checkpoint)
+        return step
+
+    def __repr__(self) -> str:
+        return f"<Checkpoints: last {self.last}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What a run loses with the memory of ps tasks.
+
+    Attributes:
+        tasks: The ps tasks.
+        reached: The global step that the run had come to.
+        variables: How many variables of the model lay there, or parts of them.
+        own: The names of the program's own variables that lay there.
+    """
+
+    tasks: str
+    reached: int
+    variables: int
+    own: list[str]
+
+    @classmethod
+    def of(cls, client: ParameterClient, reached: int) -> Loss:
+        """The loss of the ps tasks that a client has found empty."""
+        lanes = client.lanes.each()
+        return cls(
+            tasks=", ".join(lanes[ps].task for ps in client.emptied),
+            reached=reached,
+            variables=sum(client.num_variables(ps) for ps in client.emptied),
+            own=[name for ps in client.emptied for name in client.variables.made_on(ps)],
+        )
+
+    def with_checkpoint(self, checkpoint: str, step: int) -> str:
+        """What to say when a checkpoint is restored."""
+        return f"{self.tasks} came back empty; all ps tasks go back to {checkpoint}: {lost_updates(self.reached, step)}"
+
+    def without_checkpoint(self, step: int) -> str:
+        """What to say when there is none."""
+        own = f"; {len(self.own)} ps.Variables go back to their first values: {', '.join(self.own)}" if self.own else ""
+        return (
+            f"{self.tasks} came back empty, and this run has saved no checkpoint: the model goes on with the chief's "
+            f"values, {lost_updates(self.reached, step)}; the optimizer state of {self.variables} variables there "
+            f"begins anew{own}. Call strategy.save(directory) now and then, and recover() restores what it saved"
+        )
+
+
+def lost_updates(reached: int, step: int) -> str:
+    """How many updates a run loses that has come to a step and goes on from an earlier one.
+
+    >>> lost_updates(500, 401)
+    '99 updates are lost (back from step 500 to 401)'
+    """
+    return f"{max(reached - step, 0)} updates are lost (back from step {reached} to {step})"
+
+
+class Waiting:
+    """Says now and then who is waited for.
+
+    Args:
+        task: This task.
+        clock: Returns seconds.
+    """
+
+    def __init__(self, task: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._task, self._clock = task, clock
+        self._say_at = clock() + SAY_EVERY
+
+    def on_wait(self, tasks: tuple[str, ...]) -> None:
+        """These tasks are waited for by now."""
+        if self._clock() >= self._say_at:
+            self._say_at = self._clock() + SAY_EVERY
+            logger.info("%s waits for %s to finish", self._task, ", ".join(tasks))

@@ -20,7 +20,6 @@ from paramserver.cluster import (
     ClusterSpec,
     Role,
     SimpleClusterResolver,
-    TaskId,
     TFConfigClusterResolver,
     id_in_cluster,
     is_chief,
@@ -28,7 +27,7 @@ from paramserver.cluster import (
     validate_cluster,
     worker_count,
 )
-from paramserver.distribute import connection, optimizer_state, variables
+from paramserver.distribute import checkpoints, connection, optimizer_state, variables
 from paramserver.distribute.bound_model import BoundModel, PipelinedModel
 from paramserver.distribute.bound_table import take_tables
 from paramserver.distribute.devices import Device, DeviceChoice
@@ -38,8 +37,9 @@ from paramserver.distribute.optimizer_state import OptimizerState, State
 from paramserver.distribute.prepared_optimizer import PreparedOptimizer
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
+from paramserver.distribute.saving_strategy import SavingStrategy
 from paramserver.distribute.step_times import StepTimes
-from paramserver.distribute.strategy import Strategy, StrategyExtended
+from paramserver.distribute.strategy import StrategyExtended
 from paramserver.errors import ConfigError, RunOverError
 from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
 
@@ -50,7 +50,7 @@ SESSION_CREATION_TIMEOUT = 7200.0
 M = TypeVar("M", bound=nn.Module)
 
 
-class ParameterServerStrategy(Strategy):
+class ParameterServerStrategy(SavingStrategy):
     """Asynchronous training with parameter servers; without a cluster, the same in one process.
 
     Every worker runs the same program. `prepare` puts the model's variables onto the ps tasks; from then on
@@ -122,14 +122,15 @@ class ParameterServerStrategy(Strategy):
         self._resolver = SimpleClusterResolver(cluster, task_type=task_type, task_id=task_id)
 
     def _enter_cluster(self, cluster: ClusterSpec, task_type: str | None, task_id: int | None) -> None:
-        self.task: TaskId | None = validate_cluster(cluster, task_type, task_id) if cluster else None
+        self.task = validate_cluster(cluster, task_type, task_id) if cluster else None
         self.cluster = cluster
         self._begin()
 
     def _begin(self) -> None:
-        self.client: ParameterClient | None = None
+        self.client = None
         self._has_prepared = False
-        self._models: weakref.WeakSet[BoundModel] = weakref.WeakSet()
+        self._models = weakref.WeakSet()
+        self._begin_saving()
         self._place = self._placement.start(self.num_ps)
         logger.info("%r", self)
 
@@ -185,11 +186,6 @@ class ParameterServerStrategy(Strategy):
             num_replicas_in_sync=self.num_replicas_in_sync,
         )
 
-    @property
-    def global_step(self) -> int:
-        """Updates of the model, as this worker last heard of them; with ``pipeline``, and its own on the way."""
-        return self.client.global_step if self.client else 0
-
     @overload
     def prepare(
         self, model: M, optimizer: torch.optim.Optimizer, *, gradient_reduction: str | ReduceOp = ...
@@ -209,7 +205,8 @@ class ParameterServerStrategy(Strategy):
     ) -> tuple[M, PreparedOptimizer | tuple[PreparedOptimizer, ...]]:
         """Put the model's variables onto the ps tasks and bind the model to them.
 
-        The chief's initial values become everyone's. The model is the same object afterwards, its parameters in
+        The chief's initial values become everyone's, those of a checkpoint if `restore` was called before; so does the
+        state that its optimizer has made or loaded. The model is the same object afterwards, its parameters in
         other memory; the optimizer that comes back pushes and pulls where the given one would update. Blocks until
         all ps tasks are up and the chief has initialized them. Afterwards every worker but the first has a random
         stream of torch's of its own, so that shuffling and dropout differ between them.
@@ -239,8 +236,11 @@ class ParameterServerStrategy(Strategy):
         """
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         prepared = self.prepare_from(
-            model, optimizers, initialize=_present_values, gradient_reduction=ReduceOp.parse(gradient_reduction)
+            model, optimizers, initialize=self._begin_values, gradient_reduction=ReduceOp.parse(gradient_reduction)
         )
+        begin, self._checkpoints.begin = self._checkpoints.begin, None
+        if begin and self._found_step is not None:
+            self._say_not_restored(begin)
         return model, prepared[0] if isinstance(optimizer, torch.optim.Optimizer) else prepared
 
     def prepare_from(
@@ -290,6 +290,8 @@ class ParameterServerStrategy(Strategy):
         for name, lookup in lookups.items():
             lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
+        self._prepared, self._aliases = bound, variables.aliases(model)
+        self._found_step = client.local_step if is_ready else None
         self._models.add(bound)
         self._separate_random_streams()
         return tuple(
@@ -307,11 +309,13 @@ class ParameterServerStrategy(Strategy):
         """After an `UnavailableError`: connect again, and go on with the ps tasks' values in the same model (N04).
 
         Where a ps was started again and holds nothing, the chief initializes all of them, and the other workers wait
-        for it. Blocks for as long as that takes. An update that was under way may have been applied or not.
+        for it. By default it restores the last checkpoint that it has saved or restored: parameters, optimizer state
+        and every `Variable` go back to that on all ps tasks. Where there is none, it takes the values that this task
+        has; what the ps held beside them begins anew. A warning says what is lost. Blocks for as long as that takes. An
+        update that was under way may have been applied or not.
 
         Args:
-            initialize: How the chief fills the variables; by default with the values that this task has, at the global
-                step that it knows. Optimizer state begins anew then.
+            initialize: How the chief fills the variables instead; returns the global step that they belong to.
             timeout: Seconds to wait for the ps tasks, and again for the chief; the strategy's by default.
             on_wait: Called about every second while the chief is waited for.
 
@@ -324,22 +328,13 @@ class ParameterServerStrategy(Strategy):
             raise RuntimeError(f"recover: {self!r} has no prepared model on the ps tasks of a cluster")
         (model,) = self._models
         limit = self._timeout if timeout is None else timeout
-        lanes = connection.lanes_again(self.cluster, self.task, limit, self.client)
-        if not self.client.resume(lanes, limit, on_wait, is_chief=self.is_chief):
-            self.client.mark_ready((initialize or _present_values)(self.client, model))
+        client, reached = self.client, self.client.global_step
+        lanes = connection.lanes_again(self.cluster, self.task, limit, client)
+        if not client.resume(lanes, limit, on_wait, is_chief=self.is_chief):
+            client.mark_ready(initialize(client, model) if initialize else self._bring_back(model))
         model.refresh()
-
-    def refresh(self) -> int:
-        """Bring the prepared model up to date with the ps tasks, as every step does; the global step. Blocks.
-
-        What buffers changed by since the last step is lost.
-
-        Raises:
-            UnavailableError: If a ps is lost.
-        """
-        for model in self._models:
-            model.refresh()
-        return self.global_step
+        if client.global_step < reached and not self.is_chief:
+            logger.warning("%s: %s", self.task, checkpoints.lost_updates(reached, client.global_step))
 
     def statistics(self) -> StepTimes:
         """Where the time of this worker's steps has gone since `prepare`. Does not block, and costs next to nothing.
@@ -411,8 +406,7 @@ class ParameterServerStrategy(Strategy):
             UnavailableError: If a ps was lost by the last step, with ``pipeline``.
         """
         if not failure:
-            for model in self._models:
-                model.settle()
+            self._settle()
         if self.client is not None:
             self.client.goodbye(failure)
 
@@ -438,10 +432,6 @@ class ParameterServerStrategy(Strategy):
             f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {jobs}; "
             f"computing on {', '.join(self.extended.worker_devices)}, variables on /job:ps>"
         )
-
-    @property
-    def _shown_task(self) -> str:
-        return str(self.task or "this process")
 
     def _check_can_prepare(self) -> None:
         self._check_trains("prepare")
@@ -497,8 +487,3 @@ def _begin_state(states: Sequence[OptimizerState], carried: Sequence[State]) -> 
     for remote, state in zip(states, carried, strict=True):
         if state:
             remote.write(state)
-
-
-def _present_values(client: ParameterClient, bound: BoundModel) -> int:
-    bound.assign()
-    return client.global_step

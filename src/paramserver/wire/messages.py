@@ -121,6 +121,18 @@ class AwaitReady(Message, frozen=True):
     timeout: float
 
 
+class MarkRestored(Message, frozen=True):
+    """After `MarkReady`, the chief has restored a checkpoint of this step; None: it has found none to restore."""
+
+    global_step: int | None
+
+
+class AwaitRestored(Message, frozen=True):
+    """Asks to be told when the chief has restored, or training has begun; answered within ``timeout`` seconds."""
+
+    timeout: float
+
+
 class AwaitWorkers(Message, frozen=True):
     """The chief asks who else still trains; answered when nobody does, or after ``timeout`` seconds."""
 
@@ -335,8 +347,8 @@ class Refused(Message, frozen=True):
 
 VariableRequest = CreateVariable | AwaitVariable | ReadVariable | UpdateVariable
 Request = (
-    Declare | Share | Push | Pull | PullRows | MarkReady | AwaitReady | AwaitWorkers | Save | Restore
-    | ReadSlots | LoadSlots | Proceed
+    Declare | Share | Push | Pull | PullRows | MarkReady | AwaitReady | MarkRestored | AwaitRestored | AwaitWorkers
+    | Save | Restore | ReadSlots | LoadSlots | Proceed
     | VariableRequest | GetStatus | Goodbye
 )  # fmt: skip
 Reply = (
