@@ -107,7 +107,8 @@ class BoundModel:
             if name not in self._first_rows:
                 raise ConfigError(  # a ps was lost
                     f"variable {name!r} is a table, of which workers hold no values: after the loss of a ps it "
-                    "can only be restored from a checkpoint; pass recover(initialize=...) that does"
+                    "can only be restored from a checkpoint; call strategy.save(directory) now and then, or pass "
+                    "recover(initialize=...) a function that restores one"
                 )
             table.assign(self._first_rows.pop(name))
         self._copies.finish()

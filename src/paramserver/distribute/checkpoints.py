@@ -169,12 +169,12 @@ class Loss:
         return f"{self.tasks} came back empty; all ps tasks go back to {checkpoint}: {lost_updates(self.reached, step)}"
 
     def without_checkpoint(self, step: int) -> str:
-        """What to say when there is none."""
+        """What to say when there is none, and the chief has values of a step."""
         own = f"; {len(self.own)} ps.Variables go back to their first values: {', '.join(self.own)}" if self.own else ""
         return (
             f"{self.tasks} came back empty, and this run has saved no checkpoint: the model goes on with the chief's "
-            f"values, {lost_updates(self.reached, step)}; the optimizer state of {self.variables} variables there "
-            f"begins anew{own}. Call strategy.save(directory) now and then, and recover() restores what it saved"
+            f"values of step {step}, and {max(self.reached - step, 0)} later updates are lost; the optimizer state of "
+            f"{self.variables} variables there begins anew{own}. Call strategy.save(directory) now and then, and recover() restores what it saved"
         )
 
 

@@ -206,16 +206,14 @@ class SavingStrategy(Strategy):
     def _bring_back(self, model: BoundModel) -> int:
         """The chief fills the variables after a loss; says what is lost."""
         client = self._client_of_model("recover")
-        before = client.global_step
-        reached = max(before, client.read_global_step())
+        before, of_values = client.global_step, client.local_step
+        loss = checkpoints.Loss.of(client, max(before, client.read_global_step()))
         client.global_step = before
-        loss = checkpoints.Loss.of(client, reached)
         if (last := self._checkpoints.last) is None:
-            step = present_values(client, model)
-            logger.warning("%s", loss.without_checkpoint(step))
-        else:
-            step = self._checkpoints.restore(client, last)
-            logger.warning("%s", loss.with_checkpoint(last, step))
+            logger.warning("%s", loss.without_checkpoint(of_values))
+            return present_values(client, model)
+        step = self._checkpoints.restore(client, last)
+        logger.warning("%s", loss.with_checkpoint(last, step))
         return step
 
     @property
