@@ -174,7 +174,8 @@ class Loss:
         return (
             f"{self.tasks} came back empty, and this run has saved no checkpoint: the model goes on with the chief's "
             f"values of step {step}, and {max(self.reached - step, 0)} later updates are lost; the optimizer state of "
-            f"{self.variables} variables there begins anew{own}. Call strategy.save(directory) now and then, and recover() restores what it saved"
+            f"{self.variables} variables there begins anew{own}. "
+            "Call strategy.save(directory) now and then, and recover() restores what it saved"
         )
 
 
