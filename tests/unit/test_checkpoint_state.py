@@ -202,6 +202,23 @@ def test_a_folder_of_a_lost_state_is_replaced(tmp_path):
     assert folders(tmp_path) == ["ckpt-4"]
 
 
+def test_the_one_before_is_the_latest_while_a_step_is_saved_anew(model_dir, monkeypatch):
+    """Whoever is killed in between starts from that one, not from the beginning."""
+    manager = CheckpointManager(model_dir)
+    for step in (1, 2, 2):
+        save(manager, step)
+    assert read_state(model_dir).retained == ("ckpt-1", "ckpt-2")
+    assert checkpoint_to_restore(model_dir) == join(model_dir, "ckpt-2")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manager._storage, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(manager, 2)
+    assert checkpoint_to_restore(model_dir) == join(model_dir, "ckpt-1")
+
+
 def test_a_reader_never_sees_a_part_of_the_state(tmp_path, monkeypatch):
     manager = CheckpointManager(str(tmp_path))
     save(manager, 1)

@@ -41,6 +41,7 @@ class SavingStrategy(Strategy):
         # Kept: a program that lets go of the optimizer still has a model to refresh.
         self._prepared: BoundModel | None = None
         self._checkpoints = Checkpoints()
+        self._has_left_saving = False
         self._aliases: dict[str, str] = {}
         self._found_step: int | None = None  # at which `prepare` found values on the ps tasks
 
@@ -94,7 +95,9 @@ class SavingStrategy(Strategy):
         """
         client = self._client_of_model("save")
         if not self.is_chief:
-            logger.info("%s leaves the checkpoint in %s to the chief", self.task, directory)
+            if not self._has_left_saving:
+                logger.info("%s leaves saving to the chief, here and from now on", self.task)
+            self._has_left_saving = True
             return None
         self._settle()
         path = self._checkpoints.save(client, os.fspath(directory), max_to_keep, self._aliases)
