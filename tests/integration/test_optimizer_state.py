@@ -363,3 +363,24 @@ def test_a1_the_chief_loads_for_all(
         assert worker.last_push.global_step == 2
         for strategy in strategies:
             strategy.close()
+
+
+def test_a1_several_replicas_have_one_state() -> None:
+    row = ROWS[3]
+    strategy = ps.CentralStorageStrategy(["cpu:0", "cpu:1"])
+    net, prepared = strategy.prepare(*built(row))
+    plain, optimizer = built(row)
+
+    def one_step(step: int) -> None:
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, step + 1.0) if parameter.requires_grad else None
+        prepared.step()
+
+    for step in range(2):
+        strategy.run(one_step, args=(step,))
+        for parameter in plain.parameters():
+            parameter.grad = torch.full_like(parameter, step + 1.0) if parameter.requires_grad else None
+        optimizer.step()
+    check_same(saved(net, prepared), saved(plain, optimizer))
+    prepared.load_state_dict(saved(optimizer)[0])
+    check_same(saved(prepared), saved(optimizer))

@@ -369,6 +369,7 @@ def test_a1_a_chief_that_is_started_again_keeps_newer_values(lane: str, when: st
             assert again.restore(tmp_path) is None
         assert again.global_step == 6
         check_same(contents(net, optimizers), expected)
+        assert again._checkpoints.last == f"{tmp_path}/ckpt-3", "where a ps that is lost from now on leads back to"
         train(net, optimizers, 6, 1)
         assert again.restore(tmp_path) == f"{tmp_path}/ckpt-3"  # called on purpose, by a chief that trains
         assert again.global_step == 3

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from paramserver.checkpoint.model_dir import (
     readable,
 )
 from paramserver.checkpoint.storage import absolute
-from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, write_index
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index, write_index
 from paramserver.client import ParameterClient
 from paramserver.cluster import environment
 from paramserver.errors import CheckpointError
@@ -89,6 +89,12 @@ def find_checkpoint(directory: str) -> str | None:
             f"checkpoint {directory} is not there, or is cut short: expected {VALUES_INDEX} in it", directory
         )
     return checkpoint_to_restore(directory)
+
+
+def saved_names(checkpoint: str) -> set[str]:
+    """The names of the variables in a checkpoint. Raises CheckpointError if it cannot be read."""
+    with readable(checkpoint, VALUES_INDEX) as folder:
+        return set(read_index(folder / VALUES_INDEX))
 
 
 class Checkpoints:
@@ -164,19 +170,25 @@ class Loss:
             own=[name for ps in client.emptied for name in client.variables.made_on(ps)],
         )
 
-    def with_checkpoint(self, checkpoint: str, step: int) -> str:
-        """What to say when a checkpoint is restored."""
-        return f"{self.tasks} came back empty; all ps tasks go back to {checkpoint}: {lost_updates(self.reached, step)}"
+    def with_checkpoint(self, checkpoint: str, step: int, saved: Collection[str]) -> str:
+        """What to say when a checkpoint is restored that holds variables of these names."""
+        return (
+            f"{self.tasks} came back empty; all ps tasks go back to {checkpoint}: {lost_updates(self.reached, step)}"
+            f"{_anew([name for name in self.own if name not in saved])}"
+        )
 
     def without_checkpoint(self, step: int) -> str:
         """What to say when there is none, and the chief has values of a step."""
-        own = f"; {len(self.own)} ps.Variables go back to their first values: {', '.join(self.own)}" if self.own else ""
         return (
             f"{self.tasks} came back empty, and this run has saved no checkpoint: the model goes on with the chief's "
             f"values of step {step}, and {max(self.reached - step, 0)} later updates are lost; the optimizer state of "
-            f"{self.variables} variables there begins anew{own}. "
+            f"{self.variables} variables there begins anew{_anew(self.own)}. "
             "Call strategy.save(directory) now and then, and recover() restores what it saved"
         )
+
+
+def _anew(names: list[str]) -> str:
+    return f"; {len(names)} ps.Variables go back to their first values: {', '.join(names)}" if names else ""
 
 
 def lost_updates(reached: int, step: int) -> str:

@@ -240,7 +240,7 @@ class ParameterServerStrategy(SavingStrategy):
         )
         begin, self._checkpoints.begin = self._checkpoints.begin, None
         if begin and self._found_step is not None:
-            self._say_not_restored(begin)
+            self._keep_newer(begin, begin)
         return model, prepared[0] if isinstance(optimizer, torch.optim.Optimizer) else prepared
 
     def prepare_from(

@@ -15,11 +15,12 @@ import weakref
 
 from paramserver.checkpoint import model_dir as model_dirs
 from paramserver.checkpoint.model_dir import checkpoint_step
+from paramserver.checkpoint.storage import absolute
 from paramserver.client import ParameterClient
 from paramserver.cluster import TaskId
 from paramserver.distribute import checkpoints
 from paramserver.distribute.bound_model import BoundModel
-from paramserver.distribute.checkpoints import Checkpoints, find_checkpoint
+from paramserver.distribute.checkpoints import Checkpoints, find_checkpoint, saved_names
 from paramserver.distribute.strategy import Strategy
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class SavingStrategy(Strategy):
         self._settle()
         found, self._found_step = self._found_step, None
         if found is not None and found == client.local_step and client.is_beyond_restoring():
-            self._say_not_restored(directory)
+            self._keep_newer(checkpoint, directory)
             return None
         client.mark_restored(None if checkpoint is None else self._checkpoints.restore(client, checkpoint))
         self.refresh()
@@ -198,7 +199,10 @@ class SavingStrategy(Strategy):
         self.refresh()
         return None
 
-    def _say_not_restored(self, directory: str) -> None:
+    def _keep_newer(self, checkpoint: str | None, directory: str) -> None:
+        """Nothing is restored; but a ps may be lost later."""
+        if checkpoint is not None:
+            self._checkpoints.last = absolute(checkpoint)
         logger.info(
             "%s restores nothing from %s: the ps tasks hold newer values, of step %d",
             self._shown_task,
@@ -216,7 +220,7 @@ class SavingStrategy(Strategy):
             logger.warning("%s", loss.without_checkpoint(of_values))
             return present_values(client, model)
         step = self._checkpoints.restore(client, last)
-        logger.warning("%s", loss.with_checkpoint(last, step))
+        logger.warning("%s", loss.with_checkpoint(last, step, saved_names(last)))
         return step
 
     @property
