@@ -384,3 +384,21 @@ def test_a1_several_replicas_have_one_state() -> None:
     check_same(saved(net, prepared), saved(plain, optimizer))
     prepared.load_state_dict(saved(optimizer)[0])
     check_same(saved(prepared), saved(optimizer))
+
+
+def test_a1_a_chief_that_is_started_again_leaves_the_state_of_the_ps_tasks(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "paramserver")
+    with LocalCluster(ps=2, workers=1) as cluster:
+        first = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
+        net, prepared = first.prepare(*built(ROWS[3]))
+        train(net, prepared, 0)
+        (now,) = saved(prepared)
+        assert first.client is not None
+        first.client.close()  # as when its process dies
+        net, optimizer = built(ROWS[3])
+        train(net, optimizer, 0, 1)
+        again = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
+        _, prepared = again.prepare(net, optimizer)
+        check_same(saved(prepared)[0], now)
+        assert "prepare leaves the state of its optimizer" in caplog.text
+        again.close()

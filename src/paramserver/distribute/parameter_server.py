@@ -284,6 +284,8 @@ class ParameterServerStrategy(SavingStrategy):
         bound.begin_state = lambda: _begin_state(states, carried)
         if not is_ready:
             client.mark_ready(initialize(client, bound))
+        elif any(carried):
+            logger.info("%s: prepare leaves the state of its optimizer: the ps tasks have one already", self.task)
         bound.bind()
         for variable in collected:
             for tensor in tensors.of(variable.tensor):

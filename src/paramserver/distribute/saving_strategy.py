@@ -125,7 +125,8 @@ class SavingStrategy(Strategy):
                 fsspec knows.
 
         Returns:
-            The path of the checkpoint; None if nothing was restored, and on a worker that is not the chief.
+            The path of the checkpoint that is restored, or that `prepare` is to begin with; None if there is none, and
+            on a worker that is not the chief.
 
         Raises:
             CheckpointError: If the checkpoint is cut short or belongs to another model, or one that is named is not
