@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import paramserver as ps
@@ -402,3 +403,17 @@ def test_a1_a_chief_that_is_started_again_leaves_the_state_of_the_ps_tasks(caplo
         check_same(saved(prepared)[0], now)
         assert "prepare leaves the state of its optimizer" in caplog.text
         again.close()
+
+
+def test_a1_torchs_own_checkpoints_make_no_step_to_have_a_state(make: Make) -> None:
+    """They do where an optimizer has no state and its parameters have no gradients."""
+    net, prepared = make().prepare(*built(ROWS[3]))
+    train(net, prepared, 0)
+    (before,) = saved(prepared)
+    prepared.zero_grad()
+    _, state = get_state_dict(net, prepared)
+    assert {float(slots["step"]) for slots in state["state"].values()} == {2.0, 3.0}
+    check_same(saved(prepared)[0], before)
+    train(net, prepared, STEPS)
+    set_optimizer_state_dict(net, prepared, state)
+    check_same(saved(prepared)[0], before)

@@ -57,7 +57,7 @@ def test_a_step_pushes_once(prepared: PreparedOptimizer, pusher: Pusher) -> None
 
 def test_a_step_keeps_no_state_here(prepared: PreparedOptimizer) -> None:
     prepared.step()
-    assert not prepared.state
+    assert len(prepared.state) == 0
     assert prepared.state_dict()["state"] == {}
     assert prepared.state_dict()["param_groups"][0]["lr"] == 0.1
 
@@ -209,12 +209,12 @@ def test_state_is_gathered_and_brought_back(original: optim.Optimizer, pusher: P
     remote.held = {weight: {"momentum_buffer": torch.ones(2, 2)}}
     saved = copy.deepcopy(prepared.state_dict())
     assert torch.equal(saved["state"][0]["momentum_buffer"], torch.ones(2, 2))
-    assert not prepared.state
+    assert len(prepared.state) == 0
     remote.held = {}
     saved["param_groups"][0]["lr"] = 0.5
     prepared.load_state_dict(saved)
     assert torch.equal(remote.held[weight]["momentum_buffer"], torch.ones(2, 2))
-    assert not prepared.state
+    assert len(prepared.state) == 0
     assert original.param_groups[0]["lr"] == 0.5
 
 

@@ -24,6 +24,16 @@ class Prepared(Protocol):
         """Every replica's tensor in the place of the first one's ``parameter``."""
 
 
+class _Elsewhere(defaultdict[torch.Tensor, Any]):
+    """The state that is kept here, which is empty; it counts as there.
+
+    torch.distributed.checkpoint makes a step with zero gradients where an optimizer has no state yet, to have some.
+    """
+
+    def __bool__(self) -> bool:
+        return True
+
+
 class RemoteState(Protocol):
     """What an optimizer asks of the parameter servers that hold its state; see `OptimizerState`."""
 
@@ -65,7 +75,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
     ) -> None:
         # The groups, defaults and registered hooks are the user's optimizer's own, so its constructor is not run.
         self.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
-        self.state = defaultdict(dict)
+        self.state = _Elsewhere(dict)
         self.last_push: PushResult | None = None
         self._original = optimizer
         self._model = model
@@ -114,11 +124,11 @@ class PreparedOptimizer(torch.optim.Optimizer):
             UnavailableError: If a ps is lost.
         """  # noqa: D205
         if self._remote is not None:
-            self.state = defaultdict(dict, self._remote.read())
+            self.state = _Elsewhere(dict, self._remote.read())
         try:
             return super().state_dict()
         finally:
-            self.state = defaultdict(dict)
+            self.state = _Elsewhere(dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict()`` of this optimizer, or of the ``torch.optim`` one, returned. Blocks.
@@ -135,7 +145,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         before = [dict(group) for group in groups]
         super().load_state_dict(state_dict)
-        state, self.state = self.state, defaultdict(dict)
+        state, self.state = self.state, _Elsewhere(dict)
         # The groups themselves are shared with schedulers and with what is pushed: they must stay the same objects.
         for group, loaded in zip(groups, self.param_groups, strict=True):
             group.update(loaded)
