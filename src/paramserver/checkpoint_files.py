@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -38,8 +38,13 @@ VALUES_PREFIX = "model"
 # --- indexes -----------------------------------------------------------------------------------------------------
 
 
+class _Metadata(msgspec.Struct):
+    program_variables: tuple[str, ...] = ()
+
+
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
+    metadata: _Metadata | None = None
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -48,8 +53,27 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: If the index is missing or is none.
     """
+    return _decoded(path).weight_map
+
+
+def unclaimed(path: Path, known: Collection[str]) -> list[str]:
+    """The variables of an index that a model does not have, sorted; a program's own variables are not among them.
+
+    Args:
+        path: The index of values.
+        known: The names that the model has.
+
+    Raises:
+        CheckpointError: If the index is missing or is none.
+    """
+    index = _decoded(path)
+    own = index.metadata.program_variables if index.metadata else ()
+    return sorted(index.weight_map.keys() - set(known) - set(own))
+
+
+def _decoded(path: Path) -> _Index:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+        return msgspec.json.decode(path.read_bytes(), type=_Index)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no index of a checkpoint: {error}", str(path)) from error
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from paramserver.arena import ArenaLayout, pieces
 from paramserver.checkpoint.memory_files import MemoryFiles
 from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, digest, merge, read_index
-from paramserver.lanes import Call, Lanes, Meanwhile, nothing
+from paramserver.lanes import Answers, Call, Dialer, Lanes, Meanwhile, nothing
 from paramserver.long_requests import ask_at_length, ask_with_files
 from paramserver.own_variables import OwnVariables
 from paramserver.questions import WAIT_INTERVAL, OnWait, Patience, ask, ask_all, ask_each, ask_until_ready, expected
@@ -79,6 +80,7 @@ class ParameterClient:
 
     Args:
         lanes: A lane to each ps, by index. Owned by the client from now on.
+        dialer: As for `Lanes`.
 
     Attributes:
         lanes: The lanes.
@@ -89,13 +91,11 @@ class ParameterClient:
         emptied: The ps tasks, by index, that had lost their values when the chief came back by `resume`.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self.lanes = Lanes(lanes)
-        self._layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
-        self._memories: list[WorkerMemory] = []
+    def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
+        self.lanes = Lanes(lanes, dialer)
         self._sequence = itertools.count(1)
         self.variables = OwnVariables(self.lanes, self._sequence)
-        self._under_way: tuple[list[Call], Future[list[messages.Reply]]] | None = None
+        self._aside: tuple[list[Call], Future[Answers]] | None = None
         self.global_step = 0
         self.local_step = 0
         self.emptied: list[int] = []
@@ -130,12 +130,21 @@ class ParameterClient:
 
     def open(self) -> list[WorkerMemory]:
         """Make the memory for the declared arenas, for each ps."""
-        self._memories = [lane.open(layouts) for lane, layouts in zip(self.lanes.each(), self._layouts, strict=True)]
-        return self._memories
+        lanes = self.lanes
+        lanes.memories = [lane.open(layouts) for lane, layouts in zip(lanes.each(), lanes.layouts, strict=True)]
+        return lanes.memories
+
+    def renew_gradients(self, ps: int) -> WorkerMemory:
+        """Go on with new, zeroed memory for the gradients of a ps: a program still refers to the present one."""
+        self.lanes.mend()
+        memory = self.lanes.memories[ps] = self.lanes.each()[ps].renew()
+        return memory
 
     def mark_ready(self, global_step: int) -> None:
         """The chief has initialized the variables: let the others begin."""
-        ask_all(self.lanes, messages.MarkReady(global_step), messages.Done)
+        epoch = secrets.token_hex(8)
+        ask_all(self.lanes, messages.MarkReady(global_step, epoch), messages.Done)
+        self.lanes.epochs = [epoch] * len(self.push_times)
         self._arrived(global_step)
 
     def mark_restored(self, global_step: int | None) -> None:
@@ -154,22 +163,15 @@ class ParameterClient:
         """Whether the ps tasks hold values that a checkpoint was restored into, or that were trained."""
         return ask(self.lanes, self.lanes.each()[0], messages.AwaitRestored(0.0), messages.State).ready
 
-    def resume(
-        self,
-        lanes: Sequence[Lane],
-        timeout: float,
-        on_wait: OnWait = lambda _: None,
-        *,
-        is_chief: bool,
-    ) -> bool:
-        """Go on over other lanes to the same ps tasks, after one of the present ones was lost.
+    def resume(self, timeout: float, on_wait: OnWait = lambda _: None, *, is_chief: bool) -> bool:
+        """Connect to all ps tasks anew, after one was lost, and go on.
 
-        The memory stays the same. What a ps does not hold any more, the chief makes anew, without values: unless this
-        returns True, it has to initialize the variables and `mark_ready`. Everyone else waits for that here.
+        The memory stays the same; what was under way is not made up for. What a ps does not hold any more, the chief
+        makes anew, without values: unless this returns True, it has to initialize the variables and `mark_ready`.
+        Everyone else waits for that here.
 
         Args:
-            lanes: By the ps's index. Owned by the client from now on.
-            timeout: Seconds to wait for the chief, in all.
+            timeout: Seconds to wait for the ps tasks, and again for the chief, in all.
             on_wait: As for `await_ready`.
             is_chief: Whether this task initializes.
 
@@ -177,25 +179,27 @@ class ParameterClient:
             Whether all ps tasks hold values.
 
         Raises:
-            DeadlineError: If the chief has not initialized them by then.
+            DeadlineError: If a ps or the chief is not up by then.
         """
+        assert self.lanes.dialer is not None  # noqa: S101  # only a client of a cluster loses a ps
+        lanes = self.lanes.dialer.dial_all(timeout, self.ways)
         self.lanes.replace(lanes)
-        self._under_way = None
+        self._aside = None
         patience = Patience(timeout, on_wait)
         is_ready = self._create_again() if is_chief else self._join_again(patience)
-        for lane, layouts, memory in zip(lanes, self._layouts, self._memories, strict=True):
+        for lane, layouts, memory in zip(lanes, self.lanes.layouts, self.lanes.memories, strict=True):
             lane.open(layouts, memory)
         self.variables.find_again(patience)
         return is_ready
 
     def num_variables(self, ps: int) -> int:
         """How many variables of the model, or parts of them, lie on a ps."""
-        return sum(len(layout.variables) for layout in self._layouts[ps])
+        return sum(len(layout.variables) for layout in self.lanes.layouts[ps])
 
     @property
     def ways(self) -> list[str]:
         """For each ps the lane that `resume` can go on with: ``auto``, or ``tcp`` where no memory was shared."""
-        return ["tcp" if memory.file is None else "auto" for memory in self._memories]
+        return ["tcp" if memory.file is None else "auto" for memory in self.lanes.memories]
 
     # --- steps
 
@@ -208,8 +212,16 @@ class ParameterClient:
         """
         return [
             PushPlan(tuple(ps_parts), tuple(ps_pull), _outgoing(layouts, ps_parts), _whole(layouts, ps_pull))
-            for layouts, ps_parts, ps_pull in zip(self._layouts, parts, pull, strict=True)
+            for layouts, ps_parts, ps_pull in zip(self.lanes.layouts, parts, pull, strict=True)
         ]
+
+    def next_number(self) -> int:
+        """A number for one push to all ps tasks."""
+        return next(self._sequence)
+
+    def has_begun(self, number: int) -> bool:
+        """Whether a push was begun, and so is applied by every ps by now, or after `finish_push`."""
+        return self.lanes.begun >= number
 
     def push_pull(
         self,
@@ -218,17 +230,21 @@ class ParameterClient:
         counts: bool,
         rows: Sequence[Sequence[TableRows]] | None = None,
         meanwhile: Meanwhile = nothing,
+        number: int | None = None,
     ) -> PushResult:
         """Push what lies in the gradient memory, and bring the value memory up to date. The hot path.
+
+        If it is interrupted, the memory of both must stay as it is until `finish_push` has returned.
 
         Args:
             plans: What to do, for each ps; see `plan`.
             counts: Whether this is an update of the model, which the global step counts.
             rows: For each ps, what the parts that are about tables push, in their order; None if there is none.
             meanwhile: Called once all is pushed, before values come; see `Lanes.exchange`.
+            number: Of `next_number`, for `has_begun`.
         """
-        calls = self._push(plans, counts, self.local_step, rows)
-        return self._pushed(expected(calls, self.lanes.exchange(calls, meanwhile), messages.Applied))
+        calls = self._push(number or self.next_number(), plans, counts, self.local_step, rows)
+        return self._pushed(calls, self.lanes.exchange(calls, meanwhile))
 
     def begin_push_pull(
         self,
@@ -237,32 +253,45 @@ class ParameterClient:
         counts: bool,
         computed_from: int,
         rows: Sequence[Sequence[TableRows]] | None = None,
+        number: int | None = None,
     ) -> None:
-        """`push_pull` on a thread: until `end_push_pull` has returned, nobody else may touch the memory of both.
+        """`push_pull` on a thread: until `finish_push` has returned, nobody else may touch the memory of both.
 
         Args:
             plans: As for `push_pull`.
             counts: As for `push_pull`.
             computed_from: The `local_step` of the values that the gradients were computed from.
             rows: As for `push_pull`.
+            number: As for `push_pull`.
         """
-        calls = self._push(plans, counts, computed_from, rows)
-        self._under_way = calls, self.lanes.exchange_aside(calls)
+        calls = self._push(number or self.next_number(), plans, counts, computed_from, rows)
+        self._aside = calls, self.lanes.exchange_aside(calls)
         self.global_step += counts
 
-    def end_push_pull(self) -> PushResult | None:
-        """Wait for the end of `begin_push_pull`; None if none is under way. Raises what `push_pull` would."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is None:
+    def finish_push(self) -> PushResult | None:
+        """Wait for `begin_push_pull`, or make up for a push that was interrupted; None if there is neither. Blocks.
+
+        Raises:
+            ParameterServerError: What `push_pull` would.
+        """
+        if self._aside is not None:
+            calls, replies = self._aside
+            wait([replies])  # an interrupt leaves it under way
+            self._aside = None
+            answers = replies.result()
+            if answers.replies:
+                return self._pushed(calls, answers)
+        applied = [reply for reply in self.lanes.mend() if isinstance(reply, messages.Applied)]
+        if not applied:
             return None
-        calls, replies = under_way
-        return self._pushed(expected(calls, replies.result(), messages.Applied))
+        self._arrived(applied[0].global_step)
+        return PushResult(applied[0].global_step, applied[0].staleness)
 
     def pull(self, arenas: Sequence[Sequence[int]]) -> int:
         """Bring the value memory of these arenas of each ps up to date; the global step."""
         calls = [
             Call(lane, messages.Pull(tuple(wanted)), (), _whole(layouts, wanted))
-            for lane, layouts, wanted in zip(self.lanes.each(), self._layouts, arenas, strict=True)
+            for lane, layouts, wanted in zip(self.lanes.each(), self.lanes.layouts, arenas, strict=True)
         ]
         self._arrived(ask_each(self.lanes, calls, messages.State)[0].global_step)
         return self.global_step
@@ -272,18 +301,18 @@ class ParameterClient:
         return self.lanes.each()[ps].copy_rows(arena, rows)
 
     def pull_rows(self, wanted: Sequence[tuple[int, int, TableRows]]) -> None:
-        """Fetch rows of tables.
+        """Fetch rows of tables, by one request to each ps.
 
         Args:
             wanted: The ps, the arena of the table there, and the rows, whose values are filled.
         """
-        lanes, calls = self.lanes.each(), list[Call]()
+        lanes = self.lanes.each()
+        missing: dict[int, list[tuple[int, TableRows]]] = {}
         for ps, arena, rows in wanted:
             if len(rows.ids) and not lanes[ps].copy_rows(arena, rows):
-                request = messages.PullRows(arena, len(rows.ids))
-                calls.append(Call(lanes[ps], request, rows_out=[rows.id_bytes], rows_in=[rows.value_bytes]))
-        if calls:
-            ask_each(self.lanes, calls, messages.State)
+                missing.setdefault(ps, []).append((arena, rows))
+        if missing:
+            ask_each(self.lanes, [_pull_rows(lanes[ps], tables) for ps, tables in missing.items()], messages.State)
 
     def read_global_step(self) -> int:
         """Ask ps:0 for the global step."""
@@ -302,6 +331,7 @@ class ParameterClient:
 
         Raises:
             CheckpointError: If it cannot be written.
+            NotFiniteError: If a trained variable is not finite.
         """
         lanes = self.lanes.each()
         calls = [Call(lane, messages.Save(directory, shard, len(lanes))) for shard, lane in enumerate(lanes)]
@@ -356,12 +386,14 @@ class ParameterClient:
     def await_workers(self, on_wait: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
         """Wait until this task is the only one that still trains. Blocks for as long as the others take.
 
+        All ps tasks are asked at once, so that the loss of any of them is noticed.
+
         Args:
             on_wait: Called about every second with the tasks that are waited for.
         """
-        for lane in self.lanes.each():
-            while tasks := ask(self.lanes, lane, messages.AwaitWorkers(WAIT_INTERVAL), messages.Remaining).tasks:
-                on_wait(tasks)
+        request = messages.AwaitWorkers(WAIT_INTERVAL)
+        while tasks := {task for left in ask_all(self.lanes, request, messages.Remaining) for task in left.tasks}:
+            on_wait(tuple(sorted(tasks)))
 
     # --- any time
 
@@ -372,12 +404,12 @@ class ParameterClient:
     def goodbye(self, failure: str = "") -> None:
         """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent."""
         self.lanes.goodbye(failure)
-        self._memories = []  # their files are closed with them
+        self.lanes.memories = []  # their files are closed with them
 
     def close(self) -> None:
         """Close the connections without a word. Idempotent."""
         self.lanes.close()
-        self._memories = []
+        self.lanes.memories = []
 
     def __repr__(self) -> str:
         return f"<ParameterClient of {self.lanes} at global step {self.global_step}>"
@@ -388,16 +420,19 @@ class ParameterClient:
 
     def _push(
         self,
+        number: int,
         plans: Sequence[PushPlan],
         counts: bool,
         computed_from: int,
         rows: Sequence[Sequence[TableRows]] | None,
     ) -> list[Call]:
-        sequence, lanes = next(self._sequence), self.lanes.each()
+        lanes = self.lanes.each()
+        if counts:
+            self.lanes.has_updated = True
         return [
             Call(
                 lane,
-                messages.Push(sequence, computed_from, counts, plan.parts, plan.pull),
+                messages.Push(number, computed_from, counts, plan.parts, plan.pull),
                 plan.outgoing,
                 plan.incoming,
                 _bytes_of(ps_rows) if ps_rows else (),
@@ -405,8 +440,9 @@ class ParameterClient:
             for lane, plan, ps_rows in zip(lanes, plans, rows or [()] * len(lanes), strict=True)
         ]
 
-    def _pushed(self, applied: Sequence[messages.Applied]) -> PushResult:
-        each_ps = zip(self.push_times, self.lanes.sending, self.lanes.waiting, applied, strict=True)
+    def _pushed(self, calls: Sequence[Call], answers: Answers) -> PushResult:
+        applied = expected(calls, answers.replies, messages.Applied)
+        each_ps = zip(self.push_times, answers.sending, answers.waiting, applied, strict=True)
         for times, sending, waiting, each in each_ps:
             times.sending += sending
             times.waiting += waiting
@@ -423,22 +459,30 @@ class ParameterClient:
 
     def _join_again(self, patience: Patience) -> bool:
         self._await_ready(patience)
-        self.join(self._layouts)
+        self.join(self.lanes.layouts)
         return True
 
     def _create_again(self) -> bool:
-        are_ready = self._declare(self._layouts, create=True)
+        are_ready = self._declare(self.lanes.layouts, create=True)
         self.emptied = [index for index, is_ready in enumerate(are_ready) if not is_ready]
         return not self.emptied
 
     def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> list[bool]:
         self.variables.leave_to_model(_names(layouts))
-        self._layouts = list(layouts)
+        self.lanes.layouts = list(layouts)
         calls = [
             Call(lane, messages.Declare(tuple(ps_layouts), create))
             for lane, ps_layouts in zip(self.lanes.each(), layouts, strict=True)
         ]
-        return [reply.ready for reply in ask_each(self.lanes, calls, messages.Declared)]
+        replies = ask_each(self.lanes, calls, messages.Declared)
+        self.lanes.epochs = [reply.epoch for reply in replies]
+        return [reply.ready for reply in replies]
+
+
+def _pull_rows(lane: Lane, tables: Sequence[tuple[int, TableRows]]) -> Call:
+    request = messages.PullRows(tuple((arena, len(rows.ids)) for arena, rows in tables))
+    ids, values = ([getattr(rows, name) for _, rows in tables] for name in ("id_bytes", "value_bytes"))
+    return Call(lane, request, rows_out=ids, rows_in=values)
 
 
 def _bytes_of(rows: Sequence[TableRows]) -> list[memoryview]:

@@ -89,7 +89,7 @@ class Conversation:
     def end(self) -> None:
         """See `serving.Served`."""
         if self._has_joined and self._session:
-            self._host.roster.disconnect(self._session.task)
+            self._host.roster.disconnect(self._session.task, self._session.incarnation)
         if self._session:
             self._session.close()
         self._connection.close()
@@ -111,14 +111,14 @@ class Conversation:
     def _join(self, session: Session) -> Pace:
         try:
             self._host.store.check_alive()  # comes first: a run that has failed is over as well
-            self._host.roster.join(session.task)
+            self._host.roster.join(session.task, session.incarnation)
         except ParameterServerError as error:
             try:
                 session.receive()
                 session.reply(refused(error))
             finally:  # it was expected and has come, and need not be waited for, whether or not it waits for the news
                 if isinstance(error, RunOverError):
-                    self._host.roster.leave(session.task)
+                    self._host.roster.leave(session.task, session.incarnation)
             return Pace.OVER
         self._has_joined = True
         return Pace.SLOW

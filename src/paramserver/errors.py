@@ -19,6 +19,18 @@ class ConfigError(ParameterServerError, ValueError):
     """
 
 
+class EditedError(ParameterServerError, RuntimeError):
+    """The program has written values into a parameter whose values belong to the parameter servers.
+
+    Attributes:
+        variable: The parameter's name.
+    """
+
+    def __init__(self, message: str, variable: str) -> None:
+        super().__init__(message)
+        self.variable = variable
+
+
 class UnsupportedOptimizerError(ConfigError):
     """An optimizer whose rule cannot run on a parameter server, because it is not elementwise.
 
@@ -101,6 +113,18 @@ class CheckpointError(ParameterServerError):
     def __init__(self, message: str, path: str) -> None:
         super().__init__(message)
         self.path = path
+
+
+class NotFiniteError(CheckpointError):
+    """A trained variable holds NaN or infinity, and is not checkpointed: no restart would get out of it.
+
+    Attributes:
+        variable: The first one that was found; ``path`` is the checkpoint that was not written, where it is known.
+    """
+
+    def __init__(self, message: str, path: str, variable: str) -> None:
+        super().__init__(message, path)
+        self.variable = variable
 
 
 class RunOverError(ParameterServerError):

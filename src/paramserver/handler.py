@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
 from paramserver.jobs import Job, here, loading_slots, reading_slots, restoring, saving, through_peer
 from paramserver.push_plans import Application, PushPlans
+from paramserver.store.progress import Progress
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
 from paramserver.store.stored_table import StoredTable
@@ -94,18 +95,53 @@ class RequestHandler:
     def _push(self, session: Session, push: messages.Push) -> None:
         store = self._store
         store.check_alive()
-        # All is checked before the first part is applied: a push that is refused has changed nothing.
+        # All is checked before the first part is applied: a push that is refused here has changed nothing.
         plan = self.pushes.plan(push)
         rows = [self._taken_rows(session, part) for part in plan.of_rows] if plan.of_rows else ()
         step, staleness, seconds = store.global_step, 0, 0.0
-        if store.is_new(session.incarnation, push.sequence):
-            for apply_rows in rows:
-                seconds += apply_rows()
-            for application in plan.applications:
-                seconds += _apply(session, application)
-            if push.counts:
-                step, staleness = store.count_update(push.local_step)
+        progress = store.progress(session.incarnation)
+        with progress.lock:
+            if self._begins(session, progress, push.sequence):
+                try:
+                    seconds = _apply_all(session, progress, rows, plan.applications)
+                except UnavailableError:
+                    self._say_partial(session, progress, len(rows) + len(plan.applications))
+                    raise
+                except Exception as error:
+                    raise self._failed(session, progress, len(rows) + len(plan.applications), error) from error
+                if push.counts:
+                    step, staleness = store.count_update(push.local_step)
+                progress.end()
         session.reply(messages.Applied(step, staleness, seconds), plan.pulled, self._lock)
+
+    def _begins(self, session: Session, progress: Progress, number: int) -> bool:
+        try:
+            return progress.begin(number)
+        except ValueError as error:
+            task = self._store.task
+            raise RefusedError(
+                f"an update of {session.task} on {task}: {error}; strategy.assign(model) or a checkpoint sets the "
+                "values",
+                task,
+            ) from error
+
+    def _say_partial(self, session: Session, progress: Progress, parts: int) -> None:
+        if progress.done:
+            logger.warning(
+                "%s: %s was lost in the middle of an update: %d of its %d parts are applied; the others follow if it "
+                "comes back",
+                *(self._store.task, session.task, progress.done, parts),
+            )
+
+    def _failed(self, session: Session, progress: Progress, parts: int, error: Exception) -> RefusedError:
+        """The refusal of a push of which a part could not be applied."""
+        progress.end()
+        task = self._store.task
+        what = f"an update of {session.task} failed on {task} after {progress.done} of {parts} parts"
+        logger.warning("%s:\n%s", what, traceback.format_exc())  # as text: a kept record must not keep arenas
+        return RefusedError(
+            f"{what}, which stay applied; the global step does not count it: {type(error).__name__}: {error}", task
+        )
 
     def _taken_rows(self, session: Session, part: messages.Part) -> Callable[[], float]:
         """What applies the rows of a part, which are taken and checked here; it returns the seconds that it took."""
@@ -138,15 +174,18 @@ class RequestHandler:
 
     def _pull_rows(self, session: Session, pull: messages.PullRows) -> None:
         self._store.check_alive()
-        table = self._table(pull.arena)
+        rows = [self._read_rows(session, arena, count) for arena, count in pull.wanted]
+        session.reply(messages.State(True, self._store.global_step), rows=list(map(tensor_bytes, rows)))
+
+    def _read_rows(self, session: Session, arena: int, count: int) -> torch.Tensor:
+        table = self._table(arena)
         try:
-            table.check_rows("assign", pull.rows, None)
-            ids = _taken_ids(session, pull.rows)
+            table.check_rows("assign", count, None)
+            ids = _taken_ids(session, count)
             table.check_ids(ids)
         except ValueError as error:
-            raise self._refused_rows(pull.arena, error) from error
-        rows = table.read_rows(ids)
-        session.reply(messages.State(True, self._store.global_step), rows=tensor_bytes(rows))
+            raise self._refused_rows(arena, error) from error
+        return table.read_rows(ids)
 
     def _pull(self, session: Session, pull: messages.Pull) -> None:
         self._store.check_alive()
@@ -157,12 +196,14 @@ class RequestHandler:
 
     def _declare(self, session: Session, declare: messages.Declare) -> None:
         self._store.check_alive()
+        with self._store.progress(session.incarnation).lock:
+            pass  # a lost connection of this worker may still be served, from memory that it will write to
         store_memory = (self._store.create if declare.create else self._store.compare)(declare.arenas)
         session.open(declare.arenas, store_memory)
-        session.reply(messages.Declared(self._store.is_ready))
+        session.reply(messages.Declared(self._store.is_ready, self._store.epoch))
 
     def _mark_ready(self, session: Session, request: messages.MarkReady) -> None:
-        self._store.mark_ready(request.global_step)
+        self._store.mark_ready(request.global_step, request.epoch)
         session.reply(messages.Done())
 
     def _await_ready(self, session: Session, request: messages.AwaitReady) -> None:
@@ -244,10 +285,14 @@ class RequestHandler:
         source = self._unpacked(request.values, request.variable, arena.layout.dtype)
         piece = (request.start, request.start + len(source))
         self._store.check_piece(arena, piece)
-        if self._store.is_new(session.incarnation, request.sequence):
-            result = arena.update(request.operation, piece, source)
-        else:
-            result = arena.copy(piece)
+        progress = self._store.progress(session.incarnation)
+        with progress.lock:
+            if self._begins(session, progress, request.sequence):
+                progress.enter_part()
+                result = arena.update(request.operation, piece, source)
+                progress.end()
+            else:
+                result = arena.copy(piece)
         session.reply(messages.Values(packed(result)))
 
     def _unpacked(self, data: bytes, variable: str, dtype: str) -> torch.Tensor:
@@ -284,7 +329,7 @@ class RequestHandler:
         try:
             session.reply(messages.Done())
         finally:  # it has left, whether or not it waits for the answer; after the answer, since this may end the run
-            self._roster.leave(session.task)
+            self._roster.leave(session.task, session.incarnation)
 
 
 def _sees(directory: Path, expected: str = "") -> bool:
@@ -307,10 +352,31 @@ def _taken_values(session: Session, layout: ArenaLayout, count: int) -> torch.Te
     return torch.from_numpy(taken).view(layout.torch_dtype)
 
 
-def _apply(session: Session, application: Application) -> float:
-    """Apply a piece as soon as it is here; the seconds without those in which it was waited for."""
+def _apply_all(
+    session: Session,
+    progress: Progress,
+    rows: Sequence[Callable[[], float]],
+    applications: Sequence[Application],
+) -> float:
+    """Apply the parts of an update that are not applied yet; the seconds, without those of waiting for them."""
+    seconds = 0.0
+    for apply_rows in rows[progress.done :]:
+        progress.enter_part()
+        seconds += apply_rows()
+        progress.leave_part()
+    for application in applications[: progress.done - len(rows)]:  # applied when it came for the first time
+        session.gradient(application.piece)
+    for application in applications[progress.done - len(rows) :]:
+        seconds += _apply(session, progress, application)
+    return seconds
+
+
+def _apply(session: Session, progress: Progress, application: Application) -> float:
+    """Apply a piece as soon as it is here."""
     arena, operation, piece, settings = application
     gradient = session.gradient(piece)
     begun = time.perf_counter()
+    progress.enter_part()
     arena.apply(operation, (piece.start, piece.stop), gradient, settings)
+    progress.leave_part()
     return time.perf_counter() - begun

@@ -47,7 +47,7 @@ def ask_with_files(lanes: Lanes, calls: Sequence[Call], files: Files, interval: 
     last: dict[Lane, messages.Reply] = {}
     going_on = list(calls)
     while going_on:
-        replies = lanes.exchange(going_on)
+        replies = lanes.exchange(going_on).replies
         timeout = 0.0 if _asks_for_more(replies) else interval  # let nobody wait for the disk of another
         asked, going_on = going_on, []
         for (lane, *_), reply in zip(asked, replies, strict=True):

@@ -6,7 +6,7 @@ Their values stand in the messages, block by block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -14,8 +14,8 @@ import torch
 
 from paramserver.arena import DTYPES, Range, VariableSpec, pieces
 from paramserver.errors import ConfigError, RemoteProtocolError
-from paramserver.lanes import Lanes
-from paramserver.questions import OnWait, Patience, ask, ask_until_ready
+from paramserver.lanes import Call, Lanes
+from paramserver.questions import OnWait, Patience, ask, ask_until_ready, expected
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
 from paramserver.wire.values import packed, unpacked
@@ -42,18 +42,40 @@ class OwnVariables:
         self._sequence = sequence
         self._names: set[str] = set()
         self._model_names: set[str] = set()
+        self._begun: dict[str, int] = {}
         self._made: list[_Made] = []
 
     def unique_name(self, name: str) -> str:
         """A name that no variable has: ``name``, or else ``name_1``, ``name_2`` and so on.
 
-        It counts as taken from now on. The same calls in the same order give the same names on every worker.
+        It counts as taken once `finish` was told of it: a variable whose creation was interrupted is created again
+        under the same name. The same calls in the same order give the same names on every worker.
         """
         taken = self._names | self._model_names
         numbered = (f"{name}_{number}" for number in itertools.count(1))
-        unique = next(each for each in itertools.chain([name], numbered) if each not in taken)
-        self._names.add(unique)
-        return unique
+        return next(each for each in itertools.chain([name], numbered) if each not in taken)
+
+    def ps_of(self, name: str, place: Callable[[], int]) -> int:
+        """The ps for a variable, or a part of one: by ``place``, or where its creation was begun before."""
+        if name not in self._begun:
+            self._begun[name] = place()
+        return self._begun[name]
+
+    def finish(self, name: str, parts: Iterable[str]) -> None:
+        """A variable is created, which has these parts."""
+        self._names.add(name)
+        for part in parts:
+            self._begun.pop(part, None)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that are taken by the program's own variables."""
+        return frozenset(self._names)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The names of all variables, the model's too."""
+        return frozenset(self._names | self._model_names)
 
     def leave_to_model(self, names: set[str]) -> None:
         """A model has variables of these names.
@@ -130,12 +152,15 @@ class OwnVariables:
 
         Atomic for each block of elements: a variable of more than `arena.BLOCK` may meet another worker's in between.
         """
-        lane = self._lanes.each()[ps]
+        lane, blocks = self._lanes.each()[ps], list(pieces([(0, variable.size)]))
+        calls = [
+            Call(lane, messages.UpdateVariable(number, variable.name, operation, start, packed(values[start:stop])))
+            for (start, stop), number in zip(blocks, self._sequence, strict=False)
+        ]
+        replies = expected(calls, self._lanes.exchange_in_turn(calls), messages.Values)
         result = torch.empty_like(values)
-        for start, stop in pieces([(0, variable.size)]):
-            source = packed(values[start:stop])
-            request = messages.UpdateVariable(next(self._sequence), variable.name, operation, start, source)
-            _fill(result[start:stop], ask(self._lanes, lane, request, messages.Values), lane)
+        for (start, stop), reply in zip(blocks, replies, strict=True):
+            _fill(result[start:stop], reply, lane)
         return result
 
     def __repr__(self) -> str:

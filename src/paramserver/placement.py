@@ -134,7 +134,7 @@ class Random(Placement):
 
     >>> place = Random(seed=0).start(num_ps=4)
     >>> [place(VariableSpec(name, (), "float32")) for name in ("weight", "bias", "größe", "weight")]
-    [2, 3, 0, 2]
+    [2, 1, 2, 2]
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -145,8 +145,8 @@ class Random(Placement):
         return lambda variable: indices[self._hash(variable.name) % num_ps]
 
     def _hash(self, name: str) -> int:
-        # Not Python's own hash, which differs between processes.
-        digest = hashlib.md5(f"{name}{self._seed}".encode(), usedforsecurity=False).digest()
+        # Not Python's own hash, which differs between processes. The key is the original's, so places are, too.
+        digest = hashlib.md5(f"{name}_{self._seed}".encode(), usedforsecurity=False).digest()
         return int.from_bytes(digest, "big")
 
 

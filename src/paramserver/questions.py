@@ -65,7 +65,7 @@ def ask_all(lanes: Lanes, request: messages.Request, kind: type[R]) -> list[R]:
 
 def ask_each(lanes: Lanes, calls: Sequence[Call], kind: type[R]) -> list[R]:
     """Ask several ps tasks at once; their replies, in the order of the calls."""
-    return expected(calls, lanes.exchange(calls), kind)
+    return expected(calls, lanes.exchange(calls).replies, kind)
 
 
 def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: type[R]) -> list[R]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -162,8 +162,10 @@ def run_standard_server() -> None:
         server.join()
 
 
-def play_in_process(device: torch.device | str = "cpu") -> InProcessLane:
-    """A ps inside this process, for a run without a cluster: its store, reached by function calls.
+def play_in_process(device: torch.device | str = "cpu") -> Callable[[], InProcessLane]:
+    """Return a function that connects to a ps inside this process, for a run without a cluster.
+
+    Every lane that it returns leads to the same store, by function calls, as the same incarnation of the worker.
 
     Args:
         device: Where its variables lie.
@@ -171,8 +173,9 @@ def play_in_process(device: torch.device | str = "cpu") -> InProcessLane:
     task = str(TaskId(Role.PS, 0))
     me = str(TaskId(Role.CHIEF, 0))
     roster = Roster(me, [me])
-    handler = RequestHandler(Store(task, partial(memory.private_store_memory, device=device)), roster)
-    return InProcessLane(task, InProcessSession(me, new_incarnation()), handler.handle)
+    store, incarnation = Store(task, partial(memory.private_store_memory, device=device)), new_incarnation()
+    handler = RequestHandler(store, roster)
+    return lambda: InProcessLane(task, InProcessSession(me, incarnation), handler.handle)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from paramserver.arena import ArenaLayout, Shard, VariableSpec
 from paramserver.checkpoint.model_dir import CheckpointManager, checkpoint_step, latest_checkpoint
 from paramserver.checkpoint_folder import CheckpointFolder
 from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpoint
-from paramserver.errors import CheckpointError, UnavailableError
+from paramserver.errors import CheckpointError, NotFiniteError, UnavailableError
 from paramserver.estimator.checkpoint import inspect_checkpoint, load_model, read_values
 from paramserver.placement import FixedShards, RoundRobin, row_ranges
 from paramserver.rules import describe
@@ -97,6 +97,35 @@ def test_b06_a_partitioned_variable_is_one_to_inspect_and_to_plain_modules(tmp_p
     module = nn.ModuleDict({"table": nn.Embedding(10, 4)})
     load_model(module, path)
     assert torch.equal(module["table"].weight, values)
+
+
+# --- what is not finite
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_cp_what_is_not_finite_is_refused_with_the_way_back_and_nothing_is_left(tmp_path, saved):
+    """The client's save names the variable; the whole checkpoint's also what to go on from."""
+    with LocalCluster(ps=2, workers=1) as cluster:
+        chief, manager = Chief(cluster, 2), CheckpointManager(str(tmp_path))
+        chief.push(torch.ones(TABLE.shape))
+        if saved:
+            write_checkpoint(chief.client, manager, 1, {})
+        gradient = torch.ones(TABLE.shape)
+        gradient[7, 2] = torch.nan
+        chief.push(gradient)
+        there = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises(NotFiniteError, match=r"'table.weight' on ps:1 is nan at \[7, 2\]") as caught:
+            write_checkpoint(chief.client, manager, 2, {})
+        assert caught.value.variable == "table.weight"
+        assert caught.value.path == str(tmp_path / "ckpt-2")
+        way = f"the last good checkpoint is {tmp_path / 'ckpt-1'}: start" if saved else "there is no good checkpoint"
+        assert way in str(caught.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == there
+        folder = tmp_path / "own"
+        folder.mkdir()
+        with pytest.raises(NotFiniteError, match=r"'table.weight' on ps:1 is nan at \[7, 2\]"):
+            chief.client.save(str(folder))
+        assert torch.isnan(chief.values()[7, 2]), "the connection can still be used"
 
 
 # --- B01: who writes

@@ -139,7 +139,7 @@ def push_rows(lane, sequence):
 def rows_of(lane):
     """The same rows of the table."""
     rows = TableRows(IDS, torch.empty(len(IDS), 4))
-    lane.start(messages.PullRows(0, len(IDS)), (), [rows.id_bytes])
+    lane.start(messages.PullRows(((0, len(IDS)),)), (), [rows.id_bytes])
     lane.finish((), [rows.value_bytes])
     return rows.values
 

@@ -264,3 +264,15 @@ def test_an_estimator_ends_at_its_step_with_all_of_it_saved(
             own.data.copy_(other.data)
         optimizer.step()
     torch.testing.assert_close(estimator.get_variable_value("0.weight"), model[0].weight.detach())
+
+
+def test_a_question_to_one_ps_may_come_between_a_step_and_its_answer(cluster: LocalCluster) -> None:
+    """As the Estimator asks for the global step at the end, and as a lookup of a table asks some of the ps tasks."""
+    strategy, model = pipelined(cluster), net()
+    model, prepared = strategy.prepare(model, optim.SGD(model.parameters(), lr=0.1))  # type: ignore[assignment]
+    train(model, prepared)
+    assert strategy.client is not None
+    assert strategy.client.read_global_step() == 1
+    train(model, prepared)
+    assert strategy.client.read_global_step() == 2
+    strategy.close()

@@ -18,7 +18,7 @@ import paramserver as ps
 from paramserver.errors import ConfigError, UnavailableError
 from paramserver.estimator import Estimator, EstimatorSpec, ModeKeys, RunConfig
 from paramserver.estimator.checkpoint import read_values
-from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook
+from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
 
 PATIENCE = 30.0
 
@@ -411,6 +411,63 @@ def test_the_estimator_brings_a_table_back_from_a_checkpoint(tmp_path: Path) -> 
     optimizer = adagrad(plain)
     for at in [*range(6), *range(7, 11)]:
         train(plain, optimizer, at)
+    torch.testing.assert_close(read_values(str(tmp_path / "ckpt-10")), dict(plain.state_dict()))
+
+
+class LosesWhileTold(TrainingHook):
+    """Loses a ps again while the hooks are told of a session: of the first one, or of one that was recreated."""
+
+    def __init__(self, cluster: Cluster, session: int) -> None:
+        self._cluster, self._left = cluster, session
+
+    def after_create_session(self, session: TrainingSession) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._cluster.lose(0)
+            session.read_global_step()
+            pytest.fail("the loss was not noticed")
+
+
+@sparse
+@pytest.mark.parametrize("session", [1, 2, 3])
+def test_a_ps_that_is_lost_again_while_hooks_are_told_of_the_recovery_is_waited_for_too(
+    tmp_path: Path, session: int
+) -> None:
+    """Session 1 is the training's first one, 2 the one after a loss, 3 the one after a loss in telling of a loss."""
+    with a_cluster() as cluster:
+        told = [LosesWhileTold(cluster, which) for which in {2, session}]
+        config = RunConfig(model_dir=str(tmp_path), save_checkpoints_steps=1, train_distribute=cluster.strategy())
+        Estimator(model_fn, config=config).train(
+            lambda: map(batch, range(100)), max_steps=10, hooks=[Loses(cluster, 6), *told]
+        )
+    assert read_values(str(tmp_path / "ckpt-10"))
+
+
+def tables_and_dense(model: nn.Module) -> list[optim.Optimizer]:
+    net: Any = model
+    return [adagrad(net.table), optim.Adam(net.head.parameters(), lr=0.1)]
+
+
+def two_fn(mode: ModeKeys) -> EstimatorSpec:
+    spec = model_fn(mode)
+    assert spec.model is not None
+    return EstimatorSpec(mode, model=spec.model, loss_fn=spec.loss_fn, optimizer=tables_and_dense(spec.model))
+
+
+@sparse
+def test_e1_tables_by_one_optimizer_and_layers_by_another_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    """With the slots of both."""
+    with a_cluster() as cluster:
+        config = RunConfig(model_dir=str(tmp_path), save_checkpoints_steps=1, train_distribute=cluster.strategy())
+        Estimator(two_fn, config=config).train(lambda: map(batch, range(100)), max_steps=10, hooks=[Loses(cluster, 6)])
+    plain = Net()
+    optimizers = tables_and_dense(plain)
+    for at in [*range(6), *range(7, 11)]:
+        ids, labels = batch(at)
+        plain.zero_grad()
+        F.mse_loss(plain(ids), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
     torch.testing.assert_close(read_values(str(tmp_path / "ckpt-10")), dict(plain.state_dict()))
 
 

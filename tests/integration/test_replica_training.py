@@ -651,17 +651,23 @@ def test_a_buffer_that_becomes_another_is_refused(few: Replicas) -> None:
 
 
 def test_values_that_are_put_in_a_parameters_place_reach_every_replica(player: Replicas) -> None:
-    """The ps tasks' values come back with the next step, on all replicas."""
-    if not player.strategy.cluster:
-        pytest.skip("in one process they are trained on")
+    """A2: the next step is refused, until the chief assigns them, or they are dropped."""
     model: Any
     model, optimizer = player.prepare(net(), sgd)
     before = model[0].weight.detach().clone()
-    model[0].weight.data = torch.zeros_like(before)
-    player.run(optimizer.step)  # pushes nothing and pulls
-    found = player.run(lambda: model[0].weight.detach().clone())
-    for values in player.strategy.local_results(found):
-        assert torch.equal(values, before)
+    for assigns in (True, False):
+        model[0].weight.data = torch.zeros_like(before)
+        if assigns:
+            player.strategy.assign(model)
+        else:
+            model[0].weight.data += 1
+            with pytest.raises(ps.errors.EditedError, match=r"parameter '0\.weight'"):
+                player.run(optimizer.step)
+            player.strategy.refresh()
+        player.run(optimizer.step)  # pushes nothing and pulls
+        found = player.run(lambda: model[0].weight.detach().clone())
+        for values in player.strategy.local_results(found):
+            assert torch.equal(values, torch.zeros_like(before))
 
 
 def test_a_replica_computes_with_its_own_tensors_also_without_gradients(few: Replicas) -> None:

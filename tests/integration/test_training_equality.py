@@ -82,15 +82,21 @@ def _some_gradients_are_brought_home_late(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(params=["in process", "1 ps auto", "2 ps auto", "1 ps tcp", "2 ps tcp"])
-def prepare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
-    """`prepare` of a strategy in one process, and of the only worker of a cluster."""
+def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ps.ParameterServerStrategy]:
+    """A strategy in one process, and of the only worker of a cluster."""
     if request.param == "in process":
-        yield ps.ParameterServerStrategy().prepare
+        yield ps.ParameterServerStrategy()
         return
     num_ps, _, lane = request.param.split()
     monkeypatch.setenv("PARAMSERVER_LANE", lane)
     with a_run(int(num_ps)) as run:
-        yield run.strategy().prepare
+        yield run.strategy()
+
+
+@pytest.fixture
+def prepare(strategy: ps.ParameterServerStrategy) -> Prepare:
+    """Its `prepare`."""
+    return strategy.prepare
 
 
 def plainly(model: nn.Module, optimizer: optim.Optimizer) -> tuple[nn.Module, optim.Optimizer]:
@@ -563,7 +569,7 @@ def test_an_arena_of_several_blocks_and_many_gaps(prepare: Prepare) -> None:
     assert_equal_to_plain(program, prepare)
 
 
-def test_values_that_are_put_in_a_parameters_place_are_trained_in_one_process() -> None:
+def test_a2_values_that_a_program_assigns_are_trained(strategy: ps.ParameterServerStrategy) -> None:
     def program(prepare: Prepare) -> Iterator[nn.Module]:
         model = net()
         model, optimizer = prepare(model, optim.SGD(model.parameters(), lr=0.1))
@@ -572,8 +578,10 @@ def test_values_that_are_put_in_a_parameters_place_are_trained_in_one_process() 
             model[0].weight.data = model[0].weight.data.clamp(-0.1, 0.1)
             with torch.no_grad():
                 model[2].weight.clamp_(-0.1, 0.1)
+            if prepare == strategy.prepare:
+                assert strategy.assign(model) == strategy.global_step
 
-    assert_equal_to_plain(program, ps.ParameterServerStrategy().prepare)
+    assert_equal_to_plain(program, strategy.prepare)
 
 
 @pytest.mark.parametrize("late_bytes", [0, 100])

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tests.multiprocess.warm import SCRIPT, Done, Warm
 
+from paramserver.checkpoint_files import SLOTS_INDEX, read_index
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = EXAMPLES / "own_loop.py"
 NOISE = re.compile("Traceback|Warning|ERROR|Exception")
@@ -77,6 +79,25 @@ def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path, w
     found = re.fullmatch(r"test accuracy (0\.\d+); who knows the odds has (0\.\d+)", last)
     assert found
     assert float(found[1]) > float(found[2]) - 0.01
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("lane", ["", "auto", "tcp"])
+def test_dlrm_with_an_optimizer_for_its_tables_comes_near_to_the_best(tmp_path: Path, warm: Warm, lane: str) -> None:
+    example, options = EXAMPLES / "dlrm.py", ["--model-dir", str(tmp_path), "--max-steps", "1500"]
+    if not lane:
+        last = alone(warm, example, *options)[-1]
+        found = re.fullmatch(r"test accuracy (0\.\d+); who knows the odds has (0\.\d+)", last)
+        assert found
+        assert float(found[1]) > float(found[2]) - 0.03
+        return
+    done = warm.launch("--ps", "2", "--workers", "2", "--evaluator", "--lane", lane, example, *options)
+    lines(done)
+    (step,) = re.findall(r"evaluated step (15\d\d): ", done.stderr)
+    slots = {name.rpartition("/")[2] for name in read_index(tmp_path / f"ckpt-{step}" / SLOTS_INDEX)}
+    assert slots == {"sum", "exp_avg", "exp_avg_sq", "step"}
+    accuracy = re.findall(r"test = \[(0\.\d+), ", done.stderr)[-1]
+    assert float(accuracy) > 0.8
 
 
 @pytest.mark.multiprocess

@@ -36,7 +36,7 @@ ARROWS = {
     "wire": {"arena", "rules", "errors"},
     "transport": {"wire", "rows", "huge_pages", "arena", "rules", "errors"},
     "store": {"checkpoint_files", "checkpoint_folder", "tensor_file", "rows", "huge_pages", "arena", "rules", "errors"},
-    "lanes": {"transport", "wire", "errors"},
+    "lanes": {"transport", "wire", "arena", "errors"},
     "long_requests": {"lanes", "checkpoint_folder", "transport", "wire", "errors"},
     "questions": {"lanes", "transport", "wire", "errors"},
     "own_variables": {"questions", "lanes", "transport", "wire", "arena", "errors"},

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn, optim
 
 from paramserver.distribute import bound_parameter
-from paramserver.distribute.bound_arena import BoundArena, CountedArena, TrainedArena
+from paramserver.distribute.bound_arena import BoundArena, TrainedArena
+from paramserver.distribute.buffer_arena import ConstantArena, CountedArena, LocalCountedArena
+from paramserver.distribute.gradient_place import Gate
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import Kind, RowRanges, collect, plan
 from paramserver.placement import RoundRobin
@@ -32,6 +34,19 @@ def late_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return found
 
 
+class Pushed:
+    """The memory that lanes would send from; see `PushedMemory`."""
+
+    def __init__(self, memory: WorkerMemory) -> None:
+        self.gate = Gate()
+        self.arena: BoundArena | None = None
+        self._memory = memory
+
+    def renew(self, ps: int) -> None:
+        assert self.arena is not None
+        self.arena.use_gradients(torch.zeros_like(self._memory.gradients[0]))
+
+
 def bind(
     model: nn.Module,
     devices: Sequence[torch.device],
@@ -51,15 +66,17 @@ def bind(
     bound: BoundArena
     match arena.kind:
         case Kind.TRAINED:
-            bound = TrainedArena(arena, memory, tensors, optimizers[0].param_groups[0], mean=mean)
+            pushed = Pushed(memory)
+            bound = TrainedArena(arena, memory, tensors, optimizers[0].param_groups[0], pushed, mean=mean)
+            pushed.arena = bound
         case Kind.COUNTED:
-            bound = CountedArena(arena, memory, tensors)
+            bound = (LocalCountedArena if direct else CountedArena)(arena, memory, tensors)
         case _:
-            bound = BoundArena(arena, memory, tensors)
+            bound = ConstantArena(arena, memory, tensors)
     bound.offer_values()
     bound.values.copy_(bound.gradients)
     bound.bind()
-    bound.pulled()
+    bound.refreshed()
     return bound, tensors
 
 
@@ -153,7 +170,9 @@ def test_a_single_replica_at_home_has_its_gradients_in_the_memory_that_is_pushed
     if not late_bytes:
         assert model.b.grad.data_ptr() == bound.gradients[16:].data_ptr()
     assert parts_of(bound)[0].ranges == ((16, 18),)
-    assert model.b.grad.data_ptr() == bound.gradients[16:].data_ptr()
+    assert bound.gradients[16:18].tolist() == [5.0, 5.0]
+    if late_bytes:
+        assert model.b.grad.data_ptr() != bound.gradients[16:].data_ptr(), "what is copied late is not handed out"
 
 
 def test_as_many_of_the_smallest_gradients_as_are_allowed_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,12 +303,13 @@ def test_gradients_of_parts_are_those_of_their_rows(devices: list[torch.device])
 
 
 @pytest.mark.parametrize("replica", [0, 1])
-def test_what_is_put_in_the_place_of_a_partitioned_parameter_is_brought_home(
+def test_a_partitioned_parameter_that_a_program_has_moved_gets_its_values_where_it_is(
     replica: int, devices: list[torch.device]
 ) -> None:
     model = Table()
     bound, tensors = bind(model, devices, row_ranges=in_two)
-    tensors.of(model.rows)[replica].data = torch.zeros(5, 2)
+    tensors.of(model.rows)[replica].data = tensors.of(model.rows)[replica].detach().clone()
+    bound.check()
     parts_of(bound)
     bound.values.fill_(7.0)
     bound.pulled()
@@ -307,6 +327,15 @@ class Buffers(nn.Module):
         self.register_buffer("value", value)
 
 
+def apply(bound: BoundArena, parts: Sequence[Part]) -> None:
+    """What a ps does with a push, and the pull after it."""
+    for part in parts:
+        for start, stop in part.ranges or [(0, len(bound.values))]:
+            change = bound.gradients[start:stop]
+            bound.values[start:stop] = change if part.operation == "assign" else bound.values[start:stop] + change
+    bound.pulled()
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_buffer_becomes_the_mean_of_the_replicas(direct: bool, devices: list[torch.device]) -> None:
     model = Buffers(torch.tensor([1.0, 2.0]))
@@ -315,11 +344,11 @@ def test_a_buffer_becomes_the_mean_of_the_replicas(direct: bool, devices: list[t
     one += torch.tensor([1.0, 0.0])
     other += torch.tensor([4.0, -1.0])
     parts = parts_of(bound)
-    assert bound.values.tolist() == [3.5, 1.5]
     if not direct:  # else the memory is the store's own
         assert [part.operation for part in parts] == ["add"]
         assert bound.gradients.tolist() == [2.5, -0.5]
-    bound.pulled()
+    apply(bound, parts)
+    assert bound.values.tolist() == [3.5, 1.5]
     assert on_each(tensors, model.value) == [[3.5, 1.5]] * 2
     assert parts_of(bound) == []
 
@@ -332,7 +361,7 @@ def test_an_integer_buffer_becomes_the_first_replicas(devices: list[torch.device
     other += 7
     (part,) = parts_of(bound)
     assert (part.operation, bound.gradients.tolist()) == ("add", [1])
-    bound.pulled()
+    apply(bound, [part])
     assert on_each(tensors, model.value) == [[6], [6]]
 
 
@@ -352,5 +381,48 @@ def test_a_replica_that_stays_at_infinity_makes_no_number_of_others(devices: lis
     one[0] = 5.0
     other[1] = 5.0
     one[3], other[3] = 2.0, 4.0
-    parts_of(bound)
+    apply(bound, parts_of(bound))
     assert bound.values.tolist() == [5.0, -inf, inf, 3.0]
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before it begins", "after it has begun"])
+def test_h4_a_step_that_fails_changes_nothing_that_the_next_one_pushes(
+    begun: bool, devices: list[torch.device]
+) -> None:
+    model = Buffers(torch.tensor([10.0]))
+    bound, tensors = bind(model, devices)
+    for each in tensors.of(model.value):
+        each += 1
+    bound.gather()
+    parts = bound.parts()
+    if begun:
+        change = bound.gradients.clone()
+        for each in tensors.of(model.value):  # the program goes on before it is made up for
+            each += 2
+        bound.values += change
+        bound.pulled()
+    else:
+        for each in tensors.of(model.value):
+            each += 2
+    assert [part.operation for part in parts] == ["add"]
+    apply(bound, parts_of(bound))
+    assert bound.values.tolist() == [13.0]
+    assert on_each(tensors, model.value) == [[13.0]] * 2
+
+
+def test_values_that_come_twice_are_taken_once(devices: list[torch.device]) -> None:
+    """An interrupt may come before a step knows that it has taken them."""
+    model = Buffers(torch.tensor([10.0]))
+    bound, tensors = bind(model, devices)
+    for each in tensors.of(model.value):
+        each += 1
+    apply(bound, parts_of(bound))
+    bound.values += 5  # by another worker
+    for each in tensors.of(model.value):
+        each += 1
+    bound.gather()
+    bound.parts()
+    bound.values += bound.gradients
+    for _ in range(3):
+        bound.pulled()
+    assert on_each(tensors, model.value) == [[17.0]] * 2

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -85,14 +86,22 @@ def test_batches_come_from_any_iterable(data):
     ("data", "got"),
     [
         ([(1, 2, 3)], "a tuple of length 3"),
-        ([torch.zeros(2)], "a Tensor"),
+        ([[]], "a list of length 0"),
         ((torch.zeros(2, 3), torch.zeros(2)), "a Tensor"),
-        ([{"features": 1}], "a dict"),
     ],
 )
 def test_q03_a_batch_is_a_pair(data, got):
     with pytest.raises(ConfigError, match=f"train_input: expected batches that are pairs .*, got {got}"):
         list(batches_of(data, "train_input"))
+
+
+@pytest.mark.parametrize("features", [torch.zeros(2), {"a": torch.zeros(2)}, np.zeros(2)])
+def test_e8_a_batch_may_be_features_alone(features):
+    ((found, labels), (listed, none)) = batches_of([features, [features]], "train_input")
+    assert listed is features
+    assert none is None
+    assert found is features
+    assert labels is None
 
 
 def test_what_is_no_input_is_refused():
@@ -104,5 +113,7 @@ def test_q20_a_loss_is_a_tensor_of_one_element():
     assert as_loss(torch.ones(())).item() == as_loss(torch.ones(1, 1)).item() == 1
     with pytest.raises(ConfigError, match=r"one element, got a Tensor of shape \[4\]; reduce it"):
         as_loss(torch.ones(4))
-    with pytest.raises(ConfigError, match="one element, got a float"):
-        as_loss(1.0)
+    for value in (1.0, None, [torch.ones(())]):
+        with pytest.raises(TypeError, match=f"one element, got a {type(value).__name__}") as caught:  # E13
+            as_loss(value)
+        assert isinstance(caught.value, ConfigError), "as all that the Estimator refuses"

@@ -119,6 +119,14 @@ def test_b03_one_checkpoint_of_each_period_is_spared(model_dir):
     assert spared == ["ckpt-3", "ckpt-6"]
 
 
+def test_e10_without_a_period_none_is_spared(model_dir):
+    clock = Clock()
+    for step in range(4):
+        save(CheckpointManager(model_dir, keep_max=1, keep_every_n_hours=None, clock=clock), step)
+        clock.now += 10_000 * HOUR
+    assert kept(model_dir) == ["ckpt-3"]
+
+
 def test_b03_a_failed_deletion_is_a_warning(tmp_path, caplog, monkeypatch):
     def fail(path):
         raise PermissionError(13, "not allowed", str(path))

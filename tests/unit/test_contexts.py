@@ -60,8 +60,6 @@ def test_the_default_strategy_runs_and_reduces_and_has_no_variables() -> None:
     default = ps.get_strategy()
     assert default.run(lambda a: (a, where()), (3,)) == (3, (False, False, True))
     assert default.reduce("sum", VALUE) is VALUE
-    with default.scope():
-        assert where() == (False, True, False)
     model = torch.nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match="Need to be inside `with strategy.scope\\(\\):`"):
         default.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -282,8 +280,63 @@ def test_scopes_are_left_in_the_opposite_order() -> None:
     second.__enter__()
     with pytest.raises(RuntimeError, match="scope nesting error"):
         first.__exit__(None, None, None)
+    assert context.current() is None, "what was entered inside it is left with it"
     second.__exit__(None, None, None)
-    context._thread.frames.pop()  # the first one is still there
+    with strategy().scope():
+        assert ps.has_strategy(), "and the thread can go on with any strategy"
+
+
+def test_a_scope_that_is_left_too_early_leaves_those_around_it_alone() -> None:
+    """X11."""
+    runner = strategy()
+    with runner.scope():
+        first, second = runner.scope(), runner.scope()
+        first.__enter__()
+        second.__enter__()
+        with pytest.raises(RuntimeError, match="scope nesting error"):
+            first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        assert ps.get_strategy() is runner
+    assert not ps.has_strategy()
+
+
+def test_one_scope_object_can_be_entered_again() -> None:
+    """X03: one after the other, inside itself, on several threads, and as a decorator."""
+    runner = strategy()
+    scope = runner.scope()
+
+    def inside() -> bool:
+        with scope as given:
+            return given is ps.get_strategy() is runner
+
+    assert [inside(), inside()] == [True, True]
+    with scope:
+        assert inside()
+        assert on_a_thread(inside)
+        assert ps.has_strategy()
+    assert not ps.has_strategy()
+    assert scope(ps.has_strategy)()
+    assert scope(ps.has_strategy)()
+    with pytest.raises(KeyError), scope:
+        raise KeyError
+    with strategy().scope(), pytest.raises(RuntimeError, match="Mixing different"):
+        scope.__enter__()
+    assert inside()
+
+
+def test_the_scope_of_the_default_strategy_changes_nothing() -> None:
+    """X01: another strategy's scope may be entered inside it, and it may not be entered inside another one."""
+    default, runner = ps.get_strategy(), strategy()
+    scope = default.scope()
+    for _ in range(2):
+        with scope as given, scope:
+            assert given is ps.get_strategy() is default
+            assert where() == (False, False, True)
+            with runner.scope():
+                assert where() == (True, True, False)
+    with runner.scope(), pytest.raises(RuntimeError, match="Mixing different"):
+        scope.__enter__()
+    assert where() == (False, False, True)
 
 
 def test_what_was_created_in_a_scope_is_known_by_its_strategy() -> None:
@@ -334,6 +387,19 @@ def test_what_a_replica_knows_of_itself(replicas: int) -> None:
     assert [replica.replica_id_in_sync_group for replica in found] == list(range(replicas))
     assert [replica.devices for replica in found] == [(f"/device:CPU:{index}",) for index in range(replicas)]
     assert {(replica.num_replicas_in_sync, replica.strategy) for replica in found} == {(replicas, runner)}
+
+
+def test_a_replica_context_can_be_entered_again() -> None:
+    """One after the other, and inside itself."""
+    replica = ps.ReplicaContext(strategy(2), 1)
+    for _ in range(2):
+        with replica, replica:
+            assert ps.get_replica_context() is replica
+        assert context.current() is None
+    with replica:
+        with replica:
+            pass
+        assert ps.get_replica_context() is replica
 
 
 @pytest.mark.parametrize("known", [0, 1, torch.tensor(1), None])

@@ -147,27 +147,34 @@ class Detector(TorchDispatchMode):
     is, each on its present stream.
     """
 
-    def __init__(self, cuda: StandIn, places: dict[int, frozenset[Any]]) -> None:
+    def __init__(self, cuda: StandIn, blocks: Sequence[tuple[Tensor, Any]]) -> None:
         super().__init__()
         self._cuda = cuda
-        self._places = places  # by the address of a storage; it keeps none alive, so only lasting ones are here
+        # By the address of a storage; it keeps none alive, so only lasting ones are here.
+        self._places = {address(block): frozenset([place]) for block, place in blocks}
+        self._spans = [(address(block), block.untyped_storage().nbytes()) for block, _ in blocks]
         self._accesses: list[tuple[int, int, bool]] = []
         self._held: list[Any] = []
         self.races: list[str] = []
+
+    def _address(self, tensor: Tensor) -> int:
+        """Where the lasting block begins that a tensor lies in; its own storage may be a part of that."""
+        own = address(tensor)
+        return next((start for start, nbytes in self._spans if start <= own < start + nbytes), own)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         inputs = list(tensors_of((args, kwargs or {})))
         outputs = list(tensors_of(result))
         self._held += [*inputs, *outputs]  # so that no address is used twice
-        written = {address(tensor) for tensor in outputs} if not func.is_view else set()
-        places = frozenset().union(*(self._places.get(address(tensor), frozenset()) for tensor in inputs))
+        written = {self._address(tensor) for tensor in outputs} if not func.is_view else set()
+        places = frozenset().union(*(self._places.get(self._address(tensor), frozenset()) for tensor in inputs))
         for tensor in outputs:
-            self._places.setdefault(address(tensor), places or frozenset([HOST]))
+            self._places.setdefault(self._address(tensor), places or frozenset([HOST]))
         if not func.is_view:
             between = func is torch.ops.aten.copy_.default and HOST in places and len(places) > 1
             blocks = between and True not in args[2:]
-            self.access({address(tensor) for tensor in inputs} - written, written, places, str(func), blocks)
+            self.access({self._address(tensor) for tensor in inputs} - written, written, places, str(func), blocks)
             if between:
                 self._cuda.log.append("copy that blocks" if blocks else "copy")
         return result
@@ -216,7 +223,13 @@ class Client:
         return [PushPlan(tuple(parts[0]), tuple(pull[0]), (), ())]
 
     def push_pull(
-        self, plans: Sequence[PushPlan], *, counts: bool, rows: None = None, meanwhile: Meanwhile = nothing
+        self,
+        plans: Sequence[PushPlan],
+        *,
+        counts: bool,
+        rows: None = None,
+        meanwhile: Meanwhile = nothing,
+        number: int | None = None,
     ) -> PushResult:
         self._cuda.log.append("push_pull")
         meanwhile()
@@ -229,14 +242,26 @@ class Client:
         return PushResult(int(counts), 0)
 
     def begin_push_pull(
-        self, plans: Sequence[PushPlan], *, counts: bool, computed_from: int, rows: None = None
+        self,
+        plans: Sequence[PushPlan],
+        *,
+        counts: bool,
+        computed_from: int,
+        rows: None = None,
+        number: int | None = None,
     ) -> None:
         self._aside.before |= self._cuda.host.before
         self._cuda.thread = self._aside
         self._result = self.push_pull(plans, counts=counts)
         self._cuda.thread = self._cuda.host
 
-    def end_push_pull(self) -> PushResult | None:
+    def next_number(self) -> int:
+        return 1
+
+    def has_begun(self, number: int) -> bool:
+        return True
+
+    def finish_push(self) -> PushResult | None:
         result, self._result = self._result, None
         self._cuda.host.before |= self._aside.before
         return result
@@ -275,7 +300,7 @@ class Bound:
         self.model.assign()
         self.model.bind()
         self._module = model
-        self.detector = Detector(self.cuda, self._places(model))
+        self.detector = Detector(self.cuda, list(self._blocks()))
         self.cuda.log.clear()
 
     def step(self) -> list[str]:
@@ -307,18 +332,18 @@ class Bound:
         for buffer in self._module.buffers():
             buffer.add_(1 + replica)
 
-    def _places(self, model: nn.Module) -> dict[int, frozenset[Any]]:
-        places = {address(block): frozenset([HOST]) for block in [*self.memory.values, *self.memory.gradients]}
-        for arenas in self.model._arenas:
-            for arena in arenas:
-                for name in ("_reached", "_pushed"):
-                    own = getattr(arena, name, None)
-                    if isinstance(own, Tensor):
-                        places[address(own)] = frozenset([HOST])
-                for name in ("_replica_values", "_replica_gradients"):
-                    for index, block in enumerate(getattr(arena, name, [])):
-                        places.setdefault(address(block), frozenset([GPUS[index]]))
-        return places
+    def _blocks(self) -> Iterator[tuple[Tensor, Any]]:
+        """All memory that lasts, and where it is."""
+        for block in [*self.memory.values, *self.memory.gradients]:
+            yield block, HOST
+        for arena in (arena for arenas in self.model._arenas for arena in arenas):
+            for name in ("_reached", "_known"):
+                if hasattr(arena, name):
+                    yield getattr(arena, name), HOST
+            for name in ("_replica_values", "_replica_gradients"):
+                for index, block in enumerate(getattr(arena, name, [])):
+                    if block is not arena.values:
+                        yield block, GPUS[index]
 
 
 class Small(nn.Module):

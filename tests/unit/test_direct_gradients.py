@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paramserver.distribute import direct_gradients
-from paramserver.distribute.direct_gradients import GradientPlace, make_direct
+from paramserver.distribute.direct_gradients import make_direct
+from paramserver.distribute.gradient_place import Gate, GradientPlace
 
 FEATURES, CLASSES = 40, 24
 
@@ -28,7 +29,7 @@ class Twin:
         self.direct = nn.Linear(FEATURES, CLASSES, bias=bias)
         self.plain = copy.deepcopy(self.direct)
         self.view = torch.full_like(self.direct.weight, torch.nan).detach()
-        place = GradientPlace(self.direct.weight, self.view)
+        place = GradientPlace(self.direct.weight, self.view, Gate())
         make_direct(self.direct, {id(self.direct.weight): place})
 
     @property
@@ -136,8 +137,8 @@ def test_small_layers_and_subclasses_are_left_alone(monkeypatch: pytest.MonkeyPa
             return F.linear(features, self.weight * 2, self.bias)
 
     own, small = Own(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
-    make_direct(own, {id(own.weight): GradientPlace(own.weight, torch.zeros_like(own.weight))})
+    make_direct(own, {id(own.weight): GradientPlace(own.weight, torch.zeros_like(own.weight), Gate())})
     monkeypatch.setattr(direct_gradients, "LARGE", 1 << 20)
-    make_direct(small, {id(small.weight): GradientPlace(small.weight, torch.zeros_like(small.weight))})
+    make_direct(small, {id(small.weight): GradientPlace(small.weight, torch.zeros_like(small.weight), Gate())})
     assert "forward" not in vars(own)
     assert "forward" not in vars(small)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from safetensors.torch import load_model as load_plain
 from torch import nn
 
+from paramserver import CentralStorageStrategy, Variable
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.estimator import (
     CheckpointSaverHook,
@@ -493,3 +494,78 @@ def test_two_exports_in_one_second_have_folders_of_their_own(trained):
 
 def test_an_estimator_shows_where_it_is(trained):
     assert repr(trained) == f"<Estimator in {trained.model_dir}, latest checkpoint {trained.model_dir}/ckpt-5>"
+
+
+# --- batches of features alone
+
+
+def test_e8_batches_of_features_alone_train_and_evaluate(tmp_path):
+    """As an autoencoder has them; the loss_fn and the metrics get None for the labels."""
+    seen = []
+
+    class Seen:
+        def update(self, predictions, labels):
+            seen.append(labels)
+
+        def compute(self):
+            return 1.0
+
+        def reset(self):
+            seen.clear()
+
+    def autoencoder_fn(mode):
+        model = nn.Linear(3, 3)
+
+        def loss_fn(model, features, labels):
+            assert labels is None
+            return (model(features) - features).square().mean()
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return EstimatorSpec(mode, model=model, loss_fn=loss_fn, optimizer=optimizer, eval_metrics={"seen": Seen()})
+
+    def alone():
+        return [features for features, _ in three()]
+
+    estimator = Estimator(autoencoder_fn, str(tmp_path)).train(alone)
+    assert estimator.evaluate(alone)["global_step"] == 3
+    assert seen == [None] * 3
+    strategy = CentralStorageStrategy(["cpu:0", "cpu:1"])
+    Estimator(autoencoder_fn, str(tmp_path / "two"), RunConfig(train_distribute=strategy)).train(lambda: alone() * 2)
+    assert strategy.global_step == 3
+
+
+# --- what a checkpoint holds beside the model
+
+
+def wider_fn(mode):
+    spec = model_fn(mode)
+    spec.model.more = nn.Linear(3, 2)
+    return EstimatorSpec(mode, model=spec.model, loss_fn=spec.loss_fn, optimizer=spec.optimizer)
+
+
+LEFT_OUT = "holds 2 variables that the model does not have, and that are left out: 'more.bias', 'more.weight'"
+
+
+def test_e17_variables_that_the_model_does_not_have_are_told_of(tmp_path, caplog):
+    for name in ("trained", "evaluated"):
+        Estimator(wider_fn, str(tmp_path / name)).train(three)
+    assert "left out" not in caplog.text
+    Estimator(model_fn, str(tmp_path / "trained")).train(three)
+    assert caplog.text.count(f"ckpt-3 {LEFT_OUT}") == 1
+    caplog.clear()
+    estimator = Estimator(model_fn, str(tmp_path / "evaluated"))
+    for _ in range(3):
+        estimator.evaluate(three)
+    assert caplog.text.count(LEFT_OUT) == 1, "once, and not for each evaluation"
+
+
+def test_e17_a_programs_own_variables_are_none_of_these(tmp_path, caplog):
+    def with_variable(mode):
+        if mode is ModeKeys.TRAIN:
+            Variable(0, name="seen")
+        return model_fn(mode)
+
+    Estimator(with_variable, str(tmp_path)).train(three)
+    assert "seen" in Estimator(model_fn, str(tmp_path)).get_variable_names()
+    Estimator(model_fn, str(tmp_path)).train(three).evaluate(three)
+    assert "left out" not in caplog.text

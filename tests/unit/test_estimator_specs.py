@@ -106,6 +106,46 @@ def test_a_scheduler_belongs_to_the_optimizer_and_needs_no_metric():
     assert EstimatorSpec(ModeKeys.TRAIN, **PARTS, scheduler=scheduler).scheduler is scheduler
 
 
+class TestSeveralOptimizers:
+    """E1: in a list or by name, with schedulers for some of them."""
+
+    first = torch.optim.Adagrad([MODEL.weight], lr=0.1)
+    second = torch.optim.Adam([MODEL.bias], lr=0.1)
+
+    def spec(self, optimizer, scheduler=None):
+        return EstimatorSpec(ModeKeys.TRAIN, **(PARTS | {"optimizer": optimizer, "scheduler": scheduler}))
+
+    @pytest.mark.parametrize("kind", [list, tuple, lambda given: dict(zip(("tables", "dense"), given, strict=True))])
+    def test_they_may_be_given_in_any_form(self, kind):
+        schedulers = [torch.optim.lr_scheduler.ConstantLR(each) for each in (self.second, self.first)]
+        spec = self.spec(kind([self.first, self.second]), kind(schedulers))
+        assert (spec.optimizers, spec.schedulers) == ((self.first, self.second), tuple(schedulers))
+
+    def test_one_of_them_may_have_a_scheduler(self):
+        scheduler = torch.optim.lr_scheduler.ConstantLR(self.second)
+        assert self.spec({"a": self.first, "b": self.second}, scheduler).schedulers == (scheduler,)
+        assert self.spec(self.first).schedulers == ()
+
+    @pytest.mark.parametrize(
+        ("optimizer", "error", "message"),
+        [
+            ([], ValueError, "optimizer: expected one or several, got an empty list"),
+            ({}, ValueError, "optimizer: expected one or several, got an empty dict"),
+            ([first, MODEL], TypeError, r"optimizer\[1\]: expected Optimizer, got a Linear"),
+            ({"dense": first, "tables": 3}, TypeError, r"optimizer\['tables'\]: expected Optimizer, got 3"),
+            ([first, second, first], ValueError, r"optimizer\[2\]: the same as optimizer\[0\]; give each once"),
+        ],
+    )
+    def test_what_is_none_is_named(self, optimizer, error, message):
+        with pytest.raises(error, match=f"EstimatorSpec: {message}"):
+            self.spec(optimizer)
+
+    def test_a_scheduler_of_none_of_them_is_named(self):
+        good, other = (torch.optim.lr_scheduler.ConstantLR(each) for each in (self.first, OPTIMIZER))
+        with pytest.raises(ValueError, match=r"scheduler\['b'\]: made for another optimizer than the spec's"):
+            self.spec([self.first, self.second], {"a": good, "b": other})
+
+
 def test_t01_train_spec():
     hook, listener = TrainingHook(), CheckpointSaverListener()
     spec = TrainSpec(input_fn, max_steps=5, hooks=[hook], saving_listeners=iter([listener]))

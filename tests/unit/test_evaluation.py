@@ -1,5 +1,6 @@
 """One evaluation: the mean loss, the metrics, and the hooks around each batch (Q14, N12)."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -94,7 +95,30 @@ def test_q11_empty_input_is_an_error():
         run(spec(), batches=[])
 
 
-@pytest.mark.parametrize("value", [torch.ones(2), {"a": 1.0}, None, "high"])
+@pytest.mark.parametrize("value", [torch.tensor([0.25]), np.array([[0.25]]), torch.tensor(0.25, dtype=torch.bfloat16)])
+def test_one_number_is_a_float_in_whatever_it_comes(value):
+    result = run(spec(eval_metrics={"seen": Seen(value)}))["seen"]
+    assert (result, type(result)) == (0.25, float)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor([0.25, 0.75]), np.array([0.25, 0.75])),
+        (torch.tensor([[1, 2], [3, 4]]), np.array([[1, 2], [3, 4]])),
+        (torch.tensor([0.25, 0.75], dtype=torch.bfloat16), np.array([0.25, 0.75])),
+        (
+            {"a": torch.tensor(0.5), "b": [1, (torch.tensor([1.0, 2.0]),)]},
+            {"a": 0.5, "b": [1.0, (np.array([1.0, 2.0]),)]},
+        ),
+        ((0.5, True), (0.5, 1.0)),
+    ],
+)
+def test_e2_a_metric_may_compute_a_nest_of_numbers(value, expected):
+    np.testing.assert_equal(run(spec(eval_metrics={"seen": Seen(value)}))["seen"], expected)
+
+
+@pytest.mark.parametrize("value", [None, "high", {"a": "high"}, [1.0, None], np.array(["high", "low"])])
 def test_a_metric_that_is_no_number_is_named(value):
     with pytest.raises(ConfigError, match="metric 'seen' must compute a single number, got"):
         run(spec(eval_metrics={"seen": Seen(value)}))

@@ -324,6 +324,21 @@ def test_q19_an_estimator_exports_a_checkpoint_and_changes_no_random_state(estim
     assert json.loads(Path(exported, "signature.json").read_text())["global_step"] == 2
 
 
+def test_q19_e7_without_a_checkpoint_the_model_is_exported_as_it_is_warm_started(estimator, tmp_path):
+    estimator.train(batches)
+    fresh = Estimator(model_fn, str(tmp_path / "fresh"), RunConfig(), {"width": 3}, estimator.model_dir)
+    exported = fresh.export_model(str(tmp_path / "export"), lambda: rows(2))
+    expected = load_file(Path(estimator.export_model(str(tmp_path / "trained")), "model.safetensors"))
+    found = load_file(Path(exported, "model.safetensors"))
+    torch.testing.assert_close(found, expected)
+    assert json.loads(Path(exported, "signature.json").read_text())["global_step"] == 0
+
+
+def test_q19_without_a_checkpoint_and_a_warm_start_there_is_nothing_to_export(tmp_path):
+    with pytest.raises(ConfigError, match="there is no checkpoint in .*; train first"):
+        Estimator(model_fn, str(tmp_path), RunConfig(), {"width": 3}).export_model(str(tmp_path / "export"))
+
+
 def test_v25_an_exporter_exports_the_program_during_a_training(estimator):
     """In one process an evaluation, and what it exports, comes between two steps."""
     exporter = BestExporter("best", lambda: rows(2))

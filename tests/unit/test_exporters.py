@@ -2,8 +2,10 @@
 
 import functools
 import logging
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paramserver.checkpoint.storage import join, storage_of
@@ -149,7 +151,7 @@ def test_j03_a_missing_loss_is_refused(best, current, which):
 # --- after a restart
 
 
-def test_j04_the_first_evaluation_of_a_process_is_exported_even_if_worse(estimator):
+def test_j04_the_first_evaluation_of_a_process_is_exported_where_there_is_no_export_even_if_worse(estimator):
     write_history(estimator.model_dir, [50.0, 60.0])
     assert exported(BestExporter(), estimator, 100.0, 10.0, 20.0) == [True, True, False]
 
@@ -188,6 +190,89 @@ def test_j04_an_export_that_failed_is_no_first_one(estimator, monkeypatch):
         with pytest.raises(AttributeError):
             exported(exporter, estimator, 5.0)
     assert exported(exporter, estimator, 5.0, 5.0) == [True, False]
+
+
+@pytest.mark.parametrize("losses", [[50.0], [70.0, 50.0, 60.0]])
+def test_j04_after_a_restart_the_first_evaluation_is_exported_only_if_it_is_better(estimator, losses):
+    """It keeps one export: the best stays."""
+    assert exported(BestExporter(exports_to_keep=1), estimator, 50.0) == [True]
+    write_history(estimator.model_dir, losses)
+    assert exported(BestExporter(exports_to_keep=1), estimator, 60.0, 55.0, 50.0) == [False, False, False]
+    assert kept(estimator) == [1]
+    assert exported(BestExporter(exports_to_keep=1), estimator, 40.0, 45.0) == [True, False]
+    assert kept(estimator) == [2]
+
+
+def test_j04_the_present_evaluation_is_not_taken_for_an_earlier_one(estimator):
+    """The evaluator has written it before it exports."""
+    assert exported(BestExporter(), estimator, 50.0) == [True]
+    write_history(estimator.model_dir, [70.0, 0.1])
+    assert exported(BestExporter(), estimator, 0.1, 0.2) == [True, False]
+
+
+def test_j04_nan_is_never_the_best(estimator):
+    nan = math.nan
+    assert exported(BestExporter(), estimator, nan, 5.0, nan, 6.0, 4.0) == [False, True, False, False, True]
+    write_history(estimator.model_dir, [nan, 50.0, nan])
+    assert exported(BestExporter(), estimator, nan, 60.0, 40.0) == [False, False, True]
+
+
+def test_j04_nan_in_what_is_not_compared_does_not_matter(estimator):
+    exporter = BestExporter()
+    for loss, expected in [(5.0, True), (4.0, True), (4.5, False)]:
+        result = {"loss": loss, "auc": math.nan, "global_step": 7}
+        path = exporter.export(estimator, f"{estimator.model_dir}/export", "ckpt", result, False)
+        assert (path is not None) == expected
+
+
+def test_j04_nan_that_another_compare_fn_would_take_is_not_the_best(estimator):
+    exporter = BestExporter(compare_fn=lambda best_eval_result, current_eval_result: not (
+        current_eval_result.get("loss") >= best_eval_result["loss"]
+    ))  # fmt: skip
+    assert exported(exporter, estimator, 5.0, math.nan, 4.0) == [True, False, True]
+
+
+def test_j04_exports_of_unknown_worth_are_told_of(estimator, caplog):
+    assert exported(BestExporter(), estimator, 50.0) == [True]
+    assert not caplog.records
+    assert exported(BestExporter(), estimator, 60.0) == [True]
+    assert "no earlier evaluation in 'eval/*.tfevents.*' to compare with" in caplog.text
+
+
+def of_class(best_eval_result, current_eval_result):
+    return current_eval_result["by"]["class"][1] > best_eval_result["by"]["class"][1]
+
+
+def test_e2_a_compare_fn_finds_nests_as_they_were_before_a_restart_too(estimator):
+    """Evaluations are written as scalars, and read back with the structure of the present one."""
+    writer = SummaryWriter(f"{estimator.model_dir}/eval")
+    for step, accuracy in enumerate([0.5, 0.75, 0.25]):
+        for name, value in {"loss": 1.0, "by/class/0": 0.0, "by/class/1": accuracy}.items():
+            writer.scalar(name, value, step)
+    writer.close()
+    Path(estimator.model_dir, "export", "1600000000").mkdir(parents=True)
+    exporter = BestExporter(compare_fn=of_class)
+    for accuracy, expected in [(0.6, False), (0.8, True), (0.7, False)]:
+        result = {"loss": 1.0, "by": {"class": np.array([1.0, accuracy])}, "global_step": 7}
+        path = exporter.export(estimator, f"{estimator.model_dir}/export", "ckpt", result, False)
+        assert (path is not None) == expected
+
+
+def test_e2_j04_nan_in_a_dict_is_never_the_best(estimator):
+    exporter = BestExporter(compare_fn=lambda best_eval_result, current_eval_result: (
+        current_eval_result["all"]["accuracy"] > best_eval_result["all"]["accuracy"]
+    ))  # fmt: skip
+    for accuracy, expected in [(math.nan, False), (0.5, True), (0.4, False)]:
+        result = {"loss": 1.0, "all": {"accuracy": accuracy}, "global_step": 7}
+        path = exporter.export(estimator, f"{estimator.model_dir}/export", "ckpt", result, False)
+        assert (path is not None) == expected
+
+
+@pytest.mark.parametrize("result", [None, {}, {"error": 1.0}])
+def test_j03_what_is_no_evaluation_is_refused_before_anything_is_exported(estimator, result):
+    with pytest.raises(ConfigError, match="eval_result"):
+        BestExporter().export(estimator, f"{estimator.model_dir}/export", "ckpt", result, False)
+    assert not Path(estimator.model_dir, "export").exists()
 
 
 # --- what is kept

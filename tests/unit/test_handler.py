@@ -43,7 +43,7 @@ class Ps:
         self.chief.gradients = [torch.ones(layout.size, dtype=layout.torch_dtype) for layout in MODEL]
 
     def session(self, task):
-        self.roster.join(task)
+        self.roster.join(task, f"incarnation of {task}")
         return InProcessSession(task, f"incarnation of {task}")
 
     def ask(self, request, session=None):

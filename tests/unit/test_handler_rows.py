@@ -44,7 +44,7 @@ class Ps:
 
     def pulled(self, *ids):
         """The first element of each row."""
-        assert self.ask(PullRows(0, len(ids)), *ids) == messages.State(True, self.store.global_step)
+        assert self.ask(PullRows(((0, len(ids)),)), *ids) == messages.State(True, self.store.global_step)
         (rows,) = self.session.rows
         return torch.frombuffer(rows, dtype=torch.float32).view(-1, 2)[:, 0].tolist()
 
@@ -107,11 +107,11 @@ NONSENSE = {
     "an unknown setting": (push(rows(1, params=1.0)), (1,)),
     "a setting that would change other rows": (push(rows(1, weight_decay=0.1)), (1,)),
     "good rows and a bad arena": (push(rows(1), Part(1, "add", ((9, 99),))), (1,)),
-    "a pull of a row beyond the end": (PullRows(0, 1), (6,)),
-    "a pull of a row twice": (PullRows(0, 2), (1, 1)),
-    "a pull of fewer than no rows": (PullRows(0, -1), ()),
-    "a pull of rows of what is no table": (PullRows(1, 1), (0,)),
-    "a pull of rows of an arena that is not there": (PullRows(5, 1), (0,)),
+    "a pull of a row beyond the end": (PullRows(((0, 1),)), (6,)),
+    "a pull of a row twice": (PullRows(((0, 2),)), (1, 1)),
+    "a pull of fewer than no rows": (PullRows(((0, -1),)), ()),
+    "a pull of rows of what is no table": (PullRows(((1, 1),)), (0,)),
+    "a pull of rows of an arena that is not there": (PullRows(((5, 1),)), (0,)),
 }
 
 

@@ -305,12 +305,26 @@ def test_n09_the_rate_is_that_of_all_workers(caplog):
     clock = Clock()
     hook = StepCounterHook(every_n_steps=10, clock=clock)
     hook.after_create_session(Session(100))
+    clock.now += 1000  # the first step, which may have to wait and to compile, is none of the rate
+    see(hook, Session(), 100)
     clock.now += 2
     see(hook, Session(), 105)
     assert hook.steps_per_second is None
     see(hook, Session(), 140)
     assert hook.steps_per_second == 20
     assert caplog.messages == ["global_step/sec: 20"]
+
+
+def test_n09_e12_the_rate_counts_from_the_first_step():
+    clock, logged = Clock(), []
+    hook = StepCounterHook(every_n_steps=100, clock=clock)
+    for step in range(1, 302):
+        clock.now += 1
+        hook.steps_per_second = None
+        see(hook, Session(), step)
+        if hook.steps_per_second is not None:
+            logged.append((step, hook.steps_per_second))
+    assert logged == [(101, 1), (201, 1), (301, 1)]
 
 
 def test_n09_a_step_that_stands_still_is_warned_about_five_times(caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -350,6 +351,28 @@ def test_hooks_are_called_around_every_batch(trained: Estimator) -> None:
     hook = Note()
     list(trained.predict(data, hooks=[hook]))
     assert hook.log == ["begin", (3, 3, 3, False), 3, 3, 3, "end"]
+
+
+def test_e9_hooks_of_the_spec_are_called_too_after_those_of_the_call(trained: Estimator) -> None:
+    log: list[str] = []
+
+    class Named(Note):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def begin(self) -> None:
+            log.append(self.name)
+
+    hook = Named("spec")
+
+    def with_hook(mode: ModeKeys) -> EstimatorSpec:
+        return dataclasses.replace(linear(mode), prediction_hooks=[hook])
+
+    estimator = Estimator(with_hook, trained.model_dir)
+    assert len(list(estimator.predict(data, hooks=[Named("call")]))) == 7
+    assert log == ["call", "spec"]
+    assert hook.log[-2:] == [3, "end"]
 
 
 def test_a_hook_may_end_the_prediction(trained: Estimator) -> None:

@@ -250,3 +250,14 @@ def test_prepare_leaves_no_second_state_in_the_given_optimizer() -> None:
     _, prepared = ps.ParameterServerStrategy().prepare(model, optimizer)
     assert not optimizer.state
     assert prepared.state_dict()["state"][1]["step"] == 1
+
+
+def test_the_state_of_the_given_optimizer_is_not_asked_for_in_vain(
+    prepared: PreparedOptimizer, original: optim.Optimizer
+) -> None:
+    assert "state" in prepared.state_dict()
+    for call in (original.state_dict, lambda: original.load_state_dict({"state": {}, "param_groups": []})):
+        with pytest.raises(
+            ConfigError, match="SGD: this optimizer was given to prepare.* the one that prepare returned"
+        ):
+            call()

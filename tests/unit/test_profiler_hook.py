@@ -51,6 +51,14 @@ def test_one_step_in_each_interval_after_the_first_is_profiled_into_model_dir(tm
     assert operators.count("aten::matmul") == 1, "one step alone"
 
 
+def test_n12_e12_the_first_step_of_a_task_is_never_profiled(tmp_path):
+    hook = ProfilerHook(save_steps=1)
+    for start in (0, 5):
+        train(hook, Session(tmp_path / str(start), start=start, ends_at=start + 3))
+        written = [f"worker-1.{start + step}.pt.trace.json" for step in (2, 3)]
+        assert names(tmp_path / str(start)) == written
+
+
 def test_seconds_between_two_traces(tmp_path):
     now = iter(range(0, 100, 3))
     hook = ProfilerHook(save_secs=5, clock=lambda: next(now))
@@ -59,11 +67,11 @@ def test_seconds_between_two_traces(tmp_path):
 
 
 def test_b05_in_model_dir_only_the_chief_writes_elsewhere_every_task(tmp_path):
-    train(ProfilerHook(save_steps=1), Session(tmp_path / "run", ends_at=2, is_chief=False))
+    train(ProfilerHook(save_steps=1), Session(tmp_path / "run", ends_at=3, is_chief=False))
     assert not (tmp_path / "run").exists()
     hook = ProfilerHook(save_steps=1, output_dir=str(tmp_path / "traces"))
-    train(hook, Session(tmp_path / "run", ends_at=1, is_chief=False))
-    assert names(tmp_path / "traces") == ["worker-1.1.pt.trace.json"]
+    train(hook, Session(tmp_path / "run", ends_at=2, is_chief=False))
+    assert names(tmp_path / "traces") == ["worker-1.2.pt.trace.json"]
     assert not (tmp_path / "run").exists()
 
 
@@ -73,15 +81,15 @@ def test_a_trace_holds_what_every_replica_does(tmp_path):
     def on_a_replica():
         return [torch.sin, torch.cos][get_replica_context().index](torch.ones(3))
 
-    train(ProfilerHook(save_steps=1), Session(tmp_path, ends_at=1, step=lambda: strategy.run(on_a_replica)))
-    found = dict(events(tmp_path / "worker-1.1.pt.trace.json"))
+    train(ProfilerHook(save_steps=1), Session(tmp_path, ends_at=2, step=lambda: strategy.run(on_a_replica)))
+    found = dict(events(tmp_path / "worker-1.2.pt.trace.json"))
     assert found["aten::sin"] != found["aten::cos"]
 
 
 def test_options_reach_the_profiler(tmp_path):
     hook = ProfilerHook(save_steps=1, record_shapes=True, profile_memory=True, with_stack=True)
-    train(hook, Session(tmp_path, ends_at=1))
-    trace = json.loads((tmp_path / "worker-1.1.pt.trace.json").read_text())
+    train(hook, Session(tmp_path, ends_at=2))
+    trace = json.loads((tmp_path / "worker-1.2.pt.trace.json").read_text())
     assert (trace["record_shapes"], trace["profile_memory"], trace["with_stack"]) == (1, 1, 1)
 
 
@@ -91,11 +99,11 @@ def test_a_step_that_fails_is_not_written_and_leaves_no_profile_running(tmp_path
 
     hook = ProfilerHook(save_steps=1)
     with pytest.raises(ConnectionError):
-        train(hook, Session(tmp_path, ends_at=1, step=fail))
+        train(hook, Session(tmp_path, ends_at=2, step=fail))
     assert not torch.autograd._profiler_enabled()
     assert names(tmp_path) == []
-    train(hook, Session(tmp_path, ends_at=1))
-    assert names(tmp_path) == ["worker-1.1.pt.trace.json"]
+    train(hook, Session(tmp_path, ends_at=2))
+    assert names(tmp_path) == ["worker-1.2.pt.trace.json"]
     assert threading.active_count() == 1
 
 
@@ -103,9 +111,9 @@ def test_a_step_that_fails_is_not_written_and_leaves_no_profile_running(tmp_path
 def test_a_trace_goes_to_a_url(tmp_path, caplog, url):
     caplog.set_level("INFO")
     run, traces = url.format(tmp_path / "run"), url.format(tmp_path / "traces")
-    train(ProfilerHook(save_steps=1), Session(run, ends_at=1))
-    train(ProfilerHook(save_steps=1, output_dir=traces), Session(run, ends_at=1, is_chief=False))
+    train(ProfilerHook(save_steps=1), Session(run, ends_at=2))
+    train(ProfilerHook(save_steps=1, output_dir=traces), Session(run, ends_at=2, is_chief=False))
     for place in (run, traces):
-        assert storage_of(place).names() == ["worker-1.1.pt.trace.json"]
-        assert json.loads(storage_of(place).read("worker-1.1.pt.trace.json"))["traceEvents"]
-        assert f"wrote a profile of step 1 to {join(place)}/worker-1.1.pt.trace.json" in caplog.text
+        assert storage_of(place).names() == ["worker-1.2.pt.trace.json"]
+        assert json.loads(storage_of(place).read("worker-1.2.pt.trace.json"))["traceEvents"]
+        assert f"wrote a profile of step 2 to {join(place)}/worker-1.2.pt.trace.json" in caplog.text

@@ -27,6 +27,9 @@ class Answering(Lane):
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         return WorkerMemory([], [])
 
+    def renew(self) -> WorkerMemory:
+        return WorkerMemory([], [])
+
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
         self.asked.append(request)
 

@@ -14,7 +14,7 @@ def play(events):
     acts = {"joins": roster.join, "leaves": roster.leave, "drops": roster.disconnect}
     for event in filter(None, events.split(", ")):
         task, act = event.split()
-        acts[act](task)
+        acts[act](task, "one start")
     return roster
 
 
@@ -63,20 +63,20 @@ def test_a_worker_that_comes_back_before_its_old_connection_ends_is_not_lost():
 def test_who_comes_after_the_end_is_told_that_the_run_is_over():
     roster = play("chief:0 joins, chief:0 leaves")
     with pytest.raises(RunOverError, match=r"worker:1 .*chief:0 has finished"):
-        roster.join(SECOND)
+        roster.join(SECOND, "one start")
 
 
 @pytest.mark.parametrize("stranger", ["worker:2", "evaluator:0", "ps:0", "observer:0", ""])
 def test_who_is_no_worker_of_the_run_is_refused(stranger):
     with pytest.raises(RefusedError, match="does not take part") as caught:
-        play("").join(stranger)
+        play("").join(stranger, "one start")
     assert FIRST in str(caught.value)
 
 
 def test_the_chief_waits_for_the_workers_that_are_connected():
     roster = play("chief:0 joins, worker:1 joins")
     assert roster.await_alone(CHIEF, timeout=0) == (SECOND,)
-    roster.disconnect(SECOND)
+    roster.disconnect(SECOND, "one start")
     assert roster.await_alone(CHIEF, timeout=60) == ()
 
 

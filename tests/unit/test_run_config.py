@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from paramserver.cluster import ClusterSpec, TaskId
+from paramserver.estimator import Estimator, EvalSpec, TrainSpec, train_and_evaluate
 from paramserver.estimator.run_config import DistributeConfig, RunConfig
 
 CLUSTER = {
@@ -197,6 +198,41 @@ def test_g09_ids_count_chief_then_others_then_ps(tf_config, task_type, index, gl
     config = RunConfig()
     assert config.global_id_in_cluster == global_id
     assert config.is_chief is (task_type == "chief")
+
+
+@pytest.mark.parametrize(
+    ("task_type", "index", "global_id", "task"),
+    [("chief", 0, 0, "chief:0"), ("gateway", 1, 2, "gateway:1"), ("worker", 2, 5, "worker:2"), ("ps", 1, 7, "ps:1")],
+)
+def test_g09_e11_a_job_that_is_no_role_has_ids_and_takes_no_part(tf_config, task_type, index, global_id, task):
+    tf_config(task_type, index, cluster={**CLUSTER, "gateway": ["g:1", "g:2"]})
+    config = RunConfig()
+    assert (config.global_id_in_cluster, str(config.task), config.task_type) == (global_id, task, task_type)
+    assert (config.num_ps_replicas, config.num_worker_replicas) == (2, 4)
+    assert config.is_chief is (task_type == "chief")
+    assert config.master.startswith("grpc://")
+
+
+@pytest.mark.parametrize(("index", "message"), [(2, "no task with index 2"), (None, "'task.index' is missing")])
+def test_e11_a_task_of_such_a_job_is_one_of_the_cluster(tf_config, index, message):
+    tf_config("gateway", index, cluster={**CLUSTER, "gateway": ["g:1", "g:2"]})
+    with pytest.raises(ValueError, match=message):
+        RunConfig()
+
+
+def test_t06_e11_a_task_of_such_a_job_has_no_part_to_play(tf_config, tmp_path):
+    tf_config("gateway", 0, cluster={**CLUSTER, "gateway": ["g:1"]})
+    estimator = Estimator(lambda mode: None, str(tmp_path), RunConfig())
+    specs = TrainSpec(list), EvalSpec(list)
+    with pytest.raises(ValueError, match="train_and_evaluate on gateway:0: expected one of 'chief', .*got 'gateway'"):
+        train_and_evaluate(estimator, *specs)
+
+
+def test_e10_none_switches_off():
+    config = RunConfig(save_summary_steps=None, keep_checkpoint_every_n_hours=None)
+    assert (config.save_summary_steps, config.keep_checkpoint_every_n_hours) == (None, None)
+    replaced = RunConfig().replace(save_summary_steps=None, keep_checkpoint_every_n_hours=None)
+    assert (replaced.save_summary_steps, replaced.keep_checkpoint_every_n_hours) == (None, None)
 
 
 def test_g10_a_cluster_of_one_has_no_master(tf_config):

@@ -11,7 +11,7 @@ from torch import nn
 from paramserver.arena import BLOCK, ArenaLayout, Shard, VariableSpec, pieces
 from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index
 from paramserver.checkpoint_folder import CheckpointFolder, Read
-from paramserver.errors import CheckpointError
+from paramserver.errors import CheckpointError, NotFiniteError
 from paramserver.placement import FixedShards, row_ranges
 from paramserver.rules import describe
 from paramserver.store import restoring, saving
@@ -543,3 +543,73 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"model-00001-of-00001\.safetensors") as caught:
         write_shard(store, str(tmp_path / "missing"), 0, 1)
     assert str(tmp_path / "missing") in caught.value.path
+
+
+# --- what is not finite
+
+
+def spoil(store, variable, index, value, slot=""):
+    """Put a value into a variable, or into a slot of it."""
+    (where,) = [each for each in places(store) if each.spec.name == variable]
+    if not slot:
+        where.arena.values[where.span[0] + index] = value
+        return
+    for start, stop, state in where.arena._rules[0].slots():
+        if start <= where.span[0] < stop:
+            state[slot][where.span[0] + index - start] = value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("slot", ["", "exp_avg", "exp_avg_sq"])
+def test_cp_what_is_not_finite_is_not_written_and_is_named(tmp_path, value, slot):
+    store = place(1)[0]
+    train([store])
+    spoil(store, "2.weight", 11, value, slot)
+    what = f"slot '{slot}' of variable '2.weight'" if slot else "variable '2.weight'"
+    with pytest.raises(NotFiniteError, match=rf"^{what} on ps:0 is {value} at \[1, 3\]") as caught:
+        write_shard(store, str(tmp_path), 0, 1)
+    assert caught.value.variable == "2.weight"
+
+
+def test_cp_the_whole_variable_is_named_and_the_row_in_it(tmp_path):
+    store = Store("ps:1", private_store_memory)
+    part = VariableSpec("table/part_1", (4, 2), "float32", Shard("table", 1, 6, 10))
+    store.create([ArenaLayout("float32", ADAGRAD, (part,))])
+    train([store])
+    spoil(store, "table/part_1", 5, float("nan"))
+    with pytest.raises(NotFiniteError, match=r"variable 'table' on ps:1 is nan at \[8, 1\]"):
+        write_shard(store, str(tmp_path), 1, 2)
+
+
+def test_cp_a_block_that_is_not_the_first_is_looked_at(tmp_path):
+    store = place(1, {"a": (BLOCK,), "b": (BLOCK - 7, 3)}, rule=ADAGRAD)[0]
+    train([store])
+    spoil(store, "b", BLOCK * 2 + 1, float("nan"))
+    with pytest.raises(NotFiniteError, match=rf"'b' on ps:0 is nan at \[{(BLOCK * 2 + 1) // 3}, "):
+        write_shard(store, str(tmp_path), 0, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_cp_large_values_whose_sum_is_none_are_written(tmp_path, dtype):
+    store = Store("ps:0", private_store_memory)
+    store.create([layout({"a": (4, 8)}, ADAGRAD, dtype)])
+    train([store])
+    store.arenas[0].values.fill_(torch.finfo(store.arenas[0].values.dtype).max)
+    assert write_shard(store, str(tmp_path), 0, 1).weight_map
+
+
+def test_cp_a_first_value_that_is_nan_is_refused_before_the_first_update(tmp_path):
+    store = place(1)[0]
+    spoil(store, "0.bias", 2, float("nan"))
+    with pytest.raises(NotFiniteError, match=r"variable '0.bias' on ps:0 is nan at \[2\]"):
+        write_shard(store, str(tmp_path), 0, 1)
+
+
+@pytest.mark.parametrize("rule", [None, ADAGRAD])
+def test_cp_what_nobody_trains_may_hold_anything(tmp_path, rule):
+    """A mask of -inf, the best loss so far; or a frozen parameter, although an optimizer holds it."""
+    store = Store("ps:0", private_store_memory)
+    store.create([layout({"mask": (4, 8)}, rule), layout({"a": (4,)}, ADAGRAD)])
+    train([store]) if rule is None else store.arenas[1].apply("rule", (0, 4), torch.ones(4), None)
+    store.arenas[0].values.fill_(-float("inf"))
+    assert write_shard(store, str(tmp_path), 0, 1).weight_map

@@ -27,7 +27,7 @@ def partitioned(shards: int, replicas: int = 1) -> ps.ParameterServerStrategy:
     resolver = ps.SimpleClusterResolver(CLUSTER, task_type="chief", task_id=0)
     devices = [f"cpu:{index}" for index in range(replicas)]
     strategy = ps.ParameterServerStrategy(resolver, compute_devices=devices, variable_partitioner=FixedShards(shards))
-    strategy.client = ParameterClient([play_in_process() for _ in range(NUM_PS)])
+    strategy.client = ParameterClient([play_in_process()() for _ in range(NUM_PS)])
     return strategy
 
 
@@ -185,6 +185,10 @@ def test_v2_05_other_indexes_are_those_of_an_array(shards: int, key: Any) -> Non
         ((10, 0), IndexError, "none of index 10"),
         ([True], IndexError, "mask"),
         (slice(None, None, 0), ValueError, "step"),
+        (slice(torch.tensor(1), None), TypeError, "'table' is partitioned: expected ints in the slice .* got a Tensor"),
+        (slice(None, np.array(3)), TypeError, "got a ndarray"),
+        ((slice(None, None, torch.tensor(2)), 0), TypeError, "got a Tensor"),
+        (slice(1.0, None), TypeError, "got a float"),
         (torch.tensor([0]), TypeError, "'table' is partitioned: expected an int.*got Tensor; see sparse_read"),
         (torch.tensor(0), TypeError, "got Tensor"),
         ([0, 1], TypeError, "got list"),

@@ -154,11 +154,6 @@ def test_a_new_store_has_no_staleness(store):
     assert store.statistics().mean_staleness == 0
 
 
-def test_a_push_is_new_once_for_each_incarnation(store):
-    seen = [store.is_new(*push) for push in [("a", 1), ("a", 1), ("b", 1), ("a", 3), ("a", 2), ("a", 4)]]
-    assert seen == [True, False, True, True, False, True]
-
-
 # --- variables of the program's own
 
 TABLE = VariableSpec("table", (3, 2), "float32")

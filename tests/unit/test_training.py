@@ -20,7 +20,7 @@ from paramserver.checkpoint.storage import local_copy
 from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
 from paramserver.cluster import ClusterSpec
 from paramserver.cluster.report import Reporter
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, NotFiniteError
 from paramserver.estimator import (
     Estimator,
     EstimatorSpec,
@@ -35,6 +35,7 @@ from paramserver.estimator import (
     TrainSpec,
     train_and_evaluate,
 )
+from paramserver.estimator import schedule as schedule_module
 from paramserver.estimator import training as training_module
 from paramserver.estimator.checkpoint import read_values
 from paramserver.estimator.schedule import Schedule
@@ -139,6 +140,84 @@ def test_a_resumed_training_equals_an_uninterrupted_one_and_plain_pytorch(tmp_pa
         torch.testing.assert_close(ours[name], value)  # to rounding: a flat update is vectorised at other places
 
 
+# --- several optimizers
+
+
+def two_optimizers(model):
+    first = torch.optim.Adagrad(model[2].parameters(), lr=0.05)
+    return {"last": first, "others": adam([*model[0].parameters(), *model[1].parameters()])}
+
+
+def two_schedulers(optimizers):
+    return [cosine(optimizers["others"]), lr_scheduler.StepLR(optimizers["last"], 3)]
+
+
+def two_fn(mode):
+    model = net()
+    optimizers = two_optimizers(model)
+    return EstimatorSpec(
+        mode, model=model, loss_fn=squared_error, optimizer=optimizers, scheduler=two_schedulers(optimizers)
+    )
+
+
+def plain_with_two(steps):
+    model = net()
+    optimizers = two_optimizers(model)
+    schedulers = two_schedulers(optimizers)
+    for features, labels in itertools.islice(batches(), steps):
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        squared_error(model, features, labels).backward()
+        for each in (*optimizers.values(), *schedulers):
+            each.step()
+    return model.state_dict()
+
+
+def test_e1_several_optimizers_with_schedules_train_and_resume_as_plain_pytorch_does(tmp_path):
+    config = RunConfig(save_checkpoints_steps=100, log_step_count_steps=None)
+    whole = Estimator(two_fn, str(tmp_path / "whole"), config).train(batches, max_steps=12)
+    parts = Estimator(two_fn, str(tmp_path / "parts"), config)
+    for start, end in [(0, 5), (5, 12)]:
+        parts.train(lambda start=start: batches(start), max_steps=end)
+    ours, theirs = contents(parts.latest_checkpoint()), contents(whole.latest_checkpoint())
+    assert {"0.weight/exp_avg_sq", "2.weight/sum"} <= ours.keys() == theirs.keys()
+    for name, value in {**theirs, **plain_with_two(12)}.items():
+        torch.testing.assert_close(ours[name], value)
+    assert parts.evaluate(batches, steps=2)["global_step"] == 12
+    counts = []
+
+    class Count(TrainingHook):
+        def after_run(self, context, values):
+            counts.append(context.session.statistics().steps)
+
+    Estimator(two_fn, str(tmp_path / "counted"), config).train(batches, max_steps=3, hooks=[Count()])
+    assert counts == [1, 2, 3], "times are those of a step of both"
+    warm = Estimator(two_fn, str(tmp_path / "warm"), config, warm_start_from=str(tmp_path / "parts"))
+    warm.train(batches, max_steps=1)
+    assert not torch.equal(contents(warm.latest_checkpoint())["2.weight"], net()[2].weight)
+
+
+def test_e1_several_optimizers_make_one_step_of_all_replicas(tmp_path):
+    def joined():
+        each = batches()
+        while group := list(itertools.islice(each, 2)):
+            yield tuple(map(torch.cat, zip(*group, strict=True)))
+
+    def no_norm(mode):
+        """Without a norm, whose statistics are those of each replica."""
+        spec = linear_fn(mode)
+        return dataclasses.replace(
+            spec, optimizer=[adam([spec.model.weight]), torch.optim.SGD([spec.model.bias], lr=0.1)]
+        )
+
+    found = []
+    for devices, data in ((["cpu:0"], joined), (["cpu:0", "cpu:1"], batches)):
+        config = RunConfig(train_distribute=CentralStorageStrategy(devices), log_step_count_steps=None)
+        estimator = Estimator(no_norm, str(tmp_path / str(len(devices))), config).train(data, max_steps=5)
+        found.append(read_values(estimator.latest_checkpoint()))
+    torch.testing.assert_close(*found)
+
+
 # --- several replicas
 
 
@@ -184,6 +263,44 @@ def test_a_loss_that_is_nan_on_one_replica_is_pushed_by_none(tmp_path):
     with pytest.raises(NanLossDuringTrainingError):
         Estimator(linear_fn, str(tmp_path), config).train(data)
     assert strategy.global_step == 1
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+def test_cp_a_nan_that_reached_the_variables_ends_the_training_and_leaves_the_last_good_checkpoint(tmp_path):
+    """The loss is finite, the gradient is not; a restart goes on from before."""
+
+    def model_fn(mode, params):
+        model = net()
+
+        def loss_fn(model, features, labels):
+            loss = squared_error(model, features, labels)
+            return Poisoned.apply(loss) if features.sum() > 100 else loss
+
+        return EstimatorSpec(mode, model=model, loss_fn=loss_fn, optimizer=adam(model.parameters()))
+
+    def poisoned():
+        yield from itertools.islice(batches(), 3)
+        yield torch.full((4, 3), 100.0) + torch.rand(4, 3), torch.zeros(4)
+        yield from batches()
+
+    config = RunConfig(save_checkpoints_steps=1, log_step_count_steps=None)
+    estimator = Estimator(model_fn, str(tmp_path), config, params={})
+    with pytest.raises(NotFiniteError, match=f"the last good checkpoint is {tmp_path / 'ckpt-3'}: start the run again"):
+        estimator.train(poisoned, max_steps=10)
+    assert estimator.latest_checkpoint() == str(tmp_path / "ckpt-3")
+    assert all(value.isfinite().all() for value in read_values(estimator.latest_checkpoint()).values())
+    assert math.isfinite(estimator.train(batches, max_steps=10).evaluate(batches, steps=2)["loss"])
 
 
 def test_the_same_seed_gives_the_same_model(tmp_path):
@@ -232,6 +349,80 @@ def test_resuming_a_schedule_warns_of_nothing_and_hides_nothing_else():
         Schedule(Counted(), None).resume(3)
         warnings.warn("another", UserWarning, stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["another"]
+
+
+def optimizer_at(lr):
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr, momentum=0.9)
+
+
+def every(*parts, milestones):
+    """A sequence of schedulers."""
+    return lambda optimizer: lr_scheduler.SequentialLR(optimizer, [part(optimizer) for part in parts], milestones)
+
+
+LONG = 30_000
+LONG_SCHEDULES = {
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 1000, 0.9),
+    "MultiStepLR": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [100, 100, LONG - 1, LONG + 1]),
+    "ConstantLR": lambda optimizer: lr_scheduler.ConstantLR(optimizer, 0.5, LONG),
+    "LinearLR": lambda optimizer: lr_scheduler.LinearLR(optimizer, total_iters=LONG + 100),
+    "ExponentialLR": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9999),
+    "PolynomialLR": lambda optimizer: lr_scheduler.PolynomialLR(optimizer, LONG + 100, power=2.0),
+    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 2 * LONG),
+    "WarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1000, 2),
+    "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.1, 0.2, 700),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, LONG + 100),
+    "SequentialLR": every(
+        lambda optimizer: lr_scheduler.LinearLR(optimizer, total_iters=1000),
+        lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 2 * LONG),
+        milestones=[1000],
+    ),
+    "the first of a sequence": every(
+        lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9999),
+        lambda optimizer: lr_scheduler.StepLR(optimizer, 10),
+        milestones=[LONG + 1],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LONG_SCHEDULES)
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_e15_a_schedule_that_is_resumed_late_leaps_to_where_step_by_step_comes_to(name):
+    """And goes on from there in the same way."""
+    leaping, plain = optimizer_at(0.1), optimizer_at(0.1)
+    scheduler, stepped = LONG_SCHEDULES[name](leaping), LONG_SCHEDULES[name](plain)
+    calls = []
+    whole = scheduler.step
+    scheduler.step = lambda *args: (calls.append(args), whole(*args))
+    schedule = Schedule(scheduler, None)
+    schedule.resume(LONG)
+    assert len(calls) <= 1
+    for _ in range(LONG):
+        stepped.step()
+    for extra in range(3):
+        for setting in ("lr", "momentum"):
+            found, expected = (optimizer.param_groups[0][setting] for optimizer in (leaping, plain))
+            assert found == pytest.approx(expected, rel=1e-9), (extra, setting)
+        assert scheduler.get_last_lr() == pytest.approx(stepped.get_last_lr(), rel=1e-9)
+        schedule.follow(LONG + extra + 1)
+        stepped.step()
+
+
+@pytest.mark.parametrize("subclass", [False, True])
+def test_e15_a_schedule_that_needs_every_step_makes_them_and_says_so_if_they_are_many(monkeypatch, caplog, subclass):
+    monkeypatch.setattr(schedule_module, "FEW_STEPS", 3)
+    monkeypatch.setattr(schedule_module, "MANY_STEPS", 7)
+    caplog.set_level(logging.INFO)
+    optimizer = optimizer_at(1.0)
+    if subclass:
+        scheduler = type("MyStepLR", (lr_scheduler.StepLR,), {})(optimizer, 1, 0.5)
+    else:
+        scheduler = lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.5)
+    Schedule(scheduler, None).resume(6)
+    assert (optimizer.param_groups[0]["lr"], caplog.messages) == (0.5**6, [])
+    Schedule(scheduler, None).resume(8)
+    assert caplog.messages == [f"{type(scheduler).__name__} goes through the rates of 8 steps before training goes on"]
 
 
 # --- hooks

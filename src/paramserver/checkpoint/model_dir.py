@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import time
@@ -156,7 +157,7 @@ class CheckpointManager:
     Args:
         model_dir: Made by the first write.
         keep_max: How many of the newest checkpoints are kept; None or 0 keeps all.
-        keep_every_n_hours: Of each such period one checkpoint is spared when it would be deleted.
+        keep_every_n_hours: Of each such period one checkpoint is spared when it would be deleted; None spares none.
         clock: Returns seconds since 1970, because they must still hold after a restart.
 
     Raises:
@@ -167,19 +168,19 @@ class CheckpointManager:
         self,
         model_dir: str,
         keep_max: int | None = 5,
-        keep_every_n_hours: float = 10_000,
+        keep_every_n_hours: float | None = 10_000,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if keep_max is not None and keep_max < 0:
             raise ConfigError(f"CheckpointManager: keep_max: expected at least 0 or None, got {keep_max!r}")
-        if not keep_every_n_hours > 0:
+        if keep_every_n_hours is not None and not keep_every_n_hours > 0:
             raise ConfigError(
                 f"CheckpointManager: keep_every_n_hours: expected a positive number, got {keep_every_n_hours}"
             )
         self.model_dir = model_dir
         self._storage = storage_of(model_dir)
         self._keep_max = keep_max or 0
-        self._period = keep_every_n_hours * 3600
+        self._period = math.inf if keep_every_n_hours is None else keep_every_n_hours * 3600
         self._clock = clock
         self._state = self._recovered()
 

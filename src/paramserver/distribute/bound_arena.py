@@ -7,30 +7,46 @@ Rules
     * A single replica at home has its gradients in the memory that is pushed. Otherwise each has a flat block of
       gradients where it computes, which no step changes, so that gradients can be kept over steps; they are added up
       on the first one's device, block by block, into the memory that is pushed.
+    * A step that fails before it is handed to the lanes has changed nothing that the next one pushes: `check`, `gather`
+      and `parts` may be called again.
     * `gather` may return while copies are under way; when they are done, `parts` tells what to push. How copies are
       made is `DeviceCopies`' part.
     * A gradient that some replica lacks counts as zero; one that all lack is not pushed.
-    * Each replica has buffers of its own. With a step, they become the mean of the replicas' (integers: the first
-      replica's), as for a moving average; boolean ones stay as they are.
+    * Buffers are another file's matter: `counted_arena`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import compress
+from typing import Protocol
 
 import torch
 
 from paramserver.arena import ALIGNMENT, merge, pieces
 from paramserver.distribute import bound_parameter
-from paramserver.distribute.bound_parameter import BoundParameter, BoundParameters, same_kind
+from paramserver.distribute.bound_parameter import BoundParameter, BoundParameters, WholeParameter
 from paramserver.distribute.device_copies import DeviceCopies, HostCopies
-from paramserver.distribute.direct_gradients import GradientPlace
-from paramserver.distribute.replica_tensors import ReplicaTensors, kept
+from paramserver.distribute.gradient_place import Gate, GradientPlace, alias
+from paramserver.distribute.replica_tensors import ReplicaTensors
+from paramserver.distribute.value_watch import ValueWatch
 from paramserver.distribute.variables import ArenaPlan, Kind
 from paramserver.rules import GroupSettings, rule_class, setting_names
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
+
+
+class PushedMemory(Protocol):
+    """The memory that the lanes send gradients from.
+
+    Attributes:
+        gate: Shut while lanes may read it.
+    """
+
+    gate: Gate
+
+    def renew(self, ps: int) -> None:
+        """Give all arenas of a ps, by `BoundArena.use_gradients`, memory that no program refers to. Blocks."""
 
 
 class BoundArena:
@@ -63,6 +79,8 @@ class BoundArena:
         self._home = self.values.device
         self._replica_values: list[torch.Tensor] = []
         self._blocks: list[torch.Tensor] = []
+        self._homes = Homes()
+        self._watch = ValueWatch([], [])
 
     def copied_memory(self) -> list[torch.Tensor]:
         """The memory of the lanes that steps copy to blocks and back."""
@@ -71,6 +89,12 @@ class BoundArena:
     def offer_values(self) -> None:
         """Lay the tensors' present values into the gradient memory, to be assigned."""
         for member, view in zip(self.plan.members, self.plan.layout.views(self.gradients), strict=True):
+            tensor = member.variable.tensor.detach()
+            view.copy_(tensor if member.rows is None else tensor[slice(*member.rows)])
+
+    def bring_home(self) -> None:
+        """Bring the values of the first replica's tensors to the value memory."""
+        for member, view in zip(self.plan.members, self.plan.layout.views(self.values), strict=True):
             tensor = member.variable.tensor.detach()
             view.copy_(tensor if member.rows is None else tensor[slice(*member.rows)])
 
@@ -83,15 +107,23 @@ class BoundArena:
                 self._blocks.append(block)
                 self._copies.use(block, device)
             self._bind_replica(replica, block)
+        frozen = [member.variable for member in self.plan.members if member.variable.module is None]
+        self._watch = ValueWatch([each.spec.name for each in frozen], [each.tensor for each in frozen])
+
+    def use_gradients(self, gradients: torch.Tensor) -> None:
+        """Go on with other, zeroed memory for what is pushed: a program still refers to the present one."""
+        self.gradients = gradients
+
+    def check(self) -> None:
+        """Check, before a step pushes anything, that the program has written no values.
+
+        Raises:
+            EditedError: If it has, naming a parameter.
+        """
+        self._watch.check()
 
     def gather(self) -> None:
         """What a step pushes begins to come to the memory that is pushed."""
-        for member in self.plan.members:
-            variable = member.variable
-            if variable.module is not None:
-                name = variable.spec.name.rpartition(".")[2]
-                found = same_kind(variable.spec, variable.module._buffers[name])
-                variable.module._buffers[name] = kept(variable.tensor, found)
 
     def parts(self) -> list[Part]:
         """What a step pushes of this arena. It has been gathered, and all copies are done."""
@@ -106,10 +138,23 @@ class BoundArena:
 
     def refreshed(self) -> None:
         """The value memory is fresh, and all that counts."""
+        self._scatter()
+        self.take_for_fresh()
+
+    def take_for_fresh(self) -> None:
+        """Take the present values for the ps tasks', whatever has written to them."""
+        self._watch.reset()
+
+    def evict(self) -> None:
+        """Give the program gradients of its own in the place of those that lie where the lanes read."""
+
+    def _scatter(self) -> None:
+        """Bring the value memory to what does not lie in it."""
         if self._blocks:
             with self._copies.aside():
                 for block in self._blocks:
                     self._copies.copy(block, self.values)
+        self._homes.scatter()
 
     def _values_for(self, replica: int, device: torch.device) -> torch.Tensor:
         holds_buffers = any(member.variable.module is not None for member in self.plan.members)
@@ -118,7 +163,7 @@ class BoundArena:
 
     def _bind_replica(self, replica: int, block: torch.Tensor) -> None:
         for member, view in zip(self.plan.members, self.plan.layout.views(block), strict=True):
-            self._tensors.of(member.variable.tensor)[replica].data = view
+            self._homes.add(self._tensors.of(member.variable.tensor)[replica], view)
 
 
 class TrainedArena(BoundArena):
@@ -129,6 +174,7 @@ class TrainedArena(BoundArena):
         memory: As for `BoundArena`.
         tensors: As for `BoundArena`.
         group: The param group; read for every push.
+        pushed: The memory that is pushed.
         copies: As for `BoundArena`.
         mean: Whether the replicas' gradients are averaged; else they are added up.
         is_apart: As for `BoundArena`.
@@ -140,6 +186,7 @@ class TrainedArena(BoundArena):
         memory: WorkerMemory,
         tensors: ReplicaTensors,
         group: dict[str, object],
+        pushed: PushedMemory,
         copies: DeviceCopies | None = None,
         *,
         mean: bool,
@@ -149,31 +196,49 @@ class TrainedArena(BoundArena):
         assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
         self._settings = GroupSettings(group, setting_names(rule_class(plan.layout.rule)))
         self._gap = ALIGNMENT // plan.layout.itemsize - 1
+        self._pushed_memory = pushed
         self._weight = 1 / len(tensors.devices) if mean else 1.0
         self._replica_gradients: list[torch.Tensor] = []
         self._parameters: list[BoundParameters] = []
         self._copied: list[BoundParameter] = []
         self._pushed: list[Part] = []
-        self._moving: list[list[torch.Tensor]] = []
+        self._moving: list[bool] = []
 
     def copied_memory(self) -> list[torch.Tensor]:
         return [self.values, self.gradients] if self.plan.kind is Kind.TRAINED else []
 
     def gradient_places(self) -> Iterator[GradientPlace]:
         """Where each whole parameter's gradient belongs, on the first replica."""
-        for member, view in zip(self.plan.members, self.plan.layout.views(self._replica_gradients[0]), strict=True):
-            if member.rows is None:
-                yield GradientPlace(member.variable.tensor, view)
+        return (each.place for each in self._parameters[0].each if isinstance(each, WholeParameter))
+
+    def use_gradients(self, gradients: torch.Tensor) -> None:
+        if self._replica_gradients[0] is self.gradients:
+            self._use_gradients(0, gradients)
+        self.gradients = gradients
+
+    def offer_values(self) -> None:
+        if self._parameters and self._replica_gradients[0] is self.gradients:
+            self._pushed_memory.renew(self.plan.ps)  # gradients lie there, which a program may refer to
+        super().offer_values()
+
+    def check(self) -> None:
+        moved = [parameters.check_values() for parameters in self._parameters]
+        if any(moved):
+            self._find_copied()
+
+    def refreshed(self) -> None:
+        for parameters in self._parameters:
+            parameters.adopt()
+        self._find_copied()
+        super().refreshed()
+
+    def _find_copied(self) -> None:
+        self._copied = [each for parameters in self._parameters for each in parameters.each if each.is_apart]
 
     def gather(self) -> None:
-        if self.is_direct:
-            self._bring_home()  # the update is made there, and not in other memory that is copied
         present = self._gathered()
         are_all = all(present)
-        self._moving = [
-            parameters.tensors if are_all else list(compress(parameters.tensors, present))
-            for parameters in self._parameters
-        ]
+        self._moving = present
         if not any(present):
             self._pushed = []
             return
@@ -190,18 +255,24 @@ class TrainedArena(BoundArena):
         return self._pushed
 
     def meanwhile(self) -> None:
-        if not self.is_direct:
-            self._bring_home()
-        # The lane writes values behind autograd's back: a graph that was built on the old ones must not go unnoticed.
-        for tensors in self._moving:
-            torch.autograd.graph.increment_version(tensors)
+        for parameters in self._parameters:
+            parameters.advance(self._moving)
 
     def pulled(self) -> None:
         if self._blocks or self._copied:  # else the memory is what the module uses, and that is all
-            self.refreshed()
+            self._scatter()
 
-    def refreshed(self) -> None:
-        super().refreshed()
+    def take_for_fresh(self) -> None:
+        for parameters in self._parameters:
+            parameters.take_for_fresh()
+
+    def evict(self) -> None:
+        if self._replica_gradients[0] is self.gradients:
+            for place in self.gradient_places():
+                place.evict()
+
+    def _scatter(self) -> None:
+        super()._scatter()
         for parameter in self._copied:
             parameter.pulled()
 
@@ -210,28 +281,41 @@ class TrainedArena(BoundArena):
         gradients = self.gradients if is_only_one else torch.zeros_like(block)
         if not is_only_one:
             self._copies.use(gradients, self._tensors.devices[replica])
+        gate = self._pushed_memory.gate if is_only_one else Gate()
         views = zip(self.plan.members, self.plan.layout.views(block), self.plan.layout.views(gradients), strict=True)
         bound = [
-            bound_parameter.bind(member, self._tensors.of(member.variable.tensor)[replica], value, gradient)
+            bound_parameter.bind(member, self._tensors.of(member.variable.tensor)[replica], value, gradient, gate)
             for member, value, gradient in views
         ]
         self._replica_gradients.append(gradients)
         self._parameters.append(BoundParameters(bound))
-        self._copied.extend(
-            parameter
-            for parameter, member in zip(bound, self.plan.members, strict=True)
-            if member.rows is not None and (replica == 0 or not _share(parameter.tensor, member.variable.tensor))
-        )
 
-    def _bring_home(self) -> None:
-        for parameters in self._parameters:
-            parameters.bring_home()
+    def _gather_replica(self, replica: int) -> list[bool]:
+        present = self._parameters[replica].gather()
+        if present is None:
+            self._renew_replica(replica)
+            present = self._parameters[replica].gather()
+            assert present is not None  # noqa: S101  # nothing refers to the new places
+        return present
+
+    def _renew_replica(self, replica: int) -> None:
+        """Give a replica places for its gradients that no program refers to."""
+        if self._replica_gradients[replica] is self.gradients:
+            self._pushed_memory.renew(self.plan.ps)
+            return
+        gradients = torch.zeros_like(self._replica_gradients[replica])
+        self._copies.use(gradients, self._tensors.devices[replica])
+        self._use_gradients(replica, gradients)
+
+    def _use_gradients(self, replica: int, gradients: torch.Tensor) -> None:
+        self._replica_gradients[replica] = gradients
+        self._parameters[replica].use_gradients(self.plan.layout.views(gradients))
 
     def _gathered(self) -> list[bool]:
         """Which parameters have a gradient; each is in its place then, on every replica."""
         if len(self._parameters) == 1:
-            return self._parameters[0].present()
-        has = [parameters.present() for parameters in self._parameters]
+            return self._gather_replica(0)
+        has = [self._gather_replica(replica) for replica in range(len(self._parameters))]
         present = list(map(any, zip(*has, strict=True)))
         for own, gradients in zip(has, self._replica_gradients, strict=True):
             for (start, stop), is_here, is_anywhere in zip(self.plan.layout.ranges, own, present, strict=True):
@@ -251,122 +335,37 @@ class TrainedArena(BoundArena):
         self._copies.copy(self.gradients[start:stop], total)
 
 
-class CountedArena(BoundArena):
-    """Buffers that are changed by adding. Between steps the gradient memory holds what the values were at the last."""
+class Homes:
+    """Tensors whose values lie in the memory of an arena, or beside it.
 
-    def copied_memory(self) -> list[torch.Tensor]:
-        return [self.values, self.gradients]
-
-    def gather(self) -> None:
-        super().gather()
-        self._average(self.values)
-
-    def parts(self) -> list[Part]:
-        return [] if self.is_direct else self._parts_of_move(self.gradients, self.values)
-
-    def refreshed(self) -> None:
-        super().refreshed()
-        if not self.is_direct:
-            self.gradients.copy_(self.values)
-
-    def _average(self, out: torch.Tensor) -> None:
-        """What all replicas together have come to, on its way to ``out``."""
-        if len(self._replica_values) == 1 and not self._blocks:
-            return  # it is there already
-        with self._copies.aside():
-            mean = self._mean()
-            if mean is not out:
-                self._copies.copy(out, mean)
-
-    def _mean(self) -> torch.Tensor:
-        first, *others = self._replica_values
-        mean = first
-        for other in others if first.is_floating_point() else []:
-            move = (other.to(first.device) - first).nan_to_num_(0, 0, 0)  # infinities stay
-            mean = torch.add(mean, move, alpha=1 / len(self._replica_values))
-        return mean
-
-    def _parts_of_move(self, before: torch.Tensor, after: torch.Tensor) -> list[Part]:
-        """How to push what the values have changed by, which lies in the gradient memory then."""
-        moved = before != after
-        if not moved.any():
-            return []
-        torch.sub(after, before, out=self.gradients)
-        self.gradients.masked_fill_(moved.logical_not_(), 0)  # infinity less itself would not be zero
-        if self.gradients.isfinite().all():
-            return [Part(self.plan.index, "add")]
-        return self._parts_of_infinite_moves(after)
-
-    def _parts_of_infinite_moves(self, after: torch.Tensor) -> list[Part]:
-        index, layout = self.plan.index, self.plan.layout
-        views = layout.views(self.gradients)
-        finite = [bool(view.isfinite().all()) for view in views]
-        for view, value, is_finite in zip(views, layout.views(after), finite, strict=True):
-            if not is_finite:
-                view.copy_(value)
-        assigned = compress(layout.ranges, (not is_finite for is_finite in finite))
-        return [
-            Part(index, "add", tuple(compress(layout.ranges, finite))),
-            Part(index, "assign", tuple(assigned)),
-        ]
-
-
-class PipelinedCountedArena(CountedArena):
-    """Buffers of a pipelined model, which the next step changes before the values of this one are here.
-
-    Args:
-        plan: As for `BoundArena`.
-        memory: As for `BoundArena`.
-        tensors: As for `BoundArena`.
-        copies: As for `BoundArena`.
+    Beside it lie those whose layout is not row by row, and those that a program has moved, as into shared memory.
     """
 
-    def __init__(
-        self, plan: ArenaPlan, memory: WorkerMemory, tensors: ReplicaTensors, copies: DeviceCopies | None = None
-    ) -> None:
-        super().__init__(plan, memory, tensors, copies, is_apart=True)
-        self._reached = torch.zeros_like(self.values)
-        self._pushed = torch.zeros_like(self.values)  # what of the replicas' values the ps tasks have, or will have
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._views: list[torch.Tensor] = []
 
-    def copied_memory(self) -> list[torch.Tensor]:
-        return [*super().copied_memory(), self._reached]
+    def add(self, tensor: torch.Tensor, view: torch.Tensor) -> None:
+        """Have the values of a tensor lie in a view of the memory, if its layout allows that."""
+        if tensor.is_contiguous():
+            tensor.data = alias(view)
+        self._tensors.append(tensor)
+        self._views.append(view)
 
     def gather(self) -> None:
-        BoundArena.gather(self)
-        self._average(self._reached)
+        """Bring the values of those beside the memory into it."""
+        for tensor, view in self._beside():
+            view.copy_(tensor)
 
-    def parts(self) -> list[Part]:
-        parts = self._parts_of_move(self._pushed, self._reached)
-        self._pushed.copy_(self._reached)
-        with self._copies.aside():
-            for block in self._replica_values:
-                self._copies.copy(block, self._reached)
-        return parts
+    def scatter(self) -> None:
+        """Bring what lies in the memory to those beside it."""
+        for tensor, view in self._beside():
+            tensor.copy_(view)
 
-    def pulled(self) -> None:
-        """What others have changed is added to what this worker has changed since."""
-        moved = self._pushed != self.values
-        if not moved.any():
-            return
-        move = torch.sub(self.values, self._pushed, out=self.gradients)  # nothing is pushed from there by now
-        move.masked_fill_(moved.logical_not_(), 0)
-        with self._copies.aside():
-            for block in self._replica_values:
-                shifted = block + self._beside(block, move)
-                block.copy_(torch.where(shifted.isfinite(), shifted, self._beside(block, self.values)))
-        self._pushed.copy_(self.values)
-
-    def refreshed(self) -> None:
-        BoundArena.refreshed(self)
-        self._pushed.copy_(self.values)
-
-    def _beside(self, block: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """A copy of the lanes' memory on a block's device."""
-        beside = torch.empty_like(block)
-        self._copies.copy(beside, source)
-        return beside
-
-
-def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether their values are the same memory."""
-    return one.device == other.device and one.data_ptr() == other.data_ptr()
+    def _beside(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        addresses = map(torch.Tensor.data_ptr, self._tensors)
+        return [
+            (tensor.detach(), view)
+            for address, tensor, view in zip(addresses, self._tensors, self._views, strict=True)
+            if address != view.data_ptr()
+        ]

@@ -6,24 +6,29 @@ Rules
     * Of several optimizers each pushes what it holds. Buffers, and the count of the global step, go with the first.
     * A pipelined model's push and pull go on while the next step computes, from values without this step's update: they
       come when that step is made. Its global step counts the update that is on its way.
-    * Values are the ps tasks': a parameter that a program changes by hand after `prepare` gets their value back with
-      the next step, unless the ps is played in this process.
+    * Values are the ps tasks': a program that changes a parameter by hand after `prepare` is refused by the next step.
+    * A step that fails before its push begins has changed nothing. Once it has begun, an exception of any kind leaves
+      it under way: the next step, or any other request to the ps tasks, first makes sure that every ps has applied it.
 """
 
 from __future__ import annotations
 
+import operator
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from paramserver import heap
 from paramserver.client import ParameterClient, PushPlan, PushResult
 from paramserver.distribute import device_copies
-from paramserver.distribute.bound_arena import BoundArena, CountedArena, PipelinedCountedArena, TrainedArena
+from paramserver.distribute.bound_arena import BoundArena, PushedMemory, TrainedArena
 from paramserver.distribute.bound_table import BoundTable, by_table
+from paramserver.distribute.buffer_arena import ConstantArena, CountedArena, LocalCountedArena
 from paramserver.distribute.device_copies import DeviceCopies
-from paramserver.distribute.direct_gradients import GradientPlace
+from paramserver.distribute.gradient_place import Gate, GradientPlace
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.step_times import StepClock, StepTimes
@@ -48,6 +53,7 @@ class BoundModel:
     Attributes:
         tables: What is looked up by rows, by name.
         begin_state: Brings the state that optimizers had before to the ps tasks, with the first values.
+        gate: See `bound_arena.PushedMemory`.
     """
 
     is_pipelined = False
@@ -62,10 +68,13 @@ class BoundModel:
         client: ParameterClient,
         tables: Mapping[str, torch.Tensor],
     ) -> None:
+        self.gate = Gate()
         self._client = client
         self._tensors = tensors
+        self._under_way: _UnderWay | None = None
         self._first_rows = dict(tables)
         groups = [(owner, group) for owner, each in enumerate(optimizers) for group in each.param_groups]
+        pushed: PushedMemory = weakref.proxy(self)  # a circle would hold connections until a collection
         is_mean, is_apart = reduction is ReduceOp.MEAN, self.is_pipelined
         self._copies = copies = device_copies.choose(memories, tensors.devices)
 
@@ -73,13 +82,13 @@ class BoundModel:
             match plan.kind:
                 case Kind.TRAINED | Kind.FROZEN:
                     group = groups[plan.group][1]
-                    return TrainedArena(plan, memory, tensors, group, copies, mean=is_mean, is_apart=is_apart)
-                case Kind.COUNTED if is_apart:
-                    return PipelinedCountedArena(plan, memory, tensors, copies)
+                    return TrainedArena(plan, memory, tensors, group, pushed, copies, mean=is_mean, is_apart=is_apart)
+                case Kind.COUNTED if memory.direct:
+                    return LocalCountedArena(plan, memory, tensors, copies)
                 case Kind.COUNTED:
                     return CountedArena(plan, memory, tensors, copies)
                 case _:
-                    return BoundArena(plan, memory, tensors, copies, is_apart=is_apart)
+                    return ConstantArena(plan, memory, tensors, copies, is_apart=is_apart)
 
         self._arenas = [
             [bound(plan, memory) for plan in plans if plan.kind is not Kind.TABLE]
@@ -111,12 +120,30 @@ class BoundModel:
                     "recover(initialize=...) a function that restores one"
                 )
             table.assign(self._first_rows.pop(name))
+        self.assign_arenas()
+        self.begin_state()
+
+    def assign_arenas(self) -> None:
+        """`assign`, of all but tables."""
+        self.settle()
         self._copies.finish()
         for arena in self._each():
             arena.offer_values()
         parts = [[Part(arena.plan.index, "assign") for arena in arenas] for arenas in self._arenas]
-        self._client.push_pull(self._client.plan(parts, [() for _ in self._arenas]), counts=False)
-        self.begin_state()
+        plans = self._client.plan(parts, [() for _ in self._arenas])
+        self.gate.is_shut = True
+        self._client.push_pull(plans, counts=False)
+        self.gate.is_shut = False
+
+    def assign_present(self) -> None:
+        """Make the present values the ps tasks', and take them for fresh."""
+        self.settle()
+        if all(arena.is_direct for arena in self._each()):
+            for arena in self._each():
+                arena.bring_home()
+        else:
+            self.assign_arenas()
+        self.refresh()
 
     def bind(self) -> None:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
@@ -133,13 +160,23 @@ class BoundModel:
 
     def refresh(self) -> None:
         """Bring all values up to date with the ps tasks'. What buffers changed by since the last step is lost."""
+        self._client.finish_push()
+        self._under_way = None
         self._copies.finish()
         self._client.pull([[arena.plan.index for arena in arenas] for arenas in self._arenas])
         for arena in self._each():
             arena.refreshed()
+        self.gate.is_shut = False
 
     def settle(self) -> None:
-        """Wait until nothing is under way any more, as it never is unless the model is pipelined."""
+        """Wait until nothing is under way any more, as it is with a pipelined model or after an interrupt."""
+        self._arrive()
+
+    def renew(self, ps: int) -> None:
+        """See `bound_arena.PushedMemory`."""
+        memory = self._client.renew_gradients(ps)
+        for arena in self._arenas[ps]:
+            arena.use_gradients(memory.gradients[arena.plan.index])
 
     def gradient_places(self) -> dict[int, GradientPlace]:
         """Where each parameter's gradient belongs, by the id of the parameter."""
@@ -153,12 +190,33 @@ class BoundModel:
             owner: The index of the optimizer that makes the step.
         """
         entered = self._clock.entered()
+        self._arrive()
         step = self._steps[owner]
         plans, rows = step.request()
         reducing = time.perf_counter() - entered
-        result = self._client.push_pull(plans, counts=owner == 0, rows=rows, meanwhile=step.meanwhile)
-        step.pulled(plans)
-        self._clock.left(entered, reducing)
+        number = self._client.next_number()
+        self._under_way, self.gate.is_shut = _UnderWay(step, plans, number), True
+        try:
+            result = self._client.push_pull(
+                plans, counts=owner == 0, rows=rows, meanwhile=step.meanwhile, number=number
+            )
+            step.pulled(plans)
+        except BaseException:
+            step.evict()  # a program may go on to add to gradients that a ps has yet to read
+            raise
+        self._under_way, self.gate.is_shut = None, False
+        self._clock.left(entered, reducing, counts=owner == 0)
+        return result
+
+    def _arrive(self) -> PushResult | None:
+        """Have the values of a step that is under way; None if there is none, or if no ps will ever hear of it."""
+        if self._under_way is None and not self.gate.is_shut:
+            return None
+        result = self._client.finish_push()
+        if self._under_way and self._client.has_begun(self._under_way.number):
+            self._under_way.step.pulled(self._under_way.plans)
+            self._under_way.step.take_for_fresh()
+        self._under_way, self.gate.is_shut = None, False
         return result
 
     def times(self) -> StepTimes:
@@ -189,7 +247,6 @@ class PipelinedModel(BoundModel):
     """
 
     is_pipelined = True
-    _under_way: tuple[_Step, Sequence[PushPlan]] | None = None
 
     def step(self, owner: int = 0) -> PushResult:
         entered = self._clock.entered()
@@ -198,26 +255,20 @@ class PipelinedModel(BoundModel):
         step, arrived = self._steps[owner], time.perf_counter()
         plans, rows = step.request()
         reducing = time.perf_counter() - arrived
-        self._client.begin_push_pull(plans, counts=owner == 0, computed_from=computed_from, rows=rows)
-        self._under_way = step, plans
+        number = self._client.next_number()
+        self._under_way = _UnderWay(step, plans, number)
+        self._client.begin_push_pull(plans, counts=owner == 0, computed_from=computed_from, rows=rows, number=number)
         step.meanwhile()
-        self._clock.left(entered, reducing)
+        self._clock.left(entered, reducing, counts=owner == 0)
         return PushResult(self._client.global_step, before.staleness if before else 0)
 
-    def refresh(self) -> None:
-        self.settle()
-        super().refresh()
 
-    def settle(self) -> None:
-        self._arrive()
+class _UnderWay(NamedTuple):
+    """A step that was handed to the lanes, or was about to be; `ParameterClient.has_begun` tells which."""
 
-    def _arrive(self) -> PushResult | None:
-        under_way, self._under_way = self._under_way, None
-        result = self._client.end_push_pull()
-        if under_way is not None:
-            step, plans = under_way
-            step.pulled(plans)
-        return result
+    step: _Step
+    plans: Sequence[PushPlan]
+    number: int
 
 
 class _Step:
@@ -254,9 +305,15 @@ class _Step:
 
     def request(self) -> tuple[list[PushPlan], list[list[TableRows]] | None]:
         """What to push and to pull, and the rows of tables to push, for each ps."""
-        for arenas in self.arenas:
+        arenas = self._each()
+        for arena in arenas:
+            arena.check()
+        memory = [arena.gradients for arena in arenas]
+        for arena in arenas:
+            arena.gather()
+        if any(map(operator.is_not, memory, [arena.gradients for arena in arenas])):
             for arena in arenas:
-                arena.gather()
+                arena.gather()  # one of them was given other memory, and so were those that were gathered before
         self._copies.finish()
         parts = [[part for arena in arenas for part in arena.parts()] for arenas in self.arenas]
         rows = self._add_rows(parts) if self.tables else None
@@ -266,9 +323,8 @@ class _Step:
 
     def meanwhile(self) -> None:
         """What is to be done before values come, and not before the ps tasks are at work."""
-        for arenas in self.arenas:
-            for arena in arenas:
-                arena.meanwhile()
+        for arena in self._each():
+            arena.meanwhile()
 
     def pulled(self, plans: Sequence[PushPlan]) -> None:
         """The values that these plans ask for have come."""
@@ -276,6 +332,19 @@ class _Step:
             for arena in arenas:
                 if arena.plan.index in plan.pull:
                     arena.pulled()
+
+    def take_for_fresh(self) -> None:
+        """Take the present values for the ps tasks': what was counted of an interrupted step is not certain."""
+        for arena in self._each():
+            arena.take_for_fresh()
+
+    def evict(self) -> None:
+        """Give the program gradients of its own in the place of those that lie where the lanes read."""
+        for arena in self._each():
+            arena.evict()
+
+    def _each(self) -> list[BoundArena]:
+        return [arena for arenas in self.arenas for arena in arenas]
 
     def _add_rows(self, parts: list[list[Part]]) -> list[list[TableRows]]:
         """The rows of tables to push to each ps, and, at the end of ``parts``, what they are."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +23,16 @@ from paramserver.checkpoint.model_dir import (
     readable,
 )
 from paramserver.checkpoint.storage import absolute
-from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index, write_index
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index, unclaimed, write_index
 from paramserver.client import ParameterClient
 from paramserver.cluster import environment
-from paramserver.errors import CheckpointError
+from paramserver.errors import CheckpointError, NotFiniteError
 
 logger = logging.getLogger(__name__)
 
 SAY_EVERY = 10.0
 """Seconds between two lines about who is waited for."""
+SHOWN_NAMES = 8
 
 
 def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: int, aliases: dict[str, str]) -> str:
@@ -45,13 +46,24 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
 
     Raises:
         CheckpointError: If a ps or this task cannot write it.
+        NotFiniteError: If a trained variable is not finite; the message says how to go on.
     """
     folder = manager.temporary_path(step)
     try:
         saved = client.save(folder)
         maps = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
-        _write_indexes(Path(folder), maps, step, total_size=sum(shard.nbytes for shard in saved), aliases=aliases)
+        _write_indexes(
+            Path(folder),
+            maps,
+            step,
+            total_size=sum(shard.nbytes for shard in saved),
+            aliases=aliases,
+            program_variables=sorted(client.variables.names & maps.weight_map.keys()),
+        )
         path = manager.publish(folder, step)
+    except NotFiniteError as error:
+        manager.discard(folder)
+        raise _with_way_back(error, manager, step) from error
     except BaseException:
         manager.discard(folder)
         raise
@@ -60,14 +72,39 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
     return path
 
 
+def _with_way_back(error: NotFiniteError, manager: CheckpointManager, step: int) -> NotFiniteError:
+    latest, path = manager.state.latest, manager.save_path(step)
+    if latest:
+        good = manager.save_path(checkpoint_step(latest))
+        way = f"the last good checkpoint is {good}: start the run again to go on from it"
+    else:
+        way = "there is no good checkpoint: start the run again from the beginning"
+    cause = "a lower learning rate, clipped gradients, or without the batches that it came from"
+    return NotFiniteError(f"checkpoint {path} is not written: {error}; {way}, with {cause}", path, error.variable)
+
+
 def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:
-    """Have the ps tasks read their variables from a checkpoint. Blocks.
+    """Have the ps tasks read their variables from a checkpoint, and say what it holds beside them. Blocks.
 
     Raises:
         CheckpointError: If it is cut short or belongs to another model.
     """
     with readable(checkpoint_path) as folder:
         client.restore(str(folder.absolute()))
+        say_left_out(checkpoint_path, unclaimed(folder / VALUES_INDEX, client.variables.known))
+
+
+def say_left_out(checkpoint_path: str, names: Sequence[str]) -> None:
+    """Warn of variables of a checkpoint that the model does not have, if there are any."""
+    if names:
+        more = f" and {len(names) - SHOWN_NAMES} others" if len(names) > SHOWN_NAMES else ""
+        logger.warning(
+            "checkpoint %s holds %d variables that the model does not have, and that are left out: %s%s",
+            checkpoint_path,
+            len(names),
+            ", ".join(map(repr, names[:SHOWN_NAMES])),
+            more,
+        )
 
 
 def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> None:

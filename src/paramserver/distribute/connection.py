@@ -6,21 +6,27 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
+from paramserver.errors import DeadlineError, RunOverError, UnavailableError
 from paramserver.lanes import Lanes
 from paramserver.server import play_in_process
 from paramserver.transport.handshake import Identity, connect, new_incarnation
 from paramserver.transport.lane import Lane
 
+REDIAL_TIMEOUT = 1.0
+"""Seconds in which a ps that is there answers. One that was lost is waited for by `recover`, and not by a step."""
+
 
 def in_process(device: torch.device) -> ParameterClient:
     """A client of a ps that is played in this process, its variables on ``device``."""
-    return ParameterClient([play_in_process(device)])
+    dialer = InProcessDialer(play_in_process(device))
+    return ParameterClient(dialer.dial_all(0, []), dialer)
 
 
 def to_cluster(
@@ -40,39 +46,75 @@ def to_cluster(
         TokenError: If the run's token does not fit.
         RunOverError: If the ps tasks have left already.
     """
-    client = ParameterClient(_lanes(cluster, me, timeout, token, lane))
+    surroundings = environment.read()
+    identity = Identity(
+        task=str(me), token=surroundings.token if token is None else token, incarnation=new_incarnation()
+    )
+    dialer = ClusterDialer(cluster, identity, listens=surroundings.ps_listen)
+    way = lane or surroundings.lane
+    client = ParameterClient(dialer.dial_all(timeout, [way] * cluster.num_tasks(Role.PS)), dialer)
     weakref.finalize(client, _leave, client.lanes, os.getpid())
     return client
 
 
-def lanes_again(cluster: ClusterSpec, me: TaskId, timeout: float, client: ParameterClient) -> list[Lane]:
-    """New lanes to every ps for a client that has lost one, of kinds that fit its memory; raises as `to_cluster`."""
-    return _lanes(cluster, me, timeout, ways=client.ways)
+@dataclass(frozen=True)
+class InProcessDialer:
+    """See `lanes.Dialer`.
+
+    Attributes:
+        dial: Makes a lane to the ps in this process.
+    """
+
+    dial: Callable[[], Lane]
+
+    def dial_all(self, timeout: float, ways: Sequence[str]) -> list[Lane]:
+        """See `lanes.Dialer`."""
+        return [self.dial()]
+
+    def redial(self, ps: int, way: str) -> Lane:
+        """See `lanes.Dialer`."""
+        return self.dial()
 
 
-def _lanes(
-    cluster: ClusterSpec,
-    me: TaskId,
-    timeout: float,
-    token: str | None = None,
-    lane: str | None = None,
-    ways: Sequence[str] = (),
-) -> list[Lane]:
-    surroundings = environment.read()
-    token, way = surroundings.token if token is None else token, lane or surroundings.lane
-    identity = Identity(task=str(me), token=token, incarnation=new_incarnation())
-    give_up = time.monotonic() + timeout
-    lanes: list[Lane] = []
-    try:
-        for index, task in enumerate(cluster.tasks(Role.PS)):
-            remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
-            kind = ways[index] if ways else way
-            address, listens = cluster.address(task), surroundings.ps_listen
-            lanes.append(connect(address, str(task), identity, lane=kind, timeout=remaining, listens=listens))
-    except BaseException:
-        Lanes(lanes).close()
-        raise
-    return lanes
+@dataclass(frozen=True)
+class ClusterDialer:
+    """See `lanes.Dialer`.
+
+    Attributes:
+        cluster: The cluster.
+        me: The task.
+        listens: Whether a ps that does not listen has ended, and with it the run.
+    """
+
+    cluster: ClusterSpec
+    me: Identity
+    listens: bool
+
+    def dial_all(self, timeout: float, ways: Sequence[str]) -> list[Lane]:
+        """See `lanes.Dialer`; raises as `to_cluster`."""
+        give_up = time.monotonic() + timeout
+        lanes: list[Lane] = []
+        try:
+            for ps, way in enumerate(ways):
+                remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
+                lanes.append(self._dial(ps, way, remaining))
+        except BaseException:
+            Lanes(lanes).close()
+            raise
+        return lanes
+
+    def redial(self, ps: int, way: str) -> Lane:
+        """See `lanes.Dialer`."""
+        try:
+            return self._dial(ps, way, REDIAL_TIMEOUT)
+        except (DeadlineError, RunOverError) as error:
+            task = str(TaskId(Role.PS, ps))
+            raise UnavailableError(f"{task} was lost, and cannot be reached any more: {error}", task) from error
+
+    def _dial(self, ps: int, way: str, timeout: float) -> Lane:
+        task = TaskId(Role.PS, ps)
+        address = self.cluster.address(task)
+        return connect(address, str(task), self.me, lane=way, timeout=timeout, listens=self.listens)
 
 
 def _leave(lanes: Lanes, pid: int) -> None:

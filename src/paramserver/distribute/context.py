@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from paramserver.distribute.replica_context import ReplicaContext
@@ -52,31 +52,93 @@ def entered(frame: Frame) -> Iterator[None]:
     """Put a context on top for a ``with`` block.
 
     Raises:
-        RuntimeError: On leaving, if contexts are left in another order than they were entered in (X11).
+        RuntimeError: On leaving, if contexts are left in another order than they were entered in (X11). Those that were
+            entered inside it are left with it, so that the thread is where it was before.
     """
     frames = _thread.frames
     frames.append(frame)
     try:
         yield
     finally:
-        if not frames or frames[-1] is not frame:
-            raise RuntimeError(
-                f"scope nesting error: the scope of {frame.strategy!r} is left before one that was entered inside it; "
-                "leave them in the opposite order"
-            )
-        frames.pop()
+        _leave(frames, frame)
 
 
-@contextlib.contextmanager
-def scope(strategy: Strategy) -> Iterator[Strategy]:
-    """The cross-replica context of a strategy. Entering it again inside itself is allowed (X03).
+def _leave(frames: list[Frame], frame: Frame) -> None:
+    depth = next((at for at, each in enumerate(frames) if each is frame), None)
+    if depth is None:
+        return  # left with one around it, which has said so
+    is_innermost = depth == len(frames) - 1
+    del frames[depth:]
+    if not is_innermost:
+        raise RuntimeError(
+            f"scope nesting error: the scope of {frame.strategy!r} is left before one that was entered inside it; "
+            "leave them in the opposite order"
+        )
 
-    Raises:
-        RuntimeError: Inside the scope of another strategy (X04), or inside a replica (X05).
+
+class Scope(contextlib.ContextDecorator, contextlib.AbstractContextManager["Strategy"]):
+    """The cross-replica context of a strategy. One object can be entered again, also inside itself (X03).
+
+    Args:
+        strategy: Whose scope it is.
     """
-    _check_cross_replica(strategy, "scope()")
-    with entered(Frame(strategy)):
-        yield strategy
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._entered = _Entered()
+
+    def __enter__(self) -> Strategy:
+        """Enter it.
+
+        Raises:
+            RuntimeError: Inside the scope of another strategy (X04), or inside a replica (X05).
+        """
+        _check_cross_replica(self._strategy, "scope()")
+        context = entered(Frame(self._strategy))
+        context.__enter__()
+        self._entered.contexts.append(context)
+        return self._strategy
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave what was entered last."""
+        self._entered.contexts.pop().__exit__(*error)
+
+
+def scope(strategy: Strategy) -> Scope:
+    """The cross-replica context of a strategy, to be entered with ``with``."""
+    return Scope(strategy)
+
+
+class _Entered(threading.local):
+    """The contexts that a thread has entered by one scope."""
+
+    def __init__(self) -> None:
+        self.contexts: list[contextlib.AbstractContextManager[None]] = []
+
+
+class NoScope(contextlib.ContextDecorator, contextlib.AbstractContextManager["Strategy"]):
+    """The scope of the default strategy, which changes nothing: it is in effect wherever no other one is.
+
+    Args:
+        strategy: The default strategy.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def __enter__(self) -> Strategy:
+        """Check that no other strategy is in effect.
+
+        Raises:
+            RuntimeError: Inside the scope of a strategy.
+        """
+        frame = current()
+        if frame is not None:
+            _check_same(self._strategy, frame, "scope()")
+        return self._strategy
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was entered."""
 
 
 @contextlib.contextmanager

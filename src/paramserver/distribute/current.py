@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -86,6 +87,10 @@ class _DefaultStrategy(Strategy):
     @property
     def input_context(self) -> InputContext:
         return InputContext()
+
+    def scope(self) -> contextlib.AbstractContextManager[Strategy]:
+        """Change nothing. Raises RuntimeError on entering, inside the scope of a strategy."""
+        return context.NoScope(self)
 
     def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
         raise _outside("prepare")

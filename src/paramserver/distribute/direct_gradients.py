@@ -2,49 +2,29 @@
 
 Autograd makes every gradient in new memory, from which it has to be copied to its place. For a large weight that is a
 second gradient for a moment, and pages that the kernel has to clear. Here the backward of ``nn.Linear`` is given the
-place itself to write to, and what it hands to autograd is a view of it; everything that autograd does with gradients
+place itself to write to, and what it hands to autograd is an alias of it; everything that autograd does with gradients
 (hooks, accumulation, ``autograd.grad``, double backward) goes on as ever.
 
 Rules
-    * The place is written only while the parameter has no gradient and nobody holds a gradient that was put there;
-      else the backward makes its gradient in new memory, as torch does.
-    * Under autocast, ``torch.compile`` and torch.func transforms the layer is torch's own.
+    * The place is written only while the parameter has no gradient and nothing refers to a gradient that was put
+      there; else the backward makes its gradient in new memory, as torch does.
+    * Under autocast, ``torch.compile``, tracing, scripting and torch.func transforms the layer is torch's own.
+    * A module that is pickled or copied becomes a plain ``nn.Linear``.
 """
 
 from __future__ import annotations
 
-import functools
-import weakref
+import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paramserver.distribute.gradient_place import GradientPlace
+
 LARGE = 1 << 20
 """Bytes of a weight from which it pays: below, the copy is cheaper than a Python function in the backward."""
-
-
-class GradientPlace:
-    """Where the gradient of one parameter belongs.
-
-    Args:
-        parameter: The parameter.
-        view: Its place, of its shape.
-    """
-
-    def __init__(self, parameter: Tensor, view: Tensor) -> None:
-        self.parameter = parameter
-        self.view = view
-        self._given: weakref.ref[Tensor] | None = None
-
-    def take(self) -> Tensor | None:
-        """The place as a tensor to write a gradient into; None while it is in use."""
-        if self.parameter.grad is not None or (self._given is not None and self._given() is not None):
-            return None
-        given = self.view.detach()
-        self._given = weakref.ref(given)
-        return given
 
 
 def make_direct(model: nn.Module, places: dict[int, GradientPlace]) -> None:
@@ -58,11 +38,24 @@ def make_direct(model: nn.Module, places: dict[int, GradientPlace]) -> None:
         if type(module) is nn.Linear and "forward" not in vars(module):
             place = places.get(id(module.weight))
             if place is not None and place.view.nbytes >= LARGE:
-                module.forward = functools.partial(_forward, module, place)  # type: ignore[method-assign]
+                vars(module)["_gradient_place"] = place
+                module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def _forward(module: nn.Linear, place: GradientPlace, features: Tensor) -> Tensor:
-    if module.weight is not place.parameter or not torch.is_grad_enabled() or _is_special():
+def forward(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # the name that nn.Linear gives it
+    """Compute ``nn.Linear.forward``.
+
+    TorchScript compiles the first branch alone. A pickle refers to this function as ``module.forward``, so it loads as
+    the method of the class.
+    """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]  # it is public all the same
+        return F.linear(input, self.weight, self.bias)
+    return _linear(self, input)
+
+
+def _linear(module: nn.Linear, features: Tensor) -> Tensor:
+    place: GradientPlace | None = vars(module)["_gradient_place"]
+    if place is None or module.weight is not place.parameter or not torch.is_grad_enabled() or _is_special():
         return F.linear(features, module.weight, module.bias)
     output: Tensor = _DirectLinear.apply(features, module.weight, module.bias, place)  # type: ignore[no-untyped-call]
     return output
@@ -73,8 +66,14 @@ def _is_special() -> bool:
         torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
         or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or _is_transformed()
     )
+
+
+def _is_transformed() -> bool:
+    """Whether a torch.func transform is at work, as for batched gradients."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _DirectLinear(torch.autograd.Function):
@@ -83,6 +82,7 @@ class _DirectLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, place: GradientPlace) -> Tensor:
         ctx.save_for_backward(features, weight)
+        ctx.save_for_forward(features, weight)
         ctx.place = place
         return F.linear(features, weight, bias)
 
@@ -98,7 +98,21 @@ class _DirectLinear(torch.autograd.Function):
             None,
         )
 
+    @staticmethod
+    def jvp(ctx: Any, features: Tensor | None, weight: Tensor | None, bias: Tensor | None, _: None) -> Tensor:
+        """Compute the output's tangent from those of the inputs."""
+        held_features, held_weight = ctx.saved_tensors
+        terms = []
+        if features is not None:
+            terms.append(F.linear(features, held_weight))
+        if weight is not None:
+            terms.append(F.linear(held_features, weight))
+        if bias is not None:
+            terms.append(bias.expand(*held_features.shape[:-1], -1))
+        return sum(terms[1:], start=terms[0])
+
 
 def _weight_gradient(place: GradientPlace, rows: Tensor, features: Tensor) -> Tensor:
-    target = None if torch.is_grad_enabled() else place.take()  # a gradient of a gradient needs a graph
+    is_plain = torch.is_grad_enabled() or _is_transformed()  # a gradient of a gradient needs a graph
+    target = None if is_plain else place.take_for_backward()
     return rows.t() @ features if target is None else torch.mm(rows.t(), features, out=target)

@@ -40,7 +40,7 @@ from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.saving_strategy import SavingStrategy
 from paramserver.distribute.step_times import StepTimes
 from paramserver.distribute.strategy import StrategyExtended
-from paramserver.errors import ConfigError, RunOverError
+from paramserver.errors import ConfigError, LocalProtocolError, RunOverError, UnavailableError
 from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,9 @@ class ParameterServerStrategy(SavingStrategy):
 
     def _begin(self) -> None:
         self.client = None
-        self._has_prepared = False
+        self._has_prepared = self._is_preparing = False
         self._models = weakref.WeakSet()
+        self._bound: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BoundModel]] = weakref.WeakKeyDictionary()
         self._begin_saving()
         self._place = self._placement.start(self.num_ps)
         logger.info("%r", self)
@@ -211,8 +212,8 @@ class ParameterServerStrategy(SavingStrategy):
         all ps tasks are up and the chief has initialized them. Afterwards every worker but the first has a random
         stream of torch's of its own, so that shuffling and dropout differ between them.
 
-        From then on a parameter changes by its optimizer only: values that a program writes into it (as
-        ``load_state_dict`` does) are lost with the next step where the ps tasks are others, so write them before.
+        From then on a parameter changes by its optimizer only. After a program has written other values into it (as
+        ``load_state_dict`` does) the next step raises `EditedError`, until `assign` or `refresh` is called.
 
         With several replicas each has parameters and buffers of its own in the model's modules, and in the optimizer's
         param groups, while it runs, and ``optimizer.step()`` makes one update of all their gradients. What is done
@@ -267,7 +268,7 @@ class ParameterServerStrategy(SavingStrategy):
         limit = self._timeout if timeout is None else timeout
         collected = variables.collect(model, optimizers)
         arenas = variables.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
-        self._has_prepared = True
+        self._has_prepared = self._is_preparing = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
@@ -298,7 +299,9 @@ class ParameterServerStrategy(SavingStrategy):
         self._prepared, self._aliases = bound, variables.aliases(model)
         self._found_step = client.local_step if is_ready else None
         self._models.add(bound)
+        self._bound[model] = weakref.ref(bound)
         self._separate_random_streams()
+        self._is_preparing = False
         return tuple(
             PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync, state)
             for owner, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
@@ -334,12 +337,39 @@ class ParameterServerStrategy(SavingStrategy):
         (model,) = self._models
         limit = self._timeout if timeout is None else timeout
         client, reached = self.client, self.client.global_step
-        lanes = connection.lanes_again(self.cluster, self.task, limit, client)
-        if not client.resume(lanes, limit, on_wait, is_chief=self.is_chief):
-            client.mark_ready(initialize(client, model) if initialize else self._bring_back(model))
-        model.refresh()
+        try:
+            model.refresh()  # a connection that was cut is made anew, and what was under way made up for
+        except (UnavailableError, LocalProtocolError):
+            if not client.resume(limit, on_wait, is_chief=self.is_chief):
+                client.mark_ready(initialize(client, model) if initialize else self._bring_back(model))
+            model.refresh()
         if client.global_step < reached and not self.is_chief:
             logger.warning("%s: %s", self.task, checkpoints.lost_updates(reached, client.global_step))
+
+    def assign(self, model: nn.Module) -> int:
+        """Make a prepared model's present values, those of its buffers too, the ps tasks'; the global step. Blocks.
+
+        The chief's values count: a call on another worker takes the ps tasks' values instead, as `refresh` does.
+        Updates that others have made since this worker's last step are overwritten. Tables of a cluster stay as they
+        are, since workers do not hold their values.
+
+        Args:
+            model: What `prepare` was given.
+
+        Raises:
+            ConfigError: If it is not prepared by this strategy.
+            UnavailableError: If a ps is lost.
+        """
+        reference = self._bound.get(model)
+        bound = reference() if reference else None
+        if bound is None:
+            raise ConfigError(f"assign: {type(model).__name__} is no model that {self!r} has prepared")
+        if self.is_chief:
+            bound.assign_present()
+        else:
+            logger.info("assign: the chief's values count; %s takes those of the ps tasks", self.task)
+            bound.refresh()
+        return self.global_step
 
     def statistics(self) -> StepTimes:
         """Where the time of this worker's steps has gone since `prepare`. Does not block, and costs next to nothing.
@@ -440,6 +470,11 @@ class ParameterServerStrategy(SavingStrategy):
 
     def _check_can_prepare(self) -> None:
         self._check_trains("prepare")
+        if self._is_preparing and self.task is not None:
+            raise ConfigError(
+                "prepare: an earlier prepare of this strategy did not get to its end, and the values of its model may "
+                "be lost; make the model, the optimizer and the strategy anew"
+            )
         if self._has_prepared and self.task is not None:
             raise ConfigError(
                 "prepare: this strategy has prepared a model already, and a run trains one; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol
@@ -74,10 +75,12 @@ class PreparedOptimizer(torch.optim.Optimizer):
         remote: RemoteState | None = None,
     ) -> None:
         # The groups, defaults and registered hooks are the user's optimizer's own, so its constructor is not run.
-        self.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
+        self.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name not in _REFUSALS})
         self.state = _Elsewhere(dict)
         self.last_push: PushResult | None = None
         self._original = optimizer
+        # Methods, as schedulers expect that were given the original.
+        vars(optimizer).update({name: types.MethodType(refuse, optimizer) for name, refuse in _REFUSALS.items()})
         self._model = model
         self._owner = owner
         self._num_replicas = num_replicas
@@ -202,5 +205,26 @@ class PreparedOptimizer(torch.optim.Optimizer):
             or _global_optimizer_post_hooks
         )
 
+
+def _refuse_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> NoReturn:
+    raise ConfigError(
+        f"{type(optimizer).__name__}.step: this optimizer was given to prepare, and the parameter servers make its "
+        "updates; call step() of the one that prepare returned: model, optimizer = strategy.prepare(model, optimizer)"
+    )
+
+
+_refuse_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or schedulers warn that they cannot count steps
+
+
+def _refuse_state(optimizer: torch.optim.Optimizer, *_: object) -> NoReturn:
+    raise ConfigError(
+        f"{type(optimizer).__name__}: this optimizer was given to prepare, and its state is on the parameter servers; call "
+        "state_dict() or load_state_dict() of the one that prepare returned: "
+        "model, optimizer = strategy.prepare(model, optimizer)"
+    )
+
+
+_REFUSALS = {"step": _refuse_step, "state_dict": _refuse_state, "load_state_dict": _refuse_state}
+"""What the original cannot do any more: it would have no effect on the model, and know nothing of its state."""
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(PreparedOptimizer._step)

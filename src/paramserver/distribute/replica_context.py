@@ -40,7 +40,7 @@ class ReplicaContext:
             )
         self.strategy = strategy
         self.replica_id_in_sync_group = known
-        self._entered = contextlib.ExitStack()
+        self._entered: list[contextlib.AbstractContextManager[None]] = []
 
     @property
     def num_replicas_in_sync(self) -> int:
@@ -139,11 +139,12 @@ class ReplicaContext:
             return fn(self.strategy, *args, **kwargs)
 
     def __enter__(self) -> ReplicaContext:
-        self._entered.enter_context(context.entered(Frame(self.strategy, self)))
+        self._entered.append(context.entered(Frame(self.strategy, self)))
+        self._entered[-1].__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._entered.close()
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
     def __repr__(self) -> str:
         return f"<ReplicaContext {self.replica_id_in_sync_group} of {self.num_replicas_in_sync} of {self.strategy!r}>"

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from paramserver.distribute.gradient_place import alias
+
 
 class ReplicaTensors:
     """Every replica's parameters and buffers of one model.
@@ -132,7 +134,8 @@ def _own_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tenso
 def _copy_for(first: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A parameter that may share its values with the first one until it is bound; a buffer of its own."""
     if isinstance(first, nn.Parameter):
-        return nn.Parameter(first.detach().to(device), requires_grad=first.requires_grad)
+        values = alias(first.detach()) if first.device == device else first.detach().to(device)
+        return nn.Parameter(values, requires_grad=first.requires_grad)
     return first.detach().to(device, copy=True)
 
 

@@ -65,18 +65,28 @@ class ShardedVariable(Variable):
         Raises:
             IndexError: If a row is out of range, or a mask has another shape.
             ValueError: If the step of a slice is 0.
-            TypeError: If it is anything else; a tensor of indices for one, for which there is `sparse_read`.
+            TypeError: If it is anything else; a tensor or array of indices for one, also in a slice. There is
+                `sparse_read` for these.
         """
         first, *others = (key or (...,)) if isinstance(key, tuple) else (key,)
         if isinstance(first, slice):
+            for bound in (first.start, first.stop, first.step):
+                self._check_bound(bound)
             return self._slice(range(len(self))[first])[(slice(None), *others)]
         if first is Ellipsis or first is None or _is_mask(first):
             return self.value()[(_as_index(first), *others)]
         row = self._row(self._row_number(first))
         return row[tuple(others)] if others else row
 
+    def _check_bound(self, bound: Any) -> None:
+        if bound is not None and not _is_int(bound):
+            raise TypeError(
+                f"variable {self.name!r} is partitioned: expected ints in the slice of its rows, got a "
+                f"{type(bound).__name__}; make it one with int()"
+            )
+
     def _row_number(self, key: Any) -> int:
-        if isinstance(key, (torch.Tensor, TensorLike, np.ndarray, bool)) or not hasattr(key, "__index__"):
+        if not _is_int(key):
             raise TypeError(
                 f"variable {self.name!r} is partitioned: expected an int, a slice or a mask of bools as the index of "
                 f"its rows, got {type(key).__name__}; see sparse_read"
@@ -133,6 +143,11 @@ def _inside(wanted: range, rows: range) -> range:
 def _rows(part: PlainVariable, rows: range, wanted: range) -> torch.Tensor:
     inside = _inside(wanted, rows)
     return part.rows(inside[0] - rows.start, inside[-1] + 1 - rows.start)[:: wanted.step]
+
+
+def _is_int(key: Any) -> bool:
+    """Whether it is a number of the program's: not a tensor, which would have to be waited for and read."""
+    return hasattr(key, "__index__") and not isinstance(key, (torch.Tensor, TensorLike, np.ndarray, bool))
 
 
 def _is_mask(key: Any) -> bool:

@@ -74,12 +74,15 @@ class StepClock:
         self._computing += now - self._left
         return now
 
-    def left(self, entered: float, reducing: float) -> None:
-        """It has ended, after ``reducing`` seconds of bringing gradients together."""
+    def left(self, entered: float, reducing: float, *, counts: bool = True) -> None:
+        """It has ended, after ``reducing`` seconds of bringing gradients together.
+
+        Of a model's several optimizers one makes the steps that count; the seconds of all of them are those of a step.
+        """
         self._left = time.perf_counter()
         self._reducing += reducing
         self._blocked += self._left - entered - reducing
-        self._steps += 1
+        self._steps += counts
 
     def times(self) -> StepTimes:
         """What has been so far."""

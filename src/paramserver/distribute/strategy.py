@@ -99,7 +99,7 @@ class Strategy(abc.ABC):
     # --- running
 
     def scope(self) -> contextlib.AbstractContextManager[Strategy]:
-        """Put this strategy into effect for a ``with`` block.
+        """Put this strategy into effect for a ``with`` block. The object can be entered as often as needed.
 
         Raises:
             RuntimeError: On entering, inside the scope of another strategy or inside a replica.

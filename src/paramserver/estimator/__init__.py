@@ -19,6 +19,7 @@ from paramserver.estimator.estimator import Estimator
 from paramserver.estimator.event_files import read_eval_metrics
 from paramserver.estimator.exporters import BestExporter, Exporter, FinalExporter, LatestExporter, loss_smaller
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
+from paramserver.estimator.in_memory_evaluator import InMemoryEvaluatorHook
 from paramserver.estimator.profiler_hook import ProfilerHook
 from paramserver.estimator.run_config import DistributeConfig, RunConfig
 from paramserver.estimator.saving_hooks import CheckpointSaverHook, CheckpointSaverListener, SummarySaverHook
@@ -44,6 +45,7 @@ __all__ = [
     "FinalExporter",
     "FinalOpsHook",
     "GlobalStepWaiterHook",
+    "InMemoryEvaluatorHook",
     "LatestExporter",
     "LoggingHook",
     "ModeKeys",

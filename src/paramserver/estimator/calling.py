@@ -45,20 +45,37 @@ def check_arguments(fn: Callable[..., Any], offered: Collection[str]) -> None:
         is_offered = parameter.kind in _NAMED and parameter.name in offered
         if parameter.default is parameter.empty and parameter.kind not in _COLLECTING and not is_offered:
             raise ConfigError(
-                f"{_name(fn)} asks for an argument {parameter.name!r}; it may ask for {', '.join(offered)} by name"
+                f"{name_of(fn)} asks for an argument {parameter.name!r}; it may ask for {', '.join(offered)} by name"
             )
 
 
 def batches_of(data: object, where: str) -> Iterator[Batch]:
     """The ``(features, labels)`` batches of what an input_fn returned: a DataLoader, a Dataset, any iterable.
 
+    A batch that is neither a tuple nor a list, such as a tensor or a dict, is features alone; its labels are None.
+    So is a list of one element, as a DataLoader makes it of one tensor.
+
+    >>> list(batches_of([("a", 1), {"x": "b"}, ["c"]], "input_fn"))
+    [('a', 1), ({'x': 'b'}, None), ('c', None)]
+
     Raises:
-        ConfigError: If it is none of these, or a batch is no pair.
+        ConfigError: If it is none of these, or a batch is a tuple of more than ``(features, labels)``.
     """
+    if isinstance(data, tuple) and any(isinstance(each, torch.Tensor) for each in data):
+        raise ConfigError(
+            f"{where}: expected batches that are pairs (features, labels), got a Tensor as the first batch: a tuple of "
+            "tensors is one batch; return a list of such tuples"
+        )
     for batch in _iterate(data, where):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ConfigError(f"{where}: expected batches that are pairs (features, labels), got {_shown(batch)}")
-        yield batch[0], batch[1]
+        if not isinstance(batch, (tuple, list)):
+            yield batch, None
+        elif len(batch) in (1, 2):
+            yield batch[0], batch[1] if len(batch) == 2 else None
+        else:
+            raise ConfigError(
+                f"{where}: expected batches that are pairs (features, labels), or features alone, got {_shown(batch)}; "
+                "put several features into a dict"
+            )
 
 
 def features_of(data: object, where: str) -> Iterator[Any]:
@@ -82,19 +99,25 @@ def features_of(data: object, where: str) -> Iterator[Any]:
             )
 
 
+class LossTypeError(ConfigError, TypeError):
+    """A loss_fn returned no tensor."""
+
+
 def as_loss(value: object) -> torch.Tensor:
     """What a loss_fn returned.
 
     Raises:
-        ConfigError: If it is no tensor of one element.
+        LossTypeError: If it is no tensor.
+        ConfigError: If it has not one element.
     """
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value
-    shape = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
-    raise ConfigError(
-        f"loss_fn must return a tensor of one element, got a {type(value).__name__}{shape}; "
-        "reduce it, for instance with mean()"
-    )
+    if not isinstance(value, torch.Tensor):
+        raise LossTypeError(f"loss_fn must return a tensor of one element, got a {type(value).__name__}")
+    if value.numel() != 1:
+        raise ConfigError(
+            f"loss_fn must return a tensor of one element, got a {type(value).__name__} of shape {list(value.shape)}; "
+            "reduce it, for instance with mean()"
+        )
+    return value
 
 
 def _iterate(data: object, where: str) -> Iterable[Any]:
@@ -107,7 +130,8 @@ def _iterate(data: object, where: str) -> Iterable[Any]:
     )
 
 
-def _name(fn: Callable[..., Any]) -> str:
+def name_of(fn: Callable[..., Any]) -> str:
+    """What messages call a function."""
     return getattr(fn, "__name__", None) or repr(fn)
 
 

@@ -18,19 +18,25 @@ from paramserver.checkpoint_files import (
     read_index,
     read_shapes,
     read_tensors,
+    unclaimed,
 )
 from paramserver.errors import CheckpointError
 
 
-def load_model(model: nn.Module, checkpoint_path: str) -> None:
+def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:
     """Fill a plain module with the values of a checkpoint, in place.
 
-    What the checkpoint holds beside them, such as a program's own variables, is left alone.
+    A program's own variables in it are left alone.
+
+    Returns:
+        The other variables of the checkpoint that the model does not have.
 
     Raises:
         CheckpointError: If the checkpoint is cut short or belongs to another model.
     """
-    values = read_values(checkpoint_path)
+    with readable(checkpoint_path, f"{VALUES_PREFIX}*") as folder:
+        values = dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
+        left_out = unclaimed(folder / VALUES_INDEX, model.state_dict(keep_vars=True))
     expected = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     for name, tensor in expected.items():
@@ -44,6 +50,7 @@ def load_model(model: nn.Module, checkpoint_path: str) -> None:
             f"checkpoint {checkpoint_path} does not fit the model: {error}; does it belong to another model?",
             checkpoint_path,
         ) from error
+    return left_out
 
 
 def read_values(checkpoint_path: str) -> dict[str, torch.Tensor]:

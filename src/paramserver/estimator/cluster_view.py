@@ -4,13 +4,15 @@ Rules:
 
 1. Without a cluster the process is ``worker:0``, chief, and alone.
 2. The evaluator sees no cluster: it talks to nobody, and is found by no id.
-3. Ids count the chief first, then the other roles by name, ps last.
+3. Ids count the chief first, then the other jobs by name, ps last.
+4. A job that is no role may stand in the cluster: its tasks have ids and take no part in a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, TFConfigClusterResolver, find_task, is_chief
 from paramserver.cluster.tf_config import load_tf_config
@@ -29,7 +31,7 @@ class ClusterView:
     num_worker_replicas: int = 0
     """The tasks that compute gradients, the chief among them."""
     global_id_in_cluster: int | None = None
-    """Chief first, then the other roles by name, ps last; None for the evaluator."""
+    """Chief first, then the other jobs by name, ps last; None for the evaluator."""
     master: str = ""
     evaluation_master: str = ""
     service: Mapping[str, object] | None = None
@@ -52,11 +54,14 @@ class ClusterView:
         _check_chiefs(cluster)
         if resolver.task_type == Role.EVALUATOR:
             return _evaluator_view(cluster, resolver, config)
-        task = find_task(cluster, resolver.task_type, resolver.task_id)
+        roles = ClusterSpec({job: tasks for job, tasks in cluster.as_dict().items() if _is_role(job)})
+        job, index = resolver.task_type, resolver.task_id
+        is_foreign = job in cluster.jobs and not _is_role(job)
+        task = _foreign_task(cluster, job, index) if is_foreign else find_task(roles, job, index)
         return cls(
             cluster_spec=cluster,
             task=task,
-            is_chief=is_chief(cluster, task.role, task.index),
+            is_chief=not is_foreign and is_chief(roles, task.role, task.index),
             num_ps_replicas=len(cluster.tasks(Role.PS)),
             num_worker_replicas=len(cluster.tasks(Role.CHIEF)) + len(cluster.tasks(Role.WORKER)),
             global_id_in_cluster=_tasks_by_global_id(cluster).index(task),
@@ -98,14 +103,27 @@ def _evaluator_view(
     )
 
 
+def _is_role(job: str | None) -> bool:
+    return job in tuple(Role)
+
+
+def _foreign_task(cluster: ClusterSpec, job: str | None, index: int | None) -> TaskId:
+    """This process, where it is of a job that is no role."""
+    if job is None or index is None:
+        raise ConfigError(f"TF_CONFIG: 'task.index' is missing; expected the index of this task of job {job!r}")
+    cluster.task_address(job, index)
+    return TaskId(cast("Role", job), index)  # a word that is no role, and is shown as it stands
+
+
 def _check_chiefs(cluster: ClusterSpec) -> None:
     if (count := len(cluster.tasks(Role.CHIEF))) > 1:
         raise ConfigError(f"TF_CONFIG: the cluster must have only one chief, got {count}; make the others workers")
 
 
 def _tasks_by_global_id(cluster: ClusterSpec) -> list[TaskId]:
-    others = sorted({Role.WORKER, Role.EVALUATOR})
-    return [task for role in (Role.CHIEF, *others, Role.PS) for task in cluster.tasks(role)]
+    others = sorted(job for job in cluster.jobs if job not in (Role.CHIEF, Role.PS))
+    jobs = [cast("Role", job) for job in (Role.CHIEF, *others, Role.PS)]
+    return [task for job in jobs for task in cluster.tasks(job)]
 
 
 def _text(config: Mapping[str, object], key: str) -> str:

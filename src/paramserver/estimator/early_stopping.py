@@ -250,13 +250,23 @@ class _AskingHook(_StopHook):
             self._tell()
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        if not self._is_decided and self._timer.should_trigger_for_step(values.global_step):
-            self._timer.update_last_triggered_step(values.global_step)
-            self._is_decided = self._should_stop()
+        self._decide(values.global_step)
         if self._is_decided:
-            logger.info("training is stopped early, at global step %d", values.global_step)
-            self._tell()
             context.request_stop()
+
+    def while_waiting(self, context: RunContext) -> None:
+        """The others, which go on, can still be stopped."""
+        self._decide(context.session.global_step)
+
+    def _decide(self, step: int) -> None:
+        """Ask the predicate if that is due, and tell the others once."""
+        if self._is_decided or not self._timer.should_trigger_for_step(step):
+            return
+        self._timer.update_last_triggered_step(step)
+        self._is_decided = self._should_stop()
+        if self._is_decided:
+            logger.info("training is stopped early, at global step %d", step)
+            self._tell()
 
     def _tell(self) -> None:
         if self.stop is not None:

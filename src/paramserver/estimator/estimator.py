@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,23 @@ import torch
 from paramserver.checkpoint.model_dir import checkpoint_step, latest_checkpoint
 from paramserver.checkpoint.storage import join
 from paramserver.cluster import Role
+from paramserver.distribute.checkpoints import say_left_out
 from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError
 from paramserver.estimator import evaluation, prediction, progress, training
 from paramserver.estimator.arguments import check_model_fn, check_steps, training_strategy, with_model_dir
 from paramserver.estimator.aside import Aside
-from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of
+from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of, name_of
 from paramserver.estimator.checkpoint import load_model
+from paramserver.estimator.eval_summary import write_results
 from paramserver.estimator.export import write_export
 from paramserver.estimator.hooks import TrainingHook, as_tuple
-from paramserver.estimator.inference import ModelReplicas, own_strategy
+from paramserver.estimator.inference import input_context, own_strategy, replicas_of
 from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.saved_values import SavedValues
 from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
-from paramserver.estimator.uploading import summary_writer
 from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Estimator:
         self._model_fn = model_fn
         self._config = with_model_dir(config, model_dir)
         self._params = copy.deepcopy(dict(params or {}))
+        self._left_out: list[str] = []
 
     def __init_subclass__(cls) -> None:
         public = {name for name in vars(Estimator) if not name.startswith("_")}
@@ -168,8 +171,11 @@ class Estimator:
         hooks: Sequence[TrainingHook] | None = None,
         checkpoint_path: str | None = None,
         name: str | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """The metrics of a checkpoint, with ``loss`` and ``global_step``. Blocks; changes no random state.
+
+        A metric that computes several numbers gives a nest of them: a dict, list or tuple as it is, a tensor as a NumPy
+        array. Summaries, exporters and early stopping know each number by a name such as ``accuracy/0``.
 
         With ``RunConfig.eval_distribute`` each of its replicas takes a batch at a time; the results are those of one.
 
@@ -187,19 +193,40 @@ class Estimator:
         """
         check_steps("evaluate", steps=steps)
         own_hooks = as_tuple(hooks, TrainingHook, "evaluate: hooks")
-        path, strategy = self._source(checkpoint_path)
-        session = self._session(path)
-        with Aside(self._config.seed, strategy).entered(), progress.shown(_doing("evaluating", path), steps) as line:
-            spec = self._filled(path, ModeKeys.EVAL)
-            batches = batches_of(self._call(input_fn, ModeKeys.EVAL, _input_context(strategy)), _name(input_fn))
-            around = (*own_hooks, *spec.evaluation_hooks)
-            watched, replicas = line.watch(batches), _replicas(spec, strategy)
-            results = evaluation.evaluate(spec, watched, steps, session, around, replicas)
-        results["global_step"] = session.global_step
-        self._write_summary(name, results, path)
-        shown = ", ".join(f"{key} = {value:.6g}" for key, value in results.items() if key != "global_step")
-        logger.info("evaluated step %d: %s", session.global_step, shown)
-        return results
+        path = checkpoint_path or self.latest_checkpoint()
+        fill = partial(self._filled, path, ModeKeys.EVAL)
+        return self._evaluated(fill, input_fn, steps, own_hooks, self._session(path), name, path)
+
+    def evaluate_values(
+        self,
+        values: Mapping[str, torch.Tensor],
+        global_step: int,
+        input_fn: Callable[..., object],
+        steps: int | None = None,
+        hooks: Sequence[TrainingHook] | None = None,
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        """The metrics of values that are in no checkpoint, as `evaluate` gives them; for `InMemoryEvaluatorHook`.
+
+        Args:
+            values: By name, as the model's ``state_dict()`` has them; RuntimeError if they are another model's.
+            global_step: Of the values.
+            input_fn: As for `evaluate`.
+            steps: As for `evaluate`.
+            hooks: As for `evaluate`.
+            name: As for `evaluate`.
+        """
+        check_steps("evaluate_values", steps=steps)
+
+        def fill() -> EstimatorSpec:
+            spec = self._build(ModeKeys.EVAL)
+            assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
+            spec.model.load_state_dict(values)
+            return spec
+
+        session = replace(self._session(None), global_step=global_step)
+        around = as_tuple(hooks, TrainingHook, "evaluate_values: hooks")
+        return self._evaluated(fill, input_fn, steps, around, session, name, None)
 
     def predict(
         self,
@@ -271,21 +298,22 @@ class Estimator:
             serving_input_fn: Returns one example batch of features, as the model takes them: a tensor, an array or a
                 nest of them; may ask for ``mode``, ``params`` and ``config`` by name. The model, built for PREDICT, is
                 traced with it, and runs without this library for batches of any size. None exports the weights only.
-            checkpoint_path: Which; the latest by default.
+            checkpoint_path: Which; the latest by default. Without any, the model is exported as it is warm-started.
             assets_extra: Files to put beside the model: source, a path or URL, by name.
 
         Raises:
-            ConfigError: If there is no checkpoint, the model cannot be traced, or an asset is missing. Nothing is
-                written then.
+            ConfigError: If there is neither a checkpoint nor ``warm_start_from``, the model cannot be traced, or an
+                asset is missing. Nothing is written then.
             CheckpointError: If the checkpoint is cut short or belongs to another model.
         """
         path = checkpoint_path or self.latest_checkpoint()
-        if path is None:
+        if path is None and self._warm_start_from is None:
             raise ConfigError(f"export: there is no checkpoint in {self.model_dir}; train first")
         with Aside(self._config.seed).entered():
             spec = self._filled(path, ModeKeys.PREDICT)
             serving_input = serving_input_fn and partial(self._call, serving_input_fn, ModeKeys.PREDICT, InputContext())
-            return write_export(export_path, spec, checkpoint_step(path), serving_input, assets_extra)
+            step = 0 if path is None else checkpoint_step(path)
+            return write_export(export_path, spec, step, serving_input, assets_extra)
 
     def __repr__(self) -> str:
         return f"<Estimator in {self.model_dir}, latest checkpoint {self.latest_checkpoint()}>"
@@ -308,8 +336,33 @@ class Estimator:
             begins = "as it is built" if self._warm_start_from is None else "as it is warm-started"
             logger.info("there is no checkpoint in %s: %s the model %s", self.model_dir, _DOING[mode], begins)
         else:
-            load_model(spec.model, checkpoint)
+            left_out = load_model(spec.model, checkpoint)
+            if left_out != self._left_out:  # once, and not for each checkpoint
+                say_left_out(checkpoint, left_out)
+            self._left_out = left_out
         return spec
+
+    def _evaluated(
+        self,
+        fill: Callable[[], EstimatorSpec],
+        input_fn: Callable[..., object],
+        steps: int | None,
+        hooks: tuple[TrainingHook, ...],
+        session: evaluation.EvaluationSession,
+        name: str | None,
+        path: str | None,
+    ) -> dict[str, Any]:
+        """Evaluate the model that ``fill`` makes; its results, which are written and logged."""
+        strategy = own_strategy(self._config.eval_distribute)
+        with Aside(self._config.seed, strategy).entered(), progress.shown(_doing("evaluating", path), steps) as line:
+            spec = fill()
+            batches = batches_of(self._call(input_fn, ModeKeys.EVAL, input_context(strategy)), name_of(input_fn))
+            around = (*hooks, *spec.evaluation_hooks)
+            watched, replicas = line.watch(batches), replicas_of(spec, strategy)
+            results = evaluation.evaluate(spec, watched, steps, session, around, replicas)
+        results["global_step"] = session.global_step
+        write_results(join(self.model_dir, f"eval_{name}" if name else "eval"), results, path)
+        return results
 
     def _predictions(
         self,
@@ -323,9 +376,10 @@ class Estimator:
 
         def batches() -> Generator[Any, None, None]:
             spec = self._filled(path, ModeKeys.PREDICT)
-            features = features_of(self._call(input_fn, ModeKeys.PREDICT, _input_context(strategy)), _name(input_fn))
+            features = features_of(self._call(input_fn, ModeKeys.PREDICT, input_context(strategy)), name_of(input_fn))
             watched = line.watch(features)
-            yield from prediction.predict(spec, watched, self._session(path), hooks, _replicas(spec, strategy))
+            around = (*hooks, *spec.prediction_hooks)
+            yield from prediction.predict(spec, watched, self._session(path), around, replicas_of(spec, strategy))
 
         with progress.shown(_doing("predicting with", path)) as line:
             for made in Aside(self._config.seed, strategy).iterate(batches()):
@@ -350,20 +404,11 @@ class Estimator:
     def _training_input(self, input_fn: Callable[..., Any], strategy: ParameterServerStrategy) -> Iterator[Batch]:
         """What the input_fn gives, a batch for each replica in turn."""
         data = strategy.distribute_datasets_from_function(lambda context: self._call(input_fn, ModeKeys.TRAIN, context))
-        return batches_of(data, _name(input_fn))
+        return batches_of(data, name_of(input_fn))
 
     def _call(self, input_fn: Callable[..., Any], mode: ModeKeys, context: InputContext) -> Any:
         offered = {"mode": mode, "params": self.params, "config": self._config, "input_context": context}
         return call_with_named(input_fn, offered)
-
-    def _write_summary(self, name: str | None, results: Mapping[str, float], checkpoint: str | None) -> None:
-        step = int(results["global_step"])
-        with summary_writer(join(self.model_dir, f"eval_{name}" if name else "eval")) as writer:
-            for key, value in results.items():
-                if key != "global_step":
-                    writer.scalar(key, value, step)
-            if checkpoint is not None:
-                writer.text("checkpoint_path", checkpoint, step)
 
 
 _DOING = {ModeKeys.EVAL: "evaluating", ModeKeys.PREDICT: "predicting with"}
@@ -371,16 +416,3 @@ _DOING = {ModeKeys.EVAL: "evaluating", ModeKeys.PREDICT: "predicting with"}
 
 def _doing(verb: str, checkpoint: str | None) -> str:
     return f"{verb} {Path(checkpoint).name if checkpoint else 'a model without a checkpoint'}"
-
-
-def _input_context(strategy: ParameterServerStrategy | None) -> InputContext:
-    return strategy.input_context if strategy else InputContext()
-
-
-def _replicas(spec: EstimatorSpec, strategy: ParameterServerStrategy | None) -> ModelReplicas:
-    assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-    return ModelReplicas(spec.model, strategy)
-
-
-def _name(input_fn: Callable[..., object]) -> str:
-    return getattr(input_fn, "__name__", "input_fn")

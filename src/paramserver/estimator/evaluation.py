@@ -15,6 +15,7 @@ from torch import nn
 from paramserver.distribute.step_times import StepTimes
 from paramserver.errors import ConfigError
 from paramserver.estimator.calling import Batch, as_loss
+from paramserver.estimator.eval_results import as_result
 from paramserver.estimator.hooks import HookRunner, RunValues, TrainingHook
 from paramserver.estimator.inference import ModelReplicas
 from paramserver.estimator.specs import EstimatorSpec
@@ -44,6 +45,10 @@ class EvaluationSession:
         """Does nothing: a checkpoint stays what it is."""
         return self.global_step
 
+    def values(self) -> NoReturn:
+        """Refused. Raises ConfigError."""
+        raise ConfigError(f"values: {self.task} reads a checkpoint; a training has values of its own")
+
     def save(self) -> NoReturn:
         """Refused. Raises ConfigError."""
         raise ConfigError(f"save: {self.task} reads a checkpoint, and only a training can write one")
@@ -64,7 +69,7 @@ def evaluate(
     session: EvaluationSession,
     hooks: Sequence[TrainingHook] = (),
     replicas: ModelReplicas | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The metrics of a model over its input, and ``loss``, the mean over the batches. Blocks.
 
     Args:
@@ -78,7 +83,7 @@ def evaluate(
         replicas: Of the spec's model; by default one, where the model is.
 
     Raises:
-        ConfigError: If there is no batch, or a metric is no single number.
+        ConfigError: If there is no batch, or a metric is neither a number nor a nest of numbers.
     """
     assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
     replicas = replicas or ModelReplicas(spec.model)
@@ -119,10 +124,10 @@ class _Tally:
                 metric.update(predictions, labels)
         return RunValues((self._total - before) / len(group), self._global_step, 0)
 
-    def results(self) -> dict[str, float]:
+    def results(self) -> dict[str, Any]:
         if not self._count:
             raise ConfigError("evaluate: the input_fn gave no batch; expected at least one")
-        results = {name: _number(name, metric.compute()) for name, metric in self._spec.eval_metrics.items()}
+        results = {name: as_result(name, metric.compute()) for name, metric in self._spec.eval_metrics.items()}
         return {**results, "loss": self._total / self._count}
 
     def _computed(self, batch: Batch) -> tuple[torch.Tensor, Any]:
@@ -147,10 +152,3 @@ def _watched(model: nn.Module) -> Iterator[list[Any]]:
         yield outputs
     finally:
         handle.remove()
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"metric {name!r} must compute a single number, got {value!r}") from error

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from paramserver.checkpoint.model_dir import exists, read_state
 from paramserver.checkpoint.storage import join
 from paramserver.cluster.report import Reporter
 from paramserver.errors import CheckpointError, ConfigError
+from paramserver.estimator.eval_results import EvalResult, scalars
 from paramserver.estimator.exporters import Exporter, ExportingEstimator
 from paramserver.estimator.hooks import TrainingHook
 from paramserver.estimator.specs import EvalSpec
@@ -44,7 +45,7 @@ class EvaluatingEstimator(ExportingEstimator, Protocol):
         hooks: Sequence[TrainingHook],
         checkpoint_path: str,
         name: str | None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """The metrics of a checkpoint."""
 
 
@@ -53,7 +54,7 @@ class Evaluation:
     """One evaluated checkpoint: its path, its metrics, what each exporter made of it, and whether it was the last."""
 
     checkpoint: str
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     exports: tuple[str | None, ...]
     is_final: bool
 
@@ -93,7 +94,7 @@ class Evaluator:
             name=self._spec.name,
         )
         _check_metrics(metrics)
-        self._reporter.tell(state="waiting for a checkpoint", evaluation=metrics)
+        self._reporter.tell(state="waiting for a checkpoint", evaluation=scalars(metrics))
         return self._exported(checkpoint, metrics, is_last or self._is_final(metrics))
 
     def conclude(self) -> None:
@@ -151,17 +152,17 @@ class Evaluator:
             return False
         return state.run_id == run_id if run_id else (state.finished_at or 0.0) >= began
 
-    def _is_final(self, metrics: Mapping[str, float]) -> bool:
-        return self._max_steps is not None and metrics["global_step"] >= self._max_steps
+    def _is_final(self, metrics: EvalResult) -> bool:
+        return self._max_steps is not None and bool(metrics["global_step"] >= self._max_steps)
 
-    def _exported(self, checkpoint: str, metrics: dict[str, float], is_final: bool) -> Evaluation:
+    def _exported(self, checkpoint: str, metrics: dict[str, Any], is_final: bool) -> Evaluation:
         exports = tuple(self._export(exporter, checkpoint, metrics, is_final) for exporter in self._spec.exporters)
         for path in filter(None, exports):
             self._reporter.tell(paths={"export": path})
         self.last = Evaluation(checkpoint, metrics, exports, is_final)
         return self.last
 
-    def _export(self, exporter: Exporter, checkpoint: str, metrics: dict[str, float], is_final: bool) -> str | None:
+    def _export(self, exporter: Exporter, checkpoint: str, metrics: dict[str, Any], is_final: bool) -> str | None:
         path = join(self._estimator.model_dir, "export", exporter.name)
         exported = exporter.export(self._estimator, path, checkpoint, dict(metrics), is_the_final_export=is_final)
         if exported:

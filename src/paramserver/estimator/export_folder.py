@@ -49,6 +49,12 @@ def new_export(export_path: str, write: Callable[[Path], object]) -> str:
     return storage.path(name)
 
 
+def has_exports(export_path: str) -> bool:
+    """Whether a folder, a path or URL, holds an export."""
+    storage = storage_of(export_path)
+    return any(not storage.is_file(name) for name in _exports(storage))
+
+
 def delete_old_exports(export_path: str, keep: int | None) -> None:
     """Delete all but the newest exports in a folder: of its folders those that are named by ten digits (J02, J05).
 

@@ -6,17 +6,20 @@ models in it.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from paramserver.errors import ConfigError
 from paramserver.estimator.calling import accepts, check_arguments
+from paramserver.estimator.eval_results import EvalResult, Watched, rebuilt, scalars
 from paramserver.estimator.event_files import read_metrics
-from paramserver.estimator.export_folder import delete_old_exports
+from paramserver.estimator.export_folder import delete_old_exports, has_exports
 
-EvalResult = Mapping[str, float]
-"""The metrics of one evaluation, ``loss`` and ``global_step`` among them."""
+logger = logging.getLogger(__name__)
 
 _COMPARED = ("best_eval_result", "current_eval_result")
 
@@ -200,14 +203,15 @@ def loss_smaller(best_eval_result: EvalResult, current_eval_result: EvalResult) 
         if not result or "loss" not in result:
             has = ", ".join(sorted(result or ())) or "nothing"
             raise ConfigError(f"loss_smaller: {name} has no 'loss', only {has}; give the exporter another compare_fn")
-    return current_eval_result["loss"] < best_eval_result["loss"]
+    return bool(current_eval_result["loss"] < best_eval_result["loss"])
 
 
 class BestExporter(_ModelExporter):
     """Exports when an evaluation is better than all before it, and keeps the newest exports (J03, J04).
 
-    The first evaluation that it sees is exported in any case, so that a run leaves an export whatever earlier runs
-    wrote. What the best was until now is read from the event files, so a restart forgets nothing.
+    The best evaluation of earlier processes is read from the event files, so that after a restart only a better one is
+    exported, too; where the folder holds no export yet, the first evaluation is, whatever earlier runs have reached.
+    An evaluation is never the best if what ``compare_fn`` reads of it is NaN.
 
     Args:
         name: The name of the folder in ``model_dir/export``.
@@ -251,32 +255,68 @@ class BestExporter(_ModelExporter):
         eval_result: EvalResult,
         is_the_final_export: bool,
     ) -> str | None:
-        """Export if it is the best, or the first, and delete what is too old; see `Exporter.export`."""
+        """Export if it is the best, or there is no export yet, and delete what is too old; see `Exporter.export`."""
+        if not isinstance(eval_result, Mapping):
+            raise ConfigError(f"{self!r}: eval_result: expected the metrics of an evaluation, got {eval_result!r}")
         is_first = self._model_dir != estimator.model_dir
         if is_first:
             self._best = self._best_before(estimator.model_dir, eval_result)
-        is_best = self._best is None or self._is_better(self._best, eval_result)
-        if not is_first and not is_best:
-            return None
-        exported = self._write(estimator, export_path, checkpoint_path)
+        lacks_any = is_first and not has_exports(export_path)
+        if is_first and not lacks_any and self._best is None:
+            self._warn_of_unknown(export_path)
+        is_best = self._is_better(self._best, eval_result)
+        exported = None
+        if is_best or (lacks_any and not self._reads_nan(eval_result)):
+            exported = self._write(estimator, export_path, checkpoint_path)
+            delete_old_exports(export_path, self._exports_to_keep)
         self._model_dir = estimator.model_dir
         if is_best:
             self._best = dict(eval_result)
-        delete_old_exports(export_path, self._exports_to_keep)
         return exported
 
     def _best_before(self, model_dir: str, like: EvalResult) -> EvalResult | None:
-        """The best evaluation of the event files; one that lacks a metric is no evaluation of this kind."""
+        """The best of the other evaluations in the event files, which hold the present one as well.
+
+        One that lacks a metric is no evaluation of this kind.
+        """
         best: EvalResult | None = None
         earlier = read_metrics(model_dir, self._pattern) if self._pattern else {}
         for step, metrics in earlier.items():
-            result = {**metrics, "global_step": step}
-            if like.keys() <= result.keys() and (best is None or self._is_better(best, result)):
+            result = rebuilt(like, {**metrics, "global_step": step})
+            if result is not None and not _is_same(like, result) and self._is_better(best, result):
                 best = result
         return best
 
-    def _is_better(self, best: EvalResult, current: EvalResult) -> bool:
-        return bool(self._compare_fn(best_eval_result=best, current_eval_result=current))
+    def _is_better(self, best: EvalResult | None, current: EvalResult) -> bool:
+        if best is None:
+            return not self._reads_nan(current)
+        was, now = Watched(best), Watched(current)
+        is_better = bool(self._compare_fn(best_eval_result=was, current_eval_result=now))
+        return is_better and not now.has_given_nan
+
+    def _reads_nan(self, result: EvalResult) -> bool:
+        """Whether what the comparison goes by is NaN."""
+        watched = Watched(result)
+        self._compare_fn(best_eval_result=watched, current_eval_result=watched)
+        return watched.has_given_nan
+
+    def _warn_of_unknown(self, export_path: str) -> None:
+        logger.warning(
+            "%r: there are exports in %s, and no earlier evaluation in %r to compare with, so this one counts as the "
+            "best; event_file_pattern says where the evaluations of this EvalSpec are written",
+            self,
+            export_path,
+            self._pattern,
+        )
+
+
+def _is_same(result: EvalResult, written: EvalResult) -> bool:
+    """Whether this is what was written of a result, as float32."""
+    known = scalars(written)
+    with np.errstate(over="ignore"):  # beyond its range it was written as infinity
+        return "global_step" in result and all(
+            float(np.float32(value)) == float(np.float32(known[name])) for name, value in scalars(result).items()
+        )
 
 
 def check_exporter_name(name: object, where: str) -> str:

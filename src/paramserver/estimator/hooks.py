@@ -4,14 +4,16 @@ Rules:
 
 1. ``begin`` of all hooks -> the session is created -> ``after_create_session`` of all -> [``before_run`` of
    all -> one step -> ``after_run`` of all] repeated -> ``end`` of all.
-2. ``end`` is called after a clean stop only: a hook asked for it, the session ends by itself, or the input is
+2. While the chief, whose own input is at its end, waits for the other workers, ``while_waiting`` of all is called about
+   every second: what it does for all workers goes on.
+3. ``end`` is called after a clean stop only: a hook asked for it, the session ends by itself, or the input is
    at its end (StopIteration). After any other exception it is not called: what a hook writes at the end would
    look like a result.
-3. Every hook sees a step whole: a stop that one hook asks for takes effect after all have seen the step.
-4. No step is made after a stop was asked for.
-5. What a hook wraps a step in (`RunContext.wrap_step`) is entered after all ``before_run``, in the order of the hooks,
+4. Every hook sees a step whole: a stop that one hook asks for takes effect after all have seen the step.
+5. No step is made after a stop was asked for.
+6. What a hook wraps a step in (`RunContext.wrap_step`) is entered after all ``before_run``, in the order of the hooks,
    and left before the first ``after_run``, also when the step fails.
-6. The chief's own hooks come before the user's, the user's before those that may end the run on a bad loss.
+7. The chief's own hooks come before the user's, the user's before those that may end the run on a bad loss.
 """
 
 from __future__ import annotations
@@ -57,6 +59,9 @@ class TrainingSession(Protocol):
         Raises:
             UnavailableError: If a ps task cannot be reached.
         """
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The values of the model by name, as its ``state_dict()`` has them. Blocks where it has tables."""
 
     def save(self) -> str:
         """Write a checkpoint and return its path. Blocks until it is whole.
@@ -144,6 +149,12 @@ class TrainingHook:
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
         """After each step, with what it gave."""
+
+    def while_waiting(self, context: RunContext) -> None:
+        """About every second while the chief, which has made its last step, waits for the other workers to finish.
+
+        The session's ``global_step`` is fresh. Duties that a hook has for all workers, such as checkpoints, go on here.
+        """
 
     def end(self, session: TrainingSession) -> None:
         """After a clean stop. Variables can still be read and saved."""
@@ -233,6 +244,17 @@ class HookRunner:
         for hook in self.hooks:
             hook.after_run(context, values)
         return values
+
+    def while_waiting(self) -> None:
+        """This task has made its last step, and waits for others.
+
+        Raises:
+            RuntimeError: If there is no session yet.
+        """
+        if self._context is None:
+            raise RuntimeError("a wait was reported before its session was created")
+        for hook in self.hooks:
+            hook.while_waiting(self._context)
 
     def end(self, session: TrainingSession) -> None:
         """After a clean stop."""

@@ -19,12 +19,14 @@ from torch import nn
 
 from paramserver.distribute import context, replica_threads
 from paramserver.distribute.central_storage import CentralStorageStrategy
+from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.input.dealing import brought
 from paramserver.distribute.nest import map_leaves
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.values import PerReplica, local_results
 from paramserver.errors import ConfigError
+from paramserver.estimator.specs import EstimatorSpec
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,6 +93,17 @@ class ModelReplicas:
 
     def __repr__(self) -> str:
         return f"<ModelReplicas: {self.count} on {self._strategy or 'the device of the model'}>"
+
+
+def replicas_of(spec: EstimatorSpec, strategy: ParameterServerStrategy | None) -> ModelReplicas:
+    """The replicas of a spec's model."""
+    assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
+    return ModelReplicas(spec.model, strategy)
+
+
+def input_context(strategy: ParameterServerStrategy | None) -> InputContext:
+    """What an input_fn for such replicas is offered."""
+    return strategy.input_context if strategy else InputContext()
 
 
 def on_cpu(value: Any) -> Any:

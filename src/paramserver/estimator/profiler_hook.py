@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 class ProfilerHook(TrainingHook):
     """Writes what happens in a step, operator by operator, every so many global steps or seconds.
 
-    One step is profiled each time, the first of them one interval after the start. A trace is a JSON file
+    One step is profiled each time, the first of them one interval after the start, and never this task's first step, in
+    which much is done once. A trace is a JSON file
     ``TASK.STEP.pt.trace.json``, such as ``chief-0.100.pt.trace.json``, that ui.perfetto.dev, chrome://tracing and
     TensorBoard's profiler plugin open; it holds the threads of all replicas, and their GPUs. Profiling slows that step
     down, the first time by about a second.
@@ -60,18 +61,24 @@ class ProfilerHook(TrainingHook):
             with_stack=with_stack,
             experimental_config=_all_threads(),
         )
-        self._is_on = False
+        self._is_on = self._has_begun = False
         self._profile: torch.profiler.profile | None = None
 
+    def begin(self) -> None:
+        """A new training begins with a step that is not profiled."""
+        self._has_begun = False
+
     def after_create_session(self, session: TrainingSession) -> None:
-        """The first interval begins here: the first steps, in which much is done once, tell little."""
+        """The first interval begins here."""
         self._is_on = session.is_chief or bool(self._output_dir)
         self._timer.update_last_triggered_step(session.global_step)
 
     def before_run(self, context: RunContext) -> None:
         """Has the step profiled if one is due."""
         self._profile = None
-        if self._is_on and self._timer.should_trigger_for_step(context.session.global_step + 1):
+        is_first, self._has_begun = not self._has_begun, True
+        is_due = self._is_on and self._timer.should_trigger_for_step(context.session.global_step + 1)
+        if is_due and not is_first:
             self._profile = self._new_profile()
             context.wrap_step(self._profile)
 

@@ -78,8 +78,8 @@ class RunConfig:
     seed: int | None = None
     """Seeds every task before input and model are built (tf.estimator's ``tf_random_seed``); None leaves
     torch's seed alone."""
-    save_summary_steps: int = 100
-    """Global steps between two points of a summary; 0 writes none."""
+    save_summary_steps: int | None = 100
+    """Global steps between two points of a summary; None or 0 writes none."""
     save_checkpoints_steps: int | None = _DEFAULT
     """Global steps between two checkpoints. None for both this and ``save_checkpoints_secs`` saves none; if
     only one is given, the other is None; both cannot be set."""
@@ -87,8 +87,8 @@ class RunConfig:
     """Seconds between two checkpoints; 600 if neither is given."""
     keep_checkpoint_max: int | None = 5
     """How many of the newest checkpoints are kept; None or 0 keeps all."""
-    keep_checkpoint_every_n_hours: float = 10_000
-    """Of each such period one checkpoint is spared."""
+    keep_checkpoint_every_n_hours: float | None = 10_000
+    """Of each such period one checkpoint is spared; None spares none."""
     log_step_count_steps: int | None = 100
     """Steps between two log lines of loss and speed; None logs neither."""
     session_creation_timeout_secs: float = 7200
@@ -143,7 +143,7 @@ class RunConfig:
 
     @property
     def task_type(self) -> Role:
-        """The role of this process."""
+        """The role of this process; a plain string for a task of another job, which does not take part in a run."""
         return self._view.task.role
 
     @property
@@ -259,11 +259,11 @@ def _or_none(is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_or_none(_is_int), "a whole number or None"),
-    "save_summary_steps": (lambda v: _is_int(v, 0), "a whole number of at least 0"),
+    "save_summary_steps": (_or_none(lambda v: _is_int(v, 0)), "a whole number of at least 0 or None"),
     "save_checkpoints_steps": (_or_none(lambda v: _is_int(v, 0)), "a whole number of at least 0 or None"),
     "save_checkpoints_secs": (_or_none(lambda v: _is_number(v) and v >= 0), "seconds of at least 0 or None"),
     "keep_checkpoint_max": (_or_none(lambda v: _is_int(v, 0)), "a whole number of at least 0 or None"),
-    "keep_checkpoint_every_n_hours": (lambda v: _is_number(v) and v > 0, "a positive number of hours"),
+    "keep_checkpoint_every_n_hours": (_or_none(lambda v: _is_number(v) and v > 0), "positive hours or None"),
     "log_step_count_steps": (_or_none(lambda v: _is_int(v, 1)), "a positive whole number or None"),
     "session_creation_timeout_secs": (lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
     "max_worker_delay_secs": (_or_none(lambda v: _is_int(v, 0)), "whole seconds of at least 0 or None"),

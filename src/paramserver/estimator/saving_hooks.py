@@ -69,22 +69,32 @@ class SummarySaverHook(TrainingHook):
             self._write(values)
             self._write_times(context.session.statistics(), values.global_step)
 
+    def while_waiting(self, context: RunContext) -> None:
+        """Writes the speed of the other workers when due; a loss of its own this task has no more."""
+        session = context.session
+        if session.is_chief and self._timer.should_trigger_for_step(session.global_step):
+            self._write_speed(session.global_step)
+
     def end(self, session: TrainingSession) -> None:
         """Makes all points visible."""
         self._writer.flush()
 
     def _write(self, values: RunValues) -> None:
         step = values.global_step
-        seconds, steps = self._timer.update_last_triggered_step(step)
         if all(point.name != "loss" for point in self._points):
             self._writer.scalar("loss", float(values.loss), step)
         for point in self._points:
             point.write(self._writer, step)
         self._writer.histogram("staleness", torch.tensor(list(self._staleness.elements()), dtype=torch.float32), step)
-        if seconds and steps is not None:
-            self._writer.scalar("global_step/sec", steps / seconds, step)
+        self._write_speed(step)
         self._points.clear()
         self._staleness.clear()
+
+    def _write_speed(self, step: int) -> None:
+        """Steps a second since the last time."""
+        seconds, steps = self._timer.update_last_triggered_step(step)
+        if seconds and steps is not None:
+            self._writer.scalar("global_step/sec", steps / seconds, step)
 
     def _write_times(self, times: StepTimes, step: int) -> None:
         """Mean milliseconds of a step since the last time, in a group of their own."""
@@ -159,10 +169,13 @@ class CheckpointSaverHook(TrainingHook):
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
         """Saves when due, and stops if a listener wants it."""
-        if self._timer.should_trigger_for_step(values.global_step) and not context.session.should_stop():
-            self._save(context.session)
+        self._save_if_due(context.session, values.global_step)
         if self._stop:
             context.request_stop()
+
+    def while_waiting(self, context: RunContext) -> None:
+        """Saves when due what the other workers do."""
+        self._save_if_due(context.session, context.session.global_step)
 
     def end(self, session: TrainingSession) -> None:
         """Saves the last step if it is not saved yet."""
@@ -170,6 +183,10 @@ class CheckpointSaverHook(TrainingHook):
             self._save(session)
         for listener in self.listeners:
             listener.end(session, session.global_step)
+
+    def _save_if_due(self, session: TrainingSession, step: int) -> None:
+        if self._timer.should_trigger_for_step(step) and not session.should_stop():
+            self._save(session)
 
     def _save(self, session: TrainingSession) -> None:
         step = session.global_step

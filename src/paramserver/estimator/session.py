@@ -54,7 +54,7 @@ class Session:
         reporter: Reporter,
     ) -> None:
         assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-        assert spec.optimizer is not None  # noqa: S101
+        assert spec.optimizers  # noqa: S101
         assert config.model_dir is not None  # noqa: S101  # the Estimator has set it
         self.is_chief = strategy.is_chief
         self.task = str(strategy.task or "chief:0")
@@ -65,7 +65,7 @@ class Session:
         self._reporter = reporter
         self._patience = config.session_creation_timeout_secs
         self._losses = 0
-        self._schedule = Schedule(spec.scheduler, max_steps)
+        self._schedules = [Schedule(scheduler, max_steps) for scheduler in spec.schedulers]
         self._aliases = aliases(spec.model)
         self._manager = CheckpointManager(
             config.model_dir, config.keep_checkpoint_max, config.keep_checkpoint_every_n_hours
@@ -75,15 +75,16 @@ class Session:
             self._manager.remove_leftovers()
             self._manager.mark_started(self._run_id)
         self.model = spec.model
-        (self.optimizer,) = strategy.prepare_from(
+        self.optimizers = strategy.prepare_from(
             spec.model,
-            [spec.optimizer],
+            spec.optimizers,
             initialize=self._initialize,
             timeout=self._patience,
             on_wait=self._waiting(),
         )
         self.model.train()
-        self._schedule.resume(self.global_step)
+        for schedule in self._schedules:
+            schedule.resume(self.global_step)
 
     @property
     def global_step(self) -> int:
@@ -106,6 +107,14 @@ class Session:
         """
         return self._strategy.refresh()
 
+    def values(self) -> dict[str, torch.Tensor]:
+        """The values of the model by name, as its ``state_dict()`` has them. Blocks where it has tables.
+
+        Raises:
+            UnavailableError: If a ps is lost.
+        """
+        return self.model.state_dict()
+
     def statistics(self) -> StepTimes:
         """Where the time of this task's steps has gone. Does not block."""
         return self._strategy.statistics()
@@ -123,16 +132,18 @@ class Session:
             StopIteration: If the input is at its end.
             UnavailableError: If a ps is lost.
         """
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         losses = self._strategy.run(self._loss, args=next(batches))
         loss = self._strategy.reduce(ReduceOp.MEAN, losses).detach()
         if math.isnan(loss.item()):
             return RunValues(loss, self.global_step, 0)
         self._strategy.run(self._update, args=(losses,))
-        push = self.optimizer.last_push
+        push = self.optimizers[0].last_push
         assert push is not None  # noqa: S101  # a step was just made
         self._losses = 0
-        self._schedule.follow(push.global_step)
+        for schedule in self._schedules:
+            schedule.follow(push.global_step)
         return RunValues(loss, push.global_step, push.staleness)
 
     def save(self) -> str:
@@ -179,12 +190,25 @@ class Session:
             else:
                 return
 
-    def finish(self) -> None:
-        """The loop is at its end: the chief waits until all other workers have finished, so that its last checkpoint
-        holds what they did; then the global step is fresh. Blocks for as long as they take.
-        """  # noqa: D205
+    def finish(self, while_waiting: Callable[[], object] = lambda: None) -> None:
+        """Bring the loop to its end, with a fresh global step. Blocks for as long as other workers take.
+
+        The chief waits until all other workers have finished, so that its last checkpoint holds what they did.
+
+        Args:
+            while_waiting: Called about every second of this wait, with a fresh global step.
+
+        Raises:
+            UnavailableError: If a ps is lost.
+        """
+
+        def on_wait(tasks: tuple[str, ...]) -> None:
+            step = self._client.read_global_step()
+            self._reporter.tell(state=f"waiting for {', '.join(tasks)}", global_step=step)
+            while_waiting()
+
         if self.is_chief:
-            self._client.await_workers(lambda tasks: self._reporter.tell(state=f"waiting for {', '.join(tasks)}"))
+            self._client.await_workers(on_wait)
         self._client.read_global_step()
 
     def close(self) -> None:
@@ -216,7 +240,8 @@ class Session:
 
     def _update(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def _waiting(self) -> Callable[[float], None]:
         """What is done about every second of a wait for the chief, with the seconds so far: it is said now and then."""

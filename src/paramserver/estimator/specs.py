@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -14,6 +14,11 @@ from paramserver.errors import ConfigError
 from paramserver.estimator.exporters import Exporter, check_exporter_name
 from paramserver.estimator.hooks import TrainingHook, as_tuple
 from paramserver.estimator.saving_hooks import CheckpointSaverListener
+
+T = TypeVar("T")
+
+Several: TypeAlias = T | Sequence[T] | Mapping[str, T] | None
+"""One, several in order, or several by name."""
 
 RESERVED_METRICS = ("loss", "global_step")
 """Results that every evaluation has of itself."""
@@ -57,12 +62,15 @@ class EstimatorSpec:
     _: KW_ONLY
     model: torch.nn.Module | None = None
     loss_fn: Callable[[Any, Any, Any], torch.Tensor] | None = None
-    """``(model, features, labels) -> loss``, a tensor of one element."""
-    optimizer: torch.optim.Optimizer | None = None
+    """``(model, features, labels) -> loss``, a tensor of one element. Labels are None for batches of features alone."""
+    optimizer: Several[torch.optim.Optimizer] = None
+    """One, or several that hold different parameters, in a list or by name. All make a step after each backward pass;
+    the first one's steps are what the global step counts."""
     eval_metrics: Mapping[str, Metric] = field(default_factory=dict)
     """By name; ``loss`` and ``global_step`` are there without being asked for."""
-    scheduler: LRScheduler | None = None
-    """Follows the global step: stepped once for each update of the model, up to ``max_steps``."""
+    scheduler: Several[LRScheduler] = None
+    """Follows the global step: stepped once for each update of the model, up to ``max_steps``. One, or several in a
+    list or by name, each of one of the optimizers."""
     predict_fn: Callable[[Any, Any], Any] | None = None
     """``(model, features) -> predictions``; None calls the model."""
     training_hooks: Sequence[TrainingHook] = ()
@@ -70,18 +78,32 @@ class EstimatorSpec:
     training_chief_hooks: Sequence[TrainingHook] = ()
     """Run on the chief only."""
     evaluation_hooks: Sequence[TrainingHook] = ()
+    """Run around each evaluation."""
+    prediction_hooks: Sequence[TrainingHook] = ()
+    """Run around each prediction, with a loss of NaN."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _checked_mode(self.mode))
-        for name, kind in _FIELD_TYPES.items():
-            _check_type("EstimatorSpec", name, getattr(self, name), (kind, type(None)))
+        _check_type("EstimatorSpec", "model", self.model, (torch.nn.Module, type(None)))
+        for name, kind in _SEVERAL.items():
+            _check_several(name, getattr(self, name), kind)
         for name in ("loss_fn", "predict_fn"):
             _check_callable("EstimatorSpec", name, getattr(self, name), optional=True)
         self._check_complete()
-        self._check_scheduler()
+        self._check_schedulers()
         _check_metrics(self.eval_metrics)
-        for name in ("training_hooks", "training_chief_hooks", "evaluation_hooks"):
+        for name in ("training_hooks", "training_chief_hooks", "evaluation_hooks", "prediction_hooks"):
             _make_tuple(self, name, TrainingHook)
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """All optimizers, in the order in which they were given."""
+        return tuple(optimizer for _, optimizer in _labelled("optimizer", self.optimizer))
+
+    @property
+    def schedulers(self) -> tuple[LRScheduler, ...]:
+        """All schedulers, in the order in which they were given."""
+        return tuple(scheduler for _, scheduler in _labelled("scheduler", self.scheduler))
 
     def _check_complete(self) -> None:
         needs = _NEEDED[self.mode]
@@ -92,14 +114,15 @@ class EstimatorSpec:
                 f"{', '.join(needs)}; pass them in model_fn"
             )
 
-    def _check_scheduler(self) -> None:
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            raise ConfigError(
-                "EstimatorSpec: scheduler: ReduceLROnPlateau needs a metric at each step, which a "
-                "worker does not have; expected a scheduler whose step() takes no argument"
-            )
-        if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
-            raise ConfigError("EstimatorSpec: scheduler: made for another optimizer than the spec's; pass both")
+    def _check_schedulers(self) -> None:
+        for where, scheduler in _labelled("scheduler", self.scheduler):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise ConfigError(
+                    f"EstimatorSpec: {where}: ReduceLROnPlateau needs a metric at each step, which a "
+                    "worker does not have; expected a scheduler whose step() takes no argument"
+                )
+            if all(scheduler.optimizer is not optimizer for optimizer in self.optimizers):
+                raise ConfigError(f"EstimatorSpec: {where}: made for another optimizer than the spec's; pass both")
 
 
 @dataclass(frozen=True)
@@ -183,11 +206,7 @@ class EvalSpec:
             object.__setattr__(self, field_name, value)
 
 
-_FIELD_TYPES: dict[str, type] = {
-    "model": torch.nn.Module,
-    "optimizer": torch.optim.Optimizer,
-    "scheduler": LRScheduler,
-}
+_SEVERAL: dict[str, type] = {"optimizer": torch.optim.Optimizer, "scheduler": LRScheduler}
 
 _NEEDED: dict[ModeKeys, tuple[str, ...]] = {
     ModeKeys.TRAIN: ("model", "loss_fn", "optimizer"),
@@ -210,6 +229,28 @@ def _check_type(where: str, name: str, value: object, kinds: type | tuple[type, 
     if not isinstance(value, kinds):
         first = kinds[0] if isinstance(kinds, tuple) else kinds
         raise TypeError(f"{where}: {name}: expected {first.__qualname__}, got {_shown(value)}")
+
+
+def _labelled(name: str, given: Several[T]) -> list[tuple[str, T]]:
+    """What was given as one, in a sequence or by name, each with what messages call it."""
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        return [(f"{name}[{key!r}]", item) for key, item in given.items()]
+    if isinstance(given, Sequence):
+        return [(f"{name}[{index}]", item) for index, item in enumerate(given)]
+    return [(name, given)]
+
+
+def _check_several(name: str, given: object, kind: type) -> None:
+    found = _labelled(name, given)
+    if given is not None and not found:
+        raise ConfigError(f"EstimatorSpec: {name}: expected one or several, got an empty {type(given).__name__}")
+    first: dict[int, str] = {}
+    for where, item in found:
+        _check_type("EstimatorSpec", where, item, kind)
+        if first.setdefault(id(item), where) != where:
+            raise ConfigError(f"EstimatorSpec: {where}: the same as {first[id(item)]}; give each once")
 
 
 def _check_callable(where: str, name: str, value: object, optional: bool = False) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from paramserver.cluster import Role, environment
 from paramserver.cluster.report import Reporter
+from paramserver.cluster.spec import expected_one_of
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import CheckpointError, ConfigError, RunOverError
 from paramserver.estimator.arguments import training_strategy
@@ -21,7 +22,7 @@ from paramserver.server import run_standard_server
 
 logger = logging.getLogger(__name__)
 
-Results = tuple[dict[str, float], list[str | None]]
+Results = tuple[dict[str, Any], list[str | None]]
 
 
 def train_and_evaluate(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> Results | None:
@@ -48,8 +49,10 @@ def train_and_evaluate(estimator: Estimator, train_spec: TrainSpec, eval_spec: E
         return _run_local(estimator, train_spec, eval_spec)
     if config.task_type is Role.PS:
         run_standard_server()
-    else:
+    elif config.task_type in (Role.CHIEF, Role.WORKER):
         _run_worker(estimator, train_spec)
+    else:
+        raise ConfigError(f"train_and_evaluate on {config.task}: {expected_one_of(Role, config.task_type)}")
     return None
 
 

@@ -86,7 +86,7 @@ def train(
 def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], Iterator[Batch]]) -> None:
     runner.begin()
     session = create()
-    runner.after_create_session(session)
+    _announce(session, runner)
     batches = read()
     _train_on(session, runner, batches)
     while not _finish(session, runner):
@@ -103,7 +103,7 @@ def _train_on(session: Session, runner: HookRunner, batches: Iterator[Batch]) ->
 def _finish(session: Session, runner: HookRunner) -> bool:
     """End a training; False if a ps was lost meanwhile, and steps with it that were made already."""
     reached = session.global_step
-    _persist(session.finish, session, runner)
+    _persist(lambda: session.finish(runner.while_waiting), session, runner)
     if session.global_step >= reached:
         _persist(lambda: runner.end(session), session, runner)
     if session.global_step < reached:
@@ -114,14 +114,24 @@ def _finish(session: Session, runner: HookRunner) -> bool:
 
 def _persist(action: Callable[[], object], session: Session, runner: HookRunner) -> None:
     """Do something with the ps tasks, and again after each loss of one that the session recovers from (N04)."""
-    while True:
-        try:
-            action()
-        except UnavailableError as error:
-            session.recover(error)
-            runner.after_create_session(session)
-        else:
-            return
+    while (loss := _loss(action)) is not None:
+        session.recover(loss)
+        _announce(session, runner)
+
+
+def _announce(session: Session, runner: HookRunner) -> None:
+    """Tell the hooks of a session that is new or has recovered, again where a ps is lost while they are told."""
+    while (loss := _loss(lambda: runner.after_create_session(session))) is not None:
+        session.recover(loss)
+
+
+def _loss(action: Callable[[], object]) -> UnavailableError | None:
+    """Do something; the error if a ps was lost meanwhile."""
+    try:
+        action()
+    except UnavailableError as error:
+        return error
+    return None
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class NanLossDuringTrainingError(ParameterServerError):
 
 
 class StepCounterHook(TrainingHook):
-    """Logs how many global steps all workers together make in a second.
+    """Logs how many global steps all workers together make in a second, from this task's first step on.
 
     Args:
         every_n_steps: Global steps between two lines; exactly one of the two is given.
@@ -59,14 +59,17 @@ class StepCounterHook(TrainingHook):
         self.steps_per_second: float | None = None
         """The last rate that was logged, None before the first."""
 
-    def after_create_session(self, session: TrainingSession) -> None:
-        """The first interval begins here, so that the first line counts every step."""
-        self._timer.update_last_triggered_step(session.global_step)
-
     def after_run(self, context: RunContext, values: RunValues) -> None:
         """Logs when due, warns where the step stands still."""
         step = values.global_step
         self._watch_progress(step, context.session.task)
+        self._log_if_due(step)
+
+    def while_waiting(self, context: RunContext) -> None:
+        """Logs when due how fast the other workers are."""
+        self._log_if_due(context.session.global_step)
+
+    def _log_if_due(self, step: int) -> None:
         if self._timer.should_trigger_for_step(step):
             seconds, steps = self._timer.update_last_triggered_step(step)
             if seconds and steps is not None:
@@ -183,7 +186,8 @@ class NanLossHook(TrainingHook):
         task, step = context.session.task, values.global_step
         message = (
             f"the loss of {task} is NaN at global step {step}; expected a number: "
-            "try a lower learning rate or clipped gradients, and look for bad values in the batch"
+            "try a lower learning rate or clipped gradients, and look for bad values in the batch; "
+            f"started again, training goes on from the latest checkpoint in {context.session.model_dir}"
         )
         if self._fail:
             raise NanLossDuringTrainingError(message, task, step)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from paramserver.errors import RefusedError, RunOverError
@@ -46,11 +47,11 @@ class Roster:
     def __init__(self, chief: str, workers: Iterable[str]) -> None:
         self.chief = chief
         self._presence = dict.fromkeys(workers, Presence.EXPECTED)
-        self._connections: dict[str, int] = {}
+        self._connections: dict[str, Counter[str]] = defaultdict(Counter)  # of each incarnation that has not left
         self._changed = threading.Condition()
         self._stopped = False
 
-    def join(self, task: str) -> None:
+    def join(self, task: str, incarnation: str) -> None:
         """A worker has connected.
 
         Raises:
@@ -62,7 +63,7 @@ class Roster:
                 raise RefusedError(f"{task} does not take part in this run; its workers are {self}", task)
             self.check_going_on(task)
             self._presence[task] = Presence.JOINED
-            self._connections[task] = self._connections.get(task, 0) + 1
+            self._connections[task][incarnation] += 1
             self._changed.notify_all()
 
     def check_going_on(self, task: str) -> None:
@@ -70,17 +71,19 @@ class Roster:
         if self._presence.get(self.chief) is Presence.LEFT:
             raise RunOverError(f"{task} came after the end: {self.chief} has finished the run")
 
-    def leave(self, task: str) -> None:
-        """A worker has said goodbye."""
-        self._set(task, Presence.LEFT)
+    def leave(self, task: str, incarnation: str) -> None:
+        """An incarnation of a worker has said goodbye. The worker has left, unless another one is connected."""
+        self._go(task, incarnation, Presence.LEFT)
 
-    def disconnect(self, task: str) -> None:
+    def disconnect(self, task: str, incarnation: str) -> None:
         """A connection of a worker has ended; without a goodbye it is lost, unless it has come back meanwhile."""
         with self._changed:
-            self._connections[task] -= 1
-            if not self._connections[task] and self._presence[task] is Presence.JOINED:
-                self._presence[task] = Presence.LOST
-            self._changed.notify_all()
+            connections = self._connections[task]
+            connections[incarnation] -= 1
+            if not connections[incarnation]:
+                self._go(task, incarnation, Presence.LOST)
+            elif connections[incarnation] < 0:  # it had left before
+                del connections[incarnation]
 
     def stop(self) -> None:
         """Somebody wants the ps to end now."""
@@ -126,7 +129,9 @@ class Roster:
     def __str__(self) -> str:
         return ", ".join(f"{task} ({presence.value})" for task, presence in self._presence.items())
 
-    def _set(self, task: str, presence: Presence) -> None:
+    def _go(self, task: str, incarnation: str, presence: Presence) -> None:
         with self._changed:
-            self._presence[task] = presence
+            self._connections[task].pop(incarnation, None)
+            if not self._connections[task]:
+                self._presence[task] = presence
             self._changed.notify_all()

@@ -8,6 +8,7 @@ holds what, so that a checkpoint loads into any number of ps tasks, with any par
 Rules
     * Pushes go on meanwhile. A block is locked while it is copied, and written after that: a push waits for the copy
       of one block, never for a disk. So the values and slots of a block are of one version.
+    * What is not finite is not written; `finite` says what that is about.
     * Memory is taken for one block, whatever the size of the store.
     * The header of a file comes first, so the slots that there are when it begins are the slots it holds. Variables
       whose first update comes later get a file of their own at the end; this is the one case that takes more memory.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ import torch
 from paramserver.arena import BLOCK, Range, pieces, tensor_bytes
 from paramserver.checkpoint_files import Maps, merge, name_clash, rows_files
 from paramserver.checkpoint_folder import Steps, Write
+from paramserver.store.finite import check_finite
 from paramserver.store.place import Place, overlaps, places
 from paramserver.store.store import Store
 from paramserver.store.stored_arena import BlockCopy, SlotKind, StoredArena
@@ -32,6 +35,9 @@ from paramserver.tensor_file import FileLayout, TensorSpec, lay_out
 
 PAGE = 1 << 16
 """Bytes of a page of memory, in which a system keeps what it has of a file, where they are largest."""
+
+_Check = Callable[[StoredArena, int, list[tuple[Place, Range]], BlockCopy], None]
+"""Raises if one of the values or slots of a block must not be written; see `check_finite`."""
 
 _VALUE = ""
 """What the value of a variable is called among its slots."""
@@ -61,20 +67,25 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
 
     Raises:
         CheckpointError: If two variables have one name.
+        NotFiniteError: If a trained value or a slot is NaN or infinite; see `finite`.
     """
-    return (yield from _write(places(store), f"{shard + 1:05d}-of-{num_shards:05d}"))
+    check = partial(check_finite, store.task)
+    return (yield from _write(places(store), f"{shard + 1:05d}-of-{num_shards:05d}", check))
 
 
 def write_slots(store: Store, shard: int, num_shards: int, variables: Collection[str]) -> Steps[WrittenShard]:
     """Write the slots of some variables into the files that `write_shard` writes them into, and no values.
 
-    ``weight_map`` names the files that the values would be in. Raises as `write_shard` does.
+    ``weight_map`` names the files that the values would be in. What is not finite is written as it is.
+
+    Raises:
+        CheckpointError: If two variables have one name.
     """
     wanted = [place for place in places(store) if place.variable in variables]
-    return (yield from _write(wanted, f"{shard + 1:05d}-of-{num_shards:05d}", with_values=False))
+    return (yield from _write(wanted, f"{shard + 1:05d}-of-{num_shards:05d}", lambda *_: None, with_values=False))
 
 
-def _write(held: Iterable[Place], suffix: str, *, with_values: bool = True) -> Steps[WrittenShard]:
+def _write(held: Iterable[Place], suffix: str, check: _Check, *, with_values: bool = True) -> Steps[WrittenShard]:
     # Wide dtypes first, as they stand in a file, so that it is written from its beginning to its end.
     held = sorted(held, key=lambda place: -place.whole.itemsize)
     named = _Files({place: {_VALUE: SlotKind(place.spec.dtype, False)} for place in held}, _values_file(suffix))
@@ -84,7 +95,7 @@ def _write(held: Iterable[Place], suffix: str, *, with_values: bool = True) -> S
     yield from slots.begin()
     copy, late = BlockCopy(), list[_Piece]()
     for arena, here in _by_arena(held).items():
-        yield from _write_arena(arena, here, values, slots, copy, late)
+        yield from _write_arena(check, arena, here, values, slots, copy, late)
     later = _Files(_complete((piece.place, piece.span, piece.kinds) for piece in late), _slots_file(f"{suffix}-later"))
     yield from later.begin()
     for piece in late:
@@ -115,10 +126,17 @@ class _Piece(NamedTuple):
 
 
 def _write_arena(
-    arena: StoredArena, held: Iterable[Place], values: _Files, slots: _Files, copy: BlockCopy, late: list[_Piece]
+    check: _Check,
+    arena: StoredArena,
+    held: Iterable[Place],
+    values: _Files,
+    slots: _Files,
+    copy: BlockCopy,
+    late: list[_Piece],
 ) -> Steps[None]:
     for block, here in _by_block(held).items():
         arena.copy_block(block, copy)
+        check(arena, block, here, copy)
         for place, (start, stop) in here:
             value = copy.values[start - block * BLOCK : stop - block * BLOCK]
             yield from values.write(_Piece(place, (start, stop), {_VALUE: value}))

@@ -12,6 +12,7 @@ import torch
 
 from paramserver.arena import DTYPES, ArenaLayout, Range, StoreMemory, VariableSpec, num_blocks
 from paramserver.errors import ModelMismatchError, RefusedError
+from paramserver.store.progress import Progress
 from paramserver.store.stored_arena import StoredArena
 from paramserver.store.stored_table import StoredTable
 
@@ -47,6 +48,7 @@ class Store:
         arenas: What the model's variables lie in, by index.
         variables: The variables of the program's own by name, each in an arena of itself.
         memory: The memory of the model's arenas, None before there are any.
+        epoch: The name of its values, since the chief has last initialized or restored them.
     """
 
     def __init__(self, task: str, allocate: Allocate) -> None:
@@ -54,6 +56,7 @@ class Store:
         self.arenas: list[StoredArena] = []
         self.variables: dict[str, StoredArena] = {}
         self.memory: StoreMemory | None = None
+        self.epoch = ""
         self._allocate = allocate
         self._incomplete: dict[str, StoredArena] = {}
         self._lock = threading.RLock()
@@ -62,7 +65,7 @@ class Store:
         self._closed = False
         self._failure = ""
         self._global_step = self._updates = self._total_staleness = self._largest_staleness = 0
-        self._last_sequence: dict[str, int] = {}
+        self._progress: dict[str, Progress] = {}
 
     # --- creation
 
@@ -116,10 +119,10 @@ class Store:
         """Whether the chief has initialized or restored the variables."""
         return self._ready
 
-    def mark_ready(self, global_step: int) -> None:
-        """Open the store for everyone, at ``global_step``."""
+    def mark_ready(self, global_step: int, epoch: str = "") -> None:
+        """Open the store for everyone, at ``global_step``; see `wire.messages.MarkReady`."""
         with self._changed:
-            self._ready = True
+            self._ready, self.epoch = True, epoch
             self._global_step = global_step
             self._changed.notify_all()
 
@@ -270,13 +273,9 @@ class Store:
         """Updates of the model so far."""
         return self._global_step
 
-    def is_new(self, incarnation: str, sequence: int) -> bool:
-        """Whether a push has not been seen before; it counts as seen from now on."""
-        with self._lock:
-            if sequence <= self._last_sequence.get(incarnation, 0):
-                return False
-            self._last_sequence[incarnation] = sequence
-            return True
+    def progress(self, incarnation: str) -> Progress:
+        """How far the updates of one start of a worker have come."""
+        return self._progress.get(incarnation) or self._progress.setdefault(incarnation, Progress())
 
     def count_update(self, local_step: int) -> tuple[int, int]:
         """A push of gradients has been applied. Returns the global step after it, and its staleness."""

@@ -102,11 +102,15 @@ class StoredArena:
         layout: What lies where.
         values: The flat values, shared or private.
         versions: A counter for each block: odd while the block is written.
+
+    Attributes:
+        is_trained: Whether its rule has run since it was made.
     """
 
     def __init__(self, layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> None:
         self.layout = layout
         self.values = values
+        self.is_trained = False
         self._versions = versions
         self._setting_names = frozenset(setting_names(rule_class(layout.rule)) if layout.rule else ())
         self._locks: Sequence[contextlib.AbstractContextManager[object]] = ()
@@ -150,6 +154,7 @@ class StoredArena:
             self._versions[block] += 1
             try:
                 if operation == "rule":
+                    self.is_trained = True
                     first = block * BLOCK
                     self._rules[block].apply(start - first, stop - first, source, settings or {})
                 elif operation == "assign":

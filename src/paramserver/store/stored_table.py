@@ -76,6 +76,7 @@ class StoredTable(StoredArena):
         touched = touched_blocks(ids, self._width, len(self._versions))
         with self._lock:
             if operation == "rule":
+                self.is_trained = True
                 write = self._rule.update(ids, source, settings or {})
             else:
                 fresh = source if operation == "assign" else self._rule.rows.take(ids).add_(source)

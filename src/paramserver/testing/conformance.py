@@ -118,10 +118,10 @@ class Shelf:
                 self._push(session, _pieces(self._layouts, parts), pull)
             case messages.Pull(arenas):
                 session.reply(messages.State(True, 0), whole(self._layouts, arenas), self._lock_of)
-            case messages.PullRows(arena=arena, rows=count):
+            case messages.PullRows(wanted=((arena, count),)):
                 ids = torch.from_numpy(_taken_ids(session, count))
                 table = self.memory.values[arena].view(self._layouts[arena].table_shape)
-                session.reply(messages.State(True, 0), rows=tensor_bytes(table[ids]))
+                session.reply(messages.State(True, 0), rows=[tensor_bytes(table[ids])])
             case messages.Goodbye(failure):
                 session.reply(messages.Refused("refused", failure))
             case _:
@@ -184,7 +184,7 @@ class Worker:
 
     def pull_rows(self, arena: int, rows: TableRows) -> Reply:
         """Pull rows of a table."""
-        self.lane.start(messages.PullRows(arena, len(rows.ids)), (), [rows.id_bytes])
+        self.lane.start(messages.PullRows(((arena, len(rows.ids)),)), (), [rows.id_bytes])
         return self.lane.finish((), [rows.value_bytes])
 
     def pull(self, *arenas: int) -> Reply:

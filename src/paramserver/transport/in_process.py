@@ -52,10 +52,10 @@ class InProcessSession(Session):
         reply: Reply,
         pieces: Sequence[Piece] = (),
         lock: LockPiece | None = None,
-        rows: memoryview | None = None,
+        rows: Sequence[memoryview] = (),
     ) -> None:
         self.answer = reply
-        self.rows = [] if rows is None else [rows]
+        self.rows = list(rows)
 
     def close(self) -> None:
         self.gradients = []
@@ -76,13 +76,24 @@ class InProcessLane(Lane):
         self.task = task
         self._session = session
         self._handle = handle
+        self._layouts: Sequence[ArenaLayout] = ()
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
-        self._session.gradients = [
+        self._layouts = layouts
+        return self._use(kept.gradients if kept else self._new_gradients())
+
+    def renew(self) -> WorkerMemory:
+        return self._use(self._new_gradients())
+
+    def _new_gradients(self) -> list[torch.Tensor]:
+        return [
             torch.zeros(layout.on_worker.size, dtype=values.dtype, device=values.device)
-            for layout, values in zip(layouts, self._session.memory.values, strict=True)
+            for layout, values in zip(self._layouts, self._session.memory.values, strict=True)
         ]
-        return WorkerMemory(self._session.memory.values, self._session.gradients, direct=True)
+
+    def _use(self, gradients: list[torch.Tensor]) -> WorkerMemory:
+        self._session.gradients = gradients
+        return WorkerMemory(self._session.memory.values, gradients, direct=True)
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
         self._session.rows = list(rows)

@@ -95,6 +95,16 @@ class Lane(abc.ABC):
         """
 
     @abc.abstractmethod
+    def renew(self) -> WorkerMemory:
+        """Go on with new, zeroed memory for gradients; whatever holds the present one keeps it as it is.
+
+        Called after `open`, between requests. Blocks for a round trip.
+
+        Raises:
+            UnavailableError: If the connection is lost.
+        """
+
+    @abc.abstractmethod
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
         """Send a request with a payload. Blocks until it is handed over.
 
@@ -195,7 +205,7 @@ class Session(abc.ABC):
         reply: Reply,
         pieces: Sequence[Piece] = (),
         lock: LockPiece | None = None,
-        rows: memoryview | None = None,
+        rows: Sequence[memoryview] = (),
     ) -> None:
         """Answer the current request; what is left of its payload is dropped.
 

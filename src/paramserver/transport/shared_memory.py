@@ -9,6 +9,7 @@ read, which is copied again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ class SharedMemoryLane(Lane):
     def __init__(self, frames: FrameSocket) -> None:
         self.task = frames.task
         self._frames = frames
+        self._layouts: Sequence[ArenaLayout] = ()
         self._copies: dict[Piece, _BlockCopy] = {}
         self._row_copies: dict[int, _RowsCopy] = {}
         self._mine = WorkerMemory([], [])
@@ -50,7 +52,15 @@ class SharedMemoryLane(Lane):
         self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
-        self._mine = kept or _worker_memory(layouts)
+        self._layouts = layouts
+        return self._use(kept or _worker_memory(layouts))
+
+    def renew(self) -> WorkerMemory:
+        file, gradients = _gradients(self._layouts)
+        return self._use(dataclasses.replace(self._mine, gradients=gradients, file=file))
+
+    def _use(self, mine: WorkerMemory) -> WorkerMemory:
+        self._mine, layouts = mine, self._layouts
         if self._mine.file is None:
             raise LocalProtocolError(f"{self.task} cannot map the gradients of a lane that shared none")
         # Not kept: the ps may still be applying rows that it found in that of a lost connection.
@@ -59,6 +69,7 @@ class SharedMemoryLane(Lane):
         values.close()  # the mappings stay
         self._rows = memory.RowsFile(rows.data.numpy())
         self._theirs = memory.store_memory(layouts, values)
+        self._copies = {}
         self._row_copies = {
             index: _RowsCopy(self._theirs, index, layout.table_shape[1])
             for index, layout in enumerate(layouts)
@@ -112,12 +123,14 @@ class SharedMemoryLane(Lane):
 
 
 def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
-    gradients = memory.SharedFile.create(memory.gradient_bytes(layouts), is_filled=True)
-    return WorkerMemory(
-        values=[torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts],
-        gradients=memory.gradient_tensors(layouts, gradients.data),
-        file=gradients,
-    )
+    file, gradients = _gradients(layouts)
+    values = [torch.empty(layout.on_worker.size, dtype=layout.torch_dtype) for layout in layouts]
+    return WorkerMemory(values, gradients, file=file)
+
+
+def _gradients(layouts: Sequence[ArenaLayout]) -> tuple[memory.SharedFile, list[torch.Tensor]]:
+    file = memory.SharedFile.create(memory.gradient_bytes(layouts), is_filled=True)
+    return file, memory.gradient_tensors(layouts, file.data)
 
 
 class _BlockCopy:
@@ -239,9 +252,9 @@ class SharedMemorySession(Session):
         reply: Reply,
         pieces: Sequence[Piece] = (),
         lock: LockPiece | None = None,
-        rows: memoryview | None = None,
+        rows: Sequence[memoryview] = (),
     ) -> None:
-        self._frames.send(reply, [] if rows is None else [rows])
+        self._frames.send(reply, rows)
 
     def close(self) -> None:
         self._frames.close()

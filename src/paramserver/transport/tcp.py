@@ -6,6 +6,7 @@ one block of memory for each connection and not a copy of the model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,17 +37,24 @@ class TcpLane(Lane):
     def __init__(self, frames: FrameSocket) -> None:
         self.task = frames.task
         self._frames = frames
+        self._layouts: Sequence[ArenaLayout] = ()
         self._memory = WorkerMemory([], [])
         self._gradients = _Bytes([], [])
         self._values = _Bytes([], [])
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
-        self._memory = kept or WorkerMemory(
-            values=[_tensor(layout) for layout in layouts], gradients=[_tensor(layout).zero_() for layout in layouts]
-        )
-        self._gradients = _Bytes(layouts, self._memory.gradients)
-        self._values = _Bytes(layouts, self._memory.values)
-        return self._memory
+        self._layouts = layouts
+        memory = kept or WorkerMemory(values=[_tensor(layout) for layout in layouts], gradients=_gradients(layouts))
+        self._values = _Bytes(layouts, memory.values)
+        return self._use(memory)
+
+    def renew(self) -> WorkerMemory:
+        return self._use(dataclasses.replace(self._memory, gradients=_gradients(self._layouts)))
+
+    def _use(self, memory: WorkerMemory) -> WorkerMemory:
+        self._memory = memory
+        self._gradients = _Bytes(self._layouts, memory.gradients)
+        return memory
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
         self._frames.send(request, [*rows, *map(self._gradients.of, outgoing)])
@@ -103,11 +111,11 @@ class TcpSession(Session):
         reply: Reply,
         pieces: Sequence[Piece] = (),
         lock: LockPiece | None = None,
-        rows: memoryview | None = None,
+        rows: Sequence[memoryview] = (),
     ) -> None:
         self._frames.discard_payload()  # a worker that still sends its payload takes no reply
-        if rows is not None:
-            self._frames.send(reply, [rows])
+        if rows:
+            self._frames.send(reply, rows)
             return
         if lock is None or not pieces:
             self._frames.send(reply)
@@ -178,6 +186,10 @@ class _Bytes:
 def _tensor(layout: ArenaLayout) -> torch.Tensor:
     """Memory for all values of an arena, or all gradients, of a worker."""
     return payload_memory(layout.on_worker.size * layout.itemsize).view(layout.torch_dtype)
+
+
+def _gradients(layouts: Sequence[ArenaLayout]) -> list[torch.Tensor]:
+    return [_tensor(layout).zero_() for layout in layouts]
 
 
 def expect_reply(frames: FrameSocket) -> Reply:

@@ -103,16 +103,18 @@ class Pull(Message, frozen=True):
 
 
 class PullRows(Message, frozen=True):
-    """Asks for rows of a table. The payload holds their ids, as in `Push`; the reply's payload holds the rows."""
+    """Asks for rows of tables. The payload holds their ids, as in `Push`; the reply's payload holds the rows."""
 
-    arena: int
-    rows: int
+    wanted: tuple[tuple[int, int], ...]
+    """The arena of each table, and how many of its rows."""
 
 
 class MarkReady(Message, frozen=True):
     """The chief has initialized or restored every variable."""
 
     global_step: int
+    epoch: str = ""
+    """A name for the values from now on: updates of those before are none of theirs."""
 
 
 class AwaitReady(Message, frozen=True):
@@ -254,9 +256,10 @@ class Done(Message, frozen=True):
 
 
 class Declared(Message, frozen=True):
-    """The arenas exist and agree. ``ready``: they hold trained or initial values already."""
+    """The arenas exist and agree. ``ready``: they hold trained or initial values already, of this ``epoch``."""
 
     ready: bool
+    epoch: str = ""
 
 
 class Applied(Message, frozen=True):
@@ -340,7 +343,7 @@ class Status(Message, frozen=True):
 class Refused(Message, frozen=True):
     """A request was understood and refused. ``kind`` chooses the exception that the client raises."""
 
-    kind: Literal["refused", "token", "model", "over", "checkpoint"]
+    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite"]
     message: str
     subject: str = ""
 

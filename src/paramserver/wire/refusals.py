@@ -5,6 +5,7 @@ from __future__ import annotations
 from paramserver.errors import (
     CheckpointError,
     ModelMismatchError,
+    NotFiniteError,
     ParameterServerError,
     RefusedError,
     RunOverError,
@@ -18,6 +19,8 @@ def refused(error: ParameterServerError) -> Refused:
     match error:
         case ModelMismatchError():
             return Refused("model", str(error), error.variable)
+        case NotFiniteError():
+            return Refused("not finite", str(error), error.variable)
         case CheckpointError():
             return Refused("checkpoint", str(error), error.path)
         case TokenError():
@@ -33,6 +36,8 @@ def raised(refusal: Refused, task: str) -> ParameterServerError:
     match refusal.kind:
         case "model":
             return ModelMismatchError(refusal.message, task, refusal.subject)
+        case "not finite":
+            return NotFiniteError(refusal.message, "", refusal.subject)
         case "checkpoint":
             return CheckpointError(refusal.message, refusal.subject)
         case "token":

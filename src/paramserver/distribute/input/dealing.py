@@ -86,7 +86,7 @@ class Divided(Dealing):
                 yield map_leaves(lambda leaf, rows=rows: self._divided(leaf, rows), batch, is_leaf=is_column)
             elif not self._has_dropped:
                 self._has_dropped = True
-                logger.info(
+                logger.warning(
                     "a batch of %d rows is left out, as all are that have fewer than the %d replicas",
                     rows,
                     len(self._places),
@@ -104,10 +104,19 @@ class Divided(Dealing):
 class Grouped(Dealing):
     """To several, as many batches at a time as there are replicas."""
 
+    _has_dropped = False
+
     def deal(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for group in zip(*[batches] * len(self._places), strict=False):  # ends before a group that would be short
+        while len(group := list(itertools.islice(batches, len(self._places)))) == len(self._places):
             own = [brought(batch, place) for batch, place in zip(group, self._places, strict=True)]
             yield map_leaves(lambda *each: PerReplica(each), *own, is_leaf=is_column)
+        if group and not self._has_dropped:
+            self._has_dropped = True
+            logger.warning(
+                "the last %d batches are left out, as all groups are that have fewer than the %d replicas",
+                len(group),
+                len(self._places),
+            )
 
     def length(self, batches: int) -> int:
         return batches // len(self._places)

@@ -1,0 +1,93 @@
+"""Which values are fit for a checkpoint: finite ones, because a restart gets out of everything but NaN and infinity.
+
+Rules
+    * What an update has worked on has to be finite, its slots too: no later update makes it finite again.
+    * What nobody trains may hold infinity, such as a mask of ``-inf``: frozen parameters, buffers, a program's own
+      variables. The last two may hold NaN, too.
+    * One reduction is made of each block, where nothing is locked; more only where its result is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from paramserver.arena import BLOCK, Range
+from paramserver.errors import NotFiniteError
+from paramserver.store.place import Place
+from paramserver.store.stored_arena import BlockCopy, StoredArena
+
+
+def check_finite(
+    task: str, arena: StoredArena, block: int, here: Iterable[tuple[Place, Range]], copy: BlockCopy
+) -> None:
+    """Check the trained values and the slots of one block.
+
+    Args:
+        task: The ps, for the message.
+        arena: Where the block is.
+        block: Its index in the arena.
+        here: What lies in it: places, and their elements of the arena.
+        copy: Of the block.
+
+    Raises:
+        NotFiniteError: If one is NaN or infinite; the message names it.
+    """
+    if arena.layout.rule is None:
+        return
+    is_fit = is_finite if arena.is_trained else is_number
+    for slot, start, tensor in _tensors(block, copy):
+        if is_fit(tensor):
+            continue
+        for place, (first, last) in here:
+            part = tensor[max(first - start, 0) : max(last - start, 0)]
+            if not is_fit(part):
+                raise _not_finite(task, place, slot, max(first, start), part)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, math.inf, -math.inf]))
+    (True, False)
+    >>> is_finite(torch.tensor([3e38, 3e38]))  # although the sum is not
+    True
+    """
+    return _has_finite_sum(tensor) or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
+
+
+def is_number(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN.
+
+    >>> is_number(torch.tensor([math.inf, -math.inf])), is_number(torch.tensor([math.nan]))
+    (True, False)
+    """
+    return _has_finite_sum(tensor) or not tensor.isnan().any()
+
+
+def _has_finite_sum(tensor: torch.Tensor) -> bool:
+    """Whether one pass, which is quick, shows that all is well."""
+    return not tensor.numel() or not tensor.is_floating_point() or math.isfinite(tensor.sum().item())
+
+
+def _tensors(block: int, copy: BlockCopy) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """The values and slots of a block: name, first element, content. Counters, which are scalars, are left out."""
+    yield "", block * BLOCK, copy.values
+    for start, _, state in copy.runs:
+        yield from ((name, start, slot) for name, slot in state.items() if slot.ndim)
+
+
+def _not_finite(task: str, place: Place, slot: str, first: int, part: torch.Tensor) -> NotFiniteError:
+    faults = part.isnan() if part.isnan().any() else ~part.isfinite()
+    at = int(faults.nonzero()[0])
+    element = place.skipped + first - place.span[0] + at
+    index = [int(each) for each in torch.unravel_index(torch.tensor(element), place.slot_shape)]
+    what = f"slot {slot!r} of variable {place.variable!r}" if slot else f"variable {place.variable!r}"
+    return NotFiniteError(
+        f"{what} on {task} is {part[at].item()} at {index}; expected finite numbers: no update makes it finite again, "
+        "so it is not checkpointed",
+        "",
+        place.variable,
+    )
