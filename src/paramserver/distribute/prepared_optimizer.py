@@ -218,13 +218,17 @@ _refuse_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or sch
 
 def _refuse_state(optimizer: torch.optim.Optimizer, *_: object) -> NoReturn:
     raise ConfigError(
-        f"{type(optimizer).__name__}: this optimizer was given to prepare, and its state is on the parameter servers; call "
-        "state_dict() or load_state_dict() of the one that prepare returned: "
+        f"{type(optimizer).__name__}: this optimizer was given to prepare, and its state is on the parameter servers; "
+        "call state_dict() or load_state_dict() of the one that prepare returned: "
         "model, optimizer = strategy.prepare(model, optimizer)"
     )
 
 
-_REFUSALS = {"step": _refuse_step, "state_dict": _refuse_state, "load_state_dict": _refuse_state}
+_REFUSALS: dict[str, Callable[..., NoReturn]] = {
+    "step": _refuse_step,
+    "state_dict": _refuse_state,
+    "load_state_dict": _refuse_state,
+}
 """What the original cannot do any more: it would have no effect on the model, and know nothing of its state."""
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(PreparedOptimizer._step)
