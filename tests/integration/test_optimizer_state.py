@@ -406,7 +406,7 @@ def test_a1_a_chief_that_is_started_again_leaves_the_state_of_the_ps_tasks(caplo
 
 
 def test_a1_torchs_own_checkpoints_make_no_step_to_have_a_state(make: Make) -> None:
-    """They do where an optimizer has no state and its parameters have no gradients."""
+    """They do where an optimizer has no state and its parameters have no gradients, and need one to load into."""
     net, prepared = make().prepare(*built(ROWS[3]))
     train(net, prepared, 0)
     (before,) = saved(prepared)
@@ -415,5 +415,10 @@ def test_a1_torchs_own_checkpoints_make_no_step_to_have_a_state(make: Make) -> N
     assert {float(slots["step"]) for slots in state["state"].values()} == {2.0, 3.0}
     check_same(saved(prepared)[0], before)
     train(net, prepared, STEPS)
+    set_optimizer_state_dict(net, prepared, state)
+    check_same(saved(prepared)[0], before)
+    net, prepared = make().prepare(*built(ROWS[3]))
+    _, empty = get_state_dict(net, prepared)
+    assert empty["state"].keys() == state["state"].keys()
     set_optimizer_state_dict(net, prepared, state)
     check_same(saved(prepared)[0], before)

@@ -193,6 +193,9 @@ class Remote:
     def __init__(self) -> None:
         self.held: dict[torch.Tensor, dict[str, Any]] = {}
 
+    def is_there(self) -> bool:
+        return bool(self.held)
+
     def read(self) -> dict[torch.Tensor, dict[str, Any]]:
         return self.held
 

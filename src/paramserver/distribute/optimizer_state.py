@@ -63,6 +63,10 @@ class OptimizerState:
             for tensor in tensors.of(variable.tensor)
         }
 
+    def is_there(self) -> bool:
+        """Whether the ps tasks hold any of it by now. Blocks."""
+        return any(status.slots_bytes for status in self._client.status()) and bool(self.read())
+
     def read(self) -> State:
         """Gather it from the ps tasks, in torch's format. Blocks; pushes of other workers go on meanwhile.
 

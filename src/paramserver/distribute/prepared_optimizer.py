@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -26,17 +27,28 @@ class Prepared(Protocol):
 
 
 class _Elsewhere(defaultdict[torch.Tensor, Any]):
-    """The state that is kept here, which is empty; it counts as there.
+    """The state that is kept here, which is empty; it is true where the parameter servers hold one.
 
     torch.distributed.checkpoint makes a step with zero gradients where an optimizer has no state yet, to have some.
+
+    Args:
+        is_there: Tells whether they do.
+        state: What is to be seen here for a moment.
     """
 
+    def __init__(self, is_there: Callable[[], bool], state: Mapping[torch.Tensor, Any] = MappingProxyType({})) -> None:
+        super().__init__(dict, state)
+        self._is_there = is_there
+
     def __bool__(self) -> bool:
-        return True
+        return len(self) > 0 or self._is_there()
 
 
 class RemoteState(Protocol):
     """What an optimizer asks of the parameter servers that hold its state; see `OptimizerState`."""
+
+    def is_there(self) -> bool:
+        """Whether there is any."""
 
     def read(self) -> dict[torch.Tensor, dict[str, Any]]:
         """Gather it, as ``optimizer.state`` would be."""
@@ -76,7 +88,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
     ) -> None:
         # The groups, defaults and registered hooks are the user's optimizer's own, so its constructor is not run.
         self.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name not in _REFUSALS})
-        self.state = _Elsewhere(dict)
+        self._remote = remote
+        self.state = self._seen({})
         self.last_push: PushResult | None = None
         self._original = optimizer
         # Methods, as schedulers expect that were given the original.
@@ -84,7 +97,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self._model = model
         self._owner = owner
         self._num_replicas = num_replicas
-        self._remote = remote
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients to the parameter servers, which apply them, and pull fresh values. Blocks.
@@ -127,11 +139,11 @@ class PreparedOptimizer(torch.optim.Optimizer):
             UnavailableError: If a ps is lost.
         """  # noqa: D205
         if self._remote is not None:
-            self.state = _Elsewhere(dict, self._remote.read())
+            self.state = self._seen(self._remote.read())
         try:
             return super().state_dict()
         finally:
-            self.state = _Elsewhere(dict)
+            self.state = self._seen({})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict()`` of this optimizer, or of the ``torch.optim`` one, returned. Blocks.
@@ -148,7 +160,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         before = [dict(group) for group in groups]
         super().load_state_dict(state_dict)
-        state, self.state = self.state, _Elsewhere(dict)
+        state, self.state = self.state, self._seen({})
         # The groups themselves are shared with schedulers and with what is pushed: they must stay the same objects.
         for group, loaded in zip(groups, self.param_groups, strict=True):
             group.update(loaded)
@@ -171,6 +183,9 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a prepared optimizer cannot be copied or pickled: its state lives on the parameter servers")
+
+    def _seen(self, state: Mapping[torch.Tensor, Any]) -> _Elsewhere:
+        return _Elsewhere(self._remote.is_there if self._remote else lambda: False, state)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
