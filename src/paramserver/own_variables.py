@@ -132,6 +132,10 @@ class OwnVariables:
             else:
                 self._find(ps, variable, patience)
 
+    def made_on(self, ps: int) -> list[str]:
+        """The names of the variables that this program has made or found on a ps."""
+        return [each.variable.name for each in self._made if each.ps == ps]
+
     def read(self, ps: int, variable: VariableSpec, span: Range) -> torch.Tensor:
         """Elements ``[start, stop)`` of a variable, flat. What lies in one block is of one version."""
         lane = self._lanes.each()[ps]

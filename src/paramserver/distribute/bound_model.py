@@ -52,6 +52,7 @@ class BoundModel:
 
     Attributes:
         tables: What is looked up by rows, by name.
+        begin_state: Brings the state that optimizers had before to the ps tasks, with the first values.
         gate: See `bound_arena.PushedMemory`.
     """
 
@@ -102,6 +103,7 @@ class BoundModel:
             _Step(self._arenas, bound_tables, owner, groups, copies, client.plan)
             for owner in range(max(len(optimizers), 1))
         ]
+        self.begin_state: Callable[[], None] = _nothing
         copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
 
     def assign(self) -> None:
@@ -114,10 +116,12 @@ class BoundModel:
             if name not in self._first_rows:
                 raise ConfigError(  # a ps was lost
                     f"variable {name!r} is a table, of which workers hold no values: after the loss of a ps it "
-                    "can only be restored from a checkpoint; pass recover(initialize=...) that does"
+                    "can only be restored from a checkpoint; call strategy.save(directory) now and then, or pass "
+                    "recover(initialize=...) a function that restores one"
                 )
             table.assign(self._first_rows.pop(name))
         self.assign_arenas()
+        self.begin_state()
 
     def assign_arenas(self) -> None:
         """`assign`, of all but tables."""
@@ -144,6 +148,7 @@ class BoundModel:
     def bind(self) -> None:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
         self._first_rows.clear()
+        self.begin_state = _nothing
         for table in self.tables.values():
             table.bind()
         for arena in self._each():
@@ -228,6 +233,10 @@ class BoundModel:
 
     def _each(self) -> list[BoundArena]:
         return [arena for arenas in self._arenas for arena in arenas]
+
+
+def _nothing() -> None:
+    """No optimizer had state before."""
 
 
 class PipelinedModel(BoundModel):
