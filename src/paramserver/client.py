@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +223,11 @@ class ParameterClient:
         """Whether a push was begun, and so is applied by every ps by now, or after `finish_push`."""
         return self.lanes.begun >= number
 
+    @property
+    def refusing(self) -> Collection[int]:
+        """The ps tasks, by index, that have refused the last push; no values of theirs have come."""
+        return self.lanes.refusing
+
     def push_pull(
         self,
         plans: Sequence[PushPlan],
@@ -427,6 +432,7 @@ class ParameterClient:
         rows: Sequence[Sequence[TableRows]] | None,
     ) -> list[Call]:
         lanes = self.lanes.each()
+        self.lanes.refusing.clear()
         if counts:
             self.lanes.has_updated = True
         return [
@@ -441,6 +447,9 @@ class ParameterClient:
         ]
 
     def _pushed(self, calls: Sequence[Call], answers: Answers) -> PushResult:
+        self.lanes.refusing.update(
+            ps for ps, reply in enumerate(answers.replies) if isinstance(reply, messages.Refused)
+        )
         applied = expected(calls, answers.replies, messages.Applied)
         each_ps = zip(self.push_times, answers.sending, answers.waiting, applied, strict=True)
         for times, sending, waiting, each in each_ps:

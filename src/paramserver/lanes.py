@@ -135,6 +135,7 @@ class Lanes:
         memories: The memory for it, once it is made.
         epochs: The name of its values; see `wire.messages.MarkReady`.
         has_updated: Whether an update of the model was pushed.
+        refusing: The ps tasks, by index, that have refused the last push.
     """
 
     def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
@@ -148,6 +149,7 @@ class Lanes:
         self._outstanding = _Outstanding({}, 0)
         self._later: list[tuple[int, Call]] = []
         self.has_updated = False
+        self.refusing: set[int] = set()
         self._executor: ThreadPoolExecutor | None = None
         self._aside: Future[Answers] | None = None
 
@@ -288,18 +290,24 @@ class Lanes:
             begun.aside.end()
 
     def _ask_again(self, tasks: Container[int]) -> list[messages.Reply]:
-        replies, unanswered = [], self._outstanding.calls
+        replies, unanswered = list[messages.Reply](), self._outstanding.calls
         for ps, call in list(unanswered.items()):
             if ps in tasks:
                 lane = self._made_anew(ps)
-                if isinstance(call.request, NUMBERED):
-                    replies.append(_asked_once_more(lane, call))
+                reply = _asked_once_more(lane, call) if isinstance(call.request, NUMBERED) else messages.Done()
                 del unanswered[ps]
+                if isinstance(reply, messages.Refused):
+                    self.refusing.add(ps)
+                    raise raised(reply, lane.task)
+                replies.append(reply)
         self._outstanding = _Outstanding(unanswered, self._outstanding.number)
         while self._later and self._later[0][0] in tasks:
             ps, call = self._later[0]
-            replies.append(_asked_once_more(self._lanes[ps], call))
+            reply = _asked_once_more(self._lanes[ps], call)
             self._later = self._later[1:]
+            if isinstance(reply, messages.Refused):
+                raise raised(reply, self._lanes[ps].task)
+            replies.append(reply)
         return replies
 
     def _made_anew(self, ps: int) -> Lane:
@@ -382,10 +390,7 @@ class Lanes:
 
 def _asked_once_more(lane: Lane, call: Call) -> messages.Reply:
     lane.start(call.request, call.outgoing, call.rows_out)
-    reply = lane.finish(call.incoming, call.rows_in)
-    if isinstance(reply, messages.Refused):
-        raise raised(reply, lane.task)
-    return reply
+    return lane.finish(call.incoming, call.rows_in)
 
 
 def _number_of(request: messages.Request) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -214,7 +214,7 @@ class BoundModel:
             return None
         result = self._client.finish_push()
         if self._under_way and self._client.has_begun(self._under_way.number):
-            self._under_way.step.pulled(self._under_way.plans)
+            self._under_way.step.pulled(self._under_way.plans, self._client.refusing)
             self._under_way.step.take_for_fresh()
         self._under_way, self.gate.is_shut = None, False
         return result
@@ -326,11 +326,11 @@ class _Step:
         for arena in self._each():
             arena.meanwhile()
 
-    def pulled(self, plans: Sequence[PushPlan]) -> None:
-        """The values that these plans ask for have come."""
-        for arenas, plan in zip(self.arenas, plans, strict=True):
+    def pulled(self, plans: Sequence[PushPlan], refusing: Collection[int] = ()) -> None:
+        """The values that these plans ask for have come, but for those of ps tasks that have refused."""
+        for ps, (arenas, plan) in enumerate(zip(self.arenas, plans, strict=True)):
             for arena in arenas:
-                if arena.plan.index in plan.pull:
+                if arena.plan.index in plan.pull and ps not in refusing:
                     arena.pulled()
 
     def take_for_fresh(self) -> None:

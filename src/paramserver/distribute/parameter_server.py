@@ -27,7 +27,7 @@ from paramserver.cluster import (
     validate_cluster,
     worker_count,
 )
-from paramserver.distribute import checkpoints, connection, optimizer_state, own_storage, variables
+from paramserver.distribute import checkpoints, connection, optimizer_state, variables
 from paramserver.distribute.bound_model import BoundModel, PipelinedModel
 from paramserver.distribute.bound_table import take_tables
 from paramserver.distribute.devices import Device, DeviceChoice
@@ -288,9 +288,6 @@ class ParameterServerStrategy(SavingStrategy):
         elif any(carried):
             logger.info("%s: prepare leaves the state of its optimizer: the ps tasks have one already", self.task)
         bound.bind()
-        for variable in collected:
-            for tensor in tensors.of(variable.tensor):
-                own_storage.separate(tensor)
         for optimizer in optimizers:
             optimizer.state.clear()  # it is with the ps tasks now, and may be twice as large as the model
         for name, lookup in lookups.items():

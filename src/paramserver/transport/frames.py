@@ -205,7 +205,7 @@ class FrameSocket:
         return descriptors[0]
 
     def check_open(self) -> None:
-        """Raise `UnavailableError` if the peer has closed the connection, which nothing is read from. Any thread may."""
+        """Raise `UnavailableError` if the peer has closed the connection. Reads nothing; any thread may call it."""
         if self._hang_up.poll(0):
             raise self._given_up(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
 
