@@ -64,6 +64,7 @@ def test_a_tensor_that_is_given_other_memory_stays_the_parameters_gradient() -> 
     assert place.tolist() == [2, 2, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
 def test_tracing_is_noticed() -> None:
     seen: list[bool] = []
 
