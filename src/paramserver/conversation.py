@@ -8,10 +8,9 @@ import socket
 from dataclasses import dataclass
 
 from paramserver.errors import ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
-from paramserver.handler import RequestHandler
+from paramserver.models import Models
 from paramserver.serving import Hook, Pace
 from paramserver.store.roster import Roster
-from paramserver.store.store import Store
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.handshake import OBSERVER, STRANGER, Identity, accept
 from paramserver.transport.lane import Session
@@ -31,16 +30,14 @@ class Host:
     Attributes:
         me: Who it is.
         local_socket: The abstract name under which it listens for workers on the same host, "" if it does not.
-        store: What it holds.
         roster: Who takes part.
-        handler: Carries out requests.
+        models: What it holds.
     """
 
     me: Identity
     local_socket: str
-    store: Store
     roster: Roster
-    handler: RequestHandler
+    models: Models
 
 
 class Conversation:
@@ -56,7 +53,8 @@ class Conversation:
         self._host = host
         self._frames: FrameSocket | None = None
         self._session: Session | None = None
-        self._has_joined = False
+        self._model: int | None = None
+        self._handler = host.models.handler(0)
 
     @property
     def before_wait(self) -> Hook | None:
@@ -88,8 +86,9 @@ class Conversation:
 
     def end(self) -> None:
         """See `serving.Served`."""
-        if self._has_joined and self._session:
-            self._host.roster.disconnect(self._session.task, self._session.incarnation)
+        if self._model is not None and self._session:
+            has_left = self._host.roster.disconnect(self._session.task, self._session.incarnation)
+            self._host.models.leave(self._model, said_goodbye=has_left)
         if self._session:
             self._session.close()
         self._connection.close()
@@ -110,8 +109,8 @@ class Conversation:
 
     def _join(self, session: Session) -> Pace:
         try:
-            self._host.store.check_alive()  # comes first: a run that has failed is over as well
-            self._host.roster.join(session.task, session.incarnation)
+            self._host.models.check_alive()  # comes first: a run that has failed is over as well
+            self._model = self._host.roster.join(session.task, session.incarnation)
         except ParameterServerError as error:
             try:
                 session.receive()
@@ -120,7 +119,7 @@ class Conversation:
                 if isinstance(error, RunOverError):
                     self._host.roster.leave(session.task, session.incarnation)
             return Pace.OVER
-        self._has_joined = True
+        self._handler = self._host.models.enter(self._model)
         return Pace.SLOW
 
     def _go_on(self, frames: FrameSocket, session: Session) -> Pace:
@@ -130,7 +129,7 @@ class Conversation:
             request = session.receive()
             if request is None:
                 return Pace.OVER
-            is_quick = self._host.handler.pushes.elements(request) <= QUICK_ELEMENTS
+            is_quick = self._handler.pushes.elements(request) <= QUICK_ELEMENTS
             if frames.before_wait and not is_quick:
                 frames.before_wait()
             self._carry_out(session, request)
@@ -141,8 +140,10 @@ class Conversation:
         return Pace.QUICK if is_quick and not frames.has_more else Pace.SLOW
 
     def _carry_out(self, session: Session, request: messages.Request) -> None:
-        if session.task != OBSERVER or isinstance(request, messages.GetStatus):
-            self._host.handler.handle(session, request)
+        if isinstance(request, messages.GetStatus):
+            session.reply(self._host.models.status())
+        elif session.task != OBSERVER:
+            self._handler.handle(session, request)
         else:  # one who takes no part in the run: nobody waits for it, and it changes nothing
             me, what = self._host.me.task, f"{type(request).__name__} of {session.task}"
             session.reply(messages.Refused("refused", f"{me} refused {what}: an observer may only ask for the status"))

@@ -39,12 +39,18 @@ LONGEST_WAIT = 30.0
 class RequestHandler:
     """Carries out the requests of sessions on one store. Thread-safe; a session is used by one thread at a time.
 
+    Args:
+        store: The store.
+        roster: Who takes part in the run.
+        fail: Called with the reason, if the chief cannot go on; by default the store is told.
+
     Attributes:
         pushes: What is known of pushes.
     """
 
-    def __init__(self, store: Store, roster: Roster) -> None:
+    def __init__(self, store: Store, roster: Roster, fail: Callable[[str], None] | None = None) -> None:
         self._store = store
+        self._fail = fail or store.fail
         self._roster = roster
         self.pushes = PushPlans(store)
         self._jobs: WeakKeyDictionary[Session, Job] = WeakKeyDictionary()  # a job ends with its connection
@@ -104,7 +110,7 @@ class RequestHandler:
             if self._begins(session, progress, push.sequence):
                 try:
                     seconds = _apply_all(session, progress, rows, plan.applications)
-                except UnavailableError:
+                except (UnavailableError, RemoteProtocolError):
                     self._say_partial(session, progress, len(rows) + len(plan.applications))
                     raise
                 except Exception as error:
@@ -325,7 +331,7 @@ class RequestHandler:
         if goodbye.failure:
             logger.warning("%s failed: %s", session.task, goodbye.failure)
             if session.task == self._roster.chief:
-                self._store.fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
+                self._fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
         try:
             session.reply(messages.Done())
         finally:  # it has left, whether or not it waits for the answer; after the answer, since this may end the run

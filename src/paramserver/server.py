@@ -16,6 +16,7 @@ from paramserver.cluster.report import Reporter
 from paramserver.conversation import Conversation, Host
 from paramserver.errors import ConfigError, UnavailableError
 from paramserver.handler import RequestHandler
+from paramserver.models import Models
 from paramserver.serving import ServingThreads
 from paramserver.store.roster import Roster
 from paramserver.store.store import Store
@@ -64,9 +65,9 @@ class Server:
         self.task = _which_task(self.cluster_spec, job_name, task_index)
         surroundings = environment.read()
         self._grace = grace
-        self._store = Store(str(self.task), memory.shared_store_memory)
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
         self._roster = Roster(workers[0] if workers else "", workers)
+        self._models = Models(str(self.task), memory.shared_store_memory, self._roster)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
         # Its threads are daemons: a program that fails before it has stopped its server must end all the same.
@@ -75,9 +76,8 @@ class Server:
         self._host = Host(
             me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
             local_socket=self._listener.local_socket,
-            store=self._store,
             roster=self._roster,
-            handler=RequestHandler(self._store, self._roster),
+            models=self._models,
         )
         self._waiters: list[threading.Thread] = []  # whom an interrupt may have left behind
         self._threads = ServingThreads(f"{self.task} serves")
@@ -112,7 +112,7 @@ class Server:
         complete = self._await_over()
         was_stopped = self._listener.is_closed
         self.stop()
-        self._store.check_alive()
+        self._models.check_alive()
         if not complete and not was_stopped:
             raise UnavailableError(
                 f"{self._roster.chief} was lost and did not come back within {self._grace:g} s; "
@@ -138,7 +138,7 @@ class Server:
     def stop(self) -> None:
         """End now: close every connection and wait for the threads. Idempotent."""
         self.request_stop()
-        self._store.close()
+        self._models.close()
         if self._acceptor.ident:
             self._acceptor.join()
         for waiter in self._waiters:
@@ -153,10 +153,10 @@ class Server:
 
     def status(self) -> messages.Status:
         """What this ps holds and has done."""
-        return self._host.handler.status()
+        return self._models.status()
 
     def __repr__(self) -> str:
-        return f"<Server {self.task} at {self.target}: {self._store!r}>"
+        return f"<Server {self.task} at {self.target}: {self._models!r}>"
 
     def _accept(self) -> None:
         for connection in self._listener.connections():

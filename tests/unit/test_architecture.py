@@ -66,8 +66,10 @@ ARROWS = {
         "errors",
     },
     "serving": set(),
-    "conversation": {"serving", "handler", "store", "transport", "wire", "errors"},
+    "models": {"handler", "store", "wire"},
+    "conversation": {"models", "serving", "handler", "store", "transport", "wire", "errors"},
     "server": {
+        "models",
         "conversation",
         "serving",
         "handler",

@@ -116,3 +116,22 @@ def test_an_incarnation_that_is_lost_after_another_has_left_is_lost():
     roster.leave(CHIEF, "first")
     roster.disconnect(CHIEF, "second")
     assert roster.outlook is Outlook.ABSENT
+
+
+def test_a3_the_strategies_of_a_process_are_numbered():
+    roster = Roster(CHIEF, [CHIEF, FIRST])
+    assert [roster.join(CHIEF, name) for name in ("p.1", "p.2", "p.1", "p.3")] == [0, 1, 0, 2]
+    assert roster.join(FIRST, "q.1") == 0
+    roster.leave(CHIEF, "p.2")
+    assert roster.join(CHIEF, "p.4") == 3, "one that has left has taken its number with it"
+    roster.disconnect(CHIEF, "p.3")
+    assert roster.join(CHIEF, "p.5") == 2, "one that was lost is followed by the next one"
+
+
+def test_a3_a_process_that_was_started_again_begins_with_the_first_model():
+    roster = Roster(CHIEF, [CHIEF])
+    assert [roster.join(CHIEF, name) for name in ("p.1", "p.2")] == [0, 1]
+    assert [roster.join(CHIEF, name) for name in ("q.1", "q.2")] == [0, 1]
+    for incarnation in ("p.1", "p.2"):
+        roster.disconnect(CHIEF, incarnation)
+    assert roster.join(CHIEF, "q.3") == 2

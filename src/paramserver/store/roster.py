@@ -6,6 +6,8 @@ Rules
       slow to start.
     * A chief that is gone without a goodbye is waited for while anyone still trains, and for the grace period after.
     * Who comes after the chief's goodbye is told that the run is over.
+    * A process of a worker may have several strategies. Each is an incarnation and trains a model of its own; the n-th
+      ones of all workers train the same. A process that was started again begins with the first.
 """
 
 from __future__ import annotations
@@ -36,6 +38,38 @@ class Outlook(enum.Enum):
     OVER = "over"
 
 
+class _Process:
+    """The strategies of one process of a worker, each an incarnation; they are numbered as they come.
+
+    Args:
+        name: What the names of its incarnations begin with.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._numbers: dict[str, int] = {}
+        self._lost: list[int] = []
+        self._count = 0
+
+    def number(self, incarnation: str) -> int:
+        """Its number; one that comes after another was lost takes the place of that one."""
+        if incarnation not in self._numbers:
+            if self._lost:
+                self._numbers[incarnation] = self._lost.pop(0)
+            else:
+                self._numbers[incarnation] = self._count
+                self._count += 1
+        number = self._numbers[incarnation]
+        if number in self._lost:
+            self._lost.remove(number)
+        return number
+
+    def lose(self, incarnation: str) -> None:
+        """It was lost; it, or another one in its place, may come back."""
+        if incarnation in self._numbers:  # else of a process before
+            self._lost.append(self._numbers[incarnation])
+
+
 class Roster:
     """The presence of the chief and the workers. Thread-safe.
 
@@ -47,12 +81,13 @@ class Roster:
     def __init__(self, chief: str, workers: Iterable[str]) -> None:
         self.chief = chief
         self._presence = dict.fromkeys(workers, Presence.EXPECTED)
+        self._processes: dict[str, _Process] = {}
         self._connections: dict[str, Counter[str]] = defaultdict(Counter)  # of each incarnation that has not left
         self._changed = threading.Condition()
         self._stopped = False
 
-    def join(self, task: str, incarnation: str) -> None:
-        """A worker has connected.
+    def join(self, task: str, incarnation: str) -> int:
+        """A worker has connected. Returns the number of the model that this incarnation trains.
 
         Raises:
             RunOverError: If the chief has finished already.
@@ -65,6 +100,7 @@ class Roster:
             self._presence[task] = Presence.JOINED
             self._connections[task][incarnation] += 1
             self._changed.notify_all()
+            return self._number(task, incarnation)
 
     def check_going_on(self, task: str) -> None:
         """Raises RunOverError if there is nothing to do for ``task`` any more, because the chief has finished."""
@@ -75,15 +111,21 @@ class Roster:
         """An incarnation of a worker has said goodbye. The worker has left, unless another one is connected."""
         self._go(task, incarnation, Presence.LEFT)
 
-    def disconnect(self, task: str, incarnation: str) -> None:
-        """A connection of a worker has ended; without a goodbye it is lost, unless it has come back meanwhile."""
+    def disconnect(self, task: str, incarnation: str) -> bool:
+        """A connection of a worker has ended; whether its incarnation had said goodbye.
+
+        Without a goodbye the worker is lost, unless it has come back meanwhile.
+        """
         with self._changed:
             connections = self._connections[task]
             connections[incarnation] -= 1
             if not connections[incarnation]:
+                self._processes[task].lose(incarnation)
                 self._go(task, incarnation, Presence.LOST)
             elif connections[incarnation] < 0:  # it had left before
                 del connections[incarnation]
+                return True
+            return False
 
     def stop(self) -> None:
         """Somebody wants the ps to end now."""
@@ -128,6 +170,13 @@ class Roster:
 
     def __str__(self) -> str:
         return ", ".join(f"{task} ({presence.value})" for task, presence in self._presence.items())
+
+    def _number(self, task: str, incarnation: str) -> int:
+        name = incarnation.partition(".")[0]
+        process = self._processes.get(task)
+        if process is None or process.name != name:  # the task was started again
+            process = self._processes[task] = _Process(name)
+        return process.number(incarnation)
 
     def _go(self, task: str, incarnation: str, presence: Presence) -> None:
         with self._changed:

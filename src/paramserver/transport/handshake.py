@@ -11,7 +11,9 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
+import os
 import secrets
 import socket
 import threading
@@ -57,7 +59,17 @@ class Identity:
 
 
 def new_incarnation() -> str:
-    """A name for one start of a task."""
+    """A name for one start of a task: for one strategy of a process, whose name comes first.
+
+    >>> one, other = new_incarnation(), new_incarnation()
+    >>> one == other, one.partition(".")[0] == other.partition(".")[0]
+    (False, True)
+    """
+    return f"{_process_name(os.getpid())}.{secrets.token_hex(8)}"
+
+
+@functools.cache
+def _process_name(pid: int) -> str:
     return secrets.token_hex(8)
 
 
