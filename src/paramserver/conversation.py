@@ -103,7 +103,7 @@ class Conversation:
         try:
             self._session = accept(self._frames, self._host.me, self._host.local_socket)
         except UnavailableError as error:  # also a worker that goes on by the local socket instead
-            logger.debug("%s: %s", self._host.me.task, error)
+            logger.debug("%s: %s", self._host.me.task, str(error))
             return Pace.OVER
         return Pace.SLOW if self._session.task == OBSERVER else self._join(self._session)
 

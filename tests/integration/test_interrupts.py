@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn, optim
 
 import paramserver as ps
@@ -192,3 +193,26 @@ def test_a_variable_that_is_created(cluster: LocalCluster) -> None:
             assert (made[-1].read_value() == 7).all(), where
     assert again <= 6
     strategy.close()
+
+
+def test_a_save(cluster: LocalCluster, tmp_path: Path) -> None:
+    """What is named the latest is whole, the next save works, and training is as if nothing had been saved."""
+    trainer = Trainer(cluster)
+    trainer.step()
+    folder = str(tmp_path / "run")
+
+    def save() -> None:
+        trainer.strategy.save(folder)
+
+    save()
+    for where in interrupted(save, every=29):
+        latest = trainer.strategy.latest_checkpoint(folder)
+        assert latest, where
+        shards = sorted(Path(latest).glob("model*.safetensors"))
+        values = {name: value for shard in shards for name, value in load_file(shard).items()}
+        assert (values["middle"] == values["large.bias"][0]).all(), where
+        assert len(values) == len(trainer.model.state_dict()), where
+        trainer.check(where)
+        save()
+        assert trainer.strategy.latest_checkpoint(folder) == str(tmp_path / "run" / f"ckpt-{trainer.steps}"), where
+    trainer.strategy.close()

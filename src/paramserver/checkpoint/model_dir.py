@@ -231,8 +231,11 @@ class CheckpointManager:
         """Delete what was not written to its end; a failure is no more than a warning."""
         try:
             shutil.rmtree(temporary_path)
+        except FileNotFoundError:
+            pass  # it was put in place already, or is gone
         except OSError as error:
-            _log.warning("%s: cannot be deleted (%s); delete it by hand", temporary_path, error)
+            # As text: a kept record must not keep what the error's frames hold.
+            _log.warning("%s: cannot be deleted (%s); delete it by hand", temporary_path, str(error))
 
     def record(self, step: int) -> None:
         """The checkpoint of ``step`` is whole: name it the latest, and delete what is too old.
@@ -307,7 +310,7 @@ class CheckpointManager:
         try:
             self._storage.delete(name, INDEX_FILE if _NAME.fullmatch(name) else "")
         except OSError as error:
-            _log.warning("%s: cannot be deleted (%s); delete it by hand", self._storage.path(name), error)
+            _log.warning("%s: cannot be deleted (%s); delete it by hand", self._storage.path(name), str(error))
 
 
 def _name(step: int) -> str:

@@ -79,7 +79,7 @@ def delete_export(path: str | os.PathLike[str]) -> None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         storage.delete(name, WEIGHTS_FILE)
     except OSError as error:
-        logger.warning("the old export %s cannot be deleted: %s; delete it by hand", path, error)
+        logger.warning("the old export %s cannot be deleted: %s; delete it by hand", path, str(error))
 
 
 def _next_name(storage: Storage) -> str:
