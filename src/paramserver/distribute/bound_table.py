@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class BoundTable:
         self._settings = GroupSettings(group, setting_names(rule_class(first.layout.rule)))
         self._weight = 1 / len(self._parameters) if mean else 1.0
         self._client = client
+        self._is_held = True
         self.loops = loops_for(self._rows * self._width * self._dtype.itemsize, self._dtype)
 
     def assign(self, values: torch.Tensor) -> None:
@@ -129,9 +130,13 @@ class BoundTable:
             self._client.pull_rows([(part.ps, part.arena, rows)])
         return values
 
+    def hold(self, held: set[int]) -> None:
+        """Push only if it is among these parameters; see `HeldParameters`."""
+        self._is_held = id(self._parameters[0]) in held
+
     def parts(self) -> list[tuple[int, Part, TableRows]]:
         """What a step pushes of this table, and to which ps."""
-        rows = self._gradients()
+        rows = self._gradients() if self._is_held else None
         if rows is None:
             return []
         numbers = self._settings.now()
@@ -181,6 +186,12 @@ class BoundTable:
 
     def __deepcopy__(self, memo: object) -> BoundTable:
         return self  # a copy of the model looks rows up in the same table
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"variable {self.name!r} is a table whose rows lie on parameter servers, and a model that looks rows up "
+            "there cannot be pickled; save model.state_dict(), which holds all rows"
+        )
 
     def __repr__(self) -> str:
         return f"<BoundTable {self.name!r} of {self._rows} rows in {len(self._parts)} parts>"

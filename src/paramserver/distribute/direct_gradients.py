@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting  # torch.jit has it, too, where no type checker sees it
 
 from paramserver.distribute.gradient_place import GradientPlace
 
@@ -48,7 +49,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # the name
     TorchScript compiles the first branch alone. A pickle refers to this function as ``module.forward``, so it loads as
     the method of the class.
     """
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]  # it is public all the same
+    if is_scripting():
         return F.linear(input, self.weight, self.bias)
     return _linear(self, input)
 
