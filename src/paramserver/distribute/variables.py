@@ -164,6 +164,30 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def load_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Load values by plain name into a model, whether or not it is compiled.
+
+    Raises:
+        RuntimeError: If they do not fit the model.
+    """
+    names = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
+    model.load_state_dict({names.get(name, name): value for name, value in values.items()})
+
+
+def without_compiling(model: nn.Module) -> nn.Module:
+    """Return a model with its own modules in the place of those that ``torch.compile`` has wrapped; it is changed."""
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = _original(child)
+    return _original(model)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    wrapped = module._modules.get("_orig_mod")
+    return module if wrapped is None else wrapped
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter, by all names that it has."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
