@@ -83,7 +83,7 @@ class RequestHandler:
             raise
         except ParameterServerError as error:
             session.reply(refused(error))
-        except Exception as error:  # noqa: BLE001  # a peer's nonsense, or a fault of ours, must not end anybody's session
+        except Exception as error:  # a peer's nonsense, or a fault of ours, must not end anybody's session
             if session.is_of_program(error):
                 raise
             what = f"{self._store.task} could not carry out a {type(request).__name__} of {session.task}"

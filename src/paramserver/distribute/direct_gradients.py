@@ -114,6 +114,7 @@ class _DirectLinear(torch.autograd.Function):
 
 
 def _weight_gradient(place: GradientPlace, rows: Tensor, features: Tensor) -> Tensor:
-    is_plain = torch.is_grad_enabled() or _is_transformed()  # a gradient of a gradient needs a graph
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(rows) or _is_transformed()
+    is_plain = torch.is_grad_enabled() or is_batched  # a gradient of a gradient needs a graph
     target = None if is_plain else place.take_for_backward()
     return rows.t() @ features if target is None else torch.mm(rows.t(), features, out=target)

@@ -14,7 +14,6 @@ from paramserver.rows import Rows
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire.messages import Refused, Reply, Request
 
-
 _CARRIES_OUT = frozenset({"paramserver", "torch", "numpy", "numba"})
 """Packages whose code carries out requests."""
 
