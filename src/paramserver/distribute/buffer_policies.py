@@ -22,7 +22,7 @@ from paramserver.errors import ConfigError
 
 SUMMED_NAMES = (
     *("running_*", "num_*", "moving_*", "ema_*"),
-    *("*count", "*counts", "*_total", "*_sum", "*_avg", "*_average", "*_ema", "n_averaged", "cluster_size"),
+    *("*count", "*counts", "*_total", "*_sum", "*avg", "*average", "*averaged", "*_ema", "cluster_size"),
 )
 """Patterns of the names of buffers that count or average. A name is that inside its module."""
 
