@@ -11,6 +11,7 @@ import copy
 import io
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,13 @@ import torch.nn.functional as F  # as everybody calls it
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn, optim
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import paramserver as ps
+from paramserver import estimator as es
 from paramserver.distribute.direct_gradients import LARGE
 from paramserver.errors import ConfigError, RefusedError
+from paramserver.placement import FixedShards
 from paramserver.testing.local_cluster import LocalCluster
 
 TINY, BIG = 6, 520
@@ -771,6 +775,74 @@ def detached(found: Any) -> Any:
     if isinstance(found, dict):
         return {name: detached(each) for name, each in found.items()}
     return [detached(each) for each in found] if isinstance(found, (list, tuple)) else found
+
+
+@pytest.mark.parametrize("way", LANES)
+def test_g12_a_copy_of_a_model_with_a_table_takes_no_memory_for_it(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with a_way(way, monkeypatch, tmp_path) as run:
+        model, optimizer = table(run)
+        for copied in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))):
+            assert copied.weight.untyped_storage().nbytes() == 4
+            look_up(model, optimizer)
+            assert torch.equal(copied(torch.arange(10)), model(torch.arange(10)))
+            torch.testing.assert_close(copied.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_g12_a_copy_of_a_model_with_a_table_sees_the_same_rows_in_one_process_too() -> None:
+    strategy = ps.ParameterServerStrategy()
+    run = Run(prepare=strategy.prepare, assign=strategy.assign, size=TINY, folder=Path())
+    model, optimizer = table(run)
+    copied = copy.deepcopy(model)
+    look_up(model, optimizer)
+    assert torch.equal(copied(torch.arange(10)), model(torch.arange(10)))
+    torch.testing.assert_close(copied.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+class Interrupting(TorchFunctionMode):
+    """Code of the program that runs in the middle of an update, as a signal's handler may."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if sys._getframe(1).f_globals["__name__"].startswith("paramserver.store"):
+            raise OwnError("the program's")
+        return func(*args, **(kwargs or {}))
+
+
+def test_g12_a_programs_own_error_in_the_middle_of_an_update_is_no_refusal() -> None:
+    model = net()
+    model, optimizer = ps.ParameterServerStrategy().prepare(model, sgd(model.parameters()))
+    model[0].weight.sum().backward()
+    with Interrupting(), pytest.raises(OwnError, match="^the program's$"):
+        optimizer.step()
+    with pytest.raises(RefusedError, match="it was interrupted in the middle of part 1"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_h13_names_of_partitioned_variables_are_kept_apart_in_checkpoints(tmp_path: Path) -> None:
+    names = ["w", "W", "n" * 300, "N" * 300]
+
+    def model_fn(mode: es.ModeKeys) -> es.EstimatorSpec:
+        torch.manual_seed(0)
+        model = nn.ParameterDict({name: torch.randn(4, 2) for name in names})
+        return es.EstimatorSpec(
+            mode,
+            model=model,
+            loss_fn=lambda model, features, _: sum((model[name] * features).sum() for name in names),
+            optimizer=sgd(model.parameters()),
+        )
+
+    strategy = ps.ParameterServerStrategy(variable_partitioner=FixedShards(2))
+    config = es.RunConfig(model_dir=str(tmp_path), train_distribute=strategy)
+    trained = es.Estimator(model_fn, config=config)
+    trained.train(lambda: [torch.ones(1)] * 2)
+    torch.manual_seed(0)
+    for name in names:
+        expected = torch.randn(4, 2) - 0.1 - 0.1
+        torch.testing.assert_close(torch.as_tensor(trained.get_variable_value(name)), expected, rtol=0, atol=1e-6)
+    files = {path.name.casefold() for path in Path(trained.latest_checkpoint()).glob("model-*")}
+    assert len(files) == len(names)
 
 
 def test_the_large_size_is_one_whose_gradients_are_direct() -> None:
