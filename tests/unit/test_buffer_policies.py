@@ -56,7 +56,7 @@ def test_a_name_that_looks_like_a_pattern_is_a_name() -> None:
 @pytest.mark.parametrize(
     ("policies", "message"),
     [
-        ({"moco.quee": "last"}, r"'moco.quee' fits no buffer .*did you mean 'moco.queue'\?"),
+        ({"moco.que_ue": "last"}, r"'moco.que_ue' fits no buffer .*did you mean 'moco.queue'\?"),
         ({"nothing*": "last"}, r"'nothing\*' fits no buffer .*persistent buffers are 'is_set', "),
         ({"is_set": "all"}, r"'is_set': expected one of 'sum', 'mean', 'last', 'own', got 'all'"),
         ({"is_set": "sum"}, r"'is_set' is bool and cannot be summed; choose 'last' or 'own'"),
