@@ -47,12 +47,12 @@ from benchmarks import memory
 from benchmarks.processes import BenchmarkError, Child, crew
 from benchmarks.step import MIB, fail
 from paramserver.arena import ArenaLayout, Shard, VariableSpec
+from paramserver.checkpoint.model_dir import CheckpointManager
 from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterSpec, TaskId
+from paramserver.distribute.checkpoints import write_checkpoint
 from paramserver.distribute.connection import to_cluster
 from paramserver.errors import ParameterServerError
-from paramserver.estimator.checkpoint import write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager
 from paramserver.launch.spec import HOST, NO_ADDRESS
 from paramserver.wire.messages import Part, Saved
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from paramserver.arena import ArenaLayout, pieces
-from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, digest, read_index
+from paramserver.checkpoint.memory_files import MemoryFiles
+from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, digest, merge, read_index
 from paramserver.lanes import Answers, Call, Dialer, Lanes, Meanwhile, nothing
-from paramserver.long_requests import ask_at_length
+from paramserver.long_requests import ask_at_length, ask_with_files
 from paramserver.own_variables import OwnVariables
 from paramserver.questions import WAIT_INTERVAL, OnWait, Patience, ask, ask_all, ask_each, ask_until_ready, expected
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
+
+SLOTS_FILE = "slots"
+"""What ps tasks call the file of slots that this task holds in memory for them."""
 
 
 class PushResult(NamedTuple):
@@ -82,6 +88,7 @@ class ParameterClient:
         global_step: Updates of the model, as the ps tasks last told it, and one that is on its way.
         local_step: The global step of the values that are here, from which staleness is counted.
         push_times: For each ps.
+        emptied: The ps tasks, by index, that had lost their values when the chief came back by `resume`.
     """
 
     def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
@@ -91,13 +98,14 @@ class ParameterClient:
         self._aside: tuple[list[Call], Future[Answers]] | None = None
         self.global_step = 0
         self.local_step = 0
+        self.emptied: list[int] = []
         self.push_times = [PushTimes(lane.task) for lane in lanes]
 
     # --- start
 
     def create(self, layouts: Sequence[Sequence[ArenaLayout]]) -> bool:
         """The chief creates the arenas, one list of layouts for each ps; whether all of them are ready already."""
-        return self._declare(layouts, create=True)
+        return all(self._declare(layouts, create=True))
 
     def await_ready(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
         """Wait until the chief has initialized the variables on every ps.
@@ -139,11 +147,28 @@ class ParameterClient:
         self.lanes.epochs = [epoch] * len(self.push_times)
         self._arrived(global_step)
 
+    def mark_restored(self, global_step: int | None) -> None:
+        """The chief has restored a checkpoint after `mark_ready`, or found none (None): let those that wait go on."""
+        ask_all(self.lanes, messages.MarkRestored(global_step), messages.Done)
+        if global_step is not None:
+            self._arrived(global_step)
+
+    def await_restored(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
+        """Wait for the chief's `mark_restored`, or until somebody has made an update, as `await_ready` does."""
+        lane = self.lanes.each()[0]
+        failing = "the chief has not restored a checkpoint, as this worker was told that it does"
+        ask_until_ready(self.lanes, lane, messages.AwaitRestored, Patience(timeout, on_wait), failing)
+
+    def is_beyond_restoring(self) -> bool:
+        """Whether the ps tasks hold values that a checkpoint was restored into, or that were trained."""
+        return ask(self.lanes, self.lanes.each()[0], messages.AwaitRestored(0.0), messages.State).ready
+
     def resume(self, timeout: float, on_wait: OnWait = lambda _: None, *, is_chief: bool) -> bool:
         """Connect to all ps tasks anew, after one was lost, and go on.
 
         The memory stays the same; what was under way is not made up for. What a ps does not hold any more, the chief
-        makes anew, without values: unless this returns True, it has to initialize the variables and `mark_ready`. Everyone else waits for that here.
+        makes anew, without values: unless this returns True, it has to initialize the variables and `mark_ready`.
+        Everyone else waits for that here.
 
         Args:
             timeout: Seconds to wait for the ps tasks, and again for the chief, in all.
@@ -161,11 +186,15 @@ class ParameterClient:
         self.lanes.replace(lanes)
         self._aside = None
         patience = Patience(timeout, on_wait)
-        is_ready = self.create(self.lanes.layouts) if is_chief else self._join_again(patience)
+        is_ready = self._create_again() if is_chief else self._join_again(patience)
         for lane, layouts, memory in zip(lanes, self.lanes.layouts, self.lanes.memories, strict=True):
             lane.open(layouts, memory)
         self.variables.find_again(patience)
         return is_ready
+
+    def num_variables(self, ps: int) -> int:
+        """How many variables of the model, or parts of them, lie on a ps."""
+        return sum(len(layout.variables) for layout in self.lanes.layouts[ps])
 
     @property
     def ways(self) -> list[str]:
@@ -193,6 +222,11 @@ class ParameterClient:
     def has_begun(self, number: int) -> bool:
         """Whether a push was begun, and so is applied by every ps by now, or after `finish_push`."""
         return self.lanes.begun >= number
+
+    @property
+    def refusing(self) -> Collection[int]:
+        """The ps tasks, by index, that have refused the last push; no values of theirs have come."""
+        return self.lanes.refusing
 
     def push_pull(
         self,
@@ -325,6 +359,35 @@ class ParameterClient:
         calls = [Call(lane, request) for lane in self.lanes.each()]
         expected(calls, ask_at_length(self.lanes, calls, folder, WAIT_INTERVAL), messages.Done)
 
+    def read_slots(self, variables: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Fetch the slots of variables from the ps tasks, by names such as ``fc.weight/exp_avg``.
+
+        Each is of the shape of its whole variable (of a scalar, ``[1]``), or a scalar. The values and slots of a block
+        of elements are of one moment; pushes go on meanwhile. Blocks as `save` does.
+        """
+        files, lanes = MemoryFiles(), self.lanes.each()
+        names = tuple(variables)
+        calls = [Call(lane, messages.ReadSlots(shard, len(lanes), names)) for shard, lane in enumerate(lanes)]
+        sent = expected(calls, ask_with_files(self.lanes, calls, files, WAIT_INTERVAL), messages.Saved)
+        slot_map = merge(Maps(each.weight_map, each.slot_map) for each in sent).slot_map
+        return {name: files.tensor(file, name) for name, file in slot_map.items()}
+
+    def load_slots(self, groups: Sequence[messages.SlotGroup], slots: Mapping[str, torch.Tensor]) -> None:
+        """Replace the slots of variables on the ps tasks. Blocks as `save` does.
+
+        Args:
+            groups: The variables, which begin anew where ``slots`` has none, and the settings of their rules.
+            slots: As `read_slots` returns them; contiguous, on the CPU.
+
+        Raises:
+            CheckpointError: If they are not the slots of the rule with these settings.
+        """
+        files = MemoryFiles()
+        files.add(SLOTS_FILE, slots)
+        request = messages.LoadSlots(tuple(groups), dict.fromkeys(slots, SLOTS_FILE))
+        calls = [Call(lane, request) for lane in self.lanes.each()]
+        expected(calls, ask_with_files(self.lanes, calls, files, WAIT_INTERVAL), messages.Done)
+
     def await_workers(self, on_wait: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
         """Wait until this task is the only one that still trains. Blocks for as long as the others take.
 
@@ -369,6 +432,7 @@ class ParameterClient:
         rows: Sequence[Sequence[TableRows]] | None,
     ) -> list[Call]:
         lanes = self.lanes.each()
+        self.lanes.refusing.clear()
         if counts:
             self.lanes.has_updated = True
         return [
@@ -383,6 +447,9 @@ class ParameterClient:
         ]
 
     def _pushed(self, calls: Sequence[Call], answers: Answers) -> PushResult:
+        self.lanes.refusing.update(
+            ps for ps, reply in enumerate(answers.replies) if isinstance(reply, messages.Refused)
+        )
         applied = expected(calls, answers.replies, messages.Applied)
         each_ps = zip(self.push_times, answers.sending, answers.waiting, applied, strict=True)
         for times, sending, waiting, each in each_ps:
@@ -404,7 +471,12 @@ class ParameterClient:
         self.join(self.lanes.layouts)
         return True
 
-    def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> bool:
+    def _create_again(self) -> bool:
+        are_ready = self._declare(self.lanes.layouts, create=True)
+        self.emptied = [index for index, is_ready in enumerate(are_ready) if not is_ready]
+        return not self.emptied
+
+    def _declare(self, layouts: Sequence[Sequence[ArenaLayout]], *, create: bool) -> list[bool]:
         self.variables.leave_to_model(_names(layouts))
         self.lanes.layouts = list(layouts)
         calls = [
@@ -413,7 +485,7 @@ class ParameterClient:
         ]
         replies = ask_each(self.lanes, calls, messages.Declared)
         self.lanes.epochs = [reply.epoch for reply in replies]
-        return all(reply.ready for reply in replies)
+        return [reply.ready for reply in replies]
 
 
 def _pull_rows(lane: Lane, tables: Sequence[tuple[int, TableRows]]) -> Call:

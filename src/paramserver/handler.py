@@ -19,7 +19,7 @@ from paramserver.arena import DTYPES, ID_BYTES, ArenaLayout, tensor_bytes
 from paramserver.checkpoint_files import digest
 from paramserver.checkpoint_folder import Steps
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
-from paramserver.jobs import Job, here, restoring, saving, through_peer
+from paramserver.jobs import Job, here, loading_slots, reading_slots, restoring, saving, through_peer
 from paramserver.push_plans import Application, PushPlans
 from paramserver.store.progress import Progress
 from paramserver.store.roster import Roster
@@ -55,9 +55,13 @@ class RequestHandler:
             messages.Declare: self._declare,
             messages.MarkReady: self._mark_ready,
             messages.AwaitReady: self._await_ready,
+            messages.MarkRestored: self._mark_restored,
+            messages.AwaitRestored: self._await_restored,
             messages.AwaitWorkers: self._await_workers,
             messages.Save: self._save,
             messages.Restore: self._restore,
+            messages.ReadSlots: self._read_slots,
+            messages.LoadSlots: self._load_slots,
             messages.Proceed: self._proceed,
             messages.CreateVariable: self._create_variable,
             messages.AwaitVariable: self._await_variable,
@@ -212,6 +216,16 @@ class RequestHandler:
             self._roster.check_going_on(session.task)
         session.reply(messages.State(ready, self._store.global_step))
 
+    def _mark_restored(self, session: Session, request: messages.MarkRestored) -> None:
+        self._store.mark_restored(request.global_step)
+        session.reply(messages.Done())
+
+    def _await_restored(self, session: Session, request: messages.AwaitRestored) -> None:
+        is_over = self._store.await_restored(_bounded(request.timeout))
+        if not is_over:
+            self._roster.check_going_on(session.task)
+        session.reply(messages.State(is_over, self._store.global_step))
+
     def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:
         left = self._roster.await_alone(session.task, _bounded(request.timeout))
         session.reply(messages.Remaining(left))
@@ -223,6 +237,17 @@ class RequestHandler:
     def _restore(self, session: Session, restore: messages.Restore) -> None:
         directory = Path(restore.directory)
         self._begin(session, restoring(self._store, restore), directory, is_here=_sees(directory, restore.digest))
+
+    def _read_slots(self, session: Session, request: messages.ReadSlots) -> None:
+        self._begin_through_peer(session, reading_slots(self._store, request))
+
+    def _load_slots(self, session: Session, request: messages.LoadSlots) -> None:
+        self._begin_through_peer(session, loading_slots(self._store, request, f"from {session.task}"))
+
+    def _begin_through_peer(self, session: Session, steps: Steps[messages.Reply]) -> None:
+        self._store.check_alive()
+        self._jobs[session] = Job(through_peer(steps))
+        session.reply(messages.Underway())
 
     def _begin(self, session: Session, steps: Steps[messages.Reply], directory: Path, *, is_here: bool) -> None:
         if not is_here:

@@ -1,4 +1,4 @@
-"""What takes a ps long, done bit by bit: saving and restoring its shard.
+"""What takes a ps long, done bit by bit: saving and restoring its shard, or the slots of it.
 
 Rules
     * A job goes on while it is asked to. So its peer hears of it every second, and it needs no thread; when the peer
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from paramserver.checkpoint_folder import CheckpointFolder, Read, Steps, Write
 from paramserver.errors import RemoteProtocolError
-from paramserver.store.restoring import read_shard
-from paramserver.store.saving import write_shard
+from paramserver.store.restoring import read_shard, read_slots
+from paramserver.store.saving import write_shard, write_slots
 from paramserver.store.store import Store
 from paramserver.wire import messages
 
@@ -33,6 +33,19 @@ def saving(store: Store, save: messages.Save) -> Steps[messages.Reply]:
 def restoring(store: Store, restore: messages.Restore) -> Steps[messages.Reply]:
     """The steps of a restore, and the answer."""
     yield from read_shard(store, restore.directory, restore.weight_map, restore.slot_map)
+    return messages.Done()
+
+
+def reading_slots(store: Store, request: messages.ReadSlots) -> Steps[messages.Reply]:
+    """The steps of sending slots, and the answer."""
+    written = yield from write_slots(store, request.shard, request.num_shards, frozenset(request.variables))
+    return messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause, written.longest_pause)
+
+
+def loading_slots(store: Store, request: messages.LoadSlots, source: str) -> Steps[messages.Reply]:
+    """The steps of taking in slots from ``source``, and the answer."""
+    groups = [(group.variables, group.settings) for group in request.groups]
+    yield from read_slots(store, groups, request.slot_map, source)
     return messages.Done()
 
 

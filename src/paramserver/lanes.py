@@ -135,11 +135,12 @@ class Lanes:
         memories: The memory for it, once it is made.
         epochs: The name of its values; see `wire.messages.MarkReady`.
         has_updated: Whether an update of the model was pushed.
+        refusing: The ps tasks, by index, that have refused the last push.
     """
 
     def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
         self._lanes = list(lanes)
-        self._numbers = {lane: ps for ps, lane in enumerate(self._lanes)}
+        self._numbers = {lane.task: ps for ps, lane in enumerate(self._lanes)}
         self.dialer = dialer
         self._pid = os.getpid()
         self.layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
@@ -148,6 +149,7 @@ class Lanes:
         self._outstanding = _Outstanding({}, 0)
         self._later: list[tuple[int, Call]] = []
         self.has_updated = False
+        self.refusing: set[int] = set()
         self._executor: ThreadPoolExecutor | None = None
         self._aside: Future[Answers] | None = None
 
@@ -184,7 +186,7 @@ class Lanes:
 
     def exchange_in_turn(self, calls: Sequence[Call]) -> list[messages.Reply]:
         """Ask one thing after another, all of which have numbers; if that is interrupted, `mend` asks the rest."""
-        tasks = [self._number(call.lane) for call in calls]
+        tasks = [self._numbers[call.lane.task] for call in calls]
         self._mend(tasks)
         self._later = list(zip(tasks, calls, strict=True))
         replies = list[messages.Reply]()
@@ -233,26 +235,19 @@ class Lanes:
         return self._outstanding.number
 
     def _begin(self, calls: Sequence[Call], aside: _Aside | None = None) -> Sequence[Call]:
-        """Begin to ask, of which all lanes are of use; the calls by the lanes that there are by then."""
+        """Begin to ask, by lanes that are of use; the calls with the lanes that there are by then."""
         self.each()
-        unanswered = {self._number(call.lane): call for call in calls}
+        unanswered = {self._numbers[call.lane.task]: call for call in calls}
         if len(unanswered) < len(calls):
             count = len(unanswered)
             raise LocalProtocolError(f"{len(calls)} requests to {count} ps tasks at once: one each is answered")
         if self._aside is not None or self._outstanding.calls:
             self._mend(unanswered)
-            asked = {ps: call._replace(lane=self._lanes[ps]) for ps, call in unanswered.items()}
-            calls, unanswered = list(asked.values()), self._outstanding.calls | asked
+            unanswered = self._outstanding.calls | unanswered
         number = max((_number_of(call.request) for call in calls), default=0)
         # In one go, so that an interrupt finds that all of it has begun, or nothing.
         self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number), aside)
-        return calls
-
-    def _number(self, lane: Lane) -> int:
-        try:
-            return self._numbers[lane]
-        except KeyError:
-            raise UnavailableError(f"the connection to {lane.task} was interrupted, and made anew", lane.task) from None
+        return [call._replace(lane=self._lanes[self._numbers[call.lane.task]]) for call in calls]
 
     def _exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
         asked: list[Call] = []
@@ -264,7 +259,7 @@ class Lanes:
                 call.lane.start(call.request, call.outgoing, call.rows_out)
             except LocalProtocolError as error:  # before anything was sent
                 failures.append(error)
-                del self._outstanding.calls[self._numbers[call.lane]]
+                del self._outstanding.calls[self._numbers[call.lane.task]]
             except ParameterServerError as error:
                 failures.append(error)
             else:
@@ -278,7 +273,7 @@ class Lanes:
             except ParameterServerError as error:
                 failures.append(error)
             else:
-                del self._outstanding.calls[self._numbers[call.lane]]
+                del self._outstanding.calls[self._numbers[call.lane.task]]
             begun, now = now, time.perf_counter()
             waiting.append(now - begun)
         if failures:
@@ -295,18 +290,24 @@ class Lanes:
             begun.aside.end()
 
     def _ask_again(self, tasks: Container[int]) -> list[messages.Reply]:
-        replies, unanswered = [], self._outstanding.calls
+        replies, unanswered = list[messages.Reply](), self._outstanding.calls
         for ps, call in list(unanswered.items()):
             if ps in tasks:
                 lane = self._made_anew(ps)
-                if isinstance(call.request, NUMBERED):
-                    replies.append(_asked_once_more(lane, call))
+                reply = _asked_once_more(lane, call) if isinstance(call.request, NUMBERED) else messages.Done()
                 del unanswered[ps]
+                if isinstance(reply, messages.Refused):
+                    self.refusing.add(ps)
+                    raise raised(reply, lane.task)
+                replies.append(reply)
         self._outstanding = _Outstanding(unanswered, self._outstanding.number)
         while self._later and self._later[0][0] in tasks:
             ps, call = self._later[0]
-            replies.append(_asked_once_more(self._lanes[ps], call))
+            reply = _asked_once_more(self._lanes[ps], call)
             self._later = self._later[1:]
+            if isinstance(reply, messages.Refused):
+                raise raised(reply, self._lanes[ps].task)
+            replies.append(reply)
         return replies
 
     def _made_anew(self, ps: int) -> Lane:
@@ -326,7 +327,6 @@ class Lanes:
         if self.memories:
             lane.open(self.layouts[ps], self.memories[ps])
         self._lanes[ps] = lane
-        self._numbers = {each: number for number, each in enumerate(self._lanes)}
         return lane
 
     def _declare_again(self, lane: Lane, ps: int) -> None:
@@ -346,7 +346,7 @@ class Lanes:
         What was interrupted is not made up for.
         """
         self.close()
-        self._lanes, self._numbers = list(lanes), {lane: ps for ps, lane in enumerate(lanes)}
+        self._lanes = list(lanes)
 
     def goodbye(self, failure: str = "") -> None:
         """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent.
@@ -378,7 +378,7 @@ class Lanes:
             return  # that would end them for the parent
         for lane in self._lanes:
             lane.close()  # which wakes a thread that waits for it
-        self._lanes, self._numbers, self._later = [], {}, []
+        self._lanes, self._later = [], []
         self._outstanding = _Outstanding({}, self._outstanding.number)
         if self._executor is not None:
             self._executor.shutdown()
@@ -390,10 +390,7 @@ class Lanes:
 
 def _asked_once_more(lane: Lane, call: Call) -> messages.Reply:
     lane.start(call.request, call.outgoing, call.rows_out)
-    reply = lane.finish(call.incoming, call.rows_in)
-    if isinstance(reply, messages.Refused):
-        raise raised(reply, lane.task)
-    return reply
+    return lane.finish(call.incoming, call.rows_in)
 
 
 def _number_of(request: messages.Request) -> int:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from paramserver.checkpoint_folder import CheckpointFolder, Read, Write
 from paramserver.lanes import Call, Lanes
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
 from paramserver.wire.refusals import raised
+
+
+class Files(Protocol):
+    """Carries out what ps tasks ask for: a folder, or files in memory."""
+
+    def carry_out(self, step: Read | Write) -> None:
+        """Read or write."""
 
 
 def ask_at_length(lanes: Lanes, calls: Sequence[Call], directory: Path, interval: float) -> list[messages.Reply]:
@@ -30,19 +38,24 @@ def ask_at_length(lanes: Lanes, calls: Sequence[Call], directory: Path, interval
         ParameterServerError: If a ps refuses; the first one that does.
         CheckpointError: If something cannot be read or written.
     """
+    with CheckpointFolder(directory) as folder:
+        return ask_with_files(lanes, calls, folder, interval)
+
+
+def ask_with_files(lanes: Lanes, calls: Sequence[Call], files: Files, interval: float) -> list[messages.Reply]:
+    """`ask_at_length` with files of any kind, which this task reads and writes for the ps tasks."""
     last: dict[Lane, messages.Reply] = {}
     going_on = list(calls)
-    with CheckpointFolder(directory) as folder:
-        while going_on:
-            replies = lanes.exchange(going_on).replies
-            timeout = 0.0 if _asks_for_more(replies) else interval  # let nobody wait for the disk of another
-            asked, going_on = going_on, []
-            for (lane, *_), reply in zip(asked, replies, strict=True):
-                if isinstance(reply, messages.Refused):
-                    raise raised(reply, lane.task)
-                last[lane] = reply
-                if isinstance(reply, messages.Underway | messages.FilePiece | messages.Wanted):
-                    going_on.append(Call(lane, messages.Proceed(timeout, _content(folder, reply))))
+    while going_on:
+        replies = lanes.exchange(going_on).replies
+        timeout = 0.0 if _asks_for_more(replies) else interval  # let nobody wait for the disk of another
+        asked, going_on = going_on, []
+        for (lane, *_), reply in zip(asked, replies, strict=True):
+            if isinstance(reply, messages.Refused):
+                raise raised(reply, lane.task)
+            last[lane] = reply
+            if isinstance(reply, messages.Underway | messages.FilePiece | messages.Wanted):
+                going_on.append(Call(lane, messages.Proceed(timeout, _content(files, reply))))
     return [last[call.lane] for call in calls]
 
 
@@ -50,13 +63,13 @@ def _asks_for_more(replies: Iterable[messages.Reply]) -> bool:
     return any(isinstance(reply, messages.FilePiece | messages.Wanted) for reply in replies)
 
 
-def _content(folder: CheckpointFolder, reply: messages.Underway | messages.FilePiece | messages.Wanted) -> bytes:
+def _content(files: Files, reply: messages.Underway | messages.FilePiece | messages.Wanted) -> bytes:
     """Read or write for a ps; what it asked for."""
     match reply:
         case messages.FilePiece(file, size, is_shared, offset, content):
-            folder.carry_out(Write(file, size, is_shared, offset, memoryview(content)))
+            files.carry_out(Write(file, size, is_shared, offset, memoryview(content)))
         case messages.Wanted(file, offset, count):
             wanted = bytearray(count)
-            folder.carry_out(Read(file, offset, memoryview(wanted)))
+            files.carry_out(Read(file, offset, memoryview(wanted)))
             return bytes(wanted)
     return b""

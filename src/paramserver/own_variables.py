@@ -6,7 +6,7 @@ Their values stand in the messages, block by block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -42,18 +42,30 @@ class OwnVariables:
         self._sequence = sequence
         self._names: set[str] = set()
         self._model_names: set[str] = set()
+        self._begun: dict[str, int] = {}
         self._made: list[_Made] = []
 
     def unique_name(self, name: str) -> str:
         """A name that no variable has: ``name``, or else ``name_1``, ``name_2`` and so on.
 
-        It counts as taken from now on. The same calls in the same order give the same names on every worker.
+        It counts as taken once `finish` was told of it: a variable whose creation was interrupted is created again
+        under the same name. The same calls in the same order give the same names on every worker.
         """
         taken = self._names | self._model_names
         numbered = (f"{name}_{number}" for number in itertools.count(1))
-        unique = next(each for each in itertools.chain([name], numbered) if each not in taken)
-        self._names.add(unique)
-        return unique
+        return next(each for each in itertools.chain([name], numbered) if each not in taken)
+
+    def ps_of(self, name: str, place: Callable[[], int]) -> int:
+        """The ps for a variable, or a part of one: by ``place``, or where its creation was begun before."""
+        if name not in self._begun:
+            self._begun[name] = place()
+        return self._begun[name]
+
+    def finish(self, name: str, parts: Iterable[str]) -> None:
+        """A variable is created, which has these parts."""
+        self._names.add(name)
+        for part in parts:
+            self._begun.pop(part, None)
 
     @property
     def names(self) -> frozenset[str]:
@@ -119,6 +131,10 @@ class OwnVariables:
                 self._create(ps, variable, values)
             else:
                 self._find(ps, variable, patience)
+
+    def made_on(self, ps: int) -> list[str]:
+        """The names of the variables that this program has made or found on a ps."""
+        return [each.variable.name for each in self._made if each.ps == ps]
 
     def read(self, ps: int, variable: VariableSpec, span: Range) -> torch.Tensor:
         """Elements ``[start, stop)`` of a variable, flat. What lies in one block is of one version."""

@@ -79,6 +79,7 @@ class Server:
             roster=self._roster,
             handler=RequestHandler(self._store, self._roster),
         )
+        self._waiters: list[threading.Thread] = []  # whom an interrupt may have left behind
         self._threads = ServingThreads(f"{self.task} serves")
         if start:
             self.start()
@@ -108,7 +109,7 @@ class Server:
             ParameterServerError: If the chief failed.
         """
         self.start()
-        complete = self._roster.await_over(self._grace)
+        complete = self._await_over()
         was_stopped = self._listener.is_closed
         self.stop()
         self._store.check_alive()
@@ -119,12 +120,29 @@ class Server:
                 self._roster.chief,
             )
 
+    def _await_over(self) -> bool:
+        """See `Roster.await_over`.
+
+        Another thread waits: a signal handler runs in the middle of what the main thread does, so that `request_stop`
+        could come between its look at the state and its wait for a change.
+        """
+        results: list[bool] = []
+        waiter = threading.Thread(
+            target=lambda: results.append(self._roster.await_over(self._grace)), name=f"{self.task} waits", daemon=True
+        )
+        self._waiters.append(waiter)
+        waiter.start()
+        waiter.join()
+        return results[0]
+
     def stop(self) -> None:
         """End now: close every connection and wait for the threads. Idempotent."""
         self.request_stop()
         self._store.close()
         if self._acceptor.ident:
             self._acceptor.join()
+        for waiter in self._waiters:
+            waiter.join()
         self._listener.release()
         self._threads.stop()
 
@@ -162,15 +180,16 @@ def run_standard_server() -> None:
         server.join()
 
 
-def play_in_process(device: torch.device | str = "cpu") -> Callable[[], InProcessLane]:
+def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:
     """Return a function that connects to a ps inside this process, for a run without a cluster.
 
     Every lane that it returns leads to the same store, by function calls, as the same incarnation of the worker.
 
     Args:
         device: Where its variables lie.
+        index: Of the ps.
     """
-    task = str(TaskId(Role.PS, 0))
+    task = str(TaskId(Role.PS, index))
     me = str(TaskId(Role.CHIEF, 0))
     roster = Roster(me, [me])
     store, incarnation = Store(task, partial(memory.private_store_memory, device=device)), new_incarnation()

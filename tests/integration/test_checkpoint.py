@@ -9,16 +9,11 @@ from torch import nn
 
 from paramserver import client, handler, long_requests
 from paramserver.arena import ArenaLayout, Shard, VariableSpec
+from paramserver.checkpoint.model_dir import CheckpointManager, checkpoint_step, latest_checkpoint
 from paramserver.checkpoint_folder import CheckpointFolder
+from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpoint
 from paramserver.errors import CheckpointError, NotFiniteError, UnavailableError
-from paramserver.estimator.checkpoint import (
-    inspect_checkpoint,
-    load_model,
-    read_values,
-    restore_checkpoint,
-    write_checkpoint,
-)
-from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, latest_checkpoint
+from paramserver.estimator.checkpoint import inspect_checkpoint, load_model, read_values
 from paramserver.placement import FixedShards, RoundRobin, row_ranges
 from paramserver.rules import describe
 from paramserver.testing.local_cluster import LocalCluster

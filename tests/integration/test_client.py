@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,3 +226,17 @@ def test_a_client_that_is_dropped_says_goodbye():
         del client
         gc.collect()
         cluster.servers[0].join()
+
+
+def test_h5_who_waits_for_the_others_notices_the_loss_of_any_ps():
+    with LocalCluster(ps=2, workers=2) as cluster:
+        chief, _ = start(cluster)
+        worker = cluster.client("worker:0")
+        with ThreadPoolExecutor(1) as pool:
+            told = threading.Event()
+            waiting = pool.submit(chief.await_workers, lambda tasks: told.set())
+            assert told.wait(PATIENCE)
+            cluster.servers[1].stop()
+            with pytest.raises(UnavailableError, match="ps:1"):
+                waiting.result(PATIENCE)
+        worker.close()

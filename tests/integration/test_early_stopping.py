@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import paramserver as ps
+from paramserver.checkpoint.model_dir import CheckpointManager
+from paramserver.distribute.checkpoints import write_checkpoint
 from paramserver.errors import CheckpointError
-from paramserver.estimator.checkpoint import write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager
 from paramserver.estimator.early_stopping import STOP
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import paramserver as ps
+from paramserver.arena import BLOCK
 from paramserver.testing.local_cluster import LocalCluster
 
 PACKAGE = str(Path(ps.__file__).parent)
@@ -55,8 +56,8 @@ class Interrupter:
         return self._count
 
 
-def interrupted(act: Callable[[], object]) -> Iterator[str]:
-    """Do something again and again, interrupted one line later each time, until it gets to its end; where it was."""
+def interrupted(act: Callable[[], object], every: int = 1) -> Iterator[str]:
+    """Do something again and again, interrupted some lines later each time, until it gets to its end; where it was."""
     at = 0
     while True:
         try:
@@ -66,15 +67,16 @@ def interrupted(act: Callable[[], object]) -> Iterator[str]:
             yield str(where).removeprefix(PACKAGE)
         else:
             return
-        at += 1
+        at += every
 
 
 class Model(nn.Module):
     """Each step takes 1 from every parameter; each forward adds 1 to the buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int) -> None:
         super().__init__()
-        self.large = nn.Linear(800, 700)  # two blocks, and a direct gradient
+        self.features = features
+        self.large = nn.Linear(features, 700)
         self.middle = nn.Parameter(torch.zeros(70, 70))
         self.table = nn.Embedding(8, 4, sparse=True)
         self.register_buffer("count", torch.tensor(0))
@@ -85,15 +87,15 @@ class Model(nn.Module):
     def forward(self) -> Tensor:
         self.count += 1
         self.total += 1
-        return self.large(torch.ones(800)).sum() + self.middle.sum() + self.table(torch.arange(8)).sum()
+        return self.large(torch.ones(self.features)).sum() + self.middle.sum() + self.table(torch.arange(8)).sum()
 
 
 class Trainer:
     """A worker, what it has done, and what must be true of it."""
 
-    def __init__(self, cluster: LocalCluster, *, pipeline: bool) -> None:
+    def __init__(self, cluster: LocalCluster, *, pipeline: bool = False, features: int = 3) -> None:
         self.strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), pipeline=pipeline)
-        model = Model()
+        model = Model(features)
         self.model, self.optimizer = self.strategy.prepare(model, optim.SGD(model.parameters(), lr=1.0))
         self.forwards = self.steps = self.interrupts = 0
 
@@ -127,7 +129,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("pipeline", [False, True], ids=["", "pipelined"])
 def test_g3_h3_h4_a_step(cluster: LocalCluster, pipeline: bool) -> None:
-    trainer = Trainer(cluster, pipeline=pipeline)
+    trainer = Trainer(cluster, pipeline=pipeline, features=800)  # of two blocks, with a direct gradient
     trainer.step()
     trainer.backward()
     places = 0
@@ -140,3 +142,53 @@ def test_g3_h3_h4_a_step(cluster: LocalCluster, pipeline: bool) -> None:
     trainer.check("the end")
     assert places > 100
     trainer.strategy.close()
+
+
+def test_a_lookup_and_a_refresh(cluster: LocalCluster) -> None:
+    trainer = Trainer(cluster)
+    trainer.step()
+
+    def look() -> None:
+        assert (trainer.model.table(torch.arange(8)) == -trainer.strategy.global_step).all()
+        trainer.strategy.refresh()
+
+    for where in interrupted(look):
+        trainer.check(where)
+    trainer.strategy.close()
+
+
+@pytest.mark.parametrize("size", [3, 3 * BLOCK // 2], ids=["one block", "two blocks"])
+def test_a_variable_of_the_programs_own(cluster: LocalCluster, size: int) -> None:
+    strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
+    with strategy.scope():
+        variable = ps.Variable(torch.zeros(size), name="v")
+
+    def act() -> None:
+        variable.assign_add(torch.ones(size))
+
+    for count, where in enumerate(interrupted(act, every=1 if size < BLOCK else 11), start=1):
+        act()
+        (found,) = variable.read_value().unique().tolist()
+        assert count <= found <= 2 * count, where
+    strategy.close()
+
+
+def test_a_variable_that_is_created(cluster: LocalCluster) -> None:
+    strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
+    made: list[ps.Variable] = []
+
+    def create() -> None:
+        made.append(ps.Variable(torch.full((BLOCK + 5,), 7.0), name=f"v{len(made)}"))
+
+    again = 0
+    with strategy.scope():
+        for where in interrupted(create, every=3):
+            create()
+            # What was made by then, and only never handed to the program, is not made under the same name again.
+            again += made[-1].name == f"v{len(made) - 1}_1"
+            assert made[-1].name.removesuffix("_1") == f"v{len(made) - 1}", where
+            if not again:
+                assert made[-1].device == f"/job:ps/task:{(len(made) - 1) % 2}/device:CPU:0", "no turn is taken twice"
+            assert (made[-1].read_value() == 7).all(), where
+    assert again <= 6
+    strategy.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paramserver.checkpoint.storage import join, local_copy, storage_of
 from paramserver.estimator import (
     BestExporter,
     Estimator,
@@ -26,7 +27,6 @@ from paramserver.estimator import (
     stop_if_lower_hook,
     train_and_evaluate,
 )
-from paramserver.estimator.storage import join, local_copy, storage_of
 
 
 @pytest.fixture(params=["{}", "file://{}", "memory://{}"])

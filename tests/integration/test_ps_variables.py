@@ -15,9 +15,10 @@ from torch import nn
 
 import paramserver as ps
 from paramserver.arena import BLOCK, VariableSpec
+from paramserver.checkpoint.model_dir import CheckpointManager
+from paramserver.distribute.checkpoints import write_checkpoint
 from paramserver.errors import DeadlineError, ModelMismatchError, RefusedError, RunOverError, UnavailableError
-from paramserver.estimator.checkpoint import read_values, write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager
+from paramserver.estimator.checkpoint import read_values
 from paramserver.placement import FixedShards
 from paramserver.testing.local_cluster import LocalCluster
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 import paramserver as ps
-from paramserver.errors import UnavailableError
+from paramserver.errors import ConfigError, UnavailableError
 from paramserver.estimator import Estimator, EstimatorSpec, ModeKeys, RunConfig
 from paramserver.estimator.checkpoint import read_values
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
@@ -191,6 +191,93 @@ def test_the_programs_own_variables_are_there_again() -> None:
         assert mine.value().tolist() == [2, 3], "with the values that they were made with"
 
 
+def adam(model: nn.Module) -> optim.Optimizer:
+    return optim.Adam(model.parameters(), lr=0.1)
+
+
+def test_a7_all_comes_back_from_what_was_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Parameters, optimizer state and the program's own variables, also those of ps tasks that were not lost."""
+    with a_cluster(num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
+        chief, other = cluster.strategy(0), cluster.strategy(1)
+
+        def program(strategy: ps.ParameterServerStrategy) -> tuple[ps.Variable, Any, Any]:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+            with strategy.scope():
+                seen = ps.Variable([1, 2], name="seen")
+            return seen, *strategy.prepare(model, adam(model))
+
+        joining = pool.submit(program, other)
+        seen, model, optimizer = program(chief)
+        _, theirs, their_optimizer = joining.result(PATIENCE)
+        step(model, optimizer)
+        seen.assign_add([10, 10])
+        chief.save(tmp_path)
+        saved, state = contents(model), optimizer.state_dict()
+        for _ in range(2):
+            step(model, optimizer)
+        step(theirs, their_optimizer)
+        seen.assign_add([10, 10])
+        for index in range(2):
+            cluster.lose(index)
+        recovering = pool.submit(other.recover)
+        chief.recover()
+        recovering.result(PATIENCE)
+        assert chief.global_step == other.global_step == 1
+        assert seen.value().tolist() == [11, 12]
+        for each in (model, theirs):
+            torch.testing.assert_close(contents(each), saved, rtol=0, atol=0)
+        for each in (optimizer, their_optimizer):
+            torch.testing.assert_close(each.state_dict(), state, rtol=0, atol=0)
+    assert f"ps:0, ps:1 came back empty; all ps tasks go back to {tmp_path / 'ckpt-1'}" in caplog.text
+    assert "2 updates are lost (back from step 3 to 1)" in caplog.text
+    assert "worker:1: 3 updates are lost (back from step 4 to 1)" in caplog.text
+
+
+def test_a7_without_a_checkpoint_it_is_said_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    with a_cluster(num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
+        chief, other = cluster.strategy(0), cluster.strategy(1)
+
+        def program(strategy: ps.ParameterServerStrategy) -> tuple[ps.Variable, ps.Variable, Any, Any]:
+            with strategy.scope():
+                one, two = ps.Variable(1, name="one"), ps.Variable(2, name="two")
+            return one, two, *prepared(strategy)
+
+        joining = pool.submit(program, other)
+        one, two, model, optimizer = program(chief)
+        *_, theirs, their_optimizer = joining.result(PATIENCE)
+        step(model, optimizer)
+        for _ in range(3):
+            step(theirs, their_optimizer)
+        one.assign(10)
+        two.assign(20)
+        cluster.lose(1)
+        recovering = pool.submit(other.recover)
+        chief.recover()
+        recovering.result(PATIENCE)
+        assert (one.value(), two.value()) == (10, 2)
+    assert "ps:1 came back empty, and this run has saved no checkpoint" in caplog.text
+    assert "the chief's values of step 1, and 3 later updates are lost" in caplog.text
+    assert "1 ps.Variables go back to their first values: two." in caplog.text
+    assert "the optimizer state of 4 variables there begins anew" in caplog.text
+
+
+def test_a7_a_chief_that_has_restored_goes_back_to_that(tmp_path: Path) -> None:
+    source = ps.ParameterServerStrategy()
+    model, optimizer = prepared(source)
+    step(model, optimizer)
+    source.save(tmp_path)
+    with a_cluster() as cluster:
+        strategy = cluster.strategy()
+        strategy.restore(tmp_path)
+        other, other_optimizer = prepared(strategy)
+        step(other, other_optimizer)
+        cluster.lose(0)
+        strategy.recover()
+        assert strategy.global_step == 1
+        torch.testing.assert_close(contents(other), contents(model), rtol=0, atol=0)
+
+
 def test_recover_is_for_a_cluster() -> None:
     with pytest.raises(RuntimeError, match="recover: .* has no prepared model on the ps tasks of a cluster"):
         ps.ParameterServerStrategy().recover()
@@ -252,6 +339,35 @@ def test_a_connection_that_is_lost_loses_no_rows() -> None:
                 strategy.recover(initialize=lambda *_: pytest.fail("the ps tasks still hold the values"))
             train(model, optimizer, at)
         torch.testing.assert_close(dict(model.state_dict()), dict(trained(6).state_dict()))
+
+
+@sparse
+def test_a7_a_table_comes_back_from_what_was_saved(tmp_path: Path) -> None:
+    with a_cluster() as cluster:
+        strategy, model = cluster.strategy(), Net()
+        model, optimizer = strategy.prepare(model, adagrad(model))
+        for at in range(3):
+            train(model, optimizer, at)
+        strategy.save(tmp_path)
+        train(model, optimizer, 20)
+        for index in range(2):
+            cluster.lose(index)
+        strategy.recover()
+        for at in range(3, 6):
+            train(model, optimizer, at)
+        torch.testing.assert_close(dict(model.state_dict()), dict(trained(6).state_dict()))
+
+
+@sparse
+def test_a7_a_table_that_was_never_saved_is_refused_with_the_way() -> None:
+    with a_cluster() as cluster:
+        strategy, model = cluster.strategy(), Net()
+        kept = strategy.prepare(model, adagrad(model))
+        for index in range(2):
+            cluster.lose(index)
+        with pytest.raises(ConfigError, match=r"'table.weight' is a table.*strategy.save"):
+            strategy.recover()
+        assert kept
 
 
 class Loses(TrainingHook):

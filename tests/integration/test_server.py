@@ -1,6 +1,8 @@
 """A ps on real sockets: how it starts, whom it serves, and when it ends (V01, V02, V05, V07; V04, Z10)."""
 
 import json
+import os
+import signal
 import socket
 import threading
 
@@ -13,6 +15,7 @@ from paramserver.distribute import connection
 from paramserver.errors import RefusedError, RunOverError, TokenError, UnavailableError
 from paramserver.rules import describe
 from paramserver.server import Server, run_standard_server
+from paramserver.store.roster import Outlook, Roster
 from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.handshake import Identity, connect, new_incarnation
 from paramserver.wire import messages
@@ -295,3 +298,32 @@ def test_a_stranger_that_says_nothing_does_not_delay_the_end():
         with socket.create_connection((host, int(port))) as stranger:
             assert stranger.recv(4) == b"PSRV"
             cluster.servers[0].stop()
+
+
+def test_h11_a_signal_between_a_look_and_a_wait_is_not_lost(monkeypatch):
+    """`join` finds the run going on, and only then begins to wait for a change."""
+    looked: list[bool] = []
+    outlook = Roster.outlook
+
+    def look(roster: Roster) -> Outlook:
+        if not looked:
+            looked.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.sched_yield()  # if this is the main thread, its handler runs here
+        return outlook.fget(roster)
+
+    monkeypatch.setattr(Roster, "outlook", property(look))
+    with LocalCluster(ps=1, workers=1) as cluster:
+        (server,) = cluster.servers
+        too_late = threading.Timer(PATIENCE, server.request_stop)
+        too_late.start()
+        before = signal.signal(signal.SIGTERM, lambda *_: server.request_stop())
+        try:
+            server.join()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            in_time = too_late.is_alive()
+            too_late.cancel()
+            too_late.join()
+    assert looked
+    assert in_time

@@ -10,10 +10,11 @@ from torch import nn, optim
 
 import paramserver as ps
 from paramserver import rows
+from paramserver.checkpoint.model_dir import CheckpointManager
 from paramserver.distribute import bound_parameter, embeddings
+from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpoint
 from paramserver.errors import ConfigError, RefusedError, UnsupportedOptimizerError
-from paramserver.estimator.checkpoint import read_values, restore_checkpoint, write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager
+from paramserver.estimator.checkpoint import read_values
 from paramserver.placement import FixedShards
 from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.lane import TableRows

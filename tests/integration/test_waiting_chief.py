@@ -14,6 +14,7 @@ import torch
 from tests.integration.test_recovery import Cluster
 from torch import Tensor, nn
 
+from paramserver.checkpoint.model_dir import checkpoint_step, latest_checkpoint
 from paramserver.estimator import (
     CheckpointSaverListener,
     Estimator,
@@ -24,7 +25,6 @@ from paramserver.estimator import (
     read_eval_metrics,
 )
 from paramserver.estimator.basic_hooks import SecondOrStepTimer
-from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
 from paramserver.estimator.early_stopping import _AskingHook, _ObeyingHook
 from paramserver.estimator.hooks import TrainingHook, TrainingSession
 

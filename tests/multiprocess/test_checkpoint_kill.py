@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 from paramserver.arena import BLOCK, ArenaLayout, Shard, VariableSpec
 from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
-from paramserver.estimator.checkpoint import read_values, write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, checkpoint_to_restore, read_state
+from paramserver.distribute.checkpoints import write_checkpoint
+from paramserver.estimator.checkpoint import read_values
+from paramserver.checkpoint.model_dir import CheckpointManager, checkpoint_step, checkpoint_to_restore, read_state
 from paramserver.rules import describe
 from paramserver.testing.local_cluster import LocalCluster
 from paramserver.wire.messages import Part

@@ -22,8 +22,8 @@ def alone(warm: Warm, *command: str | Path) -> list[str]:
     return lines(warm.run(SCRIPT, *command))
 
 
-def cluster(warm: Warm, lane: str, example: Path) -> list[str]:
-    return lines(warm.launch("--ps", "2", "--workers", "2", "--lane", lane, example))
+def cluster(warm: Warm, lane: str, example: Path, *arguments: str | Path) -> list[str]:
+    return lines(warm.launch("--ps", "2", "--workers", "2", "--lane", lane, example, *arguments))
 
 
 def lines(done: Done) -> list[str]:
@@ -44,10 +44,14 @@ def test_own_loop_is_short() -> None:
 
 
 @pytest.mark.multiprocess
-def test_own_loop_alone() -> None:
-    command = [sys.executable, EXAMPLE]
+def test_own_loop_alone(tmp_path: Path, warm: Warm) -> None:
+    command = [sys.executable, EXAMPLE, "--model-dir", tmp_path]
     said = lines(subprocess.run(command, capture_output=True, text=True, timeout=100, check=False))
-    assert said[-2].endswith("global step 470")
+    assert said[-3].endswith("global step 470")
+    assert said[-2] == f"saved {tmp_path / 'ckpt-470'}"
+    assert accuracies(said)[""] > 0.85
+    said = alone(warm, EXAMPLE, "--model-dir", tmp_path, "--epochs", "1")
+    assert said[0].endswith("global step 517"), "the second time it goes on from where it ended"
     assert accuracies(said)[""] > 0.85
 
 
@@ -116,9 +120,11 @@ def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path, warm: Wa
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_own_loop_as_a_cluster(warm: Warm, lane: str) -> None:
-    said = cluster(warm, lane, EXAMPLE)
+def test_own_loop_as_a_cluster(tmp_path: Path, warm: Warm, lane: str) -> None:
+    """The chief evaluates and saves what both workers came to; then one process goes on from that."""
+    said = cluster(warm, lane, EXAMPLE, "--model-dir", tmp_path)
     found = accuracies(said)
-    assert found.keys() == {"chief:0", "worker:0"}
-    assert min(found.values()) > 0.85
-    assert any(line.endswith("global step 940") for line in said), "each of two workers makes 470 steps"
+    assert found.keys() == {"chief:0"}
+    assert found["chief:0"] > 0.85
+    assert f"chief:0 | saved {tmp_path / 'ckpt-940'}" in said, "each of two workers makes 470 steps"
+    assert alone(warm, EXAMPLE, "--model-dir", tmp_path, "--epochs", "1")[0].endswith("global step 987")

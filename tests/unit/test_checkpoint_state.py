@@ -8,9 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from paramserver.errors import CheckpointError, ConfigError
-from paramserver.estimator import checkpoint_state
-from paramserver.estimator.checkpoint_state import (
+import paramserver.checkpoint.model_dir
+from paramserver.checkpoint.model_dir import (
     INDEX_FILE,
     CheckpointManager,
     checkpoint_step,
@@ -19,7 +18,8 @@ from paramserver.estimator.checkpoint_state import (
     latest_checkpoint,
     read_state,
 )
-from paramserver.estimator.storage import join, storage_of
+from paramserver.checkpoint.storage import join, storage_of
+from paramserver.errors import CheckpointError, ConfigError
 
 HOUR = 3600
 
@@ -133,7 +133,7 @@ def test_b03_a_failed_deletion_is_a_warning(tmp_path, caplog, monkeypatch):
 
     manager = CheckpointManager(str(tmp_path), keep_max=1)
     save(manager, 1)
-    monkeypatch.setattr(checkpoint_state.shutil, "rmtree", fail)
+    monkeypatch.setattr(paramserver.checkpoint.model_dir.shutil, "rmtree", fail)
     save(manager, 2)
     assert "cannot be deleted" in caplog.text
     assert manager.state.retained == ("ckpt-2",)
@@ -208,6 +208,23 @@ def test_a_folder_of_a_lost_state_is_replaced(tmp_path):
     assert not stale.exists()
     assert manager.is_saved(4)
     assert folders(tmp_path) == ["ckpt-4"]
+
+
+def test_the_one_before_is_the_latest_while_a_step_is_saved_anew(model_dir, monkeypatch):
+    """Whoever is killed in between starts from that one, not from the beginning."""
+    manager = CheckpointManager(model_dir)
+    for step in (1, 2, 2):
+        save(manager, step)
+    assert read_state(model_dir).retained == ("ckpt-1", "ckpt-2")
+    assert checkpoint_to_restore(model_dir) == join(model_dir, "ckpt-2")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manager._storage, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(manager, 2)
+    assert checkpoint_to_restore(model_dir) == join(model_dir, "ckpt-1")
 
 
 def test_a_reader_never_sees_a_part_of_the_state(tmp_path, monkeypatch):

@@ -214,6 +214,7 @@ class Client:
             *([torch.zeros(layout.size, dtype=layout.torch_dtype) for layout in layouts] for _ in range(2))
         )
         self.push_times: list[Any] = []
+        self.refusing: set[int] = set()
         self.global_step = self.local_step = 0
         self._result: PushResult | None = None
         self._cuda = cuda

@@ -12,6 +12,7 @@ from torch import nn
 
 from paramserver import ClusterSpec, ParameterServerStrategy, SimpleClusterResolver
 from paramserver.arena import VariableSpec
+from paramserver.checkpoint.storage import join
 from paramserver.distribute.central_storage import CentralStorageStrategy
 from paramserver.errors import ConfigError
 from paramserver.estimator import (
@@ -29,7 +30,6 @@ from paramserver.estimator import (
 from paramserver.estimator import train_and_evaluate as run_locally
 from paramserver.estimator.early_stopping import STOP
 from paramserver.estimator.hooks import HookRunner, RunValues
-from paramserver.estimator.storage import join
 from paramserver.estimator.uploading import summary_writer
 from paramserver.summary import SummaryWriter
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from paramserver.checkpoint.model_dir import INDEX_FILE, CheckpointManager, checkpoint_step, latest_checkpoint
 from paramserver.cluster.report import Reporter
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.estimator import EvalSpec, Exporter, FinalExporter
-from paramserver.estimator.checkpoint_state import INDEX_FILE, CheckpointManager, checkpoint_step, latest_checkpoint
 from paramserver.estimator.evaluator import POLL_INTERVAL, Evaluator
 
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from paramserver.checkpoint.storage import join, storage_of
 from paramserver.estimator import read_eval_metrics
 from paramserver.estimator.event_files import read_metrics
-from paramserver.estimator.storage import join, storage_of
 from paramserver.summary import SummaryWriter
 
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from paramserver.checkpoint.storage import join, local_copy, storage_of
 from paramserver.errors import ConfigError
 from paramserver.estimator import BestExporter, Estimator, EstimatorSpec, EvalSpec, RunConfig, TrainSpec
 from paramserver.estimator import train_and_evaluate as run_locally
 from paramserver.estimator.export import signature, trace, write_export
 from paramserver.estimator.specs import ModeKeys
-from paramserver.estimator.storage import join, local_copy, storage_of
 
 
 def net():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from paramserver.checkpoint.storage import RemoteStorage, join, storage_of
 from paramserver.estimator import export_folder
 from paramserver.estimator.export_folder import delete_export, delete_old_exports, new_export
-from paramserver.estimator.storage import RemoteStorage, join, storage_of
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paramserver.checkpoint.storage import join, storage_of
 from paramserver.errors import ConfigError
 from paramserver.estimator import BestExporter, FinalExporter, LatestExporter, loss_smaller
 from paramserver.estimator.export_folder import delete_export, delete_old_exports
-from paramserver.estimator.storage import join, storage_of
 from paramserver.estimator.uploading import summary_writer
 from paramserver.summary import SummaryWriter
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import paramserver as ps
 from paramserver.client import PushResult
-from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
+from paramserver.distribute.optimizer_state import carried
+from paramserver.distribute.prepared_optimizer import PreparedOptimizer
 from paramserver.errors import ConfigError
 
 
@@ -56,9 +58,9 @@ def test_a_step_pushes_once(prepared: PreparedOptimizer, pusher: Pusher) -> None
     assert (pusher.count, prepared.last_push) == (1, PushResult(1, 0))
 
 
-def test_a_step_leaves_the_state_to_the_ps(prepared: PreparedOptimizer) -> None:
+def test_a_step_keeps_no_state_here(prepared: PreparedOptimizer) -> None:
     prepared.step()
-    assert not prepared.state
+    assert len(prepared.state) == 0
     assert prepared.state_dict()["state"] == {}
     assert prepared.state_dict()["param_groups"][0]["lr"] == 0.1
 
@@ -83,15 +85,6 @@ def test_settings_are_loaded_into_the_same_groups(prepared: PreparedOptimizer, o
     assert prepared.param_groups is original.param_groups
     assert original.param_groups[0] is group
     assert group["lr"] == 0.5
-
-
-def test_state_cannot_be_loaded(prepared: PreparedOptimizer) -> None:
-    parameter = nn.Parameter(torch.ones(1))
-    other = optim.Adam([parameter])
-    parameter.grad = torch.ones(1)
-    other.step()
-    with pytest.raises(ConfigError, match=r"state of a prepared optimizer lives on the parameter servers.* 1 param"):
-        prepared.load_state_dict(other.state_dict())
 
 
 def test_groups_that_do_not_fit_are_not_loaded(prepared: PreparedOptimizer) -> None:
@@ -197,23 +190,80 @@ def test_a_step_of_two_replicas_outside_of_them_is_refused(of_two: PreparedOptim
 # --- what may be prepared
 
 
-@pytest.mark.parametrize("rule", [optim.SGD, optim.Adagrad, optim.Adam, optim.ASGD, optim.Rprop, optim.RMSprop])
-def test_an_optimizer_that_has_made_steps_is_refused(rule: Callable[..., optim.Optimizer]) -> None:
+class Remote:
+    """Holds state as the parameter servers do."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.Tensor, dict[str, Any]] = {}
+
+    def is_there(self) -> bool:
+        return bool(self.held)
+
+    def read(self) -> dict[torch.Tensor, dict[str, Any]]:
+        return self.held
+
+    def write(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
+        if any("strange" in slots for slots in state.values()):
+            raise ConfigError("strange")
+        self.held = {parameter: dict(slots) for parameter, slots in state.items()}
+
+
+def test_state_is_gathered_and_brought_back(original: optim.Optimizer, pusher: Pusher) -> None:
+    remote = Remote()
+    prepared = PreparedOptimizer(original, pusher, remote=remote)
+    weight = original.param_groups[0]["params"][0]
+    remote.held = {weight: {"momentum_buffer": torch.ones(2, 2)}}
+    saved = copy.deepcopy(prepared.state_dict())
+    assert torch.equal(saved["state"][0]["momentum_buffer"], torch.ones(2, 2))
+    assert len(prepared.state) == 0
+    remote.held = {}
+    saved["param_groups"][0]["lr"] = 0.5
+    prepared.load_state_dict(saved)
+    assert torch.equal(remote.held[weight]["momentum_buffer"], torch.ones(2, 2))
+    assert len(prepared.state) == 0
+    assert original.param_groups[0]["lr"] == 0.5
+
+
+def test_state_that_is_refused_changes_no_settings(original: optim.Optimizer, pusher: Pusher) -> None:
+    prepared = PreparedOptimizer(original, pusher, remote=Remote())
+    group = original.param_groups[0]
+    saved = copy.deepcopy(prepared.state_dict())
+    saved["param_groups"][0] |= {"lr": 0.5, "more": 1}
+    with pytest.raises(ConfigError, match="strange"):
+        prepared.load_state_dict({**saved, "state": {0: {"strange": torch.ones(2, 2)}}})
+    assert prepared.param_groups[0] is group
+    assert group["lr"] == 0.1
+    assert "more" not in group
+
+
+@pytest.mark.parametrize("rule", [optim.SGD, optim.Adagrad, optim.Adam])
+def test_only_an_optimizer_that_has_made_steps_carries_state(rule: Callable[..., optim.Optimizer]) -> None:
     optimizer = rule(nn.Linear(2, 2).parameters(), lr=0.1)
-    check_fresh(optimizer)
+    assert carried(optimizer) == {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
         group["momentum"] = 0.9
     optimizer.step()
-    with pytest.raises(ConfigError, match="the optimizer holds state of 2 parameters"):
-        check_fresh(optimizer)
+    assert list(carried(optimizer)) == optimizer.param_groups[0]["params"]
 
 
-def test_prepare_refuses_an_optimizer_that_has_made_steps() -> None:
+def test_prepare_leaves_no_second_state_in_the_given_optimizer() -> None:
     model = nn.Linear(2, 2)
     optimizer = optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    with pytest.raises(ConfigError, match="construct a new optimizer for prepare"):
-        ps.ParameterServerStrategy().prepare(model, optimizer)
+    _, prepared = ps.ParameterServerStrategy().prepare(model, optimizer)
+    assert not optimizer.state
+    assert prepared.state_dict()["state"][1]["step"] == 1
+
+
+def test_the_state_of_the_given_optimizer_is_not_asked_for_in_vain(
+    prepared: PreparedOptimizer, original: optim.Optimizer
+) -> None:
+    assert "state" in prepared.state_dict()
+    for call in (original.state_dict, lambda: original.load_state_dict({"state": {}, "param_groups": []})):
+        with pytest.raises(
+            ConfigError, match="SGD: this optimizer was given to prepare.* the one that prepare returned"
+        ):
+            call()

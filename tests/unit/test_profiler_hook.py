@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from paramserver import CentralStorageStrategy, get_replica_context
+from paramserver.checkpoint.storage import join, storage_of
 from paramserver.estimator import ProfilerHook, RunValues
 from paramserver.estimator.hooks import HookRunner
-from paramserver.estimator.storage import join, storage_of
 
 
 class Session:

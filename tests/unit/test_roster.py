@@ -85,3 +85,34 @@ def test_stop_ends_every_wait():
     roster.stop()
     assert roster.await_over(grace=60) is False
     assert roster.await_alone(CHIEF, timeout=60) == (SECOND,)
+
+
+def test_h7_a_worker_has_left_when_all_its_incarnations_have():
+    """Two strategies of one process are two of them, each with connections of its own."""
+    roster = Roster(CHIEF, [CHIEF])
+    roster.join(CHIEF, "first")
+    roster.join(CHIEF, "second")
+    roster.leave(CHIEF, "first")
+    roster.disconnect(CHIEF, "first")
+    assert roster.outlook is Outlook.GOING_ON
+    roster.leave(CHIEF, "second")
+    assert roster.outlook is Outlook.OVER
+
+
+def test_a_connection_that_an_incarnation_has_replaced_does_not_undo_its_goodbye():
+    roster = Roster(CHIEF, [CHIEF])
+    roster.join(CHIEF, "start")
+    roster.join(CHIEF, "start")
+    roster.leave(CHIEF, "start")
+    for _ in range(2):
+        roster.disconnect(CHIEF, "start")
+    assert roster.outlook is Outlook.OVER
+
+
+def test_an_incarnation_that_is_lost_after_another_has_left_is_lost():
+    roster = Roster(CHIEF, [CHIEF])
+    roster.join(CHIEF, "first")
+    roster.join(CHIEF, "second")
+    roster.leave(CHIEF, "first")
+    roster.disconnect(CHIEF, "second")
+    assert roster.outlook is Outlook.ABSENT

@@ -301,3 +301,22 @@ def test_a_setting_that_torch_refuses_is_refused_when_the_rule_is_made():
 def test_every_rule_for_rows_is_tested():
     assert {name for name, _ in ROWS} == set(ROW_RULES)
     assert all(issubclass(rule, optim.Optimizer) for rule in ROW_RULES.values())
+
+
+def test_a_reset_makes_all_rows_begin_again() -> None:
+    ids, gradient, settings = np.arange(3), torch.ones(3, 2), {"lr": 0.5}
+    rule = RowRule(Rule("Adagrad", {"lr": 0.5, "initial_accumulator_value": 0.25}), torch.zeros(4, 2))
+    rule.update(ids, gradient, settings)()
+    rule.block(0).reset(0, 8)
+    assert list(rule.block(0).slots()) == []
+    other = RowRule(Rule("Adagrad", {"lr": 0.5, "initial_accumulator_value": 0.25}), rule.rows.table.clone())
+    for each in (rule, other):
+        each.update(ids, gradient, settings)()
+    assert torch.equal(rule.rows.table, other.rows.table)
+
+
+def test_a_setting_that_would_move_other_rows_is_not_adopted() -> None:
+    block = RowRule(Rule("SGD", {"lr": 0.5}), torch.zeros(4, 2)).block(0)
+    block.adopt({"lr": 0.1, "momentum": 0.0})
+    with pytest.raises(ValueError, match="would move rows"):
+        block.adopt({"lr": 0.1, "momentum": 0.9})

@@ -476,6 +476,37 @@ def test_slots_that_do_not_fit_are_refused_by_name(change: dict[str, Tensor | No
     assert [(start, stop) for start, stop, _ in rule.slots()] == [(1, 3)]
 
 
+@every_row
+def test_what_is_reset_begins_again(name: str, kwargs: Kwargs) -> None:
+    """And nothing else does: the elements beside it go on as they were."""
+    reference, flat = pair(name, kwargs)
+    for gradient in gradients()[:3]:
+        flat.apply([(0, SIZE)], gradient, numbers_of(reference))
+    (start, stop), others = reference.ranges[1], [*reference.ranges[:1], *reference.ranges[2:]]
+    went_on = Flat(describe(reference.optimizer, 0), flat.values)
+    went_on.load(flat.slots())
+    begun = Flat(describe(reference.optimizer, 0), flat.values[start:stop])
+    flat.blocks[0][2].reset(start, stop)
+    for gradient in gradients()[3:6]:
+        flat.apply([(0, SIZE)], gradient, numbers_of(reference))
+        went_on.apply([(0, SIZE)], gradient, numbers_of(reference))
+        begun.apply([(0, stop - start)], gradient[start:stop], numbers_of(reference))
+    check_equal(flat.values[start:stop], begun.values, name)
+    for first, last in others:
+        check_equal(flat.values[first:last], went_on.values[first:last], name)
+
+
+def test_slots_fit_once_their_settings_are_adopted() -> None:
+    rule = BlockRule(Rule("SGD", {"lr": 0.1}), torch.zeros(2))
+    state = {"momentum_buffer": torch.ones(2)}
+    with pytest.raises(ValueError, match="slot 'momentum_buffer' is unknown"):
+        rule.load(0, 2, state)
+    rule.adopt({"lr": 0.1, "momentum": 0.9})
+    rule.load(0, 2, state)
+    with pytest.raises(ValueError, match="no setting 'params'"):
+        rule.adopt({"params": 1.0})
+
+
 def test_loaded_slots_and_gradients_are_not_kept() -> None:
     """Both are somebody else's memory: a mapped file, a lane's buffer."""
     rule, gradient = BlockRule(Rule("SGD", {"lr": 0.1, "momentum": 0.9}), torch.zeros(4)), torch.ones(4)

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save, save_model
 from torch import nn
 
+from paramserver.checkpoint.model_dir import CheckpointManager
+from paramserver.checkpoint.storage import RemoteStorage, join, storage_of
 from paramserver.checkpoint_files import write_index
 from paramserver.errors import CheckpointError
-from paramserver.estimator.checkpoint_state import CheckpointManager
 from paramserver.estimator.export_folder import new_export
 from paramserver.estimator.saved_values import SavedValues
-from paramserver.estimator.storage import RemoteStorage, join, storage_of
 
 VALUES = {"weight": torch.arange(6.0).reshape(3, 2), "bias": torch.ones(3)}
 

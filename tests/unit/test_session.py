@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from paramserver import ParameterServerStrategy, SimpleClusterResolver
+from paramserver.checkpoint.model_dir import read_state
 from paramserver.cluster import ClusterSpec
 from paramserver.cluster.report import Reporter
 from paramserver.errors import ConfigError, DeadlineError
 from paramserver.estimator import EstimatorSpec, ModeKeys, RunConfig
-from paramserver.estimator.checkpoint_state import read_state
 from paramserver.estimator.session import Session
 
 

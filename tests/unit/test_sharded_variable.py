@@ -27,7 +27,7 @@ def partitioned(shards: int, replicas: int = 1) -> ps.ParameterServerStrategy:
     resolver = ps.SimpleClusterResolver(CLUSTER, task_type="chief", task_id=0)
     devices = [f"cpu:{index}" for index in range(replicas)]
     strategy = ps.ParameterServerStrategy(resolver, compute_devices=devices, variable_partitioner=FixedShards(shards))
-    strategy.client = ParameterClient([play_in_process()() for _ in range(NUM_PS)])
+    strategy.client = ParameterClient([play_in_process(index=index)() for index in range(NUM_PS)])
     return strategy
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from paramserver.checkpoint.storage import LocalStorage, RemoteStorage, join, local_copy, local_file, split, storage_of
 from paramserver.errors import ConfigError
-from paramserver.estimator.storage import LocalStorage, RemoteStorage, join, local_copy, local_file, split, storage_of
 
 
 @pytest.fixture(params=["folder", "file://", "memory://"])

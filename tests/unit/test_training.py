@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from paramserver import CentralStorageStrategy, ParameterServerStrategy, SimpleClusterResolver, summary
+from paramserver.checkpoint.storage import local_copy
 from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
 from paramserver.cluster import ClusterSpec
 from paramserver.cluster.report import Reporter
@@ -38,7 +39,6 @@ from paramserver.estimator import schedule as schedule_module
 from paramserver.estimator import training as training_module
 from paramserver.estimator.checkpoint import read_values
 from paramserver.estimator.schedule import Schedule
-from paramserver.estimator.storage import local_copy
 
 
 @pytest.fixture(autouse=True)

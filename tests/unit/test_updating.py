@@ -19,7 +19,7 @@ def on_three_ps(replicas: int = 1) -> ps.ParameterServerStrategy:
     """A chief of a cluster whose three ps tasks are played in this process."""
     resolver = ps.SimpleClusterResolver(CLUSTER, task_type="chief", task_id=0)
     strategy = ps.ParameterServerStrategy(resolver, compute_devices=[f"cpu:{index}" for index in range(replicas)])
-    strategy.client = ParameterClient([play_in_process()() for _ in range(3)])
+    strategy.client = ParameterClient([play_in_process(index=index)() for index in range(3)])
     return strategy
 
 

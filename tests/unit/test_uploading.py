@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from paramserver.checkpoint.storage import RemoteStorage, storage_of
 from paramserver.errors import ConfigError
 from paramserver.estimator import read_eval_metrics
-from paramserver.estimator.storage import RemoteStorage, storage_of
 from paramserver.estimator.uploading import UPLOAD_INTERVAL, UploadingWriter, summary_writer
 from paramserver.summary import SummaryWriter
 

@@ -25,7 +25,7 @@ def on_three_ps(**options: Any) -> ps.ParameterServerStrategy:
     """A chief of a cluster whose three ps tasks are played in this process."""
     resolver = ps.SimpleClusterResolver(CLUSTER, task_type="chief", task_id=0)
     strategy = ps.ParameterServerStrategy(resolver, **options)
-    strategy.client = ParameterClient([play_in_process()() for _ in range(3)])
+    strategy.client = ParameterClient([play_in_process(index=index)() for index in range(3)])
     return strategy
 
 

@@ -28,8 +28,9 @@ from paramserver.arena import ALIGNMENT, Range, merge, pieces
 from paramserver.distribute import bound_parameter
 from paramserver.distribute.bound_parameter import BoundParameter, BoundParameters, WholeParameter
 from paramserver.distribute.device_copies import DeviceCopies, HostCopies
-from paramserver.distribute.gradient_place import Gate, GradientPlace, alias
+from paramserver.distribute.gradient_place import Gate, GradientPlace
 from paramserver.distribute.replica_tensors import ReplicaTensors
+from paramserver.distribute.torch_internals import alias
 from paramserver.distribute.value_watch import ValueWatch
 from paramserver.distribute.variables import ArenaPlan, Kind
 from paramserver.rules import GroupSettings, rule_class, setting_names

@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class BoundModel:
 
     Attributes:
         tables: What is looked up by rows, by name.
+        begin_state: Brings the state that optimizers had before to the ps tasks, with the first values.
         gate: See `bound_arena.PushedMemory`.
     """
 
@@ -107,6 +108,7 @@ class BoundModel:
         ]
         names = {id(each.tensor): each.spec.name for each in _variables(arenas)}
         self._held = [HeldParameters(each.param_groups, names, tensors.of) for each in optimizers]
+        self.begin_state: Callable[[], None] = _nothing
         copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
 
     def assign(self) -> None:
@@ -119,10 +121,12 @@ class BoundModel:
             if name not in self._first_rows:
                 raise ConfigError(  # a ps was lost
                     f"variable {name!r} is a table, of which workers hold no values: after the loss of a ps it "
-                    "can only be restored from a checkpoint; pass recover(initialize=...) that does"
+                    "can only be restored from a checkpoint; call strategy.save(directory) now and then, or pass "
+                    "recover(initialize=...) a function that restores one"
                 )
             table.assign(self._first_rows.pop(name))
         self.assign_arenas()
+        self.begin_state()
 
     def assign_arenas(self) -> None:
         """`assign`, of all but tables."""
@@ -149,6 +153,7 @@ class BoundModel:
     def bind(self) -> None:
         """Give the model's tensors their place in the memory, holding the ps tasks' values."""
         self._first_rows.clear()
+        self.begin_state = _nothing
         for table in self.tables.values():
             table.bind()
         for arena in self._each():
@@ -224,7 +229,7 @@ class BoundModel:
             return None
         result = self._client.finish_push()
         if self._under_way and self._client.has_begun(self._under_way.number):
-            self._under_way.step.pulled(self._under_way.plans)
+            self._under_way.step.pulled(self._under_way.plans, self._client.refusing)
             self._under_way.step.take_for_fresh()
         self._under_way, self.gate.is_shut = None, False
         return result
@@ -243,6 +248,10 @@ class BoundModel:
 
     def _each(self) -> list[BoundArena]:
         return [arena for arenas in self._arenas for arena in arenas]
+
+
+def _nothing() -> None:
+    """No optimizer had state before."""
 
 
 def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[Variable]:
@@ -343,11 +352,11 @@ class _Step:
         for arena in self._each():
             arena.meanwhile()
 
-    def pulled(self, plans: Sequence[PushPlan]) -> None:
-        """The values that these plans ask for have come."""
-        for arenas, plan in zip(self.arenas, plans, strict=True):
+    def pulled(self, plans: Sequence[PushPlan], refusing: Collection[int] = ()) -> None:
+        """The values that these plans ask for have come, but for those of ps tasks that have refused."""
+        for ps, (arenas, plan) in enumerate(zip(self.arenas, plans, strict=True)):
             for arena in arenas:
-                if arena.plan.index in plan.pull:
+                if arena.plan.index in plan.pull and ps not in refusing:
                     arena.pulled()
 
     def take_for_fresh(self) -> None:

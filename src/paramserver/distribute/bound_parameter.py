@@ -23,7 +23,8 @@ from itertools import compress
 import torch
 
 from paramserver.arena import DTYPES, VariableSpec
-from paramserver.distribute.gradient_place import Gate, GradientPlace, alias
+from paramserver.distribute.gradient_place import Gate, GradientPlace
+from paramserver.distribute.torch_internals import alias
 from paramserver.distribute.value_watch import ValueWatch, edited
 from paramserver.distribute.variables import Member
 from paramserver.errors import ConfigError

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._jit_internal import is_scripting  # torch.jit has it, too, where no type checker sees it
 
 from paramserver.distribute.gradient_place import GradientPlace
+from paramserver.distribute.torch_internals import is_batched, is_scripting, is_tracing, is_transformed
 
 LARGE = 1 << 20
 """Bytes of a weight from which it pays: below, the copy is cheaper than a Python function in the backward."""
@@ -67,14 +67,9 @@ def _is_special() -> bool:
         torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
         or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or _is_transformed()
+        or is_tracing()
+        or is_transformed()
     )
-
-
-def _is_transformed() -> bool:
-    """Whether a torch.func transform is at work, as for batched gradients."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _DirectLinear(torch.autograd.Function):
@@ -114,7 +109,6 @@ class _DirectLinear(torch.autograd.Function):
 
 
 def _weight_gradient(place: GradientPlace, rows: Tensor, features: Tensor) -> Tensor:
-    is_batched = torch._C._functorch.is_legacy_batchedtensor(rows) or _is_transformed()
-    is_plain = torch.is_grad_enabled() or is_batched  # a gradient of a gradient needs a graph
+    is_plain = torch.is_grad_enabled() or is_transformed() or is_batched(rows)  # a gradient of one needs a graph
     target = None if is_plain else place.take_for_backward()
     return rows.t() @ features if target is None else torch.mm(rows.t(), features, out=target)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paramserver.distribute.torch_internals import is_tracing, is_transformed
 from paramserver.errors import ConfigError
 from paramserver.rows import Ids, add_up, on_device
 
@@ -162,9 +163,9 @@ def _forward(look_up: Callable[..., Tensor], module: Embedding, table: Table, *a
 
 def _check_seen(table: Table) -> None:
     """Raise TypeError unless ids are there to be seen, as those that a tracer records are not."""
-    if torch._C._get_tracing_state() is not None:
+    if is_tracing():
         raise _not_seen(table, "torch.jit.trace")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         raise _not_seen(table, "a transform of torch.func")
 
 

@@ -15,24 +15,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._C import _to_dlpack  # torch.utils.dlpack has it under another name, which no type checker knows
-from torch.utils.dlpack import from_dlpack
+
+from paramserver.distribute.torch_internals import alias, storage_uses
 
 if TYPE_CHECKING:
     from torch import UntypedStorage
 
 
-def alias(tensor: Tensor) -> Tensor:
-    """Return a tensor over the same memory with a storage and a version counter of its own.
-
-    The memory lives as long as either tensor does.
-
-    >>> both = torch.zeros(4)
-    >>> part = alias(both[2:])
-    >>> part.data_ptr() == both[2:].data_ptr(), part.untyped_storage().nbytes()
-    (True, 8)
-    """
-    return from_dlpack(_to_dlpack(tensor))
+_ALONE = storage_uses(torch.empty(1))
+"""Uses of a storage that one tensor alone refers to."""
 
 
 class Gate:
@@ -94,11 +85,16 @@ class GradientPlace:
         return None if self.parameter.grad is not None else self.take()
 
     def land(self, gradient: Tensor) -> None:
-        """Have the parameter's new, whole gradient lie here, unless the place is in use."""
+        """Have the parameter's gradient lie here, now that it is whole, unless the place is in use.
+
+        The tensor stays the same object. So a program that has put it there itself, and goes on to hold it, sees what
+        is added to it; where others share its storage, it is left where it is.
+        """
         if self.holds(gradient):
             self._handed_out = gradient  # it was computed here
-        elif not gradient.requires_grad and (handed_out := self.take()) is not None:
-            self.parameter.grad = self._handed_out = handed_out.copy_(gradient)
+        elif not gradient.requires_grad and storage_uses(gradient) <= _ALONE and (target := self.take()) is not None:
+            gradient.data = target.copy_(gradient)
+            self._handed_out = gradient
 
     def is_home(self, gradient: Tensor | None) -> bool:
         """Whether this gradient of the parameter is the one that was put here last; quicker than `holds`."""

@@ -20,7 +20,6 @@ from paramserver.cluster import (
     ClusterSpec,
     Role,
     SimpleClusterResolver,
-    TaskId,
     TFConfigClusterResolver,
     id_in_cluster,
     is_chief,
@@ -28,7 +27,7 @@ from paramserver.cluster import (
     validate_cluster,
     worker_count,
 )
-from paramserver.distribute import connection, variables
+from paramserver.distribute import checkpoints, connection, optimizer_state, variables
 from paramserver.distribute.bound_model import BoundModel, PipelinedModel
 from paramserver.distribute.bound_table import take_tables
 from paramserver.distribute.buffer_arena import Sharing
@@ -36,11 +35,13 @@ from paramserver.distribute.buffer_policies import BufferPolicy
 from paramserver.distribute.devices import Device, DeviceChoice
 from paramserver.distribute.direct_gradients import make_direct
 from paramserver.distribute.input.context import InputContext
-from paramserver.distribute.prepared_optimizer import PreparedOptimizer, check_fresh
+from paramserver.distribute.optimizer_state import OptimizerState, State
+from paramserver.distribute.prepared_optimizer import PreparedOptimizer
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
+from paramserver.distribute.saving_strategy import SavingStrategy
 from paramserver.distribute.step_times import StepTimes
-from paramserver.distribute.strategy import Strategy, StrategyExtended
+from paramserver.distribute.strategy import StrategyExtended
 from paramserver.errors import ConfigError, LocalProtocolError, RunOverError, UnavailableError
 from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
 
@@ -51,7 +52,7 @@ SESSION_CREATION_TIMEOUT = 7200.0
 M = TypeVar("M", bound=nn.Module)
 
 
-class ParameterServerStrategy(Strategy):
+class ParameterServerStrategy(SavingStrategy):
     """Asynchronous training with parameter servers; without a cluster, the same in one process.
 
     Every worker runs the same program. `prepare` puts the model's variables onto the ps tasks; from then on
@@ -123,15 +124,16 @@ class ParameterServerStrategy(Strategy):
         self._resolver = SimpleClusterResolver(cluster, task_type=task_type, task_id=task_id)
 
     def _enter_cluster(self, cluster: ClusterSpec, task_type: str | None, task_id: int | None) -> None:
-        self.task: TaskId | None = validate_cluster(cluster, task_type, task_id) if cluster else None
+        self.task = validate_cluster(cluster, task_type, task_id) if cluster else None
         self.cluster = cluster
         self._begin()
 
     def _begin(self) -> None:
-        self.client: ParameterClient | None = None
-        self._has_prepared = False
-        self._models: weakref.WeakSet[BoundModel] = weakref.WeakSet()
+        self.client = None
+        self._has_prepared = self._is_preparing = False
+        self._models = weakref.WeakSet()
         self._bound: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BoundModel]] = weakref.WeakKeyDictionary()
+        self._begin_saving()
         self._place = self._placement.start(self.num_ps)
         logger.info("%r", self)
 
@@ -191,11 +193,6 @@ class ParameterServerStrategy(Strategy):
             num_replicas_in_sync=self.num_replicas_in_sync,
         )
 
-    @property
-    def global_step(self) -> int:
-        """Updates of the model, as this worker last heard of them; with ``pipeline``, and its own on the way."""
-        return self.client.global_step if self.client else 0
-
     @overload
     def prepare(
         self,
@@ -226,7 +223,8 @@ class ParameterServerStrategy(Strategy):
     ) -> tuple[M, PreparedOptimizer | tuple[PreparedOptimizer, ...]]:
         """Put the model's variables onto the ps tasks and bind the model to them.
 
-        The chief's initial values become everyone's. The model is the same object afterwards, its parameters in
+        The chief's initial values become everyone's, those of a checkpoint if `restore` was called before; so does the
+        state that its optimizer has made or loaded. The model is the same object afterwards, its parameters in
         other memory; the optimizer that comes back pushes and pulls where the given one would update. Blocks until
         all ps tasks are up and the chief has initialized them. Afterwards every worker but the first has a random
         stream of torch's of its own, so that shuffling and dropout differ between them.
@@ -261,10 +259,13 @@ class ParameterServerStrategy(Strategy):
         prepared = self.prepare_from(
             model,
             optimizers,
-            initialize=_present_values,
+            initialize=self._begin_values,
             gradient_reduction=ReduceOp.parse(gradient_reduction),
             buffers=buffers,
         )
+        begin, self._checkpoints.begin = self._checkpoints.begin, None
+        if begin and self._found_step is not None:
+            self._keep_newer(begin, begin)
         return model, prepared[0] if isinstance(optimizer, torch.optim.Optimizer) else prepared
 
     def prepare_from(
@@ -290,33 +291,44 @@ class ParameterServerStrategy(Strategy):
             on_wait: Called about every second while the chief is waited for.
         """
         self._check_can_prepare()
-        for optimizer in optimizers:
-            check_fresh(optimizer)
         limit = self._timeout if timeout is None else timeout
         collected = variables.collect(model, optimizers, buffers)
         arenas = variables.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
-        self._has_prepared = True
+        self._has_prepared = self._is_preparing = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
+        carried = [optimizer_state.carried(optimizer) for optimizer in optimizers]  # before tables let go of theirs
         lookups = take_tables(model, collected, optimizers)
         tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         first_rows = {name: lookup.values for name, lookup in lookups.items()}
         kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
         sharing = Sharing(num_workers=self._num_workers, is_chief=self.is_chief)
         bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client, first_rows, sharing)
+        states = [
+            OptimizerState(optimizer, collected, tensors, client, task=self._shown_task, is_chief=self.is_chief)
+            for optimizer in optimizers
+        ]
+        bound.begin_state = lambda: _begin_state(states, carried)
         if not is_ready:
             client.mark_ready(initialize(client, bound))
+        elif any(carried):
+            logger.info("%s: prepare leaves the state of its optimizer: the ps tasks have one already", self.task)
         bound.bind()
+        for optimizer in optimizers:
+            optimizer.state.clear()  # it is with the ps tasks now, and may be twice as large as the model
         for name, lookup in lookups.items():
             lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
+        self._prepared, self._aliases = bound, variables.aliases(model)
+        self._found_step = client.local_step if is_ready else None
         self._models.add(bound)
         self._bound[model] = weakref.ref(bound)
         self._separate_random_streams()
+        self._is_preparing = False
         return tuple(
-            PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync)
-            for owner, optimizer in enumerate(optimizers)
+            PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync, state)
+            for owner, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
         )
 
     def recover(
@@ -329,11 +341,13 @@ class ParameterServerStrategy(Strategy):
         """After an `UnavailableError`: connect again, and go on with the ps tasks' values in the same model (N04).
 
         Where a ps was started again and holds nothing, the chief initializes all of them, and the other workers wait
-        for it. Blocks for as long as that takes. An update that was under way may have been applied or not.
+        for it. By default it restores the last checkpoint that it has saved or restored: parameters, optimizer state
+        and every `Variable` go back to that on all ps tasks. Where there is none, it takes the values that this task
+        has; what the ps held beside them begins anew. A warning says what is lost. Blocks for as long as that takes. An
+        update that was under way may have been applied or not.
 
         Args:
-            initialize: How the chief fills the variables; by default with the values that this task has, at the global
-                step that it knows. Optimizer state begins anew then.
+            initialize: How the chief fills the variables instead; returns the global step that they belong to.
             timeout: Seconds to wait for the ps tasks, and again for the chief; the strategy's by default.
             on_wait: Called about every second while the chief is waited for.
 
@@ -346,24 +360,15 @@ class ParameterServerStrategy(Strategy):
             raise RuntimeError(f"recover: {self!r} has no prepared model on the ps tasks of a cluster")
         (model,) = self._models
         limit = self._timeout if timeout is None else timeout
+        client, reached = self.client, self.client.global_step
         try:
             model.refresh()  # a connection that was cut is made anew, and what was under way made up for
         except (UnavailableError, LocalProtocolError):
-            if not self.client.resume(limit, on_wait, is_chief=self.is_chief):
-                self.client.mark_ready((initialize or _present_values)(self.client, model))
+            if not client.resume(limit, on_wait, is_chief=self.is_chief):
+                client.mark_ready(initialize(client, model) if initialize else self._bring_back(model))
             model.refresh()
-
-    def refresh(self) -> int:
-        """Bring the prepared model up to date with the ps tasks, as every step does; the global step. Blocks.
-
-        What buffers changed by since the last step is lost.
-
-        Raises:
-            UnavailableError: If a ps is lost.
-        """
-        for model in self._models:
-            model.refresh()
-        return self.global_step
+        if client.global_step < reached and not self.is_chief:
+            logger.warning("%s: %s", self.task, checkpoints.lost_updates(reached, client.global_step))
 
     def assign(self, model: nn.Module) -> int:
         """Make a prepared model's present values, those of its buffers too, the ps tasks'; the global step. Blocks.
@@ -460,8 +465,7 @@ class ParameterServerStrategy(Strategy):
             UnavailableError: If a ps was lost by the last step, with ``pipeline``.
         """
         if not failure:
-            for model in self._models:
-                model.settle()
+            self._settle()
         if self.client is not None:
             self.client.goodbye(failure)
 
@@ -490,6 +494,11 @@ class ParameterServerStrategy(Strategy):
 
     def _check_can_prepare(self) -> None:
         self._check_trains("prepare")
+        if self._is_preparing and self.task is not None:
+            raise ConfigError(
+                "prepare: an earlier prepare of this strategy did not get to its end, and the values of its model may "
+                "be lost; make the model, the optimizer and the strategy anew"
+            )
         if self._has_prepared and self.task is not None:
             raise ConfigError(
                 "prepare: this strategy has prepared a model already, and a run trains one; "
@@ -538,6 +547,7 @@ class ParameterServerExtended(StrategyExtended):
         return tuple(f"/job:ps/task:{task.index}" for task in self._strategy.cluster.tasks(Role.PS))
 
 
-def _present_values(client: ParameterClient, bound: BoundModel) -> int:
-    bound.assign()
-    return client.global_step
+def _begin_state(states: Sequence[OptimizerState], carried: Sequence[State]) -> None:
+    for remote, state in zip(states, carried, strict=True):
+        if state:
+            remote.write(state)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from paramserver.distribute.gradient_place import alias
+from paramserver.distribute.torch_internals import alias
 
 
 class ReplicaTensors:

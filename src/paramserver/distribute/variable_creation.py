@@ -74,14 +74,18 @@ def _create(strategy: Strategy, options: VariableOptions, anchor: Variable | Non
     )
     dtype = dtype_name(value.dtype, options.name)
     maker = _Maker(strategy, options, anchor)
-    whole = VariableSpec(maker.client.variables.unique_name(options.name), tuple(value.shape), dtype)
+    variables = maker.client.variables
+    whole = VariableSpec(variables.unique_name(options.name), tuple(value.shape), dtype)
     ranges = [] if anchor is not None else strategy.row_ranges(whole)
     variable: Variable
     if ranges:
-        parts = zip(part_specs(whole, ranges), ranges, strict=True)
-        variable = ShardedVariable([maker.make(part, value[slice(*rows)]) for part, rows in parts], whole.name)
+        parts = part_specs(whole, ranges)
+        made = [maker.make(part, value[slice(*rows)]) for part, rows in zip(parts, ranges, strict=True)]
+        variable = ShardedVariable(made, whole.name)
     else:
+        parts = [whole]
         variable = maker.make(whole, value)
+    variables.finish(whole.name, [part.name for part in parts])
     return AggregatingVariable(variable) if strategy.num_replicas_in_sync > 1 else variable
 
 
@@ -96,7 +100,8 @@ class _Maker:
 
     def make(self, spec: VariableSpec, value: torch.Tensor) -> PlainVariable:
         """One part, on the next ps or beside the anchor, where it takes no turn (P01, P04). Blocks until it is made."""
-        ps = self._strategy.place(spec) if self._anchor is None else self._anchor.ps
+        anchor, variables = self._anchor, self.client.variables
+        ps = variables.ps_of(spec.name, lambda: self._strategy.place(spec)) if anchor is None else anchor.ps
         if self._strategy.is_chief:
             self.client.variables.create(ps, spec, value.flatten())
         else:

@@ -1,5 +1,6 @@
 """The Estimator: a model function, its specs, hooks, checkpoints, and the loop that runs them in every role."""
 
+from paramserver.checkpoint.model_dir import latest_checkpoint
 from paramserver.estimator.basic_hooks import (
     FinalOpsHook,
     GlobalStepWaiterHook,
@@ -7,7 +8,6 @@ from paramserver.estimator.basic_hooks import (
     StopAfterNEvalsHook,
     StopAtStepHook,
 )
-from paramserver.estimator.checkpoint_state import latest_checkpoint
 from paramserver.estimator.early_stopping import (
     make_early_stopping_hook,
     stop_if_higher_hook,

@@ -1,16 +1,8 @@
-"""A whole checkpoint: the ps tasks write the shards, the chief the indexes; anyone can read it.
-
-A checkpoint is a folder of plain safetensors files. ``model.safetensors.index.json`` has the form that Hugging Face's
-tools read; ``optimizer.safetensors.index.json`` does the same for optimizer state. Each variable is one tensor, also
-one that was partitioned.
-"""
+"""What anyone can read of a checkpoint, without a ps."""
 
 from __future__ import annotations
 
-import logging
 import math
-import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,104 +10,18 @@ import torch
 from torch import nn
 
 from paramserver.arena import DTYPES
+from paramserver.checkpoint.model_dir import checkpoint_step, readable
 from paramserver.checkpoint_files import (
     SLOTS_INDEX,
     VALUES_INDEX,
     VALUES_PREFIX,
-    Maps,
-    merge,
     read_index,
     read_shapes,
     read_tensors,
     unclaimed,
-    write_index,
 )
-from paramserver.client import ParameterClient
 from paramserver.distribute.variables import load_values, plain_name
-from paramserver.errors import CheckpointError, NotFiniteError
-from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, readable
-
-logger = logging.getLogger(__name__)
-
-SHOWN_NAMES = 8
-
-
-def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: int, aliases: dict[str, str]) -> str:
-    """Have the ps tasks write a checkpoint, and publish it; its path. Blocks; pushes of workers go on meanwhile.
-
-    Args:
-        client: Connected to every ps.
-        manager: Of the model_dir.
-        step: The global step that names it; what it holds is at least as new.
-        aliases: Other names of tied variables.
-
-    Raises:
-        CheckpointError: If a ps or this task cannot write it.
-        NotFiniteError: If a trained variable is not finite; the message says how to go on.
-    """
-    folder = manager.temporary_path(step)
-    try:
-        saved = client.save(folder)
-        maps = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
-        _write_indexes(
-            Path(folder),
-            maps,
-            step,
-            total_size=sum(shard.nbytes for shard in saved),
-            aliases=aliases,
-            program_variables=sorted(client.variables.names & maps.weight_map.keys()),
-        )
-        path = manager.publish(folder, step)
-    except NotFiniteError as error:
-        manager.discard(folder)
-        raise _with_way_back(error, manager, step) from error
-    except BaseException:
-        manager.discard(folder)
-        raise
-    pauses = (max(shard.pause for shard in saved), max(shard.longest_pause for shard in saved))
-    logger.debug("checkpoint of step %d: pushes were kept waiting for %.3g s in all, %.3g s at once", step, *pauses)
-    return path
-
-
-def _with_way_back(error: NotFiniteError, manager: CheckpointManager, step: int) -> NotFiniteError:
-    latest, path = manager.state.latest, manager.save_path(step)
-    if latest:
-        good = manager.save_path(checkpoint_step(latest))
-        way = f"the last good checkpoint is {good}: start the run again to go on from it"
-    else:
-        way = "there is no good checkpoint: start the run again from the beginning"
-    cause = "a lower learning rate, clipped gradients, or without the batches that it came from"
-    return NotFiniteError(f"checkpoint {path} is not written: {error}; {way}, with {cause}", path, error.variable)
-
-
-def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:
-    """Have the ps tasks read their variables from a checkpoint, and say what it holds beside them. Blocks.
-
-    Raises:
-        CheckpointError: If it is cut short or belongs to another model.
-    """
-    with readable(checkpoint_path) as folder:
-        client.restore(str(folder.absolute()))
-        say_left_out(checkpoint_path, unclaimed(folder / VALUES_INDEX, client.variables.known))
-
-
-def say_left_out(checkpoint_path: str, names: Sequence[str]) -> None:
-    """Warn of variables of a checkpoint that the model does not have, if there are any."""
-    if names:
-        more = f" and {len(names) - SHOWN_NAMES} others" if len(names) > SHOWN_NAMES else ""
-        logger.warning(
-            "checkpoint %s holds %d variables that the model does not have, and that are left out: %s%s",
-            checkpoint_path,
-            len(names),
-            ", ".join(map(repr, names[:SHOWN_NAMES])),
-            more,
-        )
-
-
-def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> None:
-    write_index(folder / SLOTS_INDEX, maps.slot_map, global_step=step)
-    identity = secrets.token_hex(8)  # see `checkpoint_files.digest`
-    write_index(folder / VALUES_INDEX, maps.weight_map, global_step=step, id=identity, **metadata)
+from paramserver.errors import CheckpointError
 
 
 def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:

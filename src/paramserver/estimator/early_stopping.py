@@ -19,13 +19,13 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from paramserver.checkpoint.storage import join
 from paramserver.distribute.variable import Variable, VariableAggregation
 from paramserver.errors import ConfigError
 from paramserver.estimator.basic_hooks import SecondOrStepTimer
 from paramserver.estimator.estimator import Estimator
 from paramserver.estimator.event_files import read_eval_metrics
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
-from paramserver.estimator.storage import join
 
 STOP = "early_stopping/stop"
 """The name of the variable that tells workers to stop."""

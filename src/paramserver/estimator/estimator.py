@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from paramserver.checkpoint.model_dir import checkpoint_step, latest_checkpoint
+from paramserver.checkpoint.storage import join
 from paramserver.cluster import Role
+from paramserver.distribute.checkpoints import say_left_out
 from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.variables import load_values
@@ -21,8 +24,7 @@ from paramserver.estimator import evaluation, prediction, progress, training
 from paramserver.estimator.arguments import check_model_fn, check_steps, training_strategy, with_model_dir
 from paramserver.estimator.aside import Aside
 from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of, name_of
-from paramserver.estimator.checkpoint import load_model, say_left_out
-from paramserver.estimator.checkpoint_state import checkpoint_step, latest_checkpoint
+from paramserver.estimator.checkpoint import load_model
 from paramserver.estimator.eval_summary import write_results
 from paramserver.estimator.export import write_export
 from paramserver.estimator.hooks import TrainingHook, as_tuple
@@ -31,7 +33,6 @@ from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.saved_values import SavedValues
 from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
-from paramserver.estimator.storage import join
 from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
 
 logger = logging.getLogger(__name__)

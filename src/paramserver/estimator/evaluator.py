@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from paramserver.checkpoint.model_dir import exists, read_state
+from paramserver.checkpoint.storage import join
 from paramserver.cluster.report import Reporter
 from paramserver.errors import CheckpointError, ConfigError
-from paramserver.estimator.checkpoint_state import exists, read_state
 from paramserver.estimator.eval_results import EvalResult, scalars
 from paramserver.estimator.exporters import Exporter, ExportingEstimator
 from paramserver.estimator.hooks import TrainingHook
 from paramserver.estimator.specs import EvalSpec
-from paramserver.estimator.storage import join
 
 logger = logging.getLogger(__name__)
 

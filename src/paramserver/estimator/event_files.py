@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from paramserver.estimator.storage import join, local_copy
+from paramserver.checkpoint.storage import join, local_copy
 
 EVENT_FILES = "*.tfevents.*"
 

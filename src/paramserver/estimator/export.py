@@ -36,12 +36,12 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from paramserver import __version__
+from paramserver.checkpoint.storage import local_file, split, storage_of
 from paramserver.distribute.nest import is_nest, leaves, map_leaves
 from paramserver.distribute.variables import without_compiling
 from paramserver.errors import ConfigError
 from paramserver.estimator.export_folder import WEIGHTS_FILE, new_export
 from paramserver.estimator.specs import EstimatorSpec
-from paramserver.estimator.storage import local_file, split, storage_of
 
 PROGRAM_FILE = "model.pt2"
 SIGNATURE_FILE = "signature.json"

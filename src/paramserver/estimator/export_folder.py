@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from paramserver.estimator.storage import Storage, split, storage_of
+from paramserver.checkpoint.storage import Storage, split, storage_of
 
 WEIGHTS_FILE = "model.safetensors"
 

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch._C._profiler import _ExperimentalConfig
 
+from paramserver.checkpoint.storage import storage_of
 from paramserver.estimator.basic_hooks import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
-from paramserver.estimator.storage import storage_of
 
 _log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
+from paramserver.checkpoint.model_dir import STATE_FILE, latest_checkpoint, readable
+from paramserver.checkpoint.storage import split, storage_of
 from paramserver.checkpoint_files import VALUES_INDEX, StoredTensor, by_file, read_index, stored_tensors
 from paramserver.errors import CheckpointError
-from paramserver.estimator.checkpoint_state import STATE_FILE, latest_checkpoint, readable
 from paramserver.estimator.export_folder import WEIGHTS_FILE
-from paramserver.estimator.storage import split, storage_of
 
 
 @dataclass(frozen=True)

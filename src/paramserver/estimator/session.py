@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
+from paramserver.checkpoint.model_dir import CheckpointManager, checkpoint_step, checkpoint_to_restore
 from paramserver.client import ParameterClient
 from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
 from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpoint
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.step_times import StepTimes
 from paramserver.distribute.variables import aliases, plain_name
 from paramserver.errors import ConfigError, UnavailableError
 from paramserver.estimator.calling import Batch, as_loss
-from paramserver.estimator.checkpoint import restore_checkpoint, write_checkpoint
-from paramserver.estimator.checkpoint_state import CheckpointManager, checkpoint_step, checkpoint_to_restore
 from paramserver.estimator.hooks import RunValues
 from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.schedule import Schedule

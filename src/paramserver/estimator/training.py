@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from paramserver.checkpoint.storage import absolute
 from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
 from paramserver.distribute.parameter_server import ParameterServerStrategy
@@ -20,7 +21,6 @@ from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.saving_hooks import CheckpointSaverHook, CheckpointSaverListener, SummarySaverHook
 from paramserver.estimator.session import Session
 from paramserver.estimator.specs import EstimatorSpec
-from paramserver.estimator.storage import absolute
 from paramserver.estimator.uploading import summary_writer
 from paramserver.estimator.watching_hooks import LoggingHook, NanLossHook, StepCounterHook
 from paramserver.summary import SummaryWriter

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paramserver.estimator.storage import is_remote, join, storage_of
+from paramserver.checkpoint.storage import is_remote, join, storage_of
 from paramserver.summary import SummaryWriter
 
 if TYPE_CHECKING:

@@ -138,6 +138,27 @@ class BlockRule:
         }
         self._replace(first, last, [run])
 
+    def reset(self, start: int, stop: int) -> None:
+        """Forgets the state of elements `[start, stop)`: they begin again, as if they had had no update."""
+        if not self._optimizer.state:
+            return
+        first, last = self._cut(start, stop)
+        for run in self._runs[first:last]:
+            self._optimizer.state.pop(run.parameter, None)
+            # Adagrad has state before its first update, and makes it when it is constructed.
+            anew = build(self._class, self._group_settings(), run.parameter)
+            if state := anew.state.get(run.parameter):
+                self._optimizer.state[run.parameter] = state
+
+    def adopt(self, settings: Mapping[str, Setting]) -> None:
+        """Takes over settings before the next update brings them, such as those that loaded state was made with.
+
+        Raises:
+            ValueError: A setting is unknown to the rule.
+        """
+        if settings != self._settings:
+            self._adopt(settings)
+
     def join(self) -> None:
         """Makes one run of neighbours whose scalar state is equal, so that fewer updates serve them.
 
@@ -241,12 +262,15 @@ class BlockRule:
     def _run(self, start: int, stop: int) -> _Run:
         return _Run(start, stop, nn.Parameter(self._values[start:stop], requires_grad=False))
 
+    def _group_settings(self) -> dict[str, Setting]:
+        group = self._optimizer.param_groups[0]
+        return {name: group[name] for name in self._names}
+
     def _expected_slots(self) -> dict[str, Tensor]:
         """The slots of the rule with its settings of now, found by a step of one element."""
         parameter = nn.Parameter(torch.zeros_like(self._values[:1]), requires_grad=False)
         parameter.grad = torch.zeros_like(parameter)
-        group = self._optimizer.param_groups[0]
-        optimizer = build(self._class, {name: group[name] for name in self._names}, parameter)
+        optimizer = build(self._class, self._group_settings(), parameter)
         self._step(optimizer)
         return dict(optimizer.state.get(parameter, {}))
 

@@ -4,14 +4,15 @@ Rules
     * Only what lies here is read: of a partitioned variable its rows that are here.
     * Values are read straight into their place, many blocks in one go, so that several threads can share it. The blocks
       are locked meanwhile, which nobody notices: a restore comes before the first step.
-    * Slots are read block by block, and take memory for one block of them.
+    * Slots are read block by block, and take memory for one block of them. A variable without slots in the checkpoint
+      begins anew: what it has here came of other updates.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -19,6 +20,7 @@ from paramserver.arena import BLOCK, DTYPES, pieces, tensor_bytes
 from paramserver.checkpoint_files import by_file, held_tensor, variable_of
 from paramserver.checkpoint_folder import Read, Steps, read_header
 from paramserver.errors import CheckpointError
+from paramserver.rules import Setting
 from paramserver.store.place import Place, by_variable
 from paramserver.store.store import Store
 from paramserver.tensor_file import FileTensor
@@ -47,12 +49,42 @@ def read_shard(store: Store, directory: str, weight_map: Mapping[str, str], slot
     for name, value in (yield from _located({name: weight_map[name] for name in held}, directory)).items():
         for place in held[name]:
             yield from reader.read_value(place, value)
-    mine = {key: file for key, file in slot_map.items() if variable_of(key) in held}
-    for name, slots in _by_variable((yield from _located(mine, directory))).items():
-        for place in held[name]:
-            yield from reader.read_slots(place, slots)
+    yield from _replace_slots(held, slot_map, reader)
     for arena in store.held:
         arena.join_runs()
+
+
+def read_slots(
+    store: Store, groups: Sequence[tuple[Sequence[str], dict[str, Setting]]], slot_map: Mapping[str, str], source: str
+) -> Steps[None]:
+    """Replace the slots of variables; those that have none in ``slot_map`` begin anew. Values stay as they are.
+
+    Args:
+        store: To be changed.
+        groups: Names of variables, and the settings of their rule with which their slots were made.
+        slot_map: The file of each slot.
+        source: Where they come from, for messages.
+
+    Raises:
+        CheckpointError: If they are not the slots of the rule with these settings.
+    """
+    held, reader = by_variable(store), _Reader(source)
+    wanted = {name: held[name] for names, _ in groups for name in names if name in held}
+    for names, settings in groups:
+        for place in {id(place.arena): place for name in names for place in held.get(name, ())}.values():
+            with reader.fitting(place):
+                place.arena.adopt(settings)
+    yield from _replace_slots(wanted, slot_map, reader)
+    for arena in store.held:
+        arena.join_runs()
+
+
+def _replace_slots(held: Mapping[str, list[Place]], slot_map: Mapping[str, str], reader: _Reader) -> Steps[None]:
+    mine = {key: file for key, file in slot_map.items() if variable_of(key) in held}
+    found = _by_variable((yield from _located(mine, reader.directory)))
+    for name, its_places in held.items():
+        for place in its_places:
+            yield from reader.read_slots(place, found.get(name, {}))
 
 
 def _found(store: Store, weight_map: Mapping[str, str], directory: str) -> dict[str, list[Place]]:
@@ -89,16 +121,16 @@ class _Reader:
     """Reads what belongs to a place, block by block, into the same memory again and again."""
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
+        self.directory = directory
         self._memory: dict[str, torch.Tensor] = defaultdict(lambda: torch.empty(0, dtype=torch.uint8, device="cpu"))
 
     def read_value(self, place: Place, value: Located) -> Steps[None]:
         file, tensor = value
         if tensor.spec != place.whole:
             raise CheckpointError(
-                f"checkpoint {self._directory}: variable {place.variable!r} is {_shown(tensor)}, this model has "
+                f"checkpoint {self.directory}: variable {place.variable!r} is {_shown(tensor)}, this model has "
                 f"{place.whole.dtype}{list(place.whole.shape)}; does it belong to another model?",
-                self._directory,
+                self.directory,
             )
         first, end = place.span
         for start in range(first, end, READ_SIZE):
@@ -108,7 +140,10 @@ class _Reader:
                 yield Read(file, offset, tensor_bytes(room))
 
     def read_slots(self, place: Place, slots: Mapping[str, Located]) -> Steps[None]:
-        with self._fitting(place):
+        if not slots:
+            place.arena.reset_slots(place.span)
+            return
+        with self.fitting(place):
             _check_shapes(place, slots)
         for start, stop in pieces([place.span]):
             state: dict[str, torch.Tensor] = {}
@@ -116,7 +151,7 @@ class _Reader:
                 skipped, count = (place.skipped + start - place.span[0], stop - start) if tensor.spec.shape else (0, 1)
                 slot = yield from self._read(name, file, tensor, skipped, count)
                 state[name] = slot if tensor.spec.shape else slot.view(())
-            with self._fitting(place):
+            with self.fitting(place):
                 place.arena.load_slots((start, stop), state)
 
     def _read(self, name: str, file: str, tensor: FileTensor, skipped: int, count: int) -> Steps[torch.Tensor]:
@@ -128,14 +163,15 @@ class _Reader:
         return elements
 
     @contextlib.contextmanager
-    def _fitting(self, place: Place) -> Iterator[None]:
+    def fitting(self, place: Place) -> Iterator[None]:
+        """What is wrong with the slots of a place is an error of the checkpoint."""
         try:
             yield
         except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {self._directory}: the optimizer state of {place.variable!r} does not fit: {error}; "
+                f"checkpoint {self.directory}: the optimizer state of {place.variable!r} does not fit: {error}; "
                 "was it written with another optimizer?",
-                self._directory,
+                self.directory,
             ) from error
 
 

@@ -22,7 +22,7 @@ from paramserver import huge_pages
 from paramserver.arena import BLOCK
 from paramserver.errors import UnsupportedOptimizerError
 from paramserver.rows import Ids, Rows, flat
-from paramserver.rules import ROW_RULES, Rule, Setting
+from paramserver.rules import ROW_RULES, Rule, Setting, row_fault
 from paramserver.store.optimizers import build
 
 
@@ -83,9 +83,7 @@ class RowRule:
             settings: What the param group says for this step, checked by the caller. A setting that is left out stays
                 as it was.
         """
-        if settings != self._settings:
-            self._optimizer.param_groups[0].update(settings)
-            self._settings = dict(settings)
+        self.adopt(settings)
         self._make_slots()
         if (loop := self._loop(ids, gradient)) is not None:
             return loop
@@ -105,6 +103,16 @@ class RowRule:
         for name, slot in self._slots.items():
             slot.put(ids, gathered[name])
         return functools.partial(self.rows.put, ids, rows)
+
+    def adopt(self, settings: Mapping[str, Setting]) -> None:
+        """Take over settings, checked by the caller."""
+        if settings != self._settings:
+            self._optimizer.param_groups[0].update(settings)
+            self._settings = dict(settings)
+
+    def reset(self) -> None:
+        """Forget the slots and the count of updates: all rows begin again, as if they had had no update."""
+        self._slots, self._steps = {}, 0
 
     def _loop(self, ids: Ids, gradient: Tensor) -> Callable[[], None] | None:
         """What makes the step where the rows lie; None if nothing does."""
@@ -190,6 +198,20 @@ class RowRuleBlock:
     def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
         """See `BlockRule.load`."""
         self._rule.load(self._first + start, self._first + stop, state)
+
+    def reset(self, start: int, stop: int) -> None:
+        """Forget the slots of the whole table, which are reset together."""
+        self._rule.reset()
+
+    def adopt(self, settings: Mapping[str, Setting]) -> None:
+        """See `BlockRule.adopt`.
+
+        Raises:
+            ValueError: A setting would change rows that have no gradient.
+        """
+        if fault := row_fault(settings):
+            raise ValueError(fault)
+        self._rule.adopt(settings)
 
 
 def _first_slots(rule: Rule) -> dict[str, float]:

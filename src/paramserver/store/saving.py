@@ -17,8 +17,9 @@ Rules
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,9 @@ from paramserver.tensor_file import FileLayout, TensorSpec, lay_out
 
 PAGE = 1 << 16
 """Bytes of a page of memory, in which a system keeps what it has of a file, where they are largest."""
+
+_Check = Callable[[StoredArena, int, list[tuple[Place, Range]], BlockCopy], None]
+"""Raises if one of the values or slots of a block must not be written; see `check_finite`."""
 
 _VALUE = ""
 """What the value of a variable is called among its slots."""
@@ -65,21 +69,38 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
         CheckpointError: If two variables have one name.
         NotFiniteError: If a trained value or a slot is NaN or infinite; see `finite`.
     """
-    suffix = f"{shard + 1:05d}-of-{num_shards:05d}"
+    check = partial(check_finite, store.task)
+    return (yield from _write(places(store), f"{shard + 1:05d}-of-{num_shards:05d}", check))
+
+
+def write_slots(store: Store, shard: int, num_shards: int, variables: Collection[str]) -> Steps[WrittenShard]:
+    """Write the slots of some variables into the files that `write_shard` writes them into, and no values.
+
+    ``weight_map`` names the files that the values would be in. What is not finite is written as it is.
+
+    Raises:
+        CheckpointError: If two variables have one name.
+    """
+    wanted = [place for place in places(store) if place.variable in variables]
+    return (yield from _write(wanted, f"{shard + 1:05d}-of-{num_shards:05d}", lambda *_: None, with_values=False))
+
+
+def _write(held: Iterable[Place], suffix: str, check: _Check, *, with_values: bool = True) -> Steps[WrittenShard]:
     # Wide dtypes first, as they stand in a file, so that it is written from its beginning to its end.
-    held = sorted(places(store), key=lambda place: -place.whole.itemsize)
-    values = _Files({place: {_VALUE: SlotKind(place.spec.dtype, False)} for place in held}, _values_file(suffix))
+    held = sorted(held, key=lambda place: -place.whole.itemsize)
+    named = _Files({place: {_VALUE: SlotKind(place.spec.dtype, False)} for place in held}, _values_file(suffix))
+    values = named if with_values else _Files({}, _values_file(suffix))
     slots = _Files(_slots_of(held), _slots_file(suffix))
     yield from values.begin()
     yield from slots.begin()
     copy, late = BlockCopy(), list[_Piece]()
     for arena, here in _by_arena(held).items():
-        yield from _write_arena(store.task, arena, here, values, slots, copy, late)
+        yield from _write_arena(check, arena, here, values, slots, copy, late)
     later = _Files(_complete((piece.place, piece.span, piece.kinds) for piece in late), _slots_file(f"{suffix}-later"))
     yield from later.begin()
     for piece in late:
         yield from later.write(piece)
-    weight_map, slot_map = merge(_maps(held, values, slots, later))
+    weight_map, slot_map = merge(_maps(held, named, slots, later))
     return WrittenShard(
         weight_map=weight_map,
         slot_map=slot_map,
@@ -105,7 +126,7 @@ class _Piece(NamedTuple):
 
 
 def _write_arena(
-    task: str,
+    check: _Check,
     arena: StoredArena,
     held: Iterable[Place],
     values: _Files,
@@ -115,7 +136,7 @@ def _write_arena(
 ) -> Steps[None]:
     for block, here in _by_block(held).items():
         arena.copy_block(block, copy)
-        check_finite(task, arena, block, here, copy)
+        check(arena, block, here, copy)
         for place, (start, stop) in here:
             value = copy.values[start - block * BLOCK : stop - block * BLOCK]
             yield from values.write(_Piece(place, (start, stop), {_VALUE: value}))

@@ -61,7 +61,7 @@ class Store:
         self._incomplete: dict[str, StoredArena] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # entering the lock itself is quicker
-        self._ready = False
+        self._ready = self._restored = False
         self._closed = False
         self._failure = ""
         self._global_step = self._updates = self._total_staleness = self._largest_staleness = 0
@@ -136,6 +136,34 @@ class Store:
             self._changed.wait_for(lambda: self._ready or self._failure or self._closed, timeout)
             self.check_alive()
             return self._ready
+
+    def mark_restored(self, global_step: int | None) -> None:
+        """The chief has restored a checkpoint of ``global_step``; None: it has found none, and the step stays."""
+        with self._changed:
+            self._restored = True
+            if global_step is not None:
+                self._global_step = global_step
+            self._changed.notify_all()
+
+    def await_restored(self, timeout: float) -> bool:
+        """Wait for `mark_restored`, or for the first update, for at most ``timeout`` seconds, or for `close`.
+
+        Training may have begun without: then nobody who comes later waits for it.
+
+        Returns:
+            Whether one of them has come.
+
+        Raises:
+            RefusedError: If the run has failed meanwhile.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_beyond_restoring or self._failure or self._closed, timeout)
+            self.check_alive()
+            return self._is_beyond_restoring
+
+    @property
+    def _is_beyond_restoring(self) -> bool:
+        return self._restored or self._updates > 0
 
     def fail(self, reason: str) -> None:
         """The chief cannot go on: from now on every request is refused with ``reason``."""

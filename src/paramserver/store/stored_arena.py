@@ -85,6 +85,12 @@ class BlockSlots(Protocol):
     def load(self, start: int, stop: int, state: Mapping[str, torch.Tensor]) -> None:
         """See `BlockRule.load`."""
 
+    def reset(self, start: int, stop: int) -> None:
+        """See `BlockRule.reset`."""
+
+    def adopt(self, settings: Mapping[str, Setting]) -> None:
+        """See `BlockRule.adopt`."""
+
 
 class StoredArena:
     """Values, slots and versions of one arena.
@@ -263,6 +269,26 @@ class StoredArena:
             }
             with self._locks[block]:
                 self._slots[block].load(start - block * BLOCK, stop - block * BLOCK, part)
+
+    def reset_slots(self, span: Range) -> None:
+        """Forget the slots of a range. Does nothing where no rule updates it."""
+        if not self._slots:
+            return
+        for start, stop in pieces([(span[0], self.layout.gap_end(span[1]))]):
+            block = start // BLOCK
+            with self._locks[block]:
+                self._slots[block].reset(start - block * BLOCK, stop - block * BLOCK)
+
+    def adopt(self, settings: dict[str, Setting]) -> None:
+        """Take over the settings of the rule before the next push brings them.
+
+        Raises:
+            ValueError: If the rule has no such setting, or cannot take one.
+        """
+        self._check_settings(settings)
+        for lock, slots in zip(self._locks, self._slots, strict=False):
+            with lock:
+                slots.adopt(settings)
 
     def join_runs(self) -> None:
         """After the slots of all variables were put back: serve those that are alike by one update again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import select
@@ -19,6 +20,7 @@ from paramserver.wire.messages import AnyMessage, Message
 
 RECEIVE_BYTES = 64 << 10
 MAX_VECTORS = 512
+HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # the former, which is Linux's, comes also before all is read
 
 DEAD_HOST_TIMEOUT = 90
 """Seconds after which a host that answers nothing at all, not even the kernel's own questions, counts as lost."""
@@ -59,6 +61,8 @@ class FrameSocket:
         self._in_use = threading.RLock()
         connection.settimeout(None)
         self._arrival: Arrival | None = Arrival(connection)
+        self._hang_up = select.poll()
+        self._hang_up.register(connection, HANG_UP)
         if not self.is_local:
             _tune(connection)
 
@@ -199,6 +203,11 @@ class FrameSocket:
             raise RemoteProtocolError(f"{self.task} was to pass a shared memory, and passed none")
         os.set_inheritable(descriptors[0], False)
         return descriptors[0]
+
+    def check_open(self) -> None:
+        """Raise `UnavailableError` if the peer has closed the connection. Reads nothing; any thread may call it."""
+        if self._hang_up.poll(0):
+            raise self._given_up(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
 
     def close(self) -> None:
         """Close the connection; wakes whoever waits in `receive`. Idempotent."""

@@ -141,6 +141,9 @@ class Lane(abc.ABC):
             arena: The table.
             rows: Their ids, in its range, in any order and as often as they are wanted, and where they go; each row
                 that is copied is of one version.
+
+        Raises:
+            UnavailableError: If the ps is lost.
         """
         return False
 

@@ -96,6 +96,7 @@ class SharedMemoryLane(Lane):
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
+        self._frames.check_open()  # the memory of a ps outlives it
         return self._row_copies[arena].run(rows)
 
     def close(self) -> None:

@@ -123,6 +123,18 @@ class AwaitReady(Message, frozen=True):
     timeout: float
 
 
+class MarkRestored(Message, frozen=True):
+    """After `MarkReady`, the chief has restored a checkpoint of this step; None: it has found none to restore."""
+
+    global_step: int | None
+
+
+class AwaitRestored(Message, frozen=True):
+    """Asks to be told when the chief has restored, or training has begun; answered within ``timeout`` seconds."""
+
+    timeout: float
+
+
 class AwaitWorkers(Message, frozen=True):
     """The chief asks who else still trains; answered when nobody does, or after ``timeout`` seconds."""
 
@@ -149,8 +161,35 @@ class Restore(Message, frozen=True):
     slot_map: dict[str, str]
 
 
+class ReadSlots(Message, frozen=True):
+    """Begin to send the slots of variables to the sender, in the files that `Save` would write them into."""
+
+    shard: int
+    num_shards: int
+    variables: tuple[str, ...]
+
+
+class SlotGroup(msgspec.Struct, frozen=True, array_like=True):
+    """Variables, and the settings of their rule with which their slots were made."""
+
+    variables: tuple[str, ...]
+    settings: dict[str, Setting]
+
+
+class LoadSlots(Message, frozen=True):
+    """Begin to replace the slots of variables by those in the files that the sender holds; see `Restore`.
+
+    Variables that have none there begin anew.
+    """
+
+    groups: tuple[SlotGroup, ...]
+    slot_map: dict[str, str]
+
+
 class Proceed(Message, frozen=True):
-    """Go on with what Save or Restore began on this connection, for ``timeout`` seconds; ``content`` was asked for.
+    """Go on with what one of the four before began on this connection, for ``timeout`` seconds.
+
+    ``content`` was asked for.
 
     So a ps that is at work for hours is heard of every second, and ends what nobody waits for any more.
     """
@@ -311,7 +350,8 @@ class Refused(Message, frozen=True):
 
 VariableRequest = CreateVariable | AwaitVariable | ReadVariable | UpdateVariable
 Request = (
-    Declare | Share | Push | Pull | PullRows | MarkReady | AwaitReady | AwaitWorkers | Save | Restore | Proceed
+    Declare | Share | Push | Pull | PullRows | MarkReady | AwaitReady | MarkRestored | AwaitRestored | AwaitWorkers
+    | Save | Restore | ReadSlots | LoadSlots | Proceed
     | VariableRequest | GetStatus | Goodbye
 )  # fmt: skip
 Reply = (

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import msgspec
 
+from paramserver.checkpoint.storage import ASIDE, is_remote, local_copy, storage_of
 from paramserver.checkpoint_files import VALUES_INDEX
 from paramserver.errors import CheckpointError, ConfigError
-from paramserver.estimator.storage import ASIDE, is_remote, local_copy, storage_of
 
 STATE_FILE = "checkpoint"
 INDEX_FILE = VALUES_INDEX
@@ -138,6 +138,11 @@ def readable(place: str, pattern: str = "*") -> Iterator[Path]:
         raise CheckpointError(f"{place}: {error}", place) from error
 
 
+def is_name(checkpoint_path: str) -> bool:
+    """Whether a path has the name of a checkpoint, such as ``run/ckpt-100``."""
+    return _NAME.fullmatch(Path(checkpoint_path).name) is not None
+
+
 def checkpoint_step(checkpoint_path: str) -> int:
     """The global step in a checkpoint's name. Raises CheckpointError where it is no checkpoint's name."""
     match = _NAME.fullmatch(Path(checkpoint_path).name)
@@ -216,7 +221,8 @@ class CheckpointManager:
         if not is_whole(temporary_path):
             raise CheckpointError(f"{temporary_path}: is cut short: it has no {INDEX_FILE}", temporary_path)
         with _as_checkpoint_error(path, "cannot be put in place"):
-            self._remove(_name(step))  # one of an earlier run, after the state that named it was lost
+            self._forget(_name(step))
+            self._remove(_name(step))  # one of the same step, or of an earlier run whose state file was lost
             self._storage.publish(Path(temporary_path), _name(step), INDEX_FILE)
         self.record(step)
         return path
@@ -278,6 +284,12 @@ class CheckpointManager:
         if not is_remote(self.model_dir) or not _NAME.fullmatch(name) or name in (state.latest, *state.retained):
             return False  # one that is named was whole once, and it is not for us to delete what is left of it
         return not is_whole(self._storage.path(name))
+
+    def _forget(self, name: str) -> None:
+        """Stop naming a checkpoint that is about to be replaced."""
+        if name in self._state.retained:
+            retained = tuple(other for other in self._state.retained if other != name)
+            self._write(latest=retained[-1] if retained else None, retained=retained)
 
     def _recovered(self) -> CheckpointState:
         state = read_state(self.model_dir) or CheckpointState()
