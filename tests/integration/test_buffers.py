@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import paramserver as ps
+from paramserver.estimator.checkpoint import read_values
 from paramserver.testing.local_cluster import LocalCluster
 
 LANES = ["auto", "tcp"]
@@ -111,6 +113,24 @@ def test_an_own_buffer_of_a_worker_survives_a_refresh(monkeypatch: pytest.Monkey
         one_optimizer.step()
         other.value += 100
         strategy.refresh()
+        assert other.value.tolist() == [101.0, 102.0]
+
+
+def test_checkpoints_hold_the_chiefs_own_buffers_and_bring_them_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with workers("auto", monkeypatch, "own") as ((chief, one, one_optimizer), (worker, other, other_optimizer)):
+        one.value += 1
+        other.value += 100
+        one_optimizer.step()
+        other_optimizer.step()
+        saved = chief.save(tmp_path)
+        assert read_values(str(saved))["value"].tolist() == [2.0, 3.0]
+        one.value += 10
+        one_optimizer.step()
+        chief.restore(tmp_path)
+        worker.refresh()
+        assert one.value.tolist() == [2.0, 3.0]
         assert other.value.tolist() == [101.0, 102.0]
 
 

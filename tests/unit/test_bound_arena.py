@@ -528,6 +528,22 @@ def test_h4_a_step_that_fails_changes_nothing_that_the_next_one_pushes(
     assert on_each(tensors, model.value) == [[13.0]] * 2
 
 
+@pytest.mark.parametrize("policy", ["sum", "last", "own"])
+def test_h4_a_step_that_fails_in_one_process_combines_nothing_twice(policy: str, devices: list[torch.device]) -> None:
+    model = Buffers(torch.tensor([10.0]))
+    bound, tensors = bind(model, devices, direct=True, policy=policy)
+    one, other = tensors.of(model.value)
+    one += 1
+    other += 5
+    for _ in range(3):
+        bound.gather()
+        assert bound.parts() == []
+    bound.pulled()
+    expected = {"sum": [[13.0]] * 2, "last": [[11.0]] * 2, "own": [[11.0], [15.0]]}
+    assert on_each(tensors, model.value) == expected[policy]
+    assert bound.values.tolist() == expected[policy][0]
+
+
 def test_values_that_come_twice_are_taken_once(devices: list[torch.device]) -> None:
     """An interrupt may come before a step knows that it has taken them."""
     model = Buffers(torch.tensor([10.0]))

@@ -73,6 +73,7 @@ class LocalBufferArena(BoundArena):
         self._is_chosen = plan.kind is Kind.ASSIGNED and has_many
         self._is_mean = plan.kind in (Kind.COUNTED, Kind.AVERAGED) and has_many and self.values.is_floating_point()
         self._known = torch.zeros_like(self.values) if self._is_chosen else self.values  # as they came last
+        self._reached = torch.zeros_like(self.values) if has_many else self.values  # what the replicas have come to
 
     def offer_values(self) -> None:
         self._take_over()
@@ -84,9 +85,10 @@ class LocalBufferArena(BoundArena):
 
     def gather(self) -> None:
         self._take_over()
-        self._combine(self.values)
+        self._combine()
 
     def pulled(self) -> None:
+        self.values.copy_(self._reached)  # not before the step is made, which may fail and be made again
         if not self._is_own:
             self._adopt()
 
@@ -108,16 +110,16 @@ class LocalBufferArena(BoundArena):
             variable = member.variable
             assert variable.module is not None  # noqa: S101  # a buffer has one
             name = variable.spec.name.rpartition(".")[2]
-            found = same_kind(variable.spec, variable.module._buffers[name], ADVICE)
+            found = same_kind(variable.spec, variable.module._buffers.get(name), ADVICE)
             variable.module._buffers[name] = kept(variable.tensor, found)
         self._homes.gather()
 
-    def _combine(self, out: torch.Tensor) -> None:
-        """What all replicas together have come to, on its way to ``out``."""
+    def _combine(self) -> None:
+        """Have what all replicas together have come to begin to come to its place."""
         with self._copies.aside():
             combined = self._combined()
-            if combined is not out:
-                self._copies.copy(out, combined)
+            if combined is not self._reached:
+                self._copies.copy(self._reached, combined)
 
     def _combined(self) -> torch.Tensor:
         if self._is_mean:
@@ -186,7 +188,7 @@ class BufferArena(LocalBufferArena):
 
     def gather(self) -> None:
         self._take_over()
-        self._combine(self._reached)
+        self._combine()
 
     def parts(self) -> list[Part]:
         with self._copies.aside():
