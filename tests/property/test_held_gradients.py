@@ -86,7 +86,7 @@ class Program:
         self.held += [each.data for each in self.gradients]
 
     def keep_parts(self) -> None:
-        self.held += [each.view(-1)[1:3] for each in self.gradients]
+        self.held += [each[..., 1:3] for each in self.gradients]
 
     def keep_numpy(self) -> None:
         self.held += [each.numpy() for each in self.gradients]

@@ -360,6 +360,7 @@ class Homes:
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
         self._views: list[torch.Tensor] = []
+        self._addresses: list[int] = []
 
     def add(self, tensor: torch.Tensor, view: torch.Tensor) -> None:
         """Have the values of a tensor lie in a view of the memory, if its layout allows that."""
@@ -367,6 +368,7 @@ class Homes:
             tensor.data = alias(view)
         self._tensors.append(tensor)
         self._views.append(view)
+        self._addresses.append(view.data_ptr())
 
     def gather(self) -> None:
         """Bring the values of those beside the memory into it."""
@@ -379,9 +381,11 @@ class Homes:
             tensor.copy_(view)
 
     def _beside(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        addresses = map(torch.Tensor.data_ptr, self._tensors)
+        found = list(map(torch.Tensor.data_ptr, self._tensors))
+        if found == self._addresses:
+            return []
+        is_beside = map(operator.ne, found, self._addresses)
         return [
             (tensor.detach(), view)
-            for address, tensor, view in zip(addresses, self._tensors, self._views, strict=True)
-            if address != view.data_ptr()
+            for tensor, view in compress(zip(self._tensors, self._views, strict=True), is_beside)
         ]

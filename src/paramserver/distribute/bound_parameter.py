@@ -17,6 +17,7 @@ from __future__ import annotations
 import abc
 import bisect
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from itertools import compress
 
@@ -135,6 +136,7 @@ class BoundParameters:
         for parameter, view in zip(self.each, views, strict=True):
             parameter.use_gradients(view)
         self._late.find_places()
+        self._hooked.find_places()
 
     def check_values(self) -> bool:
         """Check that the program has written no values, before a step; whether it has moved some.
@@ -179,12 +181,23 @@ class _HookedGradients:
     def __init__(self, parameters: Sequence[WholeParameter]) -> None:
         self._places = [parameter.place for parameter in parameters]
         self._tensors = [parameter.tensor for parameter in parameters]
+        self.find_places()
         for parameter in parameters:
             parameter.land_when_whole()
 
     def are_home(self) -> bool:
         """Whether each lies in its place."""
-        return all(map(GradientPlace.is_home, self._places, [tensor.grad for tensor in self._tensors]))
+        found = [tensor.grad for tensor in self._tensors]
+        if not all(map(operator.is_, found, [place.handed_out for place in self._places])):
+            return False
+        try:
+            return list(map(torch.Tensor.data_ptr, found)) == self._addresses  # type: ignore[arg-type]  # or it raises
+        except TypeError:  # one is missing
+            return False
+
+    def find_places(self) -> None:
+        """Note where they go."""
+        self._addresses = [place.address for place in self._places]
 
 
 class _LateGradients:

@@ -33,7 +33,12 @@ def storage_uses(tensor: Tensor) -> int:
     >>> storage_uses(tensor) - alone
     1
     """
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return uses_of_storage(tensor.untyped_storage()._cdata)
+
+
+def uses_of_storage(address: int) -> int:
+    """Return the same for the storage at an address, its ``_cdata``. It has to be alive."""
+    return torch._C._storage_Use_Count(address)
 
 
 def is_tracing() -> bool:
