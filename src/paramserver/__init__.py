@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
     from paramserver.cluster import UnionClusterResolver as UnionClusterResolver
+    from paramserver.distribute.buffer_policies import BufferPolicy as BufferPolicy
     from paramserver.distribute.central_storage import CentralStorageStrategy as CentralStorageStrategy
     from paramserver.distribute.current import get_replica_context as get_replica_context
     from paramserver.distribute.current import get_strategy as get_strategy
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BufferPolicy": "distribute.buffer_policies",
     "CentralStorageStrategy": "distribute.central_storage",
     "ClusterSpec": "cluster",
     "InputContext": "distribute.input.context",

@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import string
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import msgspec
 import torch
@@ -33,6 +33,12 @@ VALUES_INDEX = "model.safetensors.index.json"
 SLOTS_INDEX = "optimizer.safetensors.index.json"
 VALUES_PREFIX = "model"
 """What the names of all files of values begin with, and of no others."""
+LONGEST_NAME = 200
+"""Characters of a file's name that tell the variable: a file system takes names of 255 bytes in all."""
+
+# Without a hyphen it cannot be the name of a shard's file, such as model-00001-of-00002. Without capital letters names
+# that differ in those alone are two files also where a file system does not tell them apart.
+_PLAIN = frozenset(string.ascii_lowercase + string.digits + "_.~")
 
 
 # --- indexes -----------------------------------------------------------------------------------------------------
@@ -166,8 +172,10 @@ def rows_files(variable: str) -> tuple[str, str]:
     >>> rows_files("tables/users-00001")
     ('model-tables%2Fusers%2D00001.safetensors', 'optimizer-tables%2Fusers%2D00001.safetensors')
     """
-    # Without a hyphen it cannot be the name of a shard's file, such as model-00001-of-00002.
-    quoted = quote(variable, safe="").replace("-", "%2D")
+    quoted = "".join(each if each in _PLAIN else "".join(f"%{byte:02X}" for byte in each.encode()) for each in variable)
+    if len(quoted) > LONGEST_NAME:
+        known_by = hashlib.sha256(variable.encode()).hexdigest()[:32]
+        quoted = f"{quoted[: LONGEST_NAME - len(known_by) - 1]}={known_by}"  # what is quoted has no such sign
     return f"model-{quoted}.safetensors", f"optimizer-{quoted}.safetensors"
 
 

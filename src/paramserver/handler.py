@@ -93,7 +93,9 @@ class RequestHandler:
             raise
         except ParameterServerError as error:
             session.reply(refused(error))
-        except Exception as error:  # noqa: BLE001  # a peer's nonsense, or a fault of ours, must not end anybody's session
+        except Exception as error:  # a peer's nonsense, or a fault of ours, must not end anybody's session
+            if session.is_of_program(error):
+                raise
             what = f"{self._store.task} could not carry out a {type(request).__name__} of {session.task}"
             logger.warning("%s:\n%s", what, traceback.format_exc())  # as text: a kept record must not keep arenas
             session.reply(messages.Refused("refused", f"{what}: {type(error).__name__}: {error}"))
@@ -114,6 +116,8 @@ class RequestHandler:
                     self._say_partial(session, progress, len(rows) + len(plan.applications))
                     raise
                 except Exception as error:
+                    if session.is_of_program(error):
+                        raise
                     raise self._failed(session, progress, len(rows) + len(plan.applications), error) from error
                 if push.counts:
                     step, staleness = store.count_update(push.local_step)

@@ -294,12 +294,13 @@ class Lanes:
         for ps, call in list(unanswered.items()):
             if ps in tasks:
                 lane = self._made_anew(ps)
-                reply = _asked_once_more(lane, call) if isinstance(call.request, NUMBERED) else messages.Done()
+                reply = _asked_once_more(lane, call) if isinstance(call.request, NUMBERED) else None
                 del unanswered[ps]
                 if isinstance(reply, messages.Refused):
                     self.refusing.add(ps)
                     raise raised(reply, lane.task)
-                replies.append(reply)
+                if reply is not None:
+                    replies.append(reply)
         self._outstanding = _Outstanding(unanswered, self._outstanding.number)
         while self._later and self._later[0][0] in tasks:
             ps, call = self._later[0]

@@ -50,6 +50,13 @@ _REFUSED = {
     "SparseAdam": "it takes sparse gradients only, so it can hold weights of nn.Embedding(sparse=True) and no others",
 }
 
+SLOT_SETTINGS: dict[str, dict[str, str]] = {
+    "Adam": {"amsgrad": "max_exp_avg_sq"},
+    "AdamW": {"amsgrad": "max_exp_avg_sq"},
+    "RMSprop": {"momentum": "momentum_buffer", "centered": "grad_avg"},
+}
+"""Settings that need a slot, which torch.optim makes in an element's first update or never."""
+
 # How an optimizer computes, not what: each machine decides these for itself.
 _NOT_MATHEMATICS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 

@@ -13,6 +13,8 @@ from paramserver.transport.lane import Piece, TableRows
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Push
 
+pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
+
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
 MODEL = (ArenaLayout("float32", SGD, (VariableSpec("w", (8,), "float32"),)),)
 PIECE = Piece(0, 0, 8)

@@ -18,6 +18,8 @@ from paramserver.arena import BLOCK
 from paramserver.errors import ConfigError
 from paramserver.testing.local_cluster import LocalCluster
 
+pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
+
 Make = Callable[[], ps.ParameterServerStrategy]
 Optimizer = Callable[[list[dict[str, Any]]], optim.Optimizer]
 

@@ -21,6 +21,8 @@ from paramserver.estimator import Estimator, EstimatorSpec, RunConfig
 from paramserver.estimator.checkpoint import load_model, read_values
 from paramserver.testing.local_cluster import LocalCluster
 
+pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
+
 INPUTS, LABELS = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
 TIMEOUT = 30.0
 

@@ -22,6 +22,8 @@ from paramserver.estimator.checkpoint import read_values
 from paramserver.placement import FixedShards
 from paramserver.testing.local_cluster import LocalCluster
 
+pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
+
 PATIENCE = 60.0
 Mode = ps.VariableAggregation
 

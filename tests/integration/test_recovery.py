@@ -20,6 +20,8 @@ from paramserver.estimator import Estimator, EstimatorSpec, ModeKeys, RunConfig
 from paramserver.estimator.checkpoint import read_values
 from paramserver.estimator.hooks import RunContext, RunValues, TrainingHook, TrainingSession
 
+pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
+
 PATIENCE = 30.0
 
 

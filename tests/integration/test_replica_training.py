@@ -619,7 +619,7 @@ class Buffers(nn.Module):
 
 @pytest.mark.parametrize("setting", [Setting(2), Setting(2, away=True), Setting(2, num_ps=2)], ids=str)
 def test_a_buffer_becomes_the_mean_of_the_replicas(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An integer one becomes the first replica's, a boolean one stays each replica's own."""
+    """An integer one becomes the first replica's, a boolean one that of the first replica that has changed it."""
     with setting.entered(monkeypatch) as player:
         model: Any
         model, optimizer = player.prepare(nn.Sequential(Buffers(), nn.Linear(1, 1)), plain_sgd)
@@ -633,7 +633,7 @@ def test_a_buffer_becomes_the_mean_of_the_replicas(setting: Setting, monkeypatch
             return [held.tolist() for held in player.strategy.local_results(player.run(step, torch.tensor(moves)))]
 
         nan, inf = torch.nan, torch.inf  # no number is no move
-        assert after([[1, nan, 7], [2, nan, 9]]) == [[11.5, -inf, 8, 1, True], [11.5, -inf, 8, 1, False]]
+        assert after([[1, nan, 7], [2, nan, 9]]) == [[11.5, -inf, 8, 1, True], [11.5, -inf, 8, 1, True]]
         assert after([[1, nan, nan], [1, nan, 2]]) == [[12.5, -inf, 9, 2, False], [12.5, -inf, 9, 2, False]]
         assert after([[1, nan, nan], [1, 5, nan]]) == [[13.5, -inf, 9, 3, True], [13.5, -inf, 9, 3, True]]
         assert model[0].average.tolist() == [13.5, -inf, 9]

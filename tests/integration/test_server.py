@@ -20,6 +20,8 @@ from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.handshake import Identity, connect, new_incarnation
 from paramserver.wire import messages
 
+pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
+
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
 MODEL = [[ArenaLayout("float32", SGD, (VariableSpec("w", (4,), "float32"),))]]
 PATIENCE = 30.0

@@ -721,8 +721,8 @@ def test_a_buffer_grows_by_the_sum_of_what_workers_moved_it_by(lane: str, monkey
     with a_run(num_ps=2, num_workers=2) as run:
         workers = []
         for index in range(2):
-            model = Rebinding()
-            workers.append(run.strategy(index).prepare(model, optim.SGD(model.parameters(), lr=0.0)))
+            model, sums = Rebinding(), {"trace": "sum"}
+            workers.append(run.strategy(index).prepare(model, optim.SGD(model.parameters(), lr=0.0), buffers=sums))
         (one, one_optimizer), (other, other_optimizer) = workers
         one.count = one.count + 5
         one.trace += 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 
 from paramserver.distribute import bound_parameter
 from paramserver.distribute.bound_arena import BoundArena, TrainedArena
-from paramserver.distribute.buffer_arena import ConstantArena, CountedArena, LocalCountedArena
+from paramserver.distribute.buffer_arena import BufferArena, ConstantArena, LocalBufferArena, Sharing
 from paramserver.distribute.gradient_place import Gate
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import Kind, RowRanges, collect, plan
@@ -22,6 +22,8 @@ from paramserver.wire.messages import Part
 HOME = torch.device("cpu")
 AWAY = torch.device("cpu", 0)
 """The same memory, but not the device that a tensor says it lies on: it stands for a GPU."""
+
+TWO_WORKERS = Sharing(num_workers=2)
 
 DEVICES = [[HOME, HOME], [AWAY, AWAY], [HOME, AWAY], [AWAY, HOME]]
 
@@ -54,11 +56,14 @@ def bind(
     mean: bool = True,
     direct: bool = False,
     row_ranges: RowRanges = lambda _: [],
+    policy: str = "sum",
+    sharing: Sharing = TWO_WORKERS,
 ) -> tuple[Any, ReplicaTensors]:
     """The only arena of a model, bound, its values those of the model."""
     parameters = list(model.parameters())
     optimizers = [optim.SGD(parameters, lr=0.1)] if parameters else []
-    ((arena,),) = plan(collect(model, optimizers), optimizers, RoundRobin().start(1), 1, row_ranges)
+    policies = {"*": policy} if not parameters else {}
+    ((arena,),) = plan(collect(model, optimizers, policies), optimizers, RoundRobin().start(1), 1, row_ranges)
     memory = WorkerMemory(
         *([torch.zeros(arena.layout.size, dtype=arena.layout.torch_dtype)] for _ in range(2)), direct=direct
     )
@@ -69,10 +74,12 @@ def bind(
             pushed = Pushed(memory)
             bound = TrainedArena(arena, memory, tensors, optimizers[0].param_groups[0], pushed, mean=mean)
             pushed.arena = bound
-        case Kind.COUNTED:
-            bound = (LocalCountedArena if direct else CountedArena)(arena, memory, tensors)
-        case _:
+        case Kind.CONSTANT:
             bound = ConstantArena(arena, memory, tensors)
+        case _ if direct:
+            bound = LocalBufferArena(arena, memory, tensors)
+        case _:
+            bound = BufferArena(arena, memory, tensors, sharing=sharing)
     bound.offer_values()
     bound.values.copy_(bound.gradients)
     bound.bind()
@@ -365,12 +372,123 @@ def test_an_integer_buffer_becomes_the_first_replicas(devices: list[torch.device
     assert on_each(tensors, model.value) == [[6], [6]]
 
 
-def test_a_boolean_buffer_stays_each_replicas_own(devices: list[torch.device]) -> None:
-    model = Buffers(torch.tensor([False]))
-    bound, tensors = bind(model, devices)
-    tensors.of(model.value)[1].fill_(True)
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("replica", [0, 1])
+def test_a_boolean_buffer_becomes_that_of_the_replica_that_has_set_it(
+    replica: int, direct: bool, devices: list[torch.device]
+) -> None:
+    model = Buffers(torch.tensor([False, False]))
+    bound, tensors = bind(model, devices, direct=direct, policy="last")
+    tensors.of(model.value)[replica][1] = True
+    parts = parts_of(bound)
+    if not direct:
+        assert parts == [Part(0, "assign", ((0, 2),))]
+    apply(bound, parts)
+    assert on_each(tensors, model.value) == [[False, True]] * 2
     assert parts_of(bound) == []
-    assert on_each(tensors, model.value) == [[False], [True]]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_buffer_of_their_own_stays_each_replicas(direct: bool, devices: list[torch.device]) -> None:
+    model = Buffers(torch.tensor([1.0]))
+    bound, tensors = bind(model, devices, direct=direct, policy="own")
+    one, other = tensors.of(model.value)
+    one += 1
+    other += 7
+    apply(bound, parts_of(bound))
+    assert bound.values.tolist() == [2.0]
+    bound.refreshed()
+    assert on_each(tensors, model.value) == [[2.0], [8.0]]
+
+
+def test_a_worker_that_is_not_the_chief_pushes_nothing_of_its_own_buffers() -> None:
+    model = Buffers(torch.tensor([1.0]))
+    bound, _ = bind(model, [HOME], policy="own", sharing=Sharing(num_workers=2, is_chief=False))
+    model.value += 1
+    assert parts_of(bound) == []
+    bound.values.fill_(7.0)  # the chief's
+    bound.pulled()
+    bound.refreshed()
+    assert model.value.tolist() == [2.0]
+
+
+def test_the_chiefs_own_buffers_are_those_of_a_checkpoint_once_there_is_one() -> None:
+    model = Buffers(torch.tensor([1.0]))
+    bound, _ = bind(model, [HOME], policy="own")
+    model.value += 1
+    bound.refreshed()
+    assert model.value.tolist() == [2.0]
+    bound.values.fill_(7.0)
+    bound.refreshed()
+    assert model.value.tolist() == [7.0]
+
+
+def test_of_a_mean_each_worker_pushes_its_share() -> None:
+    model = Buffers(torch.tensor([1.0]))
+    bound, _ = bind(model, [HOME], policy="mean", sharing=Sharing(num_workers=4))
+    model.value += 8
+    (part,) = parts_of(bound)
+    assert (part.operation, bound.gradients.tolist()) == ("add", [2.0])
+    apply(bound, [part])
+    assert model.value.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("policy", ["sum", "mean", "last", "own"])
+def test_the_only_worker_assigns(policy: str) -> None:
+    """A sum would round: 0.1 + (0.3 - 0.1) is not 0.3."""
+    model = Buffers(torch.tensor([0.1], dtype=torch.float64))
+    bound, _ = bind(model, [HOME], policy=policy, sharing=Sharing())
+    model.value.fill_(0.3)
+    parts = parts_of(bound)
+    assert parts == [Part(0, "assign")]
+    apply(bound, parts)
+    assert bound.values.tolist() == model.value.tolist() == [0.3]
+
+
+def test_of_what_is_assigned_whole_buffers_that_have_changed_are() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("queue", torch.zeros(3))
+            self.register_buffer("scale", torch.tensor([1.0, torch.nan]))
+            self.register_buffer("nothing", torch.zeros(0))
+
+    model = Two()
+    bound, _ = bind(model, [HOME], policy="last")
+    assert parts_of(bound) == []
+    model.queue[1] = 5.0
+    parts = parts_of(bound)
+    assert parts == [Part(0, "assign", ((0, 3),))]
+    model.queue[2] = 6.0  # while the push is under way
+    bound.values[:3] = torch.tensor([7.0, 5.0, 0.0])
+    bound.values[16:18] = torch.tensor([2.0, 3.0])
+    bound.pulled()
+    assert model.queue.tolist() == [0.0, 5.0, 6.0], "not a mixture of two workers' values"
+    assert model.scale.tolist() == [2.0, 3.0]
+    assert parts_of(bound) == [Part(0, "assign", ((0, 3),))]
+
+
+def test_what_is_put_in_the_place_of_a_buffer_while_a_push_is_under_way_does_not_undo_what_others_do() -> None:
+    model = Buffers(torch.tensor([1.0]))
+    bound, _ = bind(model, [HOME])
+    model.value += 1
+    parts = parts_of(bound)
+    model.value = model.value + 10
+    bound.values.fill_(102.0)  # another worker has added 100
+    bound.pulled()
+    assert model.value.tolist() == [112.0]
+    assert parts == [Part(0, "add")]
+    assert parts_of(bound) == [Part(0, "add")]
+    assert bound.gradients.tolist() == [10.0]
+
+
+def test_what_was_put_in_the_place_of_a_buffer_is_lost_by_a_refresh() -> None:
+    model = Buffers(torch.tensor([1.0]))
+    bound, _ = bind(model, [HOME])
+    model.value = torch.tensor([5.0])
+    bound.refreshed()
+    assert model.value.tolist() == [1.0]
+    assert parts_of(bound) == []
 
 
 def test_a_replica_that_stays_at_infinity_makes_no_number_of_others(devices: list[torch.device]) -> None:
@@ -408,6 +526,22 @@ def test_h4_a_step_that_fails_changes_nothing_that_the_next_one_pushes(
     apply(bound, parts_of(bound))
     assert bound.values.tolist() == [13.0]
     assert on_each(tensors, model.value) == [[13.0]] * 2
+
+
+@pytest.mark.parametrize("policy", ["sum", "last", "own"])
+def test_h4_a_step_that_fails_in_one_process_combines_nothing_twice(policy: str, devices: list[torch.device]) -> None:
+    model = Buffers(torch.tensor([10.0]))
+    bound, tensors = bind(model, devices, direct=True, policy=policy)
+    one, other = tensors.of(model.value)
+    one += 1
+    other += 5
+    for _ in range(3):
+        bound.gather()
+        assert bound.parts() == []
+    bound.pulled()
+    expected = {"sum": [[13.0]] * 2, "last": [[11.0]] * 2, "own": [[11.0], [15.0]]}
+    assert on_each(tensors, model.value) == expected[policy]
+    assert bound.values.tolist() == expected[policy][0]
 
 
 def test_values_that_come_twice_are_taken_once(devices: list[torch.device]) -> None:

@@ -13,6 +13,7 @@ from torch import nn, optim
 from paramserver.arena import ArenaLayout
 from paramserver.client import PushPlan, PushResult, PushTimes
 from paramserver.distribute.bound_model import BoundModel
+from paramserver.distribute.buffer_arena import Sharing
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.variables import Kind, collect, plan
@@ -69,10 +70,12 @@ class Client:
 
 
 def bind(model: nn.Module, *optimizers: optim.Optimizer) -> tuple[BoundModel, Any]:
-    arenas = plan(collect(model, optimizers), optimizers, RoundRobin().start(1), num_ps=1)
+    policies = {"*": "sum"} if any(True for _ in model.buffers()) else {}
+    arenas = plan(collect(model, optimizers, policies), optimizers, RoundRobin().start(1), num_ps=1)
     client: Any = Client([arena.layout for arena in arenas[0]])
     tensors = ReplicaTensors(model, optimizers, [torch.device("cpu")])
-    bound = BoundModel(arenas, [client.memory], optimizers, tensors, ReduceOp.MEAN, client, {})
+    sharing = Sharing(num_workers=2)
+    bound = BoundModel(arenas, [client.memory], optimizers, tensors, ReduceOp.MEAN, client, {}, sharing)
     bound.assign()
     bound.bind()
     return bound, client
@@ -258,7 +261,7 @@ def test_only_what_was_pulled_is_taken_to_other_devices(monkeypatch: pytest.Monk
     for arena in arenas:
         monkeypatch.setattr(arena, "pulled", lambda index=arena.plan.index: pulled.append(index))
     kinds = {arena.plan.index: arena.plan.kind for arena in arenas}
-    assert set(kinds.values()) == set(Kind) - {Kind.TABLE}
+    assert set(kinds.values()) == {Kind.TRAINED, Kind.FROZEN, Kind.CONSTANT, Kind.COUNTED}
     bound.step()
     assert pulled == client.pulled == [index for index in kinds if kinds[index] in (Kind.TRAINED, Kind.COUNTED)]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from paramserver.distribute import direct_gradients
 from paramserver.distribute.direct_gradients import make_direct
@@ -121,6 +123,38 @@ def test_under_torch_func_the_layer_is_torchs() -> None:
     twin, features = Twin(), _features(4)
     per_example = torch.vmap(lambda row: twin.direct(row))(features)
     torch.testing.assert_close(per_example, twin.plain(features))
+
+
+@pytest.mark.parametrize("batched", ["weight", "features"])
+def test_batched_gradients_are_torchs(batched: str) -> None:
+    """As ``is_grads_batched`` and vectorized jacobians ask for them, which no transform of torch.func tells."""
+    twin, found = Twin(), []
+    for layer in (twin.direct, twin.plain):
+        features = _features(4).requires_grad_()
+        wanted = layer.weight if batched == "weight" else features
+        found.append(torch.autograd.grad(layer(features).sum(0), wanted, torch.eye(CLASSES), is_grads_batched=True)[0])
+    torch.testing.assert_close(*found)
+    assert twin.view.isnan().all(), "the place holds one gradient"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch makes its own forward rules with it
+def test_forward_mode_derivatives_are_torchs() -> None:
+    twin, found = Twin(), []
+    for layer in (twin.direct, twin.plain):
+        with forward_ad.dual_level():
+            features = forward_ad.make_dual(_features(4), _features(4) * 2)
+            found.append(forward_ad.unpack_dual(layer(features)).tangent.clone())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda layer: torch.jit.trace(layer, _features(4))])
+def test_a_layer_that_torchscript_compiles_is_torchs(compiled: Any) -> None:
+    twin = Twin()
+    layer = compiled(twin.direct)
+    layer(_features(4)).square().sum().backward()
+    twin.plain(_features(4)).square().sum().backward()
+    twin.assert_equal()
 
 
 def test_a_copy_of_the_layer_has_a_place_of_its_own() -> None:

@@ -47,7 +47,7 @@ class Held:
     def pull_batch(self, lookup):
         return self._values[torch.from_numpy(lookup.ids)]
 
-    def whole(self):
+    def whole(self, weight):
         return self._values
 
 

@@ -26,6 +26,9 @@ class Pusher:
         self.count = 0
         self.others: dict[int, torch.Tensor] = {}
 
+    def hold(self, owner: int, groups: object) -> None:
+        self.held = (owner, groups)
+
     def step(self, owner: int) -> PushResult:
         self.count += 1
         return PushResult(self.count, owner)

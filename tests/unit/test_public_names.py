@@ -12,6 +12,7 @@ import pytest
 import paramserver as ps
 
 PUBLIC = [
+    "BufferPolicy",
     "CentralStorageStrategy",
     "ClusterSpec",
     "InputContext",

@@ -106,7 +106,7 @@ class Late:
     def __init__(self, waits):
         self.waits, self.timeout = waits, None
 
-    def prepare_from(self, model, optimizers, *, initialize, timeout, on_wait):
+    def prepare_from(self, model, optimizers, *, initialize, buffers, timeout, on_wait):
         self.timeout = timeout
         for seconds in self.waits:
             on_wait(seconds)

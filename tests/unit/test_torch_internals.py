@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from paramserver.arena import DTYPES
-from paramserver.distribute.torch_internals import alias, is_tracing, is_transformed, storage_uses
+from paramserver.distribute.torch_internals import (
+    alias,
+    is_batched,
+    is_scripting,
+    is_tracing,
+    is_transformed,
+    storage_uses,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -88,6 +95,36 @@ def test_transforms_are_noticed() -> None:
     torch.func.grad(transformed)(torch.ones(2))
     assert seen == [True, True]
     assert not is_transformed()
+
+
+def test_batched_gradients_are_noticed() -> None:
+    seen: list[bool] = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, features: torch.Tensor) -> torch.Tensor:
+            return features.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            seen.append(is_batched(gradient))
+            return gradient
+
+    features = torch.ones(2, requires_grad=True)
+    Seen.apply(features).sum().backward()
+    torch.autograd.grad(Seen.apply(features), features, torch.eye(2), is_grads_batched=True)
+    assert seen == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_scripting_is_noticed() -> None:
+    def scripted(features: torch.Tensor) -> torch.Tensor:
+        if is_scripting():
+            return features + 1
+        return features
+
+    assert torch.jit.script(scripted)(torch.ones(1)).item() == 2
+    assert scripted(torch.ones(1)).item() == 1
 
 
 def test_a_deep_copy_of_an_alias_takes_its_own_bytes() -> None:

@@ -41,7 +41,7 @@ def test_parameters_come_first_then_buffers_under_the_names_of_the_state_dict() 
         ("first.bias", Kind.TRAINED),
         ("norm.weight", Kind.TRAINED),
         ("norm.bias", Kind.TRAINED),
-        ("mask", Kind.CONSTANT),
+        ("mask", Kind.ASSIGNED),
         ("norm.running_mean", Kind.COUNTED),
         ("norm.running_var", Kind.COUNTED),
         ("norm.num_batches_tracked", Kind.COUNTED),

@@ -12,19 +12,19 @@ Rules
     * `gather` may return while copies are under way; when they are done, `parts` tells what to push. How copies are
       made is `DeviceCopies`' part.
     * A gradient that some replica lacks counts as zero; one that all lack is not pushed.
-    * Buffers are another file's matter: `counted_arena`.
+    * Buffers are another file's matter: `buffer_arena`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import compress
 from typing import Protocol
 
 import torch
 
-from paramserver.arena import ALIGNMENT, merge, pieces
+from paramserver.arena import ALIGNMENT, Range, merge, pieces
 from paramserver.distribute import bound_parameter
 from paramserver.distribute.bound_parameter import BoundParameter, BoundParameters, WholeParameter
 from paramserver.distribute.device_copies import DeviceCopies, HostCopies
@@ -116,6 +116,9 @@ class BoundArena:
         """Go on with other, zeroed memory for what is pushed: a program still refers to the present one."""
         self.gradients = gradients
 
+    def hold(self, held: set[int]) -> None:
+        """Push these parameters only; see `HeldParameters`."""
+
     def check(self) -> None:
         """Check, before a step pushes anything, that the program has written no values.
 
@@ -205,6 +208,7 @@ class TrainedArena(BoundArena):
         self._copied: list[BoundParameter] = []
         self._pushed: list[Part] = []
         self._moving: list[bool] = []
+        self._is_held: list[bool] = []  # empty where all are
 
     def copied_memory(self) -> list[torch.Tensor]:
         return [self.values, self.gradients] if self.plan.kind is Kind.TRAINED else []
@@ -223,6 +227,10 @@ class TrainedArena(BoundArena):
             self._pushed_memory.renew(self.plan.ps)  # gradients lie there, which a program may refer to
         super().offer_values()
 
+    def hold(self, held: set[int]) -> None:
+        is_held = [id(member.variable.tensor) in held for member in self.plan.members]
+        self._is_held = [] if all(is_held) else is_held
+
     def check(self) -> None:
         moved = [parameters.check_values() for parameters in self._parameters]
         if any(moved):
@@ -239,12 +247,13 @@ class TrainedArena(BoundArena):
 
     def gather(self) -> None:
         present = self._gathered()
-        are_all = all(present)
+        if self._is_held:
+            present = list(map(operator.and_, present, self._is_held))
         self._moving = present
-        if not any(present):
+        ranges = None if all(present) else self._ranges(present)
+        if ranges == ():
             self._pushed = []
             return
-        ranges = None if are_all else merge(list(compress(self.plan.layout.ranges, present)), self._gap)
         if self._replica_gradients[0] is not self.gradients:
             with self._copies.aside():
                 for start, stop in pieces(ranges or [(0, self.plan.layout.size)]):
@@ -252,6 +261,11 @@ class TrainedArena(BoundArena):
         part = Part(self.plan.index, "rule", ranges, self._settings.now())
         if self._pushed != [part]:  # else the same one, so that who gets it sees at once that nothing has changed
             self._pushed = [part]
+
+    def _ranges(self, present: Sequence[bool]) -> tuple[Range, ...]:
+        """What to push of these parameters; one without elements has nothing."""
+        found = [(start, stop) for start, stop in compress(self.plan.layout.ranges, present) if start < stop]
+        return merge(found, self._gap)
 
     def parts(self) -> list[Part]:
         return self._pushed

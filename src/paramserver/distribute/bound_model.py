@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,13 +26,14 @@ from paramserver.client import ParameterClient, PushPlan, PushResult
 from paramserver.distribute import device_copies
 from paramserver.distribute.bound_arena import BoundArena, PushedMemory, TrainedArena
 from paramserver.distribute.bound_table import BoundTable, by_table
-from paramserver.distribute.buffer_arena import ConstantArena, CountedArena, LocalCountedArena
+from paramserver.distribute.buffer_arena import BufferArena, ConstantArena, LocalBufferArena, Sharing
 from paramserver.distribute.device_copies import DeviceCopies
 from paramserver.distribute.gradient_place import Gate, GradientPlace
+from paramserver.distribute.held_parameters import Groups, HeldParameters
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.replica_tensors import ReplicaTensors
 from paramserver.distribute.step_times import StepClock, StepTimes
-from paramserver.distribute.variables import ArenaPlan, Kind
+from paramserver.distribute.variables import ArenaPlan, Kind, Variable
 from paramserver.errors import ConfigError
 from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
@@ -49,6 +50,7 @@ class BoundModel:
         reduction: How the replicas' gradients become one.
         client: Owned by the caller.
         tables: The first values of tables, by name, unless others initialize.
+        sharing: Who else changes the buffers.
 
     Attributes:
         tables: What is looked up by rows, by name.
@@ -67,6 +69,7 @@ class BoundModel:
         reduction: ReduceOp,
         client: ParameterClient,
         tables: Mapping[str, torch.Tensor],
+        sharing: Sharing | None = None,
     ) -> None:
         self.gate = Gate()
         self._client = client
@@ -83,12 +86,12 @@ class BoundModel:
                 case Kind.TRAINED | Kind.FROZEN:
                     group = groups[plan.group][1]
                     return TrainedArena(plan, memory, tensors, group, pushed, copies, mean=is_mean, is_apart=is_apart)
-                case Kind.COUNTED if memory.direct:
-                    return LocalCountedArena(plan, memory, tensors, copies)
-                case Kind.COUNTED:
-                    return CountedArena(plan, memory, tensors, copies)
-                case _:
+                case Kind.CONSTANT:
                     return ConstantArena(plan, memory, tensors, copies, is_apart=is_apart)
+                case _ if memory.direct:
+                    return LocalBufferArena(plan, memory, tensors, copies)
+                case _:
+                    return BufferArena(plan, memory, tensors, copies, sharing=sharing or Sharing())
 
         self._arenas = [
             [bound(plan, memory) for plan in plans if plan.kind is not Kind.TABLE]
@@ -103,6 +106,8 @@ class BoundModel:
             _Step(self._arenas, bound_tables, owner, groups, copies, client.plan)
             for owner in range(max(len(optimizers), 1))
         ]
+        names = {id(each.tensor): each.spec.name for each in _variables(arenas)}
+        self._held = [HeldParameters(each.param_groups, names, tensors.of) for each in optimizers]
         self.begin_state: Callable[[], None] = _nothing
         copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
 
@@ -183,6 +188,16 @@ class BoundModel:
         trained = (arena for arena in self._each() if isinstance(arena, TrainedArena))
         return {id(place.parameter): place for arena in trained for place in arena.gradient_places()}
 
+    def hold(self, owner: int, groups: Groups) -> None:
+        """Go on with the parameters that an optimizer's param groups hold now; see `HeldParameters`.
+
+        Raises:
+            ConfigError: If there is something in them that was not in that group at `prepare`, naming it.
+        """
+        held = self._held[owner].changed(groups)
+        if held is not None:
+            self._steps[owner].hold(held)
+
     def step(self, owner: int = 0) -> PushResult:
         """Push gradients and what buffers changed by, and pull fresh values: one message to each ps.
 
@@ -237,6 +252,10 @@ class BoundModel:
 
 def _nothing() -> None:
     """No optimizer had state before."""
+
+
+def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[Variable]:
+    return (member.variable for each in arenas for plan in each for member in plan.members)
 
 
 class PipelinedModel(BoundModel):
@@ -295,13 +314,20 @@ class _Step:
         self.arenas = [[arena for arena in each if takes_part(arena.plan.group)] for each in arenas]
         self.tables = [table for table in tables if takes_part(table.group)]
         self.always_pulled = [
-            {arena.plan.index for arena in each if arena.plan.kind in (Kind.TRAINED, Kind.COUNTED)}
+            {arena.plan.index for arena in each if arena.plan.kind not in (Kind.FROZEN, Kind.CONSTANT, Kind.OWN)}
             for each in self.arenas
         ]
         self._copies = copies
         self._plan = plan
         self._parts: list[list[Part]] = []
         self._plans: list[PushPlan] = []
+
+    def hold(self, held: set[int]) -> None:
+        """Push these parameters only, which are named by the ids of the first replica's."""
+        for arena in self._each():
+            arena.hold(held)
+        for table in self.tables:
+            table.hold(held)
 
     def request(self) -> tuple[list[PushPlan], list[list[TableRows]] | None]:
         """What to push and to pull, and the rows of tables to push, for each ps."""

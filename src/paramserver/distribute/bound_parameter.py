@@ -344,8 +344,11 @@ class _ApartParameter(BoundParameter):
         self._whole[self._rows].copy_(self._value)
 
 
-def same_kind(spec: VariableSpec, found: torch.Tensor | None) -> torch.Tensor:
-    """What was found in the place of a variable.
+ADVICE = "a variable keeps its shape and dtype after prepare, convert the model before"
+
+
+def same_kind(spec: VariableSpec, found: torch.Tensor | None, advice: str = ADVICE) -> torch.Tensor:
+    """What was found in the place of a variable; the advice is for who has put something else there.
 
     Raises:
         ConfigError: If it is nothing, or of another shape or dtype.
@@ -354,7 +357,7 @@ def same_kind(spec: VariableSpec, found: torch.Tensor | None) -> torch.Tensor:
         got = "nothing" if found is None else f"{str(found.dtype).removeprefix('torch.')}{list(found.shape)}"
         raise ConfigError(
             f"variable {spec.name!r} is {spec.dtype}{list(spec.shape)} on its ps, and the model has {got} in its "
-            "place; a variable keeps its shape and dtype after prepare, convert the model before"
+            f"place; {advice}"
         )
     return found
 

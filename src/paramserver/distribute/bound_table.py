@@ -10,9 +10,10 @@ Rules
 
 from __future__ import annotations
 
+import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class BoundTable:
         self._settings = GroupSettings(group, setting_names(rule_class(first.layout.rule)))
         self._weight = 1 / len(self._parameters) if mean else 1.0
         self._client = client
+        self._is_held = True
         self.loops = loops_for(self._rows * self._width * self._dtype.itemsize, self._dtype)
 
     def assign(self, values: torch.Tensor) -> None:
@@ -100,10 +102,12 @@ class BoundTable:
         """Let go of the values that the replicas' parameters have: rows come when they are looked up."""
         for parameter in self._parameters:
             parameter.data = placeholder(parameter)
+            vars(parameter)["__deepcopy__"] = types.MethodType(_copy_of_placeholder, parameter)
         first = self._parameters[0]
         self._is_in_place = self._own_memory is not None and self._own_memory.device == first.device
         if self._own_memory is not None and self._is_in_place:
             first.data = self._own_memory.view(self._rows, self._width)
+            del vars(first)["__deepcopy__"]
 
     def pull(self, ids: Ids) -> torch.Tensor:
         """See `embeddings.Table`."""
@@ -119,19 +123,24 @@ class BoundTable:
             return batch
         return Rows(self.pull(lookup.rows), in_cache=True).take(lookup.places(), batch)
 
-    def whole(self) -> torch.Tensor | None:
+    def whole(self, weight: torch.Tensor) -> torch.Tensor | None:
         """See `embeddings.Table`."""
         if self._is_in_place:
-            return None
+            held = self._parameters[0]
+            return None if weight is held else held.detach().clone()
         values = torch.empty(self._rows, self._width, dtype=self._dtype, device="cpu")
         for part, ids in self._chunks():
             rows = TableRows(ids, values[part.start + ids[0] : part.start + ids[-1] + 1])
             self._client.pull_rows([(part.ps, part.arena, rows)])
         return values
 
+    def hold(self, held: set[int]) -> None:
+        """Push only if it is among these parameters; see `HeldParameters`."""
+        self._is_held = id(self._parameters[0]) in held
+
     def parts(self) -> list[tuple[int, Part, TableRows]]:
         """What a step pushes of this table, and to which ps."""
-        rows = self._gradients()
+        rows = self._gradients() if self._is_held else None
         if rows is None:
             return []
         numbers = self._settings.now()
@@ -182,8 +191,24 @@ class BoundTable:
     def __deepcopy__(self, memo: object) -> BoundTable:
         return self  # a copy of the model looks rows up in the same table
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"variable {self.name!r} is a table whose rows lie on parameter servers, and a model that looks rows up "
+            "there cannot be pickled; save model.state_dict(), which holds all rows"
+        )
+
     def __repr__(self) -> str:
         return f"<BoundTable {self.name!r} of {self._rows} rows in {len(self._parts)} parts>"
+
+
+def _copy_of_placeholder(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+    """Copy a parameter of a table for a copy of the model, which looks rows up in the same table.
+
+    torch would make a tensor of all rows.
+    """
+    duplicate = memo[id(parameter)] = nn.Parameter(placeholder(parameter), parameter.requires_grad)
+    vars(duplicate)["__deepcopy__"] = types.MethodType(_copy_of_placeholder, duplicate)
+    return duplicate
 
 
 def _joined(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:

@@ -30,7 +30,13 @@ def in_process(device: torch.device) -> ParameterClient:
 
 
 def to_cluster(
-    cluster: ClusterSpec, me: TaskId, timeout: float, *, token: str | None = None, lane: str | None = None
+    cluster: ClusterSpec,
+    me: TaskId,
+    timeout: float,
+    *,
+    token: str | None = None,
+    lane: str | None = None,
+    process: str = "",
 ) -> ParameterClient:
     """Connect to every ps of a cluster. The client says goodbye when it is collected or the process ends.
 
@@ -40,6 +46,7 @@ def to_cluster(
         timeout: Seconds to wait for the ps tasks, in all.
         token: The secret of the run; by default the environment's.
         lane: ``auto`` or ``tcp``; by default the environment's.
+        process: As for `new_incarnation`.
 
     Raises:
         DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
@@ -48,7 +55,7 @@ def to_cluster(
     """
     surroundings = environment.read()
     identity = Identity(
-        task=str(me), token=surroundings.token if token is None else token, incarnation=new_incarnation()
+        task=str(me), token=surroundings.token if token is None else token, incarnation=new_incarnation(process)
     )
     dialer = ClusterDialer(cluster, identity, listens=surroundings.ps_listen)
     way = lane or surroundings.lane

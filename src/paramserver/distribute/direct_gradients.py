@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paramserver.distribute.gradient_place import GradientPlace
-from paramserver.distribute.torch_internals import is_tracing, is_transformed
+from paramserver.distribute.torch_internals import is_batched, is_scripting, is_tracing, is_transformed
 
 LARGE = 1 << 20
 """Bytes of a weight from which it pays: below, the copy is cheaper than a Python function in the backward."""
@@ -49,7 +49,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # the name
     TorchScript compiles the first branch alone. A pickle refers to this function as ``module.forward``, so it loads as
     the method of the class.
     """
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]  # it is public all the same
+    if is_scripting():
         return F.linear(input, self.weight, self.bias)
     return _linear(self, input)
 
@@ -109,6 +109,6 @@ class _DirectLinear(torch.autograd.Function):
 
 
 def _weight_gradient(place: GradientPlace, rows: Tensor, features: Tensor) -> Tensor:
-    is_plain = torch.is_grad_enabled() or is_transformed()  # a gradient of a gradient needs a graph
+    is_plain = torch.is_grad_enabled() or is_transformed() or is_batched(rows)  # a gradient of one needs a graph
     target = None if is_plain else place.take_for_backward()
     return rows.t() @ features if target is None else torch.mm(rows.t(), features, out=target)

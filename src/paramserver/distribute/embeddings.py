@@ -15,13 +15,14 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paramserver.distribute.torch_internals import is_tracing, is_transformed
 from paramserver.errors import ConfigError
 from paramserver.rows import Ids, add_up, on_device
 
@@ -100,8 +101,8 @@ class Table(Protocol):
     def pull_batch(self, lookup: Lookup) -> Tensor:
         """The rows that a batch names, in its order ``[ids, width]``, on the CPU. Blocks."""
 
-    def whole(self) -> Tensor | None:
-        """All rows; None where the weight itself holds them. Blocks."""
+    def whole(self, weight: Tensor) -> Tensor | None:
+        """All rows; None where a module's weight itself holds them. Blocks."""
 
 
 def tables_of(model: nn.Module) -> dict[int, list[Embedding]]:
@@ -137,14 +138,46 @@ def placeholder(weight: Tensor) -> Tensor:
 
 def look_up_in(module: Embedding, table: Table) -> None:
     """From now on a module gets its rows from ``table``, and ``state_dict()`` all of them. The module is changed."""
-    forward: Callable[..., Tensor] = _embed if isinstance(module, nn.Embedding) else _embed_bags
-    module.forward = functools.partial(forward, module, table)  # type: ignore[method-assign]
+    look_up: Callable[..., Tensor] = _embed if isinstance(module, nn.Embedding) else _embed_bags
+    module.forward = _Forward(_forward, look_up, module, table)  # type: ignore[method-assign]
     read_whole = functools.partial(_read_whole, table)
     module.register_state_dict_post_hook(read_whole)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
 
+class _Forward(functools.partial[Tensor]):
+    """What stands in the place of a module's ``forward``."""
+
+    @property
+    def __globals__(self) -> NoReturn:  # where TorchScript begins to compile a function
+        raise _not_seen(self.args[2], "torch.jit.script and torch.export")
+
+
+def _forward(look_up: Callable[..., Tensor], module: Embedding, table: Table, *args: Any, **kwargs: Any) -> Tensor:
+    if not isinstance(module.weight, nn.Parameter):  # the program's own, as torch.func.functional_call puts it there
+        plain: Callable[..., Tensor] = type(module).forward
+        return plain(module, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        look_up = torch.compiler.disable(look_up)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return look_up(module, table, *args, **kwargs)
+
+
+def _check_seen(table: Table) -> None:
+    """Raise TypeError unless ids are there to be seen, as those that a tracer records are not."""
+    if is_tracing():
+        raise _not_seen(table, "torch.jit.trace")
+    if is_transformed():
+        raise _not_seen(table, "a transform of torch.func")
+
+
+def _not_seen(table: Table, by: str) -> TypeError:
+    return TypeError(
+        f"looking up rows of {table.name!r}: {by} cannot look rows up on parameter servers; load model.state_dict() "
+        "into a model that is not prepared, and use that"
+    )
+
+
 def _read_whole(table: Table, module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    if (weight := table.whole()) is not None:
+    if (weight := table.whole(cast(Tensor, module.weight))) is not None:
         state[f"{prefix}weight"] = weight
 
 
@@ -192,6 +225,7 @@ def _embed_bags(
 
 def _lookup(module: Embedding, table: Table, ids: Tensor) -> tuple[Lookup, int | None]:
     """The lookup of a batch, and which of its rows is the padding."""
+    _check_seen(table)
     flat = ids.detach().cpu().numpy().reshape(-1).astype(np.int64, copy=False)
     count = len(module.weight)
     if len(flat) and flat.view(np.uint64).max() >= count:  # as such a number, one below 0 is larger than any other

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, overload
 
 import torch
@@ -30,6 +30,8 @@ from paramserver.cluster import (
 from paramserver.distribute import checkpoints, connection, optimizer_state, variables
 from paramserver.distribute.bound_model import BoundModel, PipelinedModel
 from paramserver.distribute.bound_table import take_tables
+from paramserver.distribute.buffer_arena import Sharing
+from paramserver.distribute.buffer_policies import BufferPolicy
 from paramserver.distribute.devices import Device, DeviceChoice
 from paramserver.distribute.direct_gradients import make_direct
 from paramserver.distribute.input.context import InputContext
@@ -173,6 +175,10 @@ class ParameterServerStrategy(SavingStrategy):
         return self.cluster.num_tasks(Role.PS) if self.cluster else 1
 
     @property
+    def _num_workers(self) -> int:
+        return worker_count(self.cluster, self.task.role) if self.task else 1
+
+    @property
     def input_context(self) -> InputContext:
         """Which part of the input this task reads (I01).
 
@@ -182,19 +188,29 @@ class ParameterServerStrategy(SavingStrategy):
         if self.task is None:
             return InputContext(num_replicas_in_sync=self.num_replicas_in_sync)
         return InputContext(
-            num_input_pipelines=worker_count(self.cluster, self.task.role),
+            num_input_pipelines=self._num_workers,
             input_pipeline_id=id_in_cluster(self.cluster, *self.task),
             num_replicas_in_sync=self.num_replicas_in_sync,
         )
 
     @overload
     def prepare(
-        self, model: M, optimizer: torch.optim.Optimizer, *, gradient_reduction: str | ReduceOp = ...
+        self,
+        model: M,
+        optimizer: torch.optim.Optimizer,
+        *,
+        gradient_reduction: str | ReduceOp = ...,
+        buffers: Mapping[str, str | BufferPolicy] | None = ...,
     ) -> tuple[M, PreparedOptimizer]: ...
 
     @overload
     def prepare(
-        self, model: M, optimizer: Sequence[torch.optim.Optimizer], *, gradient_reduction: str | ReduceOp = ...
+        self,
+        model: M,
+        optimizer: Sequence[torch.optim.Optimizer],
+        *,
+        gradient_reduction: str | ReduceOp = ...,
+        buffers: Mapping[str, str | BufferPolicy] | None = ...,
     ) -> tuple[M, tuple[PreparedOptimizer, ...]]: ...
 
     def prepare(
@@ -203,6 +219,7 @@ class ParameterServerStrategy(SavingStrategy):
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         gradient_reduction: str | ReduceOp = ReduceOp.MEAN,
+        buffers: Mapping[str, str | BufferPolicy] | None = None,
     ) -> tuple[M, PreparedOptimizer | tuple[PreparedOptimizer, ...]]:
         """Put the model's variables onto the ps tasks and bind the model to them.
 
@@ -225,6 +242,9 @@ class ParameterServerStrategy(SavingStrategy):
                 are what the global step counts.
             gradient_reduction: How the replicas' gradients become one: their ``"mean"``, which fits a loss that is the
                 mean over a batch, or their ``"sum"``.
+            buffers: How several workers' changes of a persistent buffer become one: ``"sum"``, ``"mean"``, ``"last"``
+                or ``"own"``, by the buffer's name or a pattern such as ``"*.queue"``; see `BufferPolicy`. By default
+                what counts or averages is summed, and of all else the last value counts.
 
         Returns:
             The model, and what stands for the optimizer: several of them, if a sequence was given.
@@ -237,7 +257,11 @@ class ParameterServerStrategy(SavingStrategy):
         """
         optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         prepared = self.prepare_from(
-            model, optimizers, initialize=self._begin_values, gradient_reduction=ReduceOp.parse(gradient_reduction)
+            model,
+            optimizers,
+            initialize=self._begin_values,
+            gradient_reduction=ReduceOp.parse(gradient_reduction),
+            buffers=buffers,
         )
         begin, self._checkpoints.begin = self._checkpoints.begin, None
         if begin and self._found_step is not None:
@@ -251,6 +275,7 @@ class ParameterServerStrategy(SavingStrategy):
         *,
         initialize: Callable[[ParameterClient, BoundModel], int],
         gradient_reduction: ReduceOp = ReduceOp.MEAN,
+        buffers: Mapping[str, str | BufferPolicy] | None = None,
         timeout: float | None = None,
         on_wait: Callable[[float], None] = lambda _: None,
     ) -> tuple[PreparedOptimizer, ...]:
@@ -261,12 +286,13 @@ class ParameterServerStrategy(SavingStrategy):
             optimizers: As for `prepare`.
             initialize: Fills the variables of the ps tasks and returns the global step that they belong to.
             gradient_reduction: As for `prepare`.
+            buffers: As for `prepare`.
             timeout: Seconds to wait in all; the strategy's by default.
             on_wait: Called about every second while the chief is waited for.
         """
         self._check_can_prepare()
         limit = self._timeout if timeout is None else timeout
-        collected = variables.collect(model, optimizers)
+        collected = variables.collect(model, optimizers, buffers)
         arenas = variables.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
         self._has_prepared = self._is_preparing = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
@@ -277,7 +303,8 @@ class ParameterServerStrategy(SavingStrategy):
         tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         first_rows = {name: lookup.values for name, lookup in lookups.items()}
         kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
-        bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client, first_rows)
+        sharing = Sharing(num_workers=self._num_workers, is_chief=self.is_chief)
+        bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client, first_rows, sharing)
         states = [
             OptimizerState(optimizer, collected, tensors, client, task=self._shown_task, is_chief=self.is_chief)
             for optimizer in optimizers

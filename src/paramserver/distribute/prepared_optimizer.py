@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
@@ -18,6 +18,9 @@ from paramserver.errors import ConfigError
 
 class Prepared(Protocol):
     """What an optimizer asks of the model that was prepared with it."""
+
+    def hold(self, owner: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Go on with the parameters that these param groups hold."""
 
     def step(self, owner: int) -> PushResult:
         """Push the gradients of all replicas and pull fresh values."""
@@ -192,6 +195,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._model.hold(self._owner, self.param_groups)
         self.last_push = self._model.step(self._owner) if self._num_replicas == 1 else self._merged_step()
         self._original._opt_called = True  # type: ignore[attr-defined]  # schedulers look whether a step was taken
         return loss

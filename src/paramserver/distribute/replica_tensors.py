@@ -42,11 +42,8 @@ class ReplicaTensors:
             (module, name, self._set_of(parameter)) for module, name, parameter in _own_parameters(model)
         ]
         self._buffers = [(module, name, self._places_of(buffer)) for module, name, buffer in _own_buffers(model)]
-        self._groups = [
-            (group["params"], [self._set_of(parameter) for parameter in group["params"]])
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-        ]
+        self._groups = [optimizer.param_groups for optimizer in optimizers]
+        self._siblings = {id(tensor): tensors for tensors in self._sets.values() for tensor in tensors}
         self._with_gradient: list[tuple[torch.Tensor, ...]] = []
         if len(self.devices) == 1:
             self._parameters, self._buffers, self._groups = [], [], []  # nothing will ever be exchanged
@@ -70,8 +67,8 @@ class ReplicaTensors:
         for module, name, places in self._buffers:
             places[self._active] = kept(places[self._active], module._buffers.get(name))
             module._buffers[name] = places[replica]
-        for parameters, sets in self._groups:
-            parameters[:] = [tensors[replica] for tensors in sets]
+        for group in (each for groups in self._groups for each in groups):
+            group["params"][:] = [self._sibling(parameter, replica) for parameter in group["params"]]
         self._active = replica
         if replica == 0:
             self._note_gradients()
@@ -90,6 +87,11 @@ class ReplicaTensors:
     def _places_of(self, buffer: torch.Tensor | None) -> list[torch.Tensor | None]:
         """What is in a buffer's place on each replica; a program may put something there later."""
         return [None] * len(self.devices) if buffer is None else list(self._set_of(buffer))
+
+    def _sibling(self, tensor: torch.Tensor, replica: int) -> torch.Tensor:
+        """A replica's tensor in the place of another's; one that a program has put there is nobody's."""
+        tensors = self._siblings.get(id(tensor))
+        return tensor if tensors is None else tensors[replica]
 
     def _note_gradients(self) -> None:
         self._with_gradient = [tensors for _, _, tensors in self._parameters if tensors[0].grad is not None]

@@ -86,7 +86,7 @@ class SavingStrategy(Strategy):
             UnavailableError: If a ps is lost.
 
         Example:
-            >>> import tempfile, paramserver as ps
+            >>> import tempfile, torch, paramserver as ps
             >>> strategy, model = ps.ParameterServerStrategy(), torch.nn.Linear(2, 1)
             >>> model, optimizer = strategy.prepare(model, torch.optim.Adam(model.parameters()))
             >>> with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._jit_internal import is_scripting as is_scripting  # torch.jit has it, where no type checker sees it
 from torch.utils.dlpack import from_dlpack
 
 
@@ -46,5 +47,10 @@ def is_tracing() -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether a torch.func transform, or what computes batched gradients, is at work."""
+    """Return whether a torch.func transform is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Return whether a gradient stands for many at once, as with ``is_grads_batched`` and vectorized jacobians."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)

@@ -5,17 +5,16 @@ Rules
       that share one tensor (tied weights), the first is the variable's.
     * A parameter that an optimizer holds is updated by its rule; all others are kept but never updated. One that only
       sparse embeddings use is a table, which `embeddings` tells about.
-    * A floating point or integer buffer (BatchNorm's running statistics, counters) is updated by adding what each
-      worker changed it by: for one worker that is its own value (but for the rounding of the sum), for several the
-      sum of their moves, as in the original. A move that is no number, such as one away from infinity, cannot be
-      added: it is assigned. A boolean buffer keeps the chief's value.
+    * How several workers' changes of a buffer become one is its policy; see `buffer_policies`. A change that is no
+      number, such as one away from infinity, cannot be added: it is assigned.
     * Buffers that ``state_dict()`` does not hold are each worker's own.
+    * A module that ``torch.compile`` has wrapped is called as without, so that a checkpoint fits both.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from paramserver.arena import ArenaLayout, Range, VariableSpec, dtype_name
+from paramserver.distribute import buffer_policies
+from paramserver.distribute.buffer_policies import BufferPolicy
 from paramserver.distribute.embeddings import tables_of
+from paramserver.distribute.overlaps import check_apart
 from paramserver.errors import ConfigError
 from paramserver.partition import part_specs
 from paramserver.placement import Place
@@ -42,8 +44,22 @@ class Kind(enum.Enum):
     TABLE = "table"
     """Trained by rows; workers hold no values of it."""
     COUNTED = "counted"
-    """A buffer, changed by adding."""
+    """A buffer, changed by adding what each worker has changed it by."""
+    AVERAGED = "averaged"
+    """A buffer, changed by adding the share of a worker's change."""
+    ASSIGNED = "assigned"
+    """A buffer, to which a worker's new value is assigned."""
+    OWN = "own"
+    """A buffer of each worker's own; the ps holds the chief's."""
     CONSTANT = "constant"
+
+
+_BUFFER_KINDS = {
+    BufferPolicy.SUM: Kind.COUNTED,
+    BufferPolicy.MEAN: Kind.AVERAGED,
+    BufferPolicy.LAST: Kind.ASSIGNED,
+    BufferPolicy.OWN: Kind.OWN,
+}
 
 
 @dataclass(frozen=True)
@@ -100,22 +116,33 @@ class ArenaPlan:
         return self.members[0].variable.group
 
 
-def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Variable]:
+def collect(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    policies: Mapping[str, str | BufferPolicy] | None = None,
+) -> list[Variable]:
     """The variables of a model, in creation order: parameters first, then buffers.
 
     Param groups are counted through all optimizers.
 
+    Args:
+        model: The model.
+        optimizers: What trains it.
+        policies: Of buffers; see `buffer_policies.choose`.
+
     Raises:
-        ConfigError: If an optimizer holds a parameter that is not the model's or another one's, or a tensor cannot live
-            on a ps.
+        ConfigError: If an optimizer holds a parameter that is not the model's or another one's, a tensor cannot live
+            on a ps, two of them share memory, or a policy fits no buffer.
     """
     groups, tables = _groups(optimizers), tables_of(model)
     variables: dict[int, Variable] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model):
         kind, group = _change(parameter, groups, is_table=id(parameter) in tables)
         variables.setdefault(id(parameter), Variable(_spec(name, parameter), parameter, kind, group))
-    for name, buffer, module in persistent_buffers(model):
-        kind = Kind.CONSTANT if buffer.dtype is torch.bool else Kind.COUNTED
+    buffers = list(persistent_buffers(model))
+    chosen = buffer_policies.choose({name: buffer.dtype for name, buffer, _ in buffers}, policies)
+    for name, buffer, module in buffers:
+        kind = _BUFFER_KINDS[chosen[name]]
         variables.setdefault(id(buffer), Variable(_spec(name, buffer), buffer, kind, module=module))
     strangers = groups.keys() - variables.keys()
     if strangers:
@@ -123,7 +150,48 @@ def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> li
             f"prepare: the optimizer holds {len(strangers)} parameters that the model does not have; "
             "pass the module that owns all parameters of the optimizer"
         )
+    left = {plain_name(name): buffer for name, buffer in model.named_buffers() if id(buffer) not in variables}
+    check_apart({variable.spec.name: variable.tensor for variable in variables.values()}, left)
     return list(variables.values())
+
+
+def plain_name(name: str) -> str:
+    """The name of a variable without what ``torch.compile`` puts into it.
+
+    >>> plain_name("_orig_mod.encoder._orig_mod.weight")
+    'encoder.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def load_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Load values by plain name into a model, whether or not it is compiled.
+
+    Raises:
+        RuntimeError: If they do not fit the model.
+    """
+    names = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
+    model.load_state_dict({names.get(name, name): value for name, value in values.items()})
+
+
+def without_compiling(model: nn.Module) -> nn.Module:
+    """Return a model with its own modules in the place of those that ``torch.compile`` has wrapped; it is changed."""
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = _original(child)
+    return _original(model)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    wrapped = module._modules.get("_orig_mod")
+    return module if wrapped is None else wrapped
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter, by all names that it has."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield plain_name(name), parameter
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -131,7 +199,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     others: dict[str, str] = {}
     buffers = ((name, buffer) for name, buffer, _ in persistent_buffers(model))
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *buffers):
+    for name, tensor in (*named_parameters(model), *buffers):
         known = first.setdefault(id(tensor), name)
         if known != name:
             others[name] = known
@@ -143,7 +211,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer, module
+                yield plain_name(f"{prefix}.{name}" if prefix else name), buffer, module
 
 
 def plan(

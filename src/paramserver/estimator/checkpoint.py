@@ -20,6 +20,7 @@ from paramserver.checkpoint_files import (
     read_tensors,
     unclaimed,
 )
+from paramserver.distribute.variables import load_values, plain_name
 from paramserver.errors import CheckpointError
 
 
@@ -36,15 +37,15 @@ def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:
     """
     with readable(checkpoint_path, f"{VALUES_PREFIX}*") as folder:
         values = dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
-        left_out = unclaimed(folder / VALUES_INDEX, model.state_dict(keep_vars=True))
-    expected = model.state_dict(keep_vars=True)
+        expected = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+        left_out = unclaimed(folder / VALUES_INDEX, expected)
     first: dict[int, str] = {}
     for name, tensor in expected.items():
         source = first.setdefault(id(tensor), name)
         if source in values:
             values.setdefault(name, values[source])
     try:
-        model.load_state_dict({name: value for name, value in values.items() if name in expected})
+        load_values(model, {name: value for name, value in values.items() if name in expected})
     except RuntimeError as error:
         raise CheckpointError(
             f"checkpoint {checkpoint_path} does not fit the model: {error}; does it belong to another model?",

@@ -18,6 +18,7 @@ from paramserver.cluster import Role
 from paramserver.distribute.checkpoints import say_left_out
 from paramserver.distribute.input.context import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.distribute.variables import load_values
 from paramserver.errors import ConfigError
 from paramserver.estimator import evaluation, prediction, progress, training
 from paramserver.estimator.arguments import check_model_fn, check_steps, training_strategy, with_model_dir
@@ -209,7 +210,7 @@ class Estimator:
         """The metrics of values that are in no checkpoint, as `evaluate` gives them; for `InMemoryEvaluatorHook`.
 
         Args:
-            values: By name, as the model's ``state_dict()`` has them; RuntimeError if they are another model's.
+            values: By name, as checkpoints have them; RuntimeError if they are another model's.
             global_step: Of the values.
             input_fn: As for `evaluate`.
             steps: As for `evaluate`.
@@ -221,7 +222,7 @@ class Estimator:
         def fill() -> EstimatorSpec:
             spec = self._build(ModeKeys.EVAL)
             assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
-            spec.model.load_state_dict(values)
+            load_values(spec.model, values)
             return spec
 
         session = replace(self._session(None), global_step=global_step)

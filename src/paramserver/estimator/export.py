@@ -38,6 +38,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from paramserver import __version__
 from paramserver.checkpoint.storage import local_file, split, storage_of
 from paramserver.distribute.nest import is_nest, leaves, map_leaves
+from paramserver.distribute.variables import without_compiling
 from paramserver.errors import ConfigError
 from paramserver.estimator.export_folder import WEIGHTS_FILE, new_export
 from paramserver.estimator.specs import EstimatorSpec
@@ -72,7 +73,7 @@ def write_export(
     """
     assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
     _check_assets(assets_extra or {})
-    model = spec.model.eval().requires_grad_(False)
+    model = without_compiling(spec.model).eval().requires_grad_(False)
     program = None if serving_input is None else trace(_served(spec, model), serving_input())
 
     def write(folder: Path) -> None:

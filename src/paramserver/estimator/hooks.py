@@ -61,7 +61,7 @@ class TrainingSession(Protocol):
         """
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The values of the model by name, as its ``state_dict()`` has them. Blocks where it has tables."""
+        """The values of the model by name, as checkpoints have them. Blocks where it has tables."""
 
     def save(self) -> str:
         """Write a checkpoint and return its path. Blocks until it is whole.

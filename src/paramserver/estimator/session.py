@@ -18,7 +18,7 @@ from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpo
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.reduction import ReduceOp
 from paramserver.distribute.step_times import StepTimes
-from paramserver.distribute.variables import aliases
+from paramserver.distribute.variables import aliases, plain_name
 from paramserver.errors import ConfigError, UnavailableError
 from paramserver.estimator.calling import Batch, as_loss
 from paramserver.estimator.hooks import RunValues
@@ -79,6 +79,7 @@ class Session:
             spec.model,
             spec.optimizers,
             initialize=self._initialize,
+            buffers=spec.buffers,
             timeout=self._patience,
             on_wait=self._waiting(),
         )
@@ -108,12 +109,12 @@ class Session:
         return self._strategy.refresh()
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The values of the model by name, as its ``state_dict()`` has them. Blocks where it has tables.
+        """The values of the model by name, as checkpoints have them. Blocks where it has tables.
 
         Raises:
             UnavailableError: If a ps is lost.
         """
-        return self.model.state_dict()
+        return {plain_name(name): value for name, value in self.model.state_dict().items()}
 
     def statistics(self) -> StepTimes:
         """Where the time of this task's steps has gone. Does not block."""

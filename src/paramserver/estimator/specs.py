@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from paramserver.distribute.buffer_policies import BufferPolicy
 from paramserver.errors import ConfigError
 from paramserver.estimator.exporters import Exporter, check_exporter_name
 from paramserver.estimator.hooks import TrainingHook, as_tuple
@@ -71,6 +72,8 @@ class EstimatorSpec:
     scheduler: Several[LRScheduler] = None
     """Follows the global step: stepped once for each update of the model, up to ``max_steps``. One, or several in a
     list or by name, each of one of the optimizers."""
+    buffers: Mapping[str, str | BufferPolicy] = field(default_factory=dict)
+    """How several workers' changes of a persistent buffer become one; as for ``strategy.prepare``."""
     predict_fn: Callable[[Any, Any], Any] | None = None
     """``(model, features) -> predictions``; None calls the model."""
     training_hooks: Sequence[TrainingHook] = ()

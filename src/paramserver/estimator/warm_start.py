@@ -19,7 +19,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import nn
 
-from paramserver.distribute.variables import persistent_buffers
+from paramserver.distribute.variables import named_parameters, persistent_buffers, plain_name
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.estimator.saved_values import SavedValues
 
@@ -154,7 +154,7 @@ def _targets(model: nn.Module, *, with_buffers: bool) -> list[_Target]:
 
 
 def _named(model: nn.Module, with_buffers: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
+    yield from named_parameters(model)
     if with_buffers:
         yield from ((name, buffer) for name, buffer, _ in persistent_buffers(model))
 
@@ -165,15 +165,15 @@ def _matching(expression: str, names: set[str]) -> set[str]:
 
 def _saved_as(target: _Target, source: SavedValues, settings: WarmStartSettings) -> str:
     """The saved variable whose value a variable takes."""
-    known = set(source.names)
+    known = {plain_name(name): name for name in source.names} | {name: name for name in source.names}
     renamed = settings.var_name_to_prev_var_name
     before = [renamed[name] for name in target.names if name in renamed] or list(target.names)
     for name in before:
         if name in known:
-            return source.variable(name)
+            return source.variable(known[name])
     raise CheckpointError(
         f"warm start of {target.names[0]!r} from {settings.ckpt_to_initialize_from}: it holds no value {before[0]!r}, "
-        f"only {_some(known)}; leave the variable out with vars_to_warm_start, or name the value with "
+        f"only {_some(set(source.names))}; leave the variable out with vars_to_warm_start, or name the value with "
         "var_name_to_prev_var_name",
         settings.ckpt_to_initialize_from,
     )

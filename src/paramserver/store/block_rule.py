@@ -103,6 +103,10 @@ class BlockRule:
         for part in filter(None, (fresh, known)):
             self._update(part, [gradient[run.start - start : run.stop - start] for run in part])
 
+    def lacks(self, slot: str) -> bool:
+        """Whether some elements have been updated without this slot."""
+        return any(slot not in state for state in self._optimizer.state.values() if state)
+
     def slots(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yields `(start, stop, state)` of each run that has state, in order, for a checkpoint.
 

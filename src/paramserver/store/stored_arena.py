@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from paramserver.arena import BLOCK, ArenaLayout, Range, num_blocks, pieces
-from paramserver.rules import Setting, rule_class, setting_names
+from paramserver.rules import SLOT_SETTINGS, Setting, rule_class, setting_names
 from paramserver.store.block_rule import BlockRule
 
 Operation = Literal["rule", "assign", "add"]
@@ -126,7 +126,9 @@ class StoredArena:
             self._rules = [BlockRule(rule, each) for each in values]
             self._slots = self._rules
 
-    def check(self, operation: Operation, ranges: Sequence[Range] | None, settings: Collection[str] | None) -> None:
+    def check(
+        self, operation: Operation, ranges: Sequence[Range] | None, settings: Mapping[str, Setting] | None
+    ) -> None:
         """Whether `apply` can do this, so that a push of several parts is applied whole or not at all.
 
         Raises:
@@ -135,7 +137,7 @@ class StoredArena:
         if operation == "rule":
             if self.layout.rule is None:
                 raise ValueError("no update rule was declared for it")
-            self._check_settings(settings or ())
+            self._check_settings(settings or {})
         for start, stop in ranges or ():
             if not 0 <= start < stop <= self.layout.size:
                 raise ValueError(f"[{start}, {stop}) is no range of its {self.layout.size} elements")
@@ -164,10 +166,16 @@ class StoredArena:
             finally:
                 self._versions[block] += 1
 
-    def _check_settings(self, settings: Collection[str]) -> None:
+    def _check_settings(self, settings: Mapping[str, Setting]) -> None:
+        rule = self.layout.rule.name if self.layout.rule else "none"
         if settings and not self._setting_names.issuperset(settings):
-            rule = self.layout.rule.name if self.layout.rule else "none"
             raise ValueError(f"update rule {rule} has no setting {min(set(settings) - self._setting_names)!r}")
+        for name, slot in SLOT_SETTINGS.get(rule, {}).items():
+            if settings.get(name) and any(block.lacks(slot) for block in self._rules):
+                raise ValueError(
+                    f"{rule} was made with {name} off, and what it has updated so far has no {slot!r}; set {name} "
+                    "before the first step"
+                )
 
     def check_piece(self, piece: Range) -> None:
         """Raises ValueError unless these are elements of one block."""

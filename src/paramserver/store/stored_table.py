@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,9 @@ class StoredTable(StoredArena):
         self._locks = [self._lock] * count
         self._slots = [self._rule.block(block) for block in range(count)]
 
-    def check(self, operation: Operation, ranges: Sequence[Range] | None, settings: Collection[str] | None) -> None:
+    def check(
+        self, operation: Operation, ranges: Sequence[Range] | None, settings: Mapping[str, Setting] | None
+    ) -> None:
         """Raises ValueError: a table is changed row by row."""
         raise ValueError("it is a table, of which rows are pushed")
 

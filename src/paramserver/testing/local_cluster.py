@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import socket
 from types import TracebackType
 from typing import Self
@@ -84,14 +85,21 @@ class LocalCluster:
         return [*self.spec.tasks(Role.CHIEF), *self.spec.tasks(Role.WORKER)]
 
     def client(self, task: str | TaskId) -> ParameterClient:
-        """A new client of a worker, such as ``worker:0``. Blocks until it is connected; closed with the cluster.
+        """A new client of a worker, such as ``worker:0``, as of a process that was just started.
+
+        Blocks until it is connected; closed with the cluster.
 
         Raises:
             ValueError: If the text names no task.
             ParameterServerError: If the ps tasks refuse it.
         """
         client = connection.to_cluster(
-            self.spec, TaskId.parse(str(task)), CONNECT_TIMEOUT, token=self._token, lane=self._lane
+            self.spec,
+            TaskId.parse(str(task)),
+            CONNECT_TIMEOUT,
+            token=self._token,
+            lane=self._lane,
+            process=secrets.token_hex(8),
         )
         self._stack.callback(client.close)
         return client

@@ -58,14 +58,17 @@ class Identity:
     incarnation: str
 
 
-def new_incarnation() -> str:
+def new_incarnation(process: str = "") -> str:
     """A name for one start of a task: for one strategy of a process, whose name comes first.
+
+    Args:
+        process: The name of another process than this one.
 
     >>> one, other = new_incarnation(), new_incarnation()
     >>> one == other, one.partition(".")[0] == other.partition(".")[0]
     (False, True)
     """
-    return f"{_process_name(os.getpid())}.{secrets.token_hex(8)}"
+    return f"{process or _process_name(os.getpid())}.{secrets.token_hex(8)}"
 
 
 @functools.cache

@@ -14,6 +14,9 @@ from paramserver.rows import Rows
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire.messages import Refused, Reply, Request
 
+_CARRIES_OUT = frozenset({"paramserver", "torch", "numpy", "numba"})
+"""Packages whose code carries out requests."""
+
 
 class InProcessSession(Session):
     """The store's end; see `Session`. Its replies are kept for the lane that shares it."""
@@ -56,6 +59,14 @@ class InProcessSession(Session):
     ) -> None:
         self.answer = reply
         self.rows = list(rows)
+
+    def is_of_program(self, error: Exception) -> bool:
+        # A signal's handler, or a mode of torch, runs in the middle of a request here.
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        module = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
+        return module.partition(".")[0] not in _CARRIES_OUT
 
     def close(self) -> None:
         self.gradients = []

@@ -222,6 +222,10 @@ class Session(abc.ABC):
             UnavailableError: If the connection is lost.
         """
 
+    def is_of_program(self, error: Exception) -> bool:
+        """Whether code of the program that makes the requests has raised an error while one was carried out."""
+        return False
+
     @abc.abstractmethod
     def close(self) -> None:
         """Close the connection. Idempotent, and safe from another thread: wakes a blocked `receive`."""

@@ -1,0 +1,100 @@
+"""What becomes of a buffer that several workers change: the policies, and which of them a buffer has.
+
+Rules
+    * A buffer whose name says that it counts or averages (BatchNorm's statistics, counters) is ``sum``: every worker's
+      batches count in it. Any other one is ``last``: a flag, a pointer, a queue or a scale that was computed from
+      others is a value that some worker has set, and a sum of such changes is one that none has.
+    * A program chooses another policy by the buffer's name in ``state_dict()``, or by a pattern of names. A name counts
+      before patterns, an earlier pattern before a later one.
+    * With one worker every policy gives what plain PyTorch gives.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+
+from paramserver.errors import ConfigError
+
+SUMMED_NAMES = (
+    *("running_*", "num_*", "moving_*", "ema_*"),
+    *("*count", "*counts", "*_total", "*_sum", "*avg", "*average", "*averaged", "*_ema", "cluster_size"),
+)
+"""Patterns of the names of buffers that count or average. A name is that inside its module."""
+
+
+class BufferPolicy(enum.Enum):
+    """How the changes of several workers to a buffer become one value."""
+
+    SUM = "sum"
+    """The change of each worker is added."""
+    MEAN = "mean"
+    """The change of each worker is divided by the number of workers and added."""
+    LAST = "last"
+    """The value that a worker has set is assigned, the whole buffer at once."""
+    OWN = "own"
+    """Each worker keeps its own value; checkpoints hold the chief's."""
+
+
+def choose(
+    dtypes: Mapping[str, torch.dtype], chosen: Mapping[str, str | BufferPolicy] | None = None
+) -> dict[str, BufferPolicy]:
+    """Return the policy of each buffer.
+
+    Args:
+        dtypes: The dtype of each buffer by name.
+        chosen: Policies by name, or by a pattern as of `fnmatch`.
+
+    Raises:
+        ConfigError: If a name or pattern fits no buffer, or there is no such policy for one.
+
+    >>> found = choose({"norm.running_mean": torch.float32, "queue": torch.float32, "seen": torch.bool}, {"q*": "mean"})
+    >>> {name: policy.value for name, policy in found.items()}
+    {'norm.running_mean': 'sum', 'queue': 'mean', 'seen': 'last'}
+    """
+    parsed = {pattern: _parsed(pattern, policy) for pattern, policy in (chosen or {}).items()}
+    for pattern in parsed:
+        if pattern not in dtypes and not any(fnmatchcase(name, pattern) for name in dtypes):
+            raise ConfigError(f"prepare: buffers: {pattern!r} fits no buffer of the model; {_known(pattern, dtypes)}")
+    policies = {name: _policy_of(name, dtype, parsed) for name, dtype in dtypes.items()}
+    for name, policy in policies.items():
+        if policy is BufferPolicy.MEAN and not dtypes[name].is_floating_point:
+            raise ConfigError(
+                f"prepare: buffers: {name!r} is {str(dtypes[name]).removeprefix('torch.')}, and a mean needs a "
+                "floating point dtype; choose 'sum', 'last' or 'own'"
+            )
+        if policy is BufferPolicy.SUM and dtypes[name] is torch.bool:
+            raise ConfigError(f"prepare: buffers: {name!r} is bool and cannot be summed; choose 'last' or 'own'")
+    return policies
+
+
+def _policy_of(name: str, dtype: torch.dtype, parsed: Mapping[str, BufferPolicy]) -> BufferPolicy:
+    if name in parsed:
+        return parsed[name]
+    for pattern, policy in parsed.items():
+        if fnmatchcase(name, pattern):
+            return policy
+    own_name = name.rpartition(".")[2]
+    is_summed = dtype is not torch.bool and any(fnmatchcase(own_name, pattern) for pattern in SUMMED_NAMES)
+    return BufferPolicy.SUM if is_summed else BufferPolicy.LAST
+
+
+def _parsed(pattern: str, policy: str | BufferPolicy) -> BufferPolicy:
+    try:
+        return BufferPolicy(policy)
+    except ValueError:
+        expected = ", ".join(repr(each.value) for each in BufferPolicy)
+        raise ConfigError(f"prepare: buffers: {pattern!r}: expected one of {expected}, got {policy!r}") from None
+
+
+def _known(pattern: str, names: Iterable[str], limit: int = 8) -> str:
+    """The end of a message about a pattern that fits nothing."""
+    each = sorted(names)
+    near = difflib.get_close_matches(pattern, each, n=1)
+    suggestion = f"; did you mean {near[0]!r}?" if near else ""
+    more = f" and {len(each) - limit} others" if len(each) > limit else ""
+    return f"persistent buffers are {', '.join(map(repr, each[:limit])) or 'none'}{more}{suggestion}"
