@@ -84,8 +84,11 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "train.py"
 
 
-def test_a_loop_of_ones_own_has_a_display_below_its_lines(terminals: list[Terminal], warm: Warm) -> None:
-    terminal = Terminal(warm, *LAUNCH, "--ps", "2", "--workers", "2", str(EXAMPLES / "own_loop.py"))
+def test_a_loop_of_ones_own_has_a_display_below_its_lines(
+    terminals: list[Terminal], warm: Warm, tmp_path: Path
+) -> None:
+    script = str(EXAMPLES / "own_loop.py")
+    terminal = Terminal(warm, *LAUNCH, "--ps", "2", "--workers", "2", script, "--model-dir", str(tmp_path / "run"))
     terminals.append(terminal)
     assert terminal.read_to_the_end() == 0
     assert len(set(re.findall(r"(?:chief|worker):0 \| \S*epoch \d+", COLOUR.sub("", terminal.seen)))) == 20
