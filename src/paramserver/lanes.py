@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Meanwhile = Callable[[], None]
 
-NUMBERED = messages.Push | messages.UpdateVariable
+NUMBERED = (messages.Push, messages.UpdateVariable)
 """Requests that a ps carries out once, however often they are made."""
 
 
@@ -244,10 +244,12 @@ class Lanes:
         if self._aside is not None or self._outstanding.calls:
             self._mend(unanswered)
             unanswered = self._outstanding.calls | unanswered
-        number = max((_number_of(call.request) for call in calls), default=0)
+        if any(call.lane is not self._lanes[ps] for ps, call in unanswered.items()):
+            calls = [call._replace(lane=self._lanes[self._numbers[call.lane.task]]) for call in calls]
+        number = max(map(_number_of, calls), default=0)
         # In one go, so that an interrupt finds that all of it has begun, or nothing.
         self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number), aside)
-        return [call._replace(lane=self._lanes[self._numbers[call.lane.task]]) for call in calls]
+        return calls
 
     def _exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
         asked: list[Call] = []
@@ -394,5 +396,5 @@ def _asked_once_more(lane: Lane, call: Call) -> messages.Reply:
     return lane.finish(call.incoming, call.rows_in)
 
 
-def _number_of(request: messages.Request) -> int:
-    return request.sequence if isinstance(request, NUMBERED) else 0
+def _number_of(call: Call) -> int:
+    return call.request.sequence if isinstance(call.request, NUMBERED) else 0

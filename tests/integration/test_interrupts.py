@@ -130,7 +130,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("pipeline", [False, True], ids=["", "pipelined"])
 def test_g3_h3_h4_a_step(cluster: LocalCluster, pipeline: bool) -> None:
-    trainer = Trainer(cluster, pipeline=pipeline, features=800)  # of two blocks, with a direct gradient
+    trainer = Trainer(cluster, pipeline=pipeline, features=760)  # of two blocks, with a direct gradient
     trainer.step()
     trainer.backward()
     places = 0
