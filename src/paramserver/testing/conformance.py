@@ -298,6 +298,22 @@ def check_a_push_brings_values(maker: Maker) -> None:
         expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=5), "values")
 
 
+def check_renewed_gradients_arrive(maker: Maker) -> None:
+    """After `renew`, new memory is pushed, zeroed at first; the old one stays as it is, and values come as before."""
+    with _at_work(maker, LARGE) as (worker, shelf):
+        old = worker.memory.gradients[0]
+        kept = old.clone()
+        worker.memory = worker.lane.renew()
+        (gradients,) = worker.memory.gradients
+        expect_equal(gradients, torch.zeros_like(kept), "new memory")
+        gradients.copy_(pattern(LARGE[0], seed=8))
+        _fill(shelf, LARGE, seed=5)
+        expect(worker.push(Part(0, "assign"), pull=[0]), messages.Applied(1, 0))
+        _expect_arrived(worker, shelf, whole(LARGE, [0]))
+        expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=5), "values")
+        expect_equal(old, kept, "the old memory")
+
+
 def check_a_refusal_leaves_the_lane_in_step(maker: Maker) -> None:
     """A push may be refused in the middle of its payload; the next request is understood."""
     with _at_work(maker, LARGE) as (worker, shelf):
@@ -481,6 +497,7 @@ LANE_CHECKS: tuple[Check, ...] = (
     check_partial_gradients_arrive,
     check_values_come_back,
     check_a_push_brings_values,
+    check_renewed_gradients_arrive,
     check_a_refusal_leaves_the_lane_in_step,
     check_an_unread_payload_is_dropped,
     check_rows_arrive,
