@@ -192,7 +192,7 @@ KNOWN = {
 }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PROGRAMS)
 def test_random_programs(acts: list[str]) -> None:
     assert_as_plain(acts, ps.ParameterServerStrategy().prepare)
@@ -212,7 +212,7 @@ def test_known_programs(acts: list[str], lane: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(acts=PROGRAMS)
 def test_random_programs_in_a_cluster(acts: list[str], lane: str) -> None:
     with pytest.MonkeyPatch.context() as patch, LocalCluster(ps=2, workers=1) as cluster:
