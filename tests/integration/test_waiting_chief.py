@@ -160,7 +160,7 @@ def test_a_users_hook_is_told_while_it_waits_with_a_step_that_is_fresh(run: Run)
 
 @pytest.mark.xfail(
     strict=False,
-    reason="a chief that asks a ps that was started again before the other workers are back takes itself for the last one",
+    reason="a chief that asks a new ps before the other workers are back there takes itself for the last one",
 )
 def test_a_ps_that_is_lost_meanwhile_costs_the_steps_since_the_last_of_its_checkpoints(
     run: Run, caplog: pytest.LogCaptureFixture
