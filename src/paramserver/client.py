@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from paramserver.wire.messages import Part
 
 SLOTS_FILE = "slots"
 """What ps tasks call the file of slots that this task holds in memory for them."""
+
+RETURN_TIME = 60.0
+"""Seconds that a chief whose connection to a ps was made anew waits for workers that may be about to do the same."""
 
 
 class PushResult(NamedTuple):
@@ -391,13 +395,13 @@ class ParameterClient:
     def await_workers(self, on_wait: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
         """Wait until this task is the only one that still trains. Blocks for as long as the others take.
 
-        All ps tasks are asked at once, so that the loss of any of them is noticed.
+        All ps tasks are asked at once, so that the loss of any of them is noticed. After this task has lost one, those
+        that have lost it too get `RETURN_TIME` to come back.
 
         Args:
             on_wait: Called about every second with the tasks that are waited for.
         """
-        request = messages.AwaitWorkers(WAIT_INTERVAL)
-        while tasks := {task for left in ask_all(self.lanes, request, messages.Remaining) for task in left.tasks}:
+        while tasks := self._who_trains():
             on_wait(tuple(sorted(tasks)))
 
     # --- any time
@@ -460,6 +464,12 @@ class ParameterClient:
         self.local_step = first.global_step
         self.global_step = max(self.global_step, first.global_step)  # it may have been asked for meanwhile
         return PushResult(first.global_step, first.staleness)
+
+    def _who_trains(self) -> set[str]:
+        may_return = time.monotonic() < self.lanes.renewed_at + RETURN_TIME
+        replies = ask_all(self.lanes, messages.AwaitWorkers(WAIT_INTERVAL, may_return), messages.Remaining)
+        absent = set.intersection(*(set(each.absent) for each in replies))  # no ps has had their goodbye
+        return absent.union(*(each.tasks for each in replies))
 
     def _await_ready(self, patience: Patience) -> None:
         for lane in self.lanes.each():

@@ -233,8 +233,9 @@ class RequestHandler:
         session.reply(messages.State(is_over, self._store.global_step))
 
     def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:
-        left = self._roster.await_alone(session.task, _bounded(request.timeout))
-        session.reply(messages.Remaining(left))
+        left = self._roster.await_alone(session.task, _bounded(request.timeout), absent=request.absent)
+        absent = self._roster.absent(besides=session.task) if request.absent else ()
+        session.reply(messages.Remaining(left, absent))
 
     def _save(self, session: Session, save: messages.Save) -> None:
         directory = Path(save.directory)

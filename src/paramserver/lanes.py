@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -134,6 +135,7 @@ class Lanes:
         layouts: What was declared to each ps.
         memories: The memory for it, once it is made.
         epochs: The name of its values; see `wire.messages.MarkReady`.
+        renewed_at: When a lane was last made anew, by the monotonic clock.
         has_updated: Whether an update of the model was pushed.
         refusing: The ps tasks, by index, that have refused the last push.
     """
@@ -146,6 +148,7 @@ class Lanes:
         self.layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
         self.memories: list[WorkerMemory] = []
         self.epochs = [""] * len(lanes)
+        self.renewed_at = -math.inf
         self._outstanding = _Outstanding({}, 0)
         self._later: list[tuple[int, Call]] = []
         self.has_updated = False
@@ -330,6 +333,7 @@ class Lanes:
         if self.memories:
             lane.open(self.layouts[ps], self.memories[ps])
         self._lanes[ps] = lane
+        self.renewed_at = time.monotonic()
         return lane
 
     def _declare_again(self, lane: Lane, ps: int) -> None:
@@ -350,6 +354,7 @@ class Lanes:
         """
         self.close()
         self._lanes = list(lanes)
+        self.renewed_at = time.monotonic()
 
     def goodbye(self, failure: str = "") -> None:
         """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent.

@@ -202,7 +202,7 @@ def test_a_variable_that_is_created(cluster: LocalCluster) -> None:
     strategy.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of files that were just being opened
+@pytest.mark.filterwarnings(r"ignore:(?s).*unclosed file:pytest.PytestUnraisableExceptionWarning")  # just being opened
 def test_a_save(cluster: LocalCluster, tmp_path: Path) -> None:
     """What is named the latest is whole, the next save works, and training is as if nothing had been saved."""
     trainer = Trainer(cluster)

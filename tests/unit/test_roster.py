@@ -80,6 +80,25 @@ def test_the_chief_waits_for_the_workers_that_are_connected():
     assert roster.await_alone(CHIEF, timeout=60) == ()
 
 
+@pytest.mark.parametrize(
+    ("events", "absent"),
+    [
+        ("", [FIRST, SECOND]),
+        ("worker:1 joins, worker:1 drops", [FIRST, SECOND]),
+        ("worker:1 joins, worker:1 leaves", [FIRST]),
+        ("worker:1 joins", [FIRST]),
+    ],
+)
+def test_workers_that_may_come_back_are_absent(events, absent):
+    roster = play(f"chief:0 joins, {events}")
+    assert roster.absent(besides=CHIEF) == tuple(absent)
+
+
+def test_the_chief_waits_for_the_absent_too_when_it_asks_for_them():
+    roster = play("chief:0 joins, worker:1 joins, worker:1 leaves")
+    assert roster.await_alone(CHIEF, timeout=0, absent=True) == ()
+
+
 def test_stop_ends_every_wait():
     roster = play("chief:0 joins, worker:1 joins")
     roster.stop()

@@ -135,14 +135,23 @@ class Roster:
 
     def joined(self, besides: str = "") -> tuple[str, ...]:
         """The workers that are connected now."""
-        return tuple(
-            task for task, presence in self._presence.items() if presence is Presence.JOINED and task != besides
-        )
+        return self._who(Presence.JOINED, besides=besides)
 
-    def await_alone(self, task: str, timeout: float) -> tuple[str, ...]:
-        """Wait until ``task`` is the only one connected, for at most ``timeout`` seconds; who is left."""
+    def absent(self, besides: str = "") -> tuple[str, ...]:
+        """The workers that may come yet, or come back: they are not connected, and have not said goodbye."""
+        return self._who(Presence.EXPECTED, Presence.LOST, besides=besides)
+
+    def await_alone(self, task: str, timeout: float, *, absent: bool = False) -> tuple[str, ...]:
+        """Wait until ``task`` is the only one connected, for at most ``timeout`` seconds; who is left.
+
+        With ``absent``, those that may come back are waited for as well.
+        """
+
+        def is_alone() -> bool:
+            return not self.joined(besides=task) and not (absent and self.absent(besides=task))
+
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not self.joined(besides=task), timeout)
+            self._changed.wait_for(lambda: self._stopped or is_alone(), timeout)
             return self.joined(besides=task)
 
     @property
@@ -170,6 +179,9 @@ class Roster:
 
     def __str__(self) -> str:
         return ", ".join(f"{task} ({presence.value})" for task, presence in self._presence.items())
+
+    def _who(self, *presences: Presence, besides: str) -> tuple[str, ...]:
+        return tuple(task for task, presence in self._presence.items() if presence in presences and task != besides)
 
     def _number(self, task: str, incarnation: str) -> int:
         name = incarnation.partition(".")[0]

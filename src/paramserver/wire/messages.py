@@ -139,6 +139,8 @@ class AwaitWorkers(Message, frozen=True):
     """The chief asks who else still trains; answered when nobody does, or after ``timeout`` seconds."""
 
     timeout: float
+    absent: bool = False
+    """Whether those are waited for, too, that are not connected and have not said goodbye."""
 
 
 class Save(Message, frozen=True):
@@ -287,6 +289,8 @@ class Remaining(Message, frozen=True):
     """The other workers that are still connected."""
 
     tasks: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    """Those that are not, and have not said goodbye, if they were asked for."""
 
 
 class Underway(Message, frozen=True):
