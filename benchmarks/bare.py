@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from benchmarks.processes import Crew
 from paramserver.cluster import environment
 from paramserver.launch.spec import HOST
-from paramserver.transport.memory import payload_memory
+from paramserver.memory.arena_memory import payload_memory
 
 WORD = struct.Struct("<4sxxxxQ")
 """A request, and an answer: what to do, and with how many bytes. As long as a small message of ours."""

@@ -46,14 +46,15 @@ from safetensors.torch import load_file, save_file
 from benchmarks import memory
 from benchmarks.processes import BenchmarkError, Child, crew
 from benchmarks.step import MIB, fail
-from paramserver.arena import ArenaLayout, Shard, VariableSpec
 from paramserver.checkpoint.model_dir import CheckpointManager
-from paramserver.client import ParameterClient
+from paramserver.client.client import ParameterClient
 from paramserver.cluster import ClusterSpec, TaskId
 from paramserver.distribute.checkpoints import write_checkpoint
 from paramserver.distribute.connection import to_cluster
 from paramserver.errors import ParameterServerError
 from paramserver.launch.spec import HOST, NO_ADDRESS
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.variables import Shard, VariableSpec
 from paramserver.wire.messages import Part, Saved
 
 NUM_TENSORS = 8

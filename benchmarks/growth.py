@@ -27,7 +27,7 @@ from benchmarks.herd import Herd, layouts
 from benchmarks.processes import BenchmarkError, Child, Crew, crew
 from benchmarks.serving import Servers, start_servers
 from benchmarks.stepper import Spec, slowest_step, start, steps_per_second
-from paramserver.client import ParameterClient
+from paramserver.client.client import ParameterClient
 from paramserver.wire.messages import Part
 
 VARIABLES = (100, 500, 2000)

@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.participant import Measured, Ready, take_part
 from benchmarks.shapes import LEARNING_RATE
-from paramserver.arena import ArenaLayout, VariableSpec
 from paramserver.cluster import ClusterSpec, TaskId
 from paramserver.distribute.connection import to_cluster
-from paramserver.rules import describe
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.rules import describe
+from paramserver.layout.variables import VariableSpec
 from paramserver.wire.messages import Part
 
 CONNECT_LIMIT = 60.0

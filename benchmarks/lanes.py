@@ -27,10 +27,11 @@ from benchmarks.figure import Effort, Figure, compared, run, seconds_each, take_
 from benchmarks.processes import crew
 from benchmarks.serving import start_servers
 from benchmarks.shapes import LEARNING_RATE
-from paramserver.arena import ArenaLayout, VariableSpec
-from paramserver.client import ParameterClient
-from paramserver.rules import describe
-from paramserver.transport.memory import payload_memory
+from paramserver.client.client import ParameterClient
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.rules import describe
+from paramserver.layout.variables import VariableSpec
+from paramserver.memory.arena_memory import payload_memory
 from paramserver.wire.messages import Part
 
 SIZES = (4_000, 64_000, 1_000_000, 16_000_000, 128_000_000, 512_000_000)

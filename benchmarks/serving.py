@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.processes import Child, Crew
-from paramserver.client import ParameterClient
+from paramserver.client.client import ParameterClient
 from paramserver.cluster import ClusterSpec, TaskId
 from paramserver.distribute.connection import to_cluster
 from paramserver.launch.spec import HOST, NO_ADDRESS, THREAD_VARIABLES

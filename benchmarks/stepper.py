@@ -22,7 +22,7 @@ from benchmarks.participant import take_part
 from benchmarks.processes import Child, Crew
 from benchmarks.shapes import LEARNING_RATE, MlpShape
 from benchmarks.step import await_ready, rate, run_window
-from paramserver.distribute.prepared_optimizer import PreparedOptimizer
+from paramserver.distribute.bound.optimizer import PreparedOptimizer
 
 START_LIMIT = 60.0
 COMPUTING = Mlp(MlpShape(sizes=(784, 512, 10), batch=512))

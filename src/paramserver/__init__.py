@@ -18,52 +18,52 @@ if TYPE_CHECKING:
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
     from paramserver.cluster import UnionClusterResolver as UnionClusterResolver
-    from paramserver.distribute.buffer_policies import BufferPolicy as BufferPolicy
+    from paramserver.distribute.bound.buffer_policies import BufferPolicy as BufferPolicy
     from paramserver.distribute.central_storage import CentralStorageStrategy as CentralStorageStrategy
-    from paramserver.distribute.current import get_replica_context as get_replica_context
-    from paramserver.distribute.current import get_strategy as get_strategy
-    from paramserver.distribute.current import has_strategy as has_strategy
-    from paramserver.distribute.current import in_cross_replica_context as in_cross_replica_context
-    from paramserver.distribute.current import in_replica_context as in_replica_context
-    from paramserver.distribute.current import set_strategy as set_strategy
-    from paramserver.distribute.input.context import InputContext as InputContext
-    from paramserver.distribute.input.context import ValueContext as ValueContext
+    from paramserver.distribute.core.input_context import InputContext as InputContext
+    from paramserver.distribute.core.input_context import ValueContext as ValueContext
+    from paramserver.distribute.core.values import Mirrored as Mirrored
+    from paramserver.distribute.core.values import PerReplica as PerReplica
+    from paramserver.distribute.default import get_replica_context as get_replica_context
+    from paramserver.distribute.default import get_strategy as get_strategy
+    from paramserver.distribute.default import has_strategy as has_strategy
+    from paramserver.distribute.default import in_cross_replica_context as in_cross_replica_context
+    from paramserver.distribute.default import in_replica_context as in_replica_context
+    from paramserver.distribute.default import set_strategy as set_strategy
     from paramserver.distribute.input.options import InputOptions as InputOptions
     from paramserver.distribute.parameter_server import ParameterServerStrategy as ParameterServerStrategy
-    from paramserver.distribute.reduction import ReduceOp as ReduceOp
-    from paramserver.distribute.replica_context import ReplicaContext as ReplicaContext
-    from paramserver.distribute.values import Mirrored as Mirrored
-    from paramserver.distribute.values import PerReplica as PerReplica
-    from paramserver.distribute.variable import Variable as Variable
-    from paramserver.distribute.variable import VariableAggregation as VariableAggregation
-    from paramserver.server import Server as Server
+    from paramserver.distribute.reduce.reduction import ReduceOp as ReduceOp
+    from paramserver.distribute.replicas.context import ReplicaContext as ReplicaContext
+    from paramserver.distribute.variables.variable import Variable as Variable
+    from paramserver.distribute.variables.variable import VariableAggregation as VariableAggregation
+    from paramserver.server.server import Server as Server
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BufferPolicy": "distribute.buffer_policies",
+    "BufferPolicy": "distribute.bound.buffer_policies",
     "CentralStorageStrategy": "distribute.central_storage",
     "ClusterSpec": "cluster",
-    "InputContext": "distribute.input.context",
+    "InputContext": "distribute.core.input_context",
     "InputOptions": "distribute.input.options",
-    "Mirrored": "distribute.values",
+    "Mirrored": "distribute.core.values",
     "ParameterServerStrategy": "distribute.parameter_server",
-    "PerReplica": "distribute.values",
-    "ReduceOp": "distribute.reduction",
-    "ReplicaContext": "distribute.replica_context",
-    "Server": "server",
+    "PerReplica": "distribute.core.values",
+    "ReduceOp": "distribute.reduce.reduction",
+    "ReplicaContext": "distribute.replicas.context",
+    "Server": "server.server",
     "SimpleClusterResolver": "cluster",
     "TFConfigClusterResolver": "cluster",
     "UnionClusterResolver": "cluster",
-    "ValueContext": "distribute.input.context",
-    "Variable": "distribute.variable",
-    "VariableAggregation": "distribute.variable",
-    "get_replica_context": "distribute.current",
-    "get_strategy": "distribute.current",
-    "has_strategy": "distribute.current",
-    "in_cross_replica_context": "distribute.current",
-    "in_replica_context": "distribute.current",
-    "set_strategy": "distribute.current",
+    "ValueContext": "distribute.core.input_context",
+    "Variable": "distribute.variables.variable",
+    "VariableAggregation": "distribute.variables.variable",
+    "get_replica_context": "distribute.default",
+    "get_strategy": "distribute.default",
+    "has_strategy": "distribute.default",
+    "in_cross_replica_context": "distribute.default",
+    "in_replica_context": "distribute.default",
+    "set_strategy": "distribute.default",
 }
 _MODULES = ("errors", "estimator", "placement", "summary")
 

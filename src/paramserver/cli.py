@@ -119,7 +119,7 @@ def server() -> None:
     from paramserver.cluster import server_task
 
     server_task()  # what is wrong with it shows at once, and not after torch is imported
-    from paramserver.server import run_standard_server
+    from paramserver.server.server import run_standard_server
 
     run_standard_server()
 
@@ -160,7 +160,7 @@ def status(
     Asks those of a run that is going on, whose PARAMSERVER_TOKEN must be set. Load is the size of the values,
     relative to the mean of the tasks shown; staleness counts updates of others.
     """
-    from paramserver import status as run_status
+    from paramserver.observe import status as run_status
 
     statuses = run_status.ask(run_status.find_targets(addresses or ()), timeout)
     if as_json:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 
-from paramserver.distribute import context
+from paramserver.distribute.core import context
 from paramserver.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -101,7 +101,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_names_are_the_ones_of_their_homes() -> None:
-    from paramserver.distribute import current
+    from paramserver.distribute import default
 
-    assert ps.get_strategy is current.get_strategy
-    assert ps.has_strategy is current.has_strategy
+    assert ps.get_strategy is default.get_strategy
+    assert ps.has_strategy is default.has_strategy

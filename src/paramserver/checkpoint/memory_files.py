@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from paramserver.arena import DTYPES, tensor_bytes
-from paramserver.checkpoint_folder import Read, Write
+from paramserver.checkpoint.folder import Read, Write
+from paramserver.checkpoint.tensor_file import LENGTH_BYTES, TensorSpec, header_length, lay_out, parse_header
 from paramserver.errors import CheckpointError
-from paramserver.tensor_file import LENGTH_BYTES, TensorSpec, header_length, lay_out, parse_header
+from paramserver.layout.arena import DTYPES
+from paramserver.memory.arena_memory import tensor_bytes
 
 
 class _Segment(NamedTuple):

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import msgspec
 
+from paramserver.checkpoint.index import VALUES_INDEX
 from paramserver.checkpoint.storage import ASIDE, is_remote, local_copy, storage_of
-from paramserver.checkpoint_files import VALUES_INDEX
 from paramserver.errors import CheckpointError, ConfigError
 
 STATE_FILE = "checkpoint"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index, unclaimed, write_index
 from paramserver.checkpoint.model_dir import (
     CheckpointManager,
     checkpoint_step,
@@ -23,8 +24,7 @@ from paramserver.checkpoint.model_dir import (
     readable,
 )
 from paramserver.checkpoint.storage import absolute
-from paramserver.checkpoint_files import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index, unclaimed, write_index
-from paramserver.client import ParameterClient
+from paramserver.client.client import ParameterClient
 from paramserver.cluster import environment
 from paramserver.errors import CheckpointError, NotFiniteError
 

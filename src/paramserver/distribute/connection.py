@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from paramserver.client import ParameterClient
+from paramserver.client.client import ParameterClient
+from paramserver.client.exchange import Lanes
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
 from paramserver.errors import DeadlineError, RunOverError, UnavailableError
-from paramserver.lanes import Lanes
-from paramserver.server import play_in_process
-from paramserver.transport.handshake import Identity, connect, new_incarnation
+from paramserver.server.server import play_in_process
+from paramserver.transport.handshake import connect
+from paramserver.transport.identity import Identity, new_incarnation
 from paramserver.transport.lane import Lane
 
 REDIAL_TIMEOUT = 1.0

@@ -12,8 +12,7 @@ from typing import Any, Self, TypeVar, overload
 import torch
 from torch import nn
 
-from paramserver.arena import ArenaLayout, Range, VariableSpec
-from paramserver.client import ParameterClient
+from paramserver.client.client import ParameterClient
 from paramserver.cluster import (
     ClusterLike,
     ClusterResolver,
@@ -27,22 +26,25 @@ from paramserver.cluster import (
     validate_cluster,
     worker_count,
 )
-from paramserver.distribute import checkpoints, connection, optimizer_state, variables
-from paramserver.distribute.bound_model import BoundModel, PipelinedModel
-from paramserver.distribute.bound_table import take_tables
-from paramserver.distribute.buffer_arena import Sharing
-from paramserver.distribute.buffer_policies import BufferPolicy
-from paramserver.distribute.devices import Device, DeviceChoice
-from paramserver.distribute.direct_gradients import make_direct
-from paramserver.distribute.input.context import InputContext
-from paramserver.distribute.optimizer_state import OptimizerState, State
-from paramserver.distribute.prepared_optimizer import PreparedOptimizer
-from paramserver.distribute.reduction import ReduceOp
-from paramserver.distribute.replica_tensors import ReplicaTensors
-from paramserver.distribute.saving_strategy import SavingStrategy
-from paramserver.distribute.step_times import StepTimes
-from paramserver.distribute.strategy import StrategyExtended
+from paramserver.distribute import checkpoints, connection
+from paramserver.distribute.bound import optimizer_state, plan
+from paramserver.distribute.bound.buffer_policies import BufferPolicy
+from paramserver.distribute.bound.buffers import Sharing
+from paramserver.distribute.bound.direct_gradients import make_direct
+from paramserver.distribute.bound.model import BoundModel, PipelinedModel
+from paramserver.distribute.bound.optimizer import PreparedOptimizer
+from paramserver.distribute.bound.optimizer_state import OptimizerState, State
+from paramserver.distribute.bound.replica_tensors import ReplicaTensors
+from paramserver.distribute.bound.step_times import StepTimes
+from paramserver.distribute.bound.tables.bound_table import take_tables
+from paramserver.distribute.core.devices import Device, DeviceChoice
+from paramserver.distribute.core.input_context import InputContext
+from paramserver.distribute.reduce.reduction import ReduceOp
+from paramserver.distribute.saving import SavingStrategy
 from paramserver.errors import ConfigError, LocalProtocolError, RunOverError, UnavailableError
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import Range
+from paramserver.layout.variables import VariableSpec
 from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
 
 logger = logging.getLogger(__name__)
@@ -138,10 +140,6 @@ class ParameterServerStrategy(SavingStrategy):
         logger.info("%r", self)
 
     @property
-    def extended(self) -> StrategyExtended:
-        return ParameterServerExtended(self)  # not kept: a circle would hold connections until a collection
-
-    @property
     def cluster_resolver(self) -> ClusterResolver:
         return self._resolver
 
@@ -159,6 +157,16 @@ class ParameterServerStrategy(SavingStrategy):
     def parameter_device(self) -> Device:
         """Where the variables lie without a cluster (C17, C18)."""
         return self._devices.parameter
+
+    @property
+    def worker_devices(self) -> tuple[str, ...]:
+        return tuple(map(str, self.compute_devices))
+
+    @property
+    def parameter_devices(self) -> tuple[str, ...]:
+        if self.task is None:
+            return (str(self.parameter_device),)
+        return tuple(f"/job:ps/task:{task.index}" for task in self.cluster.tasks(Role.PS))
 
     @property
     def num_replicas_in_sync(self) -> int:
@@ -292,8 +300,8 @@ class ParameterServerStrategy(SavingStrategy):
         """
         self._check_can_prepare()
         limit = self._timeout if timeout is None else timeout
-        collected = variables.collect(model, optimizers, buffers)
-        arenas = variables.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
+        collected = plan.collect(model, optimizers, buffers)
+        arenas = plan.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
         self._has_prepared = self._is_preparing = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
@@ -320,7 +328,7 @@ class ParameterServerStrategy(SavingStrategy):
         for name, lookup in lookups.items():
             lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
-        self._prepared, self._aliases = bound, variables.aliases(model)
+        self._prepared, self._aliases = bound, plan.aliases(model)
         self._found_step = client.local_step if is_ready else None
         self._models.add(bound)
         self._bound[model] = weakref.ref(bound)
@@ -483,13 +491,13 @@ class ParameterServerStrategy(SavingStrategy):
     def __repr__(self) -> str:
         if self.task is None:
             return (
-                f"<{type(self).__name__} in one process; computing on {', '.join(self.extended.worker_devices)}, "
+                f"<{type(self).__name__} in one process; computing on {', '.join(self.worker_devices)}, "
                 f"variables on {self.parameter_device}>"
             )
         jobs = ", ".join(f"{self.cluster.num_tasks(job)} {job}" for job in self.cluster.jobs)
         return (
             f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {jobs}; "
-            f"computing on {', '.join(self.extended.worker_devices)}, variables on /job:ps>"
+            f"computing on {', '.join(self.worker_devices)}, variables on /job:ps>"
         )
 
     def _check_can_prepare(self) -> None:
@@ -529,22 +537,6 @@ class ParameterServerStrategy(SavingStrategy):
         index = id_in_cluster(self.cluster, *self.task) if self.task else 0
         if index:
             torch.manual_seed((torch.initial_seed() + index) % 2**63)
-
-
-class ParameterServerExtended(StrategyExtended):
-    """See `StrategyExtended`; C13, C15, C17."""
-
-    _strategy: ParameterServerStrategy
-
-    @property
-    def worker_devices(self) -> tuple[str, ...]:
-        return tuple(map(str, self._strategy.compute_devices))
-
-    @property
-    def parameter_devices(self) -> tuple[str, ...]:
-        if self._strategy.task is None:
-            return (str(self._strategy.parameter_device),)
-        return tuple(f"/job:ps/task:{task.index}" for task in self._strategy.cluster.tasks(Role.PS))
 
 
 def _begin_state(states: Sequence[OptimizerState], carried: Sequence[State]) -> None:

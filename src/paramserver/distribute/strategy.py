@@ -9,92 +9,51 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
-from paramserver.arena import Range, VariableSpec
-from paramserver.client import ParameterClient
 from paramserver.cluster import ClusterResolver
-from paramserver.distribute import context, reduction, replica_threads, updating, values, variable_creation
+from paramserver.distribute.bound.optimizer import PreparedOptimizer
+from paramserver.distribute.core import context, values
+from paramserver.distribute.core.input_context import InputContext, ValueContext
+from paramserver.distribute.core.values import PerReplica
+from paramserver.distribute.core.worker import Worker
 from paramserver.distribute.input import arrays as input_arrays
-from paramserver.distribute.input import context as input_context
 from paramserver.distribute.input import dataset as input_dataset
 from paramserver.distribute.input import iterators as input_iterators
+from paramserver.distribute.input import values as input_values
 from paramserver.distribute.input.arrays import ArrayDataset
-from paramserver.distribute.input.context import InputContext, ValueContext
 from paramserver.distribute.input.dataset import DistributedDataset
 from paramserver.distribute.input.iterators import DistributedIterator
 from paramserver.distribute.input.options import InputOptions
-from paramserver.distribute.prepared_optimizer import PreparedOptimizer
-from paramserver.distribute.reduction import Destinations, ReduceOp
-from paramserver.distribute.values import PerReplica
-
-if TYPE_CHECKING:
-    from paramserver.distribute.variable import Variable, VariableOptions
+from paramserver.distribute.reduce import reduction
+from paramserver.distribute.reduce.reduction import Destinations, ReduceOp
+from paramserver.distribute.replicas import threads
+from paramserver.distribute.variables import creation, updating
+from paramserver.distribute.variables.variable import Variable, VariableOptions
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 
-class Strategy(abc.ABC):
+class Strategy(Worker):
     """How a program is distributed. Entered with ``with strategy.scope():``."""
 
     @property
-    @abc.abstractmethod
     def extended(self) -> StrategyExtended:
         """What libraries ask of a strategy."""
+        return StrategyExtended(self)  # not kept: a circle would hold connections until a collection
 
     @property
     @abc.abstractmethod
     def cluster_resolver(self) -> ClusterResolver | None:
         """Where the strategy learnt of its cluster."""
 
-    @property
-    @abc.abstractmethod
-    def is_chief(self) -> bool:
-        """Whether this task initializes, checkpoints and writes summaries."""
-
-    @property
-    @abc.abstractmethod
-    def input_context(self) -> InputContext:
-        """Which part of the input this task reads.
-
-        Raises:
-            ValueError: On a task that does not train.
-        """
-
     @abc.abstractmethod
     def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
         """Put a model's variables onto parameter servers. See the strategies for what blocks and what is raised."""
-
-    @abc.abstractmethod
-    def connect(self) -> ParameterClient:
-        """The client of the ps tasks; connects to them when it is first asked for. Blocks for as long as that takes.
-
-        Raises:
-            RuntimeError: If the strategy has no ps tasks.
-            DeadlineError: If a ps is not up in time.
-        """
-
-    @abc.abstractmethod
-    def place(self, variable: VariableSpec) -> int:
-        """The index of the ps for the next variable that is created; every call counts as a creation."""
-
-    @abc.abstractmethod
-    def row_ranges(self, variable: VariableSpec) -> list[Range]:
-        """The rows of a variable that lie apart; none for one that stays whole."""
-
-    @property
-    @abc.abstractmethod
-    def session_creation_timeout(self) -> float:
-        """Seconds to wait for the ps tasks to come up, and for the chief to initialize."""
-
-    @property
-    def num_replicas_in_sync(self) -> int:
-        """The replicas of this worker, whose gradients become one update (W06)."""
-        return len(self.extended.worker_devices)
 
     # --- running
 
@@ -120,10 +79,6 @@ class Strategy(abc.ABC):
             RuntimeError: Inside a replica.
         """
         return self.extended.call_for_each_replica(fn, args, kwargs)
-
-    @abc.abstractmethod
-    def activate(self, replica: int) -> None:
-        """Called before a replica has its turn: what a model holds is that replica's from now on."""
 
     # --- values
 
@@ -155,6 +110,12 @@ class Strategy(abc.ABC):
         """A value's components by replica; of a plain value that value alone."""
         return values.local_results(value)
 
+    # --- variables
+
+    def create_variable(self, options: VariableOptions) -> Variable:
+        """What `Variable` does in this strategy's scope, which says of which kind it is and where it lies."""
+        return creation.create(self, options)
+
     # --- input
 
     def distribute_dataset(
@@ -175,7 +136,7 @@ class Strategy(abc.ABC):
 
     def distribute_values_from_function(self, fn: Callable[[ValueContext], T]) -> PerReplica[T] | T:
         """A value for each replica, by a function that is called for one after the other (I16)."""
-        return input_context.distribute_values_from_function(self, fn)
+        return input_values.distribute_values_from_function(self, fn)
 
     def make_dataset_iterator(self, dataset: Iterable[Any]) -> DistributedIterator[Any]:
         """An iterator over a dataset whose batches are divided among the replicas; see `input.iterators`."""
@@ -195,7 +156,7 @@ class Strategy(abc.ABC):
         raise RuntimeError(f"Must only deepcopy {self!r}: a shallow copy would share what belongs to one strategy")
 
 
-class StrategyExtended(abc.ABC):
+class StrategyExtended:
     """What libraries ask of a strategy, beyond what programs do. Names as in tf.distribute.
 
     Args:
@@ -206,14 +167,14 @@ class StrategyExtended(abc.ABC):
         self._strategy = strategy
 
     @property
-    @abc.abstractmethod
     def worker_devices(self) -> tuple[str, ...]:
         """The devices of this worker that compute, one for each replica."""
+        return self._strategy.worker_devices
 
     @property
-    @abc.abstractmethod
     def parameter_devices(self) -> tuple[str, ...]:
         """The devices that hold variables, in the order in which they are filled."""
+        return self._strategy.parameter_devices
 
     @property
     def worker_devices_by_replica(self) -> tuple[tuple[str, ...], ...]:
@@ -249,9 +210,7 @@ class StrategyExtended(abc.ABC):
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"run: positional args must be a list or tuple, got {type(args).__name__}")
         with context.cross_replica(self._strategy, "run"):
-            return replica_threads.call_for_each_replica(
-                self._strategy, fn, args, kwargs or {}, self._strategy.activate
-            )
+            return threads.call_for_each_replica(self._strategy, fn, args, kwargs or {}, self._strategy.activate)
 
     def run_steps_on_iterator(self, fn: Callable[..., Any], iterator: object, iterations: int = 1) -> NoReturn:
         """Several steps in one call: not offered, as in the original (I18).
@@ -282,8 +241,8 @@ class StrategyExtended(abc.ABC):
     # --- variables
 
     def create_variable(self, options: VariableOptions) -> Variable:
-        """What `Variable` does in this strategy's scope, which says of which kind it is and where it lies."""
-        return variable_creation.create(self._strategy, options)
+        """`Strategy.create_variable`, by its other name."""
+        return self._strategy.create_variable(options)
 
     def update(
         self,

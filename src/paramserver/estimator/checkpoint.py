@@ -9,19 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from paramserver.arena import DTYPES
+from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, VALUES_PREFIX, read_index, unclaimed
 from paramserver.checkpoint.model_dir import checkpoint_step, readable
-from paramserver.checkpoint_files import (
-    SLOTS_INDEX,
-    VALUES_INDEX,
-    VALUES_PREFIX,
-    read_index,
-    read_shapes,
-    read_tensors,
-    unclaimed,
-)
-from paramserver.distribute.variables import load_values, plain_name
+from paramserver.checkpoint.reading import read_shapes, read_tensors
+from paramserver.distribute.bound.plan import load_values, plain_name
 from paramserver.errors import CheckpointError
+from paramserver.layout.arena import DTYPES
 
 
 def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:

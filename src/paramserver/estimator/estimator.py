@@ -13,27 +13,29 @@ from typing import Any
 import torch
 
 from paramserver.checkpoint.model_dir import checkpoint_step, latest_checkpoint
+from paramserver.checkpoint.saved_values import SavedValues
 from paramserver.checkpoint.storage import join
 from paramserver.cluster import Role
+from paramserver.distribute.bound.plan import load_values
 from paramserver.distribute.checkpoints import say_left_out
-from paramserver.distribute.input.context import InputContext
+from paramserver.distribute.core.input_context import InputContext
 from paramserver.distribute.parameter_server import ParameterServerStrategy
-from paramserver.distribute.variables import load_values
 from paramserver.errors import ConfigError
-from paramserver.estimator import evaluation, prediction, progress, training
+from paramserver.estimator import progress
 from paramserver.estimator.arguments import check_model_fn, check_steps, training_strategy, with_model_dir
-from paramserver.estimator.aside import Aside
 from paramserver.estimator.calling import Batch, batches_of, call_with_named, features_of, name_of
 from paramserver.estimator.checkpoint import load_model
-from paramserver.estimator.eval_summary import write_results
-from paramserver.estimator.export import write_export
-from paramserver.estimator.hooks import TrainingHook, as_tuple
-from paramserver.estimator.inference import input_context, own_strategy, replicas_of
+from paramserver.estimator.evaluate import evaluation, prediction
+from paramserver.estimator.evaluate.inference import input_context, own_strategy, replicas_of
+from paramserver.estimator.evaluate.summary import write_results
+from paramserver.estimator.export.export import write_export
+from paramserver.estimator.hooks.hook import TrainingHook, as_tuple
+from paramserver.estimator.hooks.saving import CheckpointSaverListener
+from paramserver.estimator.isolated_context import Aside
 from paramserver.estimator.run_config import RunConfig
-from paramserver.estimator.saved_values import SavedValues
-from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
-from paramserver.estimator.warm_start import WarmStartSettings, as_settings, warm_start
+from paramserver.estimator.train import training
+from paramserver.estimator.train.warm_start import WarmStartSettings, as_settings, warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +294,7 @@ class Estimator:
     ) -> str:
         """Write the model of a checkpoint into a new folder; the folder's path. Blocks; changes no random state.
 
-        See `paramserver.estimator.export` for what is in it.
+        See `paramserver.estimator.export.export` for what is in it.
 
         Args:
             export_path: Where the folder, named by the time in seconds, is made: a path or URL.

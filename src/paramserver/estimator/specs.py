@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from paramserver.distribute.buffer_policies import BufferPolicy
+from paramserver.distribute.bound.buffer_policies import BufferPolicy
 from paramserver.errors import ConfigError
-from paramserver.estimator.exporters import Exporter, check_exporter_name
-from paramserver.estimator.hooks import TrainingHook, as_tuple
-from paramserver.estimator.saving_hooks import CheckpointSaverListener
+from paramserver.estimator.export.exporters import Exporter, check_exporter_name
+from paramserver.estimator.hooks.hook import TrainingHook, as_tuple
+from paramserver.estimator.hooks.saving import CheckpointSaverListener
 
 T = TypeVar("T")
 

@@ -13,12 +13,12 @@ from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import CheckpointError, ConfigError, RunOverError
 from paramserver.estimator.arguments import training_strategy
 from paramserver.estimator.estimator import Estimator
-from paramserver.estimator.evaluator import Evaluator, wait_for
-from paramserver.estimator.hooks import TrainingSession
+from paramserver.estimator.evaluate.evaluator import Evaluator, wait_for
+from paramserver.estimator.hooks.hook import TrainingSession
+from paramserver.estimator.hooks.saving import CheckpointSaverListener
 from paramserver.estimator.run_config import RunConfig
-from paramserver.estimator.saving_hooks import CheckpointSaverListener
 from paramserver.estimator.specs import EvalSpec, TrainSpec
-from paramserver.server import run_standard_server
+from paramserver.server.server import run_standard_server
 
 logger = logging.getLogger(__name__)
 

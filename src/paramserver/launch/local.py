@@ -23,15 +23,7 @@ from paramserver.launch.fork_server import OwnForkServer, inherited_fork_server
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.rules import Ending, Rules
-from paramserver.launch.spec import (
-    HOST,
-    LEFT_ALONE,
-    LaunchOptions,
-    LaunchSpec,
-    describe,
-    plan,
-    shared_environment,
-)
+from paramserver.launch.spec import HOST, LEFT_ALONE, LaunchOptions, LaunchSpec, describe, plan, shared_environment
 from paramserver.launch.start_methods import Spawn, StartMethod
 
 LINGER = 1.0

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from paramserver.rules import Rule, Setting, rule_class, setting_names
+from paramserver.layout.rules import Rule, Setting, rule_class, setting_names
 from paramserver.store.optimizers import build, kernel
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from paramserver.arena import BLOCK, Range
 from paramserver.errors import NotFiniteError
-from paramserver.store.place import Place
-from paramserver.store.stored_arena import BlockCopy, StoredArena
+from paramserver.layout.blocks import BLOCK, Range
+from paramserver.store.arena import BlockCopy, StoredArena
+from paramserver.store.shards.place import Place
 
 
 def check_finite(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from paramserver.errors import ConfigError
-from paramserver.rules import ROW_RULES, RULES, Setting
+from paramserver.layout.rules import ROW_RULES, RULES, Setting
 
 Kernel = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Mapping[Tensor, Mapping[str, Tensor]]], bool]
 

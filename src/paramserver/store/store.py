@@ -10,11 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import DTYPES, ArenaLayout, Range, StoreMemory, VariableSpec, num_blocks
 from paramserver.errors import ModelMismatchError, RefusedError
+from paramserver.layout.arena import DTYPES, ArenaLayout
+from paramserver.layout.blocks import Range, num_blocks
+from paramserver.layout.variables import VariableSpec
+from paramserver.memory.arena_memory import StoreMemory
+from paramserver.store.arena import StoredArena
 from paramserver.store.progress import Progress
-from paramserver.store.stored_arena import StoredArena
-from paramserver.store.stored_table import StoredTable
+from paramserver.store.tables.table import StoredTable
 
 Allocate = Callable[[Sequence[ArenaLayout]], StoreMemory]
 

@@ -29,9 +29,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ID_BYTES, ArenaLayout, Range, StoreMemory, VariableSpec, pieces, tensor_bytes
 from paramserver.errors import UnavailableError
-from paramserver.transport import memory
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import BLOCK, ID_BYTES, Range, pieces
+from paramserver.layout.variables import VariableSpec
+from paramserver.memory import arena_memory
+from paramserver.memory.arena_memory import StoreMemory, tensor_bytes
 from paramserver.transport.lane import Lane, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Reply, Request
@@ -136,7 +139,7 @@ class Shelf:
             versions[block] += 1
 
     def _declare(self, session: Session, layouts: Sequence[ArenaLayout]) -> None:
-        self._layouts, self.memory = layouts, memory.shared_store_memory(layouts)
+        self._layouts, self.memory = layouts, arena_memory.shared_store_memory(layouts)
         session.open(layouts, self.memory)
         session.reply(messages.Declared(False))
 

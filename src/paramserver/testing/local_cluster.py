@@ -9,11 +9,11 @@ import socket
 from types import TracebackType
 from typing import Self
 
-from paramserver.client import ParameterClient
+from paramserver.client.client import ParameterClient
 from paramserver.cluster import ClusterSpec, Role, SimpleClusterResolver, TaskId, environment
 from paramserver.distribute import connection
 from paramserver.errors import ConfigError
-from paramserver.server import GRACE, Server
+from paramserver.server.server import GRACE, Server
 
 HOST = "127.0.0.1"
 CONNECT_TIMEOUT = 30.0

@@ -11,19 +11,17 @@ Rules
 from __future__ import annotations
 
 import contextlib
-import functools
 import hmac
-import os
 import secrets
 import socket
 import threading
 import time
-from dataclasses import dataclass
 
 from paramserver.errors import DeadlineError, RemoteProtocolError, RunOverError, TokenError
 from paramserver.errors import UnavailableError as Unavailable
-from paramserver.transport import memory
+from paramserver.memory import shared_file
 from paramserver.transport.frames import FrameSocket
+from paramserver.transport.identity import Identity
 from paramserver.transport.lane import Lane, Session
 from paramserver.transport.shared_memory import SharedMemoryLane, SharedMemorySession
 from paramserver.transport.tcp import TcpLane, TcpSession, expect_reply
@@ -35,45 +33,9 @@ HANDSHAKE_TIMEOUT = 30.0
 """Seconds that a ps waits for each word of somebody who connects."""
 REQUEST_TIMEOUT = 600.0
 """Seconds after which a ps that does not answer a request counts as lost. The longest are to write or read a shard."""
-OBSERVER = "observer:0"
-"""Who takes no part in a run and asks how it stands. Any number of processes may say so at once."""
-STRANGER = "a peer that has not said who it is"
 RETRY_INTERVAL = 0.1
 SHORTEST_WAIT = 0.01
 _NONCE_BYTES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Who a task is.
-
-    Attributes:
-        task: Such as ``worker:1``.
-        token: The secret that all tasks of a run hold.
-        incarnation: Which start of the task this is.
-    """
-
-    task: str
-    token: str
-    incarnation: str
-
-
-def new_incarnation(process: str = "") -> str:
-    """A name for one start of a task: for one strategy of a process, whose name comes first.
-
-    Args:
-        process: The name of another process than this one.
-
-    >>> one, other = new_incarnation(), new_incarnation()
-    >>> one == other, one.partition(".")[0] == other.partition(".")[0]
-    (False, True)
-    """
-    return f"{process or _process_name(os.getpid())}.{secrets.token_hex(8)}"
-
-
-@functools.cache
-def _process_name(pid: int) -> str:
-    return secrets.token_hex(8)
 
 
 # --- the worker's side -----------------------------------------------------------------------------------------
@@ -144,7 +106,7 @@ def _remaining(give_up: float) -> float:
 
 
 def _dial_local(name: str, peer: str) -> FrameSocket | None:
-    if not memory.can_share():
+    if not shared_file.can_share():
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(HANDSHAKE_TIMEOUT)

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import ArenaLayout, StoreMemory
 from paramserver.errors import LocalProtocolError
-from paramserver.rows import Rows
+from paramserver.layout.arena import ArenaLayout
+from paramserver.memory.arena_memory import StoreMemory
+from paramserver.memory.rows import Rows
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire.messages import Refused, Reply, Request
 

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import ArenaLayout, HasFileno, StoreMemory, tensor_bytes
+from paramserver.layout.arena import ArenaLayout
+from paramserver.memory.arena_memory import HasFileno, StoreMemory, tensor_bytes
 from paramserver.wire.messages import Reply, Request
 
 

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 
 from paramserver.errors import UnavailableError
-from paramserver.transport import memory
+from paramserver.memory import shared_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Listener:
         self._task = task
         self._sockets = [_listen(address, task) if descriptor is None else socket.socket(fileno=descriptor)]
         self._port: int = self._sockets[0].getsockname()[1]
-        self.local_socket = f"paramserver-{secrets.token_hex(16)}" if memory.can_share() else ""
+        self.local_socket = f"paramserver-{secrets.token_hex(16)}" if shared_file.can_share() else ""
         if self.local_socket:
             self._sockets.append(_listen_locally(self.local_socket))
         self._wake: tuple[int, ...] = os.pipe()

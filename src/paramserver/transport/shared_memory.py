@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, HasFileno, StoreMemory, blocks_of_rows, touched_blocks
 from paramserver.errors import LocalProtocolError, RemoteProtocolError, UnavailableError
-from paramserver.rows import Rows
-from paramserver.transport import memory
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import BLOCK, blocks_of_rows, touched_blocks
+from paramserver.memory import arena_memory, shared_file
+from paramserver.memory.arena_memory import HasFileno, StoreMemory
+from paramserver.memory.rows import Rows
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory, whole_blocks
 from paramserver.transport.tcp import expect_reply
@@ -49,7 +51,7 @@ class SharedMemoryLane(Lane):
         self._row_copies: dict[int, _RowsCopy] = {}
         self._mine = WorkerMemory([], [])
         self._theirs = StoreMemory([], [])
-        self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
+        self._rows = arena_memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
         self._layouts = layouts
@@ -64,11 +66,11 @@ class SharedMemoryLane(Lane):
         if self._mine.file is None:
             raise LocalProtocolError(f"{self.task} cannot map the gradients of a lane that shared none")
         # Not kept: the ps may still be applying rows that it found in that of a lost connection.
-        with contextlib.closing(memory.SharedFile.create(memory.rows_bytes(layouts))) as rows:
-            values = self._exchange(self._mine.file, rows, memory.store_bytes(layouts))
+        with contextlib.closing(shared_file.SharedFile.create(arena_memory.rows_bytes(layouts))) as rows:
+            values = self._exchange(self._mine.file, rows, arena_memory.store_bytes(layouts))
         values.close()  # the mappings stay
-        self._rows = memory.RowsFile(rows.data.numpy())
-        self._theirs = memory.store_memory(layouts, values)
+        self._rows = arena_memory.RowsFile(rows.data.numpy())
+        self._theirs = arena_memory.store_memory(layouts, values)
         self._copies = {}
         self._row_copies = {
             index: _RowsCopy(self._theirs, index, layout.table_shape[1])
@@ -102,7 +104,7 @@ class SharedMemoryLane(Lane):
     def close(self) -> None:
         self._frames.close()
 
-    def _exchange(self, gradients: HasFileno, rows: HasFileno, nbytes: int) -> memory.SharedFile:
+    def _exchange(self, gradients: HasFileno, rows: HasFileno, nbytes: int) -> shared_file.SharedFile:
         self._frames.send(Share())
         reply = expect_reply(self._frames)
         if isinstance(reply, Refused):
@@ -111,7 +113,7 @@ class SharedMemoryLane(Lane):
             raise RemoteProtocolError(f"{self.task} was offered shared memory and answered {reply}")
         for file in (gradients, rows):
             self._frames.send_descriptor(file.fileno())
-        return memory.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
+        return shared_file.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
 
     def _copy(self, piece: Piece) -> None:
         copy = self._copies.get(piece)
@@ -129,9 +131,9 @@ def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
     return WorkerMemory(values, gradients, file=file)
 
 
-def _gradients(layouts: Sequence[ArenaLayout]) -> tuple[memory.SharedFile, list[torch.Tensor]]:
-    file = memory.SharedFile.create(memory.gradient_bytes(layouts), is_filled=True)
-    return file, memory.gradient_tensors(layouts, file.data)
+def _gradients(layouts: Sequence[ArenaLayout]) -> tuple[shared_file.SharedFile, list[torch.Tensor]]:
+    file = shared_file.SharedFile.create(arena_memory.gradient_bytes(layouts), is_filled=True)
+    return file, arena_memory.gradient_tensors(layouts, file.data)
 
 
 class _BlockCopy:
@@ -220,7 +222,7 @@ class SharedMemorySession(Session):
         self._memory = StoreMemory([], [])
         self._gradients: list[torch.Tensor] = []
         self._blocks: dict[Piece, torch.Tensor] = {}
-        self._rows = memory.RowsFile(np.empty(0, dtype=np.uint8))
+        self._rows = arena_memory.RowsFile(np.empty(0, dtype=np.uint8))
 
     def receive(self) -> Request | None:
         self._rows.rewind()
@@ -265,9 +267,11 @@ class SharedMemorySession(Session):
             self._frames.send(Refused("refused", "there is nothing to share yet: declare the arenas first"))
             return
         self._frames.send(Done())
-        self._gradients = memory.gradient_tensors(self._layouts, self._mapped(memory.gradient_bytes(self._layouts)))
+        self._gradients = arena_memory.gradient_tensors(
+            self._layouts, self._mapped(arena_memory.gradient_bytes(self._layouts))
+        )
         self._blocks = {piece: self._cut(piece) for piece in whole_blocks(self._layouts)}
-        self._rows = memory.RowsFile(self._mapped(memory.rows_bytes(self._layouts)).numpy())
+        self._rows = arena_memory.RowsFile(self._mapped(arena_memory.rows_bytes(self._layouts)).numpy())
         self._frames.send_descriptor(self._memory.file.fileno())
 
     def _cut(self, piece: Piece) -> torch.Tensor:
@@ -275,6 +279,6 @@ class SharedMemorySession(Session):
 
     def _mapped(self, nbytes: int) -> torch.Tensor:
         """The memory that the worker passes next."""
-        file = memory.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
+        file = shared_file.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
         file.close()  # the mapping stays
         return file.data

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.arena import BLOCK, ArenaLayout, StoreMemory, tensor_bytes
 from paramserver.errors import RemoteProtocolError, UnavailableError
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import BLOCK
+from paramserver.memory.arena_memory import StoreMemory, payload_memory, tensor_bytes
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, LockPiece, Piece, Session, WorkerMemory, whole_blocks
-from paramserver.transport.memory import payload_memory
 from paramserver.wire import codec
 from paramserver.wire.messages import Message, Refused, Reply, Request
 

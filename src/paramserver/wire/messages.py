@@ -11,8 +11,10 @@ from typing import Literal
 
 import msgspec
 
-from paramserver.arena import ArenaLayout, Range, VariableSpec
-from paramserver.rules import Setting
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import Range
+from paramserver.layout.rules import Setting
+from paramserver.layout.variables import VariableSpec
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from paramserver.arena import tensor_bytes
+from paramserver.memory.arena_memory import tensor_bytes
 
 
 def packed(values: torch.Tensor) -> bytes:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from paramserver.distribute import context
-from paramserver.distribute.nest import leaves, map_leaves
+from paramserver.distribute.core import context
+from paramserver.distribute.core.nest import leaves, map_leaves
+from paramserver.distribute.core.worker import Worker
 from paramserver.errors import ConfigError
-
-if TYPE_CHECKING:
-    from paramserver.distribute.strategy import Strategy
 
 
 class ArrayDataset(Dataset[Any]):
@@ -48,7 +46,7 @@ class ArrayDataset(Dataset[Any]):
         return map_leaves(lambda leaf: _row(leaf, index), self._arrays)
 
 
-def make_numpy_dataset(strategy: Strategy, arrays: Any) -> ArrayDataset:
+def make_numpy_dataset(strategy: Worker, arrays: Any) -> ArrayDataset:
     """A dataset of the rows of a nest of arrays, which stay in this worker's memory and reach no ps (I15).
 
     Args:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from paramserver.distribute import context
-from paramserver.distribute.input.context import InputContext
+from paramserver.distribute.core import context
+from paramserver.distribute.core.input_context import InputContext
+from paramserver.distribute.core.worker import Worker
 from paramserver.distribute.input.dealing import Dealing, dealing_to, places
 from paramserver.distribute.input.options import InputOptions, InputReplicationMode
 from paramserver.distribute.input.share import WHOLE, Seed, Share
 from paramserver.distribute.input.sources import Source, has_examples, source_of
 from paramserver.errors import ConfigError
-
-if TYPE_CHECKING:
-    from paramserver.distribute.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +134,7 @@ class DistributedDataset(Generic[T]):
 
 
 def distribute_dataset(
-    strategy: Strategy, dataset: Iterable[Any], options: InputOptions | None
+    strategy: Worker, dataset: Iterable[Any], options: InputOptions | None
 ) -> DistributedDataset[Any]:
     """The batches of a dataset, each divided among the replicas of this worker (I07).
 
@@ -173,7 +171,7 @@ def distribute_dataset(
 
 
 def distribute_datasets_from_function(
-    strategy: Strategy, fn: Callable[[InputContext], Iterable[Any]], options: InputOptions | None
+    strategy: Worker, fn: Callable[[InputContext], Iterable[Any]], options: InputOptions | None
 ) -> DistributedDataset[Any]:
     """The batches of the dataset that a function makes for this worker, each for one replica (I09).
 

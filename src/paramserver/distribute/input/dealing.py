@@ -15,18 +15,16 @@ import itertools
 import logging
 import numbers
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from paramserver.distribute.devices import Device
-from paramserver.distribute.nest import map_leaves
-from paramserver.distribute.values import PerReplica
+from paramserver.distribute.core.devices import Device
+from paramserver.distribute.core.nest import map_leaves
+from paramserver.distribute.core.values import PerReplica
+from paramserver.distribute.core.worker import Worker
 from paramserver.errors import ConfigError
-
-if TYPE_CHECKING:
-    from paramserver.distribute.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +32,9 @@ Place = torch.device | None
 """Where a replica's tensors are brought; None leaves them where they are."""
 
 
-def places(strategy: Strategy, prefetch: bool) -> tuple[Place, ...]:
+def places(strategy: Worker, prefetch: bool) -> tuple[Place, ...]:
     """Where a strategy's replicas compute; None where nothing has to be brought (I10)."""
-    devices = [Device.parse(name).torch_device for name in strategy.extended.worker_devices]
+    devices = [Device.parse(name).torch_device for name in strategy.worker_devices]
     return tuple(device if prefetch and device.type != "cpu" else None for device in devices)
 
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from paramserver.distribute import context
-from paramserver.distribute.input.context import InputContext
+from paramserver.distribute.core import context
+from paramserver.distribute.core.input_context import InputContext
+from paramserver.distribute.core.nest import map_leaves
+from paramserver.distribute.core.values import DistributedValues, PerReplica
+from paramserver.distribute.core.worker import Worker
 from paramserver.distribute.input.dataset import distribute_dataset, distribute_datasets_from_function
 from paramserver.distribute.input.dealing import dealing_to, is_column, places
 from paramserver.distribute.input.options import InputReplicationMode
 from paramserver.distribute.input.sources import is_dataset
-from paramserver.distribute.nest import map_leaves
-from paramserver.distribute.values import DistributedValues, PerReplica
 from paramserver.errors import ConfigError
-
-if TYPE_CHECKING:
-    from paramserver.distribute.strategy import Strategy
 
 T = TypeVar("T")
 
@@ -110,13 +108,13 @@ class DistributedIterator(Generic[T]):
         return self._current
 
 
-def make_dataset_iterator(strategy: Strategy, dataset: Iterable[Any]) -> DistributedIterator[Any]:
+def make_dataset_iterator(strategy: Worker, dataset: Iterable[Any]) -> DistributedIterator[Any]:
     """An iterator over a dataset of global batches, each divided among the replicas; see `distribute_dataset`."""
     return DistributedIterator(distribute_dataset(strategy, dataset, None))
 
 
 def make_input_fn_iterator(
-    strategy: Strategy, input_fn: Callable[[InputContext], Any], replication_mode: str
+    strategy: Worker, input_fn: Callable[[InputContext], Any], replication_mode: str
 ) -> DistributedIterator[Any]:
     """An iterator over what a function gives, one element for each replica in turn (I04).
 

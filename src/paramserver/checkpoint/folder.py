@@ -1,0 +1,242 @@
+"""The folder of a checkpoint: what is read from it and written into it, and how.
+
+Rules
+    * Who saves or restores says what to read and write, as `Read` and `Write`, and does neither. So the same steps run
+      where the folder is, or on a ps that does not see it, through a task that does.
+    * Every write says where it goes: several tasks write into one folder, and into one file, in any order.
+    * What was written is on the disk when the folder is closed. It goes there while more is written, and never are more
+      than twice `FLUSH_BYTES` left for the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self, TypeVar
+
+from paramserver.checkpoint.tensor_file import LENGTH_BYTES, FileTensor, header_length, parse_header, unreadable
+from paramserver.errors import CheckpointError
+
+FLUSH_BYTES = 64 << 20
+MAX_OPEN_FILES = 16
+THREADS = 2
+"""Threads that share a large read: two copy faster from the page cache than one, and more no faster than two."""
+SHARE_BYTES = 8 << 20
+"""What one of them reads in one go."""
+
+R = TypeVar("R")
+
+
+class Read(NamedTuple):
+    """Fill ``out`` with the bytes of a file from ``offset`` on."""
+
+    file: str
+    offset: int
+    out: memoryview
+
+
+class Write(NamedTuple):
+    """Write ``content`` at ``offset`` into a file that will have ``size`` bytes.
+
+    ``is_shared``: other tasks may write into the same pages of it. The content is valid until the next step.
+    """
+
+    file: str
+    size: int
+    is_shared: bool
+    offset: int
+    content: memoryview
+
+
+_Opening = tuple[str, int]
+"""A file, and the flags with which it is open."""
+
+Steps = Generator[Read | Write, None, R]
+"""Says step by step what to read and write, and returns what came of it."""
+
+
+class CheckpointFolder:
+    """Carries out `Read` and `Write` in a folder that this task sees. A context manager; not thread-safe.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reading: dict[_Opening, int] = {}
+        self._writing: dict[_Opening, int] = {}
+        self._unflushed = 0
+        self._flushing: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(THREADS, "checkpoint-folder")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.flush()
+        self.close()
+
+    def carry_out(self, step: Read | Write) -> None:
+        """Read or write. Blocks.
+
+        Raises:
+            CheckpointError: If it cannot be done, naming the file.
+        """
+        if isinstance(step, Read):
+            self._read(step)
+        else:
+            self._write(step)
+
+    def run(self, steps: Steps[R]) -> R:
+        """Carry out all steps; what they return. Blocks.
+
+        Raises:
+            CheckpointError: If one of them cannot be done.
+        """
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    step = next(steps)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]  # typeshed does not know of what
+                self.carry_out(step)
+
+    def flush(self) -> None:
+        """Have all that was written on the disk. Blocks.
+
+        Raises:
+            CheckpointError: If it cannot be.
+        """
+        self._await_flush()
+        self._sync(self._writing)
+        self._unflushed = 0
+
+    def close(self) -> None:
+        """Let go of all files. Idempotent."""
+        self._threads.shutdown()
+        for files in (self._reading, self._writing):
+            while files:
+                os.close(files.popitem()[1])
+
+    def __repr__(self) -> str:
+        return f"<CheckpointFolder {self.path}>"
+
+    def _read(self, step: Read) -> None:
+        path = self._checked(step.file)
+        with _reading(path):
+            file = self._opened(self._reading, (step.file, os.O_RDONLY))
+            if step.out.nbytes <= SHARE_BYTES:
+                _fill(file, step.offset, step.out)
+            else:
+                self._fill_in_shares(file, step)
+
+    def _fill_in_shares(self, file: int, step: Read) -> None:
+        shares = [
+            self._threads.submit(_fill, file, step.offset + begin, step.out[begin : begin + SHARE_BYTES])
+            for begin in range(0, step.out.nbytes, SHARE_BYTES)
+        ]
+        wait(shares)  # for all of them, also after an error: nobody writes into this memory once the step is over
+        for share in shares:
+            share.result()
+
+    def _write(self, step: Write) -> None:
+        path = self._checked(step.file)
+        with _writing(path):
+            # O_DSYNC, because an NFS client may else write whole pages, and with them zeros over another task's rows.
+            opening = step.file, os.O_RDWR | os.O_CREAT | os.O_DSYNC * step.is_shared
+            is_new = opening not in self._writing
+            file = self._opened(self._writing, opening)
+            if is_new:
+                os.ftruncate(file, step.size)
+            content, offset = step.content, step.offset
+            while content:
+                count = os.pwrite(file, content, offset)  # no more than 2 GiB at once
+                content, offset = content[count:], offset + count
+        self._unflushed += step.content.nbytes
+        if self._unflushed > FLUSH_BYTES:
+            self._begin_flush()
+
+    def _begin_flush(self) -> None:
+        """Have a thread bring to the disk what was written so far, once it is through with what it has."""
+        self._await_flush()
+        self._unflushed = 0
+        self._flushing = self._threads.submit(self._sync, dict(self._writing))
+
+    def _sync(self, files: Mapping[_Opening, int]) -> None:
+        for (name, _), file in files.items():
+            with _writing(self.path / name):
+                os.fsync(file)
+
+    def _await_flush(self) -> None:
+        if flushing := self._flushing:
+            self._flushing = None
+            flushing.result()
+
+    def _checked(self, name: str) -> Path:
+        if Path(name).name != name or name in ("", ".."):
+            raise CheckpointError(f"{name!r} is no name of a file in checkpoint {self.path}", str(self.path / name))
+        return self.path / name
+
+    def _opened(self, files: dict[_Opening, int], opening: _Opening) -> int:
+        if opening not in files:
+            if len(files) == MAX_OPEN_FILES:
+                oldest = next(iter(files))
+                if files is self._writing:
+                    self.flush()
+                os.close(files.pop(oldest))
+            name, flags = opening
+            files[opening] = os.open(self.path / name, flags | os.O_CLOEXEC, 0o666)
+        return files[opening]
+
+
+def read_header(directory: str, file: str) -> Steps[dict[str, FileTensor]]:
+    """Read what a file holds; the directory is for messages.
+
+    Raises:
+        CheckpointError: If it is no safetensors file.
+    """
+    path = str(Path(directory, file))
+    first = bytearray(LENGTH_BYTES)
+    yield Read(file, 0, memoryview(first))
+    text = bytearray(header_length(first, path))
+    yield Read(file, LENGTH_BYTES, memoryview(text))
+    tensors = parse_header(text, path)
+    end = max((tensor.begin + tensor.spec.nbytes for tensor in tensors.values()), default=0)
+    if end:
+        yield Read(file, end - 1, memoryview(bytearray(1)))  # so that a file that is cut short is found out at once
+    return tensors
+
+
+def _fill(file: int, offset: int, out: memoryview) -> None:
+    while out:
+        count = os.preadv(file, [out], offset)
+        if not count:
+            raise EOFError(f"it ends at byte {offset}, {len(out)} bytes before it should")
+        out, offset = out[count:], offset + count
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"writing the checkpoint file {path} failed: {error}; does every ps see model_dir, and may it write there?",
+            str(path),
+        ) from error
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise unreadable(str(path), error) from error

@@ -1,0 +1,138 @@
+"""Saved values by name, wherever they lie: a checkpoint, a model_dir, an exported model, a safetensors file.
+
+Where that is a URL, an index is fetched when it is opened, and a file of values when one of them is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+
+from paramserver.checkpoint.index import VALUES_INDEX, WEIGHTS_FILE, read_index
+from paramserver.checkpoint.model_dir import STATE_FILE, latest_checkpoint, readable
+from paramserver.checkpoint.reading import StoredTensor, by_file, stored_tensors
+from paramserver.checkpoint.storage import split, storage_of
+from paramserver.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class SavedValues:
+    """Which values are saved in a place. Immutable; nothing stays open.
+
+    Attributes:
+        folder: Where the files are, a path or URL.
+        files: The file of each variable.
+        aliases: Other names of tied weights, and the variable that each one means.
+    """
+
+    folder: str
+    files: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, path: str) -> SavedValues:
+        """What lies at a path or URL. Blocks.
+
+        Raises:
+            CheckpointError: If there is nothing that can be read.
+            ConfigError: If fsspec knows no such URL.
+        """
+        folder, name = split(path)
+        storage = storage_of(folder)
+        if storage.is_file(name):
+            return cls._of_file(folder, name)
+        if storage.has(name):
+            return cls._in(path)
+        raise CheckpointError(f"there is no checkpoint, exported model or safetensors file {path}", path)
+
+    @classmethod
+    def _of_file(cls, folder: str, name: str) -> SavedValues:
+        with readable(folder, glob.escape(name)) as local:
+            names, aliases = _contents(local / name)
+        return cls(folder, dict.fromkeys(names, name), aliases)
+
+    @classmethod
+    def _in(cls, folder: str) -> SavedValues:
+        storage = storage_of(folder)
+        if storage.is_file(VALUES_INDEX):
+            with readable(folder, VALUES_INDEX) as local:
+                return cls(folder, read_index(local / VALUES_INDEX), _aliases(local / VALUES_INDEX))
+        if (newest := latest_checkpoint(folder)) is not None:
+            return cls._in(newest)
+        if storage.is_file(WEIGHTS_FILE):
+            return cls._of_file(folder, WEIGHTS_FILE)
+        raise CheckpointError(
+            f"{folder} holds no saved values: expected {VALUES_INDEX} of a checkpoint, {STATE_FILE!r} of a model_dir "
+            f"with a whole checkpoint, or {WEIGHTS_FILE} of an exported model",
+            folder,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """All names, those of tied weights included, sorted."""
+        return sorted({*self.files, *self.aliases})
+
+    def variable(self, name: str) -> str:
+        """The name that a value is saved by.
+
+        Raises:
+            CheckpointError: If there is none of this name.
+        """
+        found = self.aliases.get(name, name)
+        if found not in self.files:
+            nearest = difflib.get_close_matches(name, self.names, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "get_variable_names() lists those of an Estimator"
+            raise CheckpointError(f"{self.folder} holds no value {name!r}; {hint}", self.folder)
+        return found
+
+    def stored(self, variables: Iterable[str]) -> Iterator[StoredTensor]:
+        """Variables, file by file; each can be read until the next one is asked for.
+
+        Raises:
+            CheckpointError: If a file is missing or cut short.
+        """
+        for file, names in by_file({name: self.files[name] for name in variables}).items():
+            with readable(self.folder, glob.escape(file)) as local:
+                yield from stored_tensors(local, dict.fromkeys(names, file))
+
+    def read(self, name: str) -> torch.Tensor:
+        """The value of a name, on the CPU.
+
+        Raises:
+            CheckpointError: If there is none, or its file is missing or cut short.
+        """
+        (value,) = (stored.read() for stored in self.stored([self.variable(name)]))
+        return value
+
+
+class _Metadata(msgspec.Struct):
+    aliases: dict[str, str] = {}
+
+
+class _Index(msgspec.Struct):
+    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
+
+
+def _aliases(index: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(index.read_bytes(), type=_Index).metadata.aliases
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{index} is no index of a checkpoint: {error}", str(index)) from error
+
+
+def _contents(file: Path) -> tuple[list[str], dict[str, str]]:
+    """The names in a file, and other names of tied weights, as ``safetensors.torch.save_model`` writes them down."""
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; was it cut short?", str(file)) from error
+    return names, {name: kept for name, kept in metadata.items() if kept in names}

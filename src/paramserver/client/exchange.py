@@ -1,0 +1,405 @@
+"""The lanes to all parameter servers of a run, asked and answered together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple, Protocol
+
+from paramserver.errors import LocalProtocolError, ParameterServerError, UnavailableError
+from paramserver.layout.arena import ArenaLayout
+from paramserver.transport.lane import Lane, Piece, WorkerMemory
+from paramserver.wire import messages
+from paramserver.wire.refusals import raised
+
+logger = logging.getLogger(__name__)
+
+Meanwhile = Callable[[], None]
+
+NUMBERED = (messages.Push, messages.UpdateVariable)
+"""Requests that a ps carries out once, however often they are made."""
+
+
+def nothing() -> None:
+    """What is done meanwhile, by default."""
+
+
+class Dialer(Protocol):
+    """Connects this task to the ps tasks of its run, as often as it takes, as the same incarnation.
+
+    The kinds of lane are ``auto`` and ``tcp``.
+    """
+
+    def dial_all(self, timeout: float, ways: Sequence[str]) -> list[Lane]:
+        """Connect to every ps, by these kinds of lane, within so many seconds in all.
+
+        Raises:
+            ParameterServerError: If that fails.
+        """
+
+    def redial(self, ps: int, way: str) -> Lane:
+        """Connect to one that was there a moment ago.
+
+        Raises:
+            UnavailableError: If it is not any more.
+        """
+
+
+class Call(NamedTuple):
+    """A request to one ps, and the pieces and the rows of tables that go and come with it."""
+
+    lane: Lane
+    request: messages.Request
+    outgoing: Sequence[Piece] = ()
+    incoming: Sequence[Piece] = ()
+    rows_out: Sequence[memoryview] = ()
+    rows_in: Sequence[memoryview] = ()
+
+
+class Answers(NamedTuple):
+    """The answers to several calls, in their order.
+
+    Attributes:
+        replies: The replies.
+        sending: Seconds until each call was handed over.
+        waiting: Seconds in which each answer was then waited for, one after the other.
+    """
+
+    replies: list[messages.Reply]
+    sending: list[float]
+    waiting: list[float]
+
+
+class _Outstanding(NamedTuple):
+    """What was begun, and is not answered yet.
+
+    Attributes:
+        calls: By the index of the ps.
+        number: The highest number of a request that was ever begun.
+        aside: If a thread of its own is to ask.
+    """
+
+    calls: dict[int, Call]
+    number: int
+    aside: _Aside | None = None
+
+
+class _Aside:
+    """An exchange on a thread of its own, which the thread that asked may take back, as long as it has not begun.
+
+    No lock: an interrupt may come between the end of a ``with`` statement and the release of its lock.
+    """
+
+    def __init__(self) -> None:
+        self._owner: dict[str, int] = {}
+        self._is_over = threading.Event()
+
+    def take(self) -> bool:
+        """Whether this thread is the one to ask; once it is, it stays so."""
+        mine = threading.get_ident()
+        return self._owner.setdefault("thread", mine) == mine  # one of the threads is first
+
+    def end(self) -> None:
+        """The thread of its own has asked, and has all answers that there will be."""
+        self._is_over.set()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._is_over.wait()
+
+
+class Lanes:
+    """The lanes to every ps, kept in step: what was asked is answered before anything else is asked.
+
+    Apart from the client, so that what ends the connections when the client is collected need not hold the client.
+
+    Rules
+        * An exchange may end at any point by an exception of any kind: an interrupt, a time limit that a program sets,
+          a lost connection. A lane on which an answer is outstanding then is of no use any more: its next bytes belong
+          to that answer. It is made anew before anything else is asked.
+        * Requests that have a number are asked once more then, with the same number: a ps carries out a number once,
+          and goes on where it stopped. So an update that was begun is made whole, on every ps.
+        * A forked child inherits the connections, and asks nothing.
+
+    Args:
+        lanes: By the ps's index. Owned by this object from now on.
+        dialer: Connects once more; None if nothing does.
+
+    Attributes:
+        dialer: See above.
+        layouts: What was declared to each ps.
+        memories: The memory for it, once it is made.
+        epochs: The name of its values; see `wire.messages.MarkReady`.
+        renewed_at: When a lane was last made anew, by the monotonic clock.
+        has_updated: Whether an update of the model was pushed.
+        refusing: The ps tasks, by index, that have refused the last push.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
+        self._lanes = list(lanes)
+        self._numbers = {lane.task: ps for ps, lane in enumerate(self._lanes)}
+        self.dialer = dialer
+        self._pid = os.getpid()
+        self.layouts: list[Sequence[ArenaLayout]] = [() for _ in lanes]
+        self.memories: list[WorkerMemory] = []
+        self.epochs = [""] * len(lanes)
+        self.renewed_at = -math.inf
+        self._outstanding = _Outstanding({}, 0)
+        self._later: list[tuple[int, Call]] = []
+        self.has_updated = False
+        self.refusing: set[int] = set()
+        self._executor: ThreadPoolExecutor | None = None
+        self._aside: Future[Answers] | None = None
+
+    def each(self) -> list[Lane]:
+        """The lanes, by index.
+
+        Raises:
+            LocalProtocolError: After `goodbye` or `close`, and in a forked child.
+        """
+        if self._pid != os.getpid():
+            raise LocalProtocolError(
+                f"process {os.getpid()} was forked from the task that is connected to the ps tasks ({self._pid}), and "
+                "cannot ask them anything: make steps and look up rows in the task itself, or start the child by "
+                "'spawn' with a strategy of its own"
+            )
+        if not self._lanes:
+            raise LocalProtocolError("this task has said goodbye to the ps tasks already; it cannot ask them anything")
+        return self._lanes
+
+    def exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
+        """Ask several ps tasks at once. The answers of all are taken in, also if one is lost.
+
+        Args:
+            calls: What to ask; one for each ps at most.
+            meanwhile: Called while the ps tasks are at work, before the first answer is taken in.
+
+        Raises:
+            UnavailableError: If one of them is lost; the first one that is.
+            LocalProtocolError: If two calls are for one ps.
+        """
+        if self._later:
+            self.mend()
+        return self._exchange(self._begin(calls), meanwhile)
+
+    def exchange_in_turn(self, calls: Sequence[Call]) -> list[messages.Reply]:
+        """Ask one thing after another, all of which have numbers; if that is interrupted, `mend` asks the rest."""
+        tasks = [self._numbers[call.lane.task] for call in calls]
+        self._mend(tasks)
+        self._later = list(zip(tasks, calls, strict=True))
+        replies = list[messages.Reply]()
+        for call in calls:
+            replies += self._exchange(self._begin([call])).replies
+            self._later = self._later[1:]
+        return replies
+
+    def exchange_aside(self, calls: Sequence[Call]) -> Future[Answers]:
+        """`exchange` on a thread of its own; whatever is asked next waits until it is over. Does not block for long.
+
+        Until then the memory that the pieces lie in belongs to that thread.
+        """
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+        if self._later:
+            self.mend()
+        calls = self._begin(calls, _Aside())
+        self._aside = self._executor.submit(self._exchange_aside, calls, self._outstanding)
+        return self._aside
+
+    def mend(self) -> list[messages.Reply]:
+        """Wait for what is under way, and make up for what was interrupted; the answers to that. Blocks.
+
+        Raises:
+            UnavailableError: If a ps cannot be reached any more, or holds nothing of this run.
+        """
+        return self._mend(range(len(self._lanes)))
+
+    def _mend(self, tasks: Container[int]) -> list[messages.Reply]:
+        """`mend` for some of the ps tasks; another one may be lost."""
+        if self._aside is not None:
+            wait([self._aside])
+            self._aside = None
+        if not self._outstanding.calls and not self._later:
+            return []
+        self.each()
+        aside = self._outstanding.aside
+        if aside is not None and not aside.take():
+            aside.wait()
+        return self._ask_again(tasks)
+
+    @property
+    def begun(self) -> int:
+        """The highest number of a request that was begun: it was carried out by now, or `mend` asks it once more."""
+        return self._outstanding.number
+
+    def _begin(self, calls: Sequence[Call], aside: _Aside | None = None) -> Sequence[Call]:
+        """Begin to ask, by lanes that are of use; the calls with the lanes that there are by then."""
+        self.each()
+        unanswered = {self._numbers[call.lane.task]: call for call in calls}
+        if len(unanswered) < len(calls):
+            count = len(unanswered)
+            raise LocalProtocolError(f"{len(calls)} requests to {count} ps tasks at once: one each is answered")
+        if self._aside is not None or self._outstanding.calls:
+            self._mend(unanswered)
+            unanswered = self._outstanding.calls | unanswered
+        if any(call.lane is not self._lanes[ps] for ps, call in unanswered.items()):
+            calls = [call._replace(lane=self._lanes[self._numbers[call.lane.task]]) for call in calls]
+        number = max(map(_number_of, calls), default=0)
+        # In one go, so that an interrupt finds that all of it has begun, or nothing.
+        self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number), aside)
+        return calls
+
+    def _exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
+        asked: list[Call] = []
+        replies: list[messages.Reply] = []
+        failures: list[ParameterServerError] = []
+        now, sending, waiting = time.perf_counter(), list[float](), list[float]()
+        for call in calls:
+            try:
+                call.lane.start(call.request, call.outgoing, call.rows_out)
+            except LocalProtocolError as error:  # before anything was sent
+                failures.append(error)
+                del self._outstanding.calls[self._numbers[call.lane.task]]
+            except ParameterServerError as error:
+                failures.append(error)
+            else:
+                asked.append(call)
+            begun, now = now, time.perf_counter()
+            sending.append(now - begun)
+        meanwhile()
+        for call in asked:
+            try:
+                replies.append(call.lane.finish(call.incoming, call.rows_in))
+            except ParameterServerError as error:
+                failures.append(error)
+            else:
+                del self._outstanding.calls[self._numbers[call.lane.task]]
+            begun, now = now, time.perf_counter()
+            waiting.append(now - begun)
+        if failures:
+            raise failures[0]
+        return Answers(replies, sending, waiting)
+
+    def _exchange_aside(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
+        assert begun.aside is not None  # noqa: S101  # it was begun so
+        if not begun.aside.take():  # the thread that asked was interrupted, and has made up for it
+            return Answers([], [], [])
+        try:
+            return self._exchange(calls)
+        finally:
+            begun.aside.end()
+
+    def _ask_again(self, tasks: Container[int]) -> list[messages.Reply]:
+        replies, unanswered = list[messages.Reply](), self._outstanding.calls
+        for ps, call in list(unanswered.items()):
+            if ps in tasks:
+                lane = self._made_anew(ps)
+                reply = _asked_once_more(lane, call) if isinstance(call.request, NUMBERED) else None
+                del unanswered[ps]
+                if isinstance(reply, messages.Refused):
+                    self.refusing.add(ps)
+                    raise raised(reply, lane.task)
+                if reply is not None:
+                    replies.append(reply)
+        self._outstanding = _Outstanding(unanswered, self._outstanding.number)
+        while self._later and self._later[0][0] in tasks:
+            ps, call = self._later[0]
+            reply = _asked_once_more(self._lanes[ps], call)
+            self._later = self._later[1:]
+            if isinstance(reply, messages.Refused):
+                raise raised(reply, self._lanes[ps].task)
+            replies.append(reply)
+        return replies
+
+    def _made_anew(self, ps: int) -> Lane:
+        """A new lane to a ps, in the place of the one that is of no use any more."""
+        old = self._lanes[ps]
+        old.close()
+        if self.dialer is None:
+            raise UnavailableError(
+                f"the connection to {old.task} was left in the middle of a request, by an interrupt perhaps; "
+                "strategy.recover() makes a new one",
+                old.task,
+            )
+        way = "tcp" if self.memories and self.memories[ps].file is None else "auto"
+        lane = self.dialer.redial(ps, way)
+        if self.layouts[ps]:
+            self._declare_again(lane, ps)
+        if self.memories:
+            lane.open(self.layouts[ps], self.memories[ps])
+        self._lanes[ps] = lane
+        self.renewed_at = time.monotonic()
+        return lane
+
+    def _declare_again(self, lane: Lane, ps: int) -> None:
+        lane.start(messages.Declare(tuple(self.layouts[ps]), False))
+        reply = lane.finish()
+        if not isinstance(reply, messages.Declared) or reply.epoch != self.epochs[ps]:
+            lane.close()
+            raise UnavailableError(
+                f"{lane.task} does not hold the values of this run any more; strategy.recover() waits until the chief "
+                "has brought them back",
+                lane.task,
+            )
+
+    def replace(self, lanes: Sequence[Lane]) -> None:
+        """Go on with other lanes to the same ps tasks; the present ones are closed without a word.
+
+        What was interrupted is not made up for.
+        """
+        self.close()
+        self._lanes = list(lanes)
+        self.renewed_at = time.monotonic()
+
+    def goodbye(self, failure: str = "") -> None:
+        """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent.
+
+        A lane that was left in the middle of a request, by an interrupt perhaps, is closed without a word: the peer
+        would take the word for the rest of that request.
+        """
+        if self._pid != os.getpid():
+            return
+        if self._aside is not None:
+            wait([self._aside])
+        if self._lanes and self.memories and not self.has_updated and not failure:
+            logger.warning(
+                "this task ends without having made an update of its model: optimizer.step() is to be called on what "
+                "strategy.prepare() has returned"
+            )
+        for ps, lane in enumerate(self._lanes):
+            if ps not in self._outstanding.calls:
+                try:
+                    lane.start(messages.Goodbye(failure))
+                    lane.finish()
+                except ParameterServerError as error:
+                    logger.debug("%s was told goodbye in vain: %s", lane.task, str(error))
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections without a word. Idempotent."""
+        if self._pid != os.getpid():
+            return  # that would end them for the parent
+        for lane in self._lanes:
+            lane.close()  # which wakes a thread that waits for it
+        self._lanes, self._later = [], []
+        self._outstanding = _Outstanding({}, self._outstanding.number)
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = self._aside = None
+
+    def __repr__(self) -> str:
+        return repr(self._lanes)
+
+
+def _asked_once_more(lane: Lane, call: Call) -> messages.Reply:
+    lane.start(call.request, call.outgoing, call.rows_out)
+    return lane.finish(call.incoming, call.rows_in)
+
+
+def _number_of(call: Call) -> int:
+    return call.request.sequence if isinstance(call.request, NUMBERED) else 0

@@ -1,0 +1,1 @@
+"""What every part of a strategy needs: contexts, values per replica, nested structures, devices."""

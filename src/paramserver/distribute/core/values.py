@@ -1,0 +1,97 @@
+"""Values that differ between the replicas of a worker, and values that are the same on several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from paramserver.distribute.core.nest import map_leaves
+
+T = TypeVar("T")
+
+
+class DistributedValues(Generic[T]):
+    """One value for each replica. Not changed after it is made, so that threads may share it.
+
+    Args:
+        values: By the replica's id.
+
+    Raises:
+        ValueError: If there are none.
+    """
+
+    def __init__(self, values: Sequence[T]) -> None:
+        self.values = tuple(values)
+        if not self.values:
+            raise ValueError(f"{type(self).__name__} must be non-empty: it holds a value for each replica")
+
+    def __repr__(self) -> str:
+        lines = "".join(f"\n  {index}: {value!r}" for index, value in enumerate(self.values))
+        return f"{type(self).__name__}:{{{lines}\n}}"
+
+
+class PerReplica(DistributedValues[T]):
+    """A value for each replica, all of them different in general: what `Strategy.run` returns.
+
+    >>> PerReplica([1, 2]).values
+    (1, 2)
+    """
+
+
+class Mirrored(DistributedValues[T]):
+    """The same value on several devices.
+
+    >>> Mirrored(["x", "x"])
+    Mirrored:{
+      0: 'x'
+      1: 'x'
+    }
+    """
+
+
+def select_replica(replica: int, structure: Any) -> Any:
+    """What one replica sees of a structure: of distributed values its own, of all else the thing itself (E03).
+
+    >>> select_replica(1, {"x": PerReplica([1, 2]), "y": 3})
+    {'x': 2, 'y': 3}
+
+    Raises:
+        ValueError: If a value holds no component for the replica.
+    """
+    return map_leaves(partial(_component, replica), structure)
+
+
+def regroup(structures: Sequence[Any]) -> Any:
+    """What all replicas gave, as one structure of `PerReplica` leaves (E05).
+
+    A leaf that is the same object on all replicas stays what it is; so does every leaf of a single replica.
+
+    >>> regroup([{"loss": 1.0, "step": None}, {"loss": 2.0, "step": None}])["step"]
+
+    Raises:
+        AssertionError: If the replicas gave different structures, naming both (E06).
+    """
+    if len(structures) == 1:
+        return structures[0]
+    return map_leaves(lambda *each: each[0] if all(leaf is each[0] for leaf in each) else PerReplica(each), *structures)
+
+
+def local_results(value: DistributedValues[T] | T) -> tuple[T, ...]:
+    """A value's components by replica; of a plain value that value alone (E15).
+
+    >>> local_results(PerReplica([1, 2])), local_results(3)
+    ((1, 2), (3,))
+    """
+    return value.values if isinstance(value, DistributedValues) else (value,)
+
+
+def _component(replica: int, value: Any) -> Any:
+    if not isinstance(value, DistributedValues):
+        return value
+    if replica >= len(value.values):
+        raise ValueError(
+            f"a {type(value).__name__} of {len(value.values)} values has none for replica {replica}; "
+            "expected one for each replica of this worker"
+        )
+    return value.values[replica]

@@ -1,0 +1,208 @@
+"""Runs a function on several replicas in lock step: each has a thread of its own, and one of them runs at a time.
+
+Rules
+    * The replicas take turns in the order of their ids. A turn ends when the function returns or comes to a
+      `ReplicaContext.merge_call`; when all have come to one, it is made on the calling thread (E02, E07).
+    * So nothing that a replica does between two merges runs beside another replica, and the same program does the same
+      thing every time.
+    * What goes wrong in a replica or in a merge ends all of them: threads that wait in a merge are unwound, and the
+      call raises what was raised, after every thread has ended (E09).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from paramserver.distribute.core import context
+from paramserver.distribute.core.context import Frame
+from paramserver.distribute.core.devices import default_device
+from paramserver.distribute.core.values import regroup, select_replica
+from paramserver.distribute.core.worker import Worker
+from paramserver.distribute.replicas.context import ReplicaContext
+
+
+def call_for_each_replica(
+    strategy: Worker,
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    activate: Callable[[int], None],
+) -> Any:
+    """Call ``fn`` on every replica of a strategy, and regroup what it returns. Blocks.
+
+    Args:
+        strategy: The strategy, in cross-replica context.
+        fn: The function.
+        args: Its arguments; distributed values among them are taken apart.
+        kwargs: Its arguments by name, likewise.
+        activate: Called before each turn with the id of the replica whose turn it is, and with 0 before each merge.
+
+    Raises:
+        RuntimeError: If the replicas make different numbers of merge calls (E08).
+        Exception: Whatever ``fn`` or a function that it merges with raises.
+    """
+    count = strategy.num_replicas_in_sync
+    inputs = [(select_replica(index, tuple(args)), select_replica(index, dict(kwargs))) for index in range(count)]
+    if count == 1:
+        replica = ReplicaContext(strategy, 0)
+        with context.entered(Frame(strategy, replica)):
+            return fn(*inputs[0][0], **inputs[0][1])
+    replicas = [_Replica(strategy, index, partial(fn, *own, **named)) for index, (own, named) in enumerate(inputs)]
+    with _leaving_first(activate), _ended(replicas):
+        while True:
+            for index, replica in enumerate(replicas):
+                activate(index)
+                replica.take_turn()
+            activate(0)
+            if all(replica.is_done for replica in replicas):
+                return regroup([replica.result for replica in replicas])
+            _merge(strategy, replicas)
+
+
+class _MergeCall(NamedTuple):
+    """What a replica asks to be called for all."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Ended(BaseException):
+    """Unwinds a replica that waits in a merge which will not come. No Exception, so that programs let it pass."""
+
+
+class _Replica(ReplicaContext):
+    """A replica and its thread. Public names are for the calling thread, `_merge` is run by the replica's own."""
+
+    def __init__(self, strategy: Worker, index: int, body: Callable[[], Any]) -> None:
+        super().__init__(strategy, index)
+        self.result: Any = None
+        self.merge_call_made: _MergeCall | None = None
+        self.is_done = False
+        self._merged: Any = None
+        self._error: BaseException | None = None
+        self._is_ending = False
+        self._turn = threading.Semaphore(0)
+        self._paused = threading.Semaphore(0)
+        surroundings, inherited = contextvars.copy_context(), _TorchState()
+        self._thread = threading.Thread(
+            target=lambda: surroundings.run(self._run, body, inherited), name=f"replica {index}", daemon=True
+        )
+
+    def take_turn(self) -> None:
+        """Let it run until it is done or comes to a merge call; raises what it raises."""
+        self.merge_call_made = None
+        if not self.is_done:
+            self._go_on()
+            self._paused.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def give(self, merged: Any) -> None:
+        """Its own part of what a merge has returned, for its next turn."""
+        self._merged = merged
+
+    def end(self) -> None:
+        """Unwind it if it has not ended, and wait until it has. Idempotent."""
+        if self._thread.ident is not None:
+            self._is_ending = True
+            self._turn.release()
+            self._thread.join()
+        self._error = None  # it holds frames that hold this: a circle
+        self.result = None  # its graph may hold this, for the backward of a collective: another one
+
+    def _go_on(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._turn.release()
+
+    def _run(self, body: Callable[[], Any], inherited: _TorchState) -> None:
+        try:
+            with inherited.entered(), context.entered(Frame(self.strategy, self)):
+                self.result = body()
+        except _Ended:
+            pass
+        except BaseException as error:  # noqa: BLE001  # raised on the calling thread, whatever it is
+            self._error = error
+        finally:
+            self.is_done = True
+            self._paused.release()
+
+    def _merge(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.merge_call_made = _MergeCall(fn, args, kwargs)
+        if not self._is_ending:
+            self._paused.release()
+            self._turn.acquire()
+        if self._is_ending:
+            raise _Ended
+        merged, self._merged = self._merged, None
+        return merged
+
+
+class _TorchState:
+    """What torch keeps for each thread and a replica inherits from the calling one (E14)."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._device = default_device()
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        ]
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The same, on another thread."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self._inference))
+            stack.enter_context(torch.set_grad_enabled(self._grad))
+            for kind, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype))
+            if default_device() != self._device:
+                stack.enter_context(self._device)
+            yield
+
+
+def _merge(strategy: Worker, replicas: Sequence[_Replica]) -> None:
+    calls = [replica.merge_call_made for replica in replicas]
+    if any(call is None for call in calls):
+        done = [str(index) for index, call in enumerate(calls) if call is None]
+        raise RuntimeError(
+            "run: the replicas made a different number of replica_context().merge_call() calls: "
+            f"{', '.join(done)} had returned when the others came to one; every replica must make the same calls "
+            "(also optimizer.step(), the assignment of an aggregated variable, all_reduce, all_gather and backward "
+            "through these two are such calls)"
+        )
+    first = calls[0]
+    assert first is not None  # noqa: S101  # just checked
+    args, kwargs = regroup([(call.args, call.kwargs) for call in calls if call is not None])
+    with context.entered(Frame(strategy)):
+        merged = first.fn(strategy, *args, **kwargs)
+    for index, replica in enumerate(replicas):
+        replica.give(select_replica(index, merged))
+
+
+@contextlib.contextmanager
+def _ended(replicas: Sequence[_Replica]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for replica in replicas:
+            replica.end()
+
+
+@contextlib.contextmanager
+def _leaving_first(activate: Callable[[int], None]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        activate(0)
+        raise

@@ -1,0 +1,1 @@
+"""Evaluation and prediction of an Estimator."""

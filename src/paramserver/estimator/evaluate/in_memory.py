@@ -1,0 +1,81 @@
+"""The hook that evaluates a model while it is trained in the same process, without a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from paramserver.errors import ConfigError
+from paramserver.estimator.estimator import Estimator
+from paramserver.estimator.hooks.basic import SecondOrStepTimer
+from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession, as_tuple
+
+
+class InMemoryEvaluatorHook(TrainingHook):
+    """Evaluates before the first step, every so many steps, and after the last one.
+
+    The results are logged and written like those of `Estimator.evaluate`, for the values that the model has at that
+    moment. The training waits meanwhile.
+
+    Args:
+        estimator: Which trains, in one process.
+        input_fn: Returns the batches to evaluate on; called for each evaluation.
+        steps: Batches of an evaluation; None evaluates until the input ends.
+        hooks: Called around every batch of an evaluation.
+        name: Tells evaluations on different data apart.
+        every_n_iter: Steps between two evaluations.
+
+    Raises:
+        TypeError: If the estimator is none, the input_fn no function, or a hook none.
+        ConfigError: In a cluster, where an evaluator task follows the checkpoints; or if a number is not positive.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        input_fn: Callable[..., object],
+        steps: int | None = None,
+        hooks: Sequence[TrainingHook] | None = None,
+        name: str | None = None,
+        every_n_iter: int = 100,
+    ) -> None:
+        if not isinstance(estimator, Estimator):
+            raise TypeError(f"InMemoryEvaluatorHook: estimator: expected an Estimator, got {estimator!r}")
+        if not callable(input_fn):
+            raise TypeError(f"InMemoryEvaluatorHook: input_fn: expected a function, got {input_fn!r}")
+        if every_n_iter is None or every_n_iter <= 0:
+            raise ConfigError(f"InMemoryEvaluatorHook: every_n_iter: expected a positive number, got {every_n_iter!r}")
+        if estimator.config.cluster_spec:
+            raise ConfigError(
+                f"InMemoryEvaluatorHook: {estimator.config.task} is a task of a cluster, and the hook is for training "
+                "in one process; add an evaluator to the cluster, which follows the checkpoints"
+            )
+        self._estimator, self._input_fn, self._steps, self._name = estimator, input_fn, steps, name
+        self._hooks = as_tuple(hooks, TrainingHook, "InMemoryEvaluatorHook: hooks")
+        self._every = every_n_iter
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts the steps of a training anew."""
+        self._timer = SecondOrStepTimer(every_steps=self._every)
+        self._iteration = 0
+
+    def after_create_session(self, session: TrainingSession) -> None:
+        """Shows what the training begins with."""
+        self._evaluate(session)
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        """Evaluates when due."""
+        self._iteration += 1
+        if self._timer.should_trigger_for_step(self._iteration):
+            self._evaluate(context.session)
+
+    def end(self, session: TrainingSession) -> None:
+        """Evaluates the final model, if that was not just done."""
+        if self._timer.last_triggered_step != self._iteration:
+            self._evaluate(session)
+
+    def _evaluate(self, session: TrainingSession) -> None:
+        self._timer.update_last_triggered_step(self._iteration)
+        self._estimator.evaluate_values(
+            session.values(), session.global_step, self._input_fn, self._steps, self._hooks, self._name
+        )

@@ -1,0 +1,282 @@
+"""Hooks that end a training before its last step, by what evaluations have found.
+
+Rules
+
+1. The chief asks a predicate: at its first step, then at most every so many seconds or global steps (Y03).
+2. What it finds, the other workers learn of one number on a ps, STOP, which they read after each of their steps. More
+   than 0 stops a worker (Y02, Y05). In one process there is nobody to tell.
+3. STOP is made after the model has its values, so that what a checkpoint of an earlier run holds of it never counts: a
+   training that was stopped can be gone on with.
+4. The evaluator reads of the end in model_dir, as of any other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import operator
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from paramserver.checkpoint.storage import join
+from paramserver.distribute.variables.variable import Variable, VariableAggregation
+from paramserver.errors import ConfigError
+from paramserver.estimator.estimator import Estimator
+from paramserver.estimator.event_files import read_eval_metrics
+from paramserver.estimator.hooks.basic import SecondOrStepTimer
+from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession
+
+STOP = "early_stopping/stop"
+"""The name of the variable that tells workers to stop."""
+
+logger = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+Compare = Callable[[float, float], bool]
+
+
+def make_early_stopping_hook(
+    estimator: Estimator,
+    should_stop_fn: Callable[[], bool],
+    run_every_secs: float | None = 60,
+    run_every_steps: int | None = None,
+) -> TrainingHook:
+    """A hook that ends the training of all workers when a function says so.
+
+    It belongs into ``TrainSpec.hooks`` of every task, or into the hooks of `Estimator.train`. Works in one process and
+    in a cluster, with any strategy (Y04). In a cluster a worker other than the chief asks a ps one small question more
+    in each step.
+
+    Args:
+        estimator: Which trains.
+        should_stop_fn: Called without arguments, on the chief only, between two steps, which wait for it.
+        run_every_secs: Seconds between two calls; exactly one of the two is set.
+        run_every_steps: Global steps between two calls; ``run_every_secs`` has to be None then.
+
+    Raises:
+        TypeError: If the estimator is none, or should_stop_fn no function (Y01).
+        ConfigError: If both or none of the intervals are set, or one is not positive (Y01).
+    """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"make_early_stopping_hook: estimator: expected an Estimator, got {estimator!r}")
+    if not callable(should_stop_fn):
+        raise TypeError(f"make_early_stopping_hook: should_stop_fn: expected a function, got {should_stop_fn!r}")
+    if (run_every_secs is None) == (run_every_steps is None):
+        raise ConfigError(
+            "make_early_stopping_hook: expected exactly one of run_every_secs and run_every_steps, got "
+            f"{run_every_secs} and {run_every_steps}; run_every_secs is 60 unless it is None"
+        )
+    timer = SecondOrStepTimer(every_secs=run_every_secs, every_steps=run_every_steps)
+    in_cluster = bool(estimator.config.cluster_spec)
+    if in_cluster and not estimator.config.is_chief:
+        return _ObeyingHook()
+    return _AskingHook(should_stop_fn, timer, in_cluster)
+
+
+def stop_if_higher_hook(
+    estimator: Estimator,
+    metric_name: str,
+    threshold: float,
+    eval_dir: PathLike | None = None,
+    min_steps: int = 0,
+    run_every_secs: float | None = 60,
+    run_every_steps: int | None = None,
+) -> TrainingHook:
+    """A hook that ends the training once a metric was higher than a threshold, in any evaluation (Y06).
+
+    Args:
+        estimator: Which trains.
+        metric_name: Such as ``"accuracy"``.
+        threshold: To be higher than; equal is not.
+        eval_dir: Where the evaluations are written, a path or URL; ``model_dir/eval`` by default, for an EvalSpec with
+            a name ``model_dir/eval_NAME``.
+        min_steps: Evaluations of an earlier global step do not count.
+        run_every_secs: As for `make_early_stopping_hook`.
+        run_every_steps: As for `make_early_stopping_hook`.
+
+    Raises:
+        TypeError: As `make_early_stopping_hook`.
+        ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric (Y09).
+    """
+    rule = partial(_crosses, operator.gt, threshold)
+    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+
+
+def stop_if_lower_hook(
+    estimator: Estimator,
+    metric_name: str,
+    threshold: float,
+    eval_dir: PathLike | None = None,
+    min_steps: int = 0,
+    run_every_secs: float | None = 60,
+    run_every_steps: int | None = None,
+) -> TrainingHook:
+    """A hook that ends the training once a metric was lower than a threshold; see `stop_if_higher_hook`."""
+    rule = partial(_crosses, operator.lt, threshold)
+    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+
+
+def stop_if_no_increase_hook(
+    estimator: Estimator,
+    metric_name: str,
+    max_steps_without_increase: int,
+    eval_dir: PathLike | None = None,
+    min_steps: int = 0,
+    run_every_secs: float | None = 60,
+    run_every_steps: int | None = None,
+) -> TrainingHook:
+    """A hook that ends the training when a metric has not become higher for a number of global steps (Y07).
+
+    Args:
+        estimator: Which trains.
+        metric_name: Such as ``"accuracy"``.
+        max_steps_without_increase: Global steps from the evaluation with the highest value to a later one that end it.
+        eval_dir: As for `stop_if_higher_hook`.
+        min_steps: As for `stop_if_higher_hook`.
+        run_every_secs: As for `make_early_stopping_hook`.
+        run_every_steps: As for `make_early_stopping_hook`.
+
+    Raises:
+        TypeError: As `make_early_stopping_hook`.
+        ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric (Y09).
+    """
+    rule = partial(_stalls, operator.gt, max_steps_without_increase)
+    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+
+
+def stop_if_no_decrease_hook(
+    estimator: Estimator,
+    metric_name: str,
+    max_steps_without_decrease: int,
+    eval_dir: PathLike | None = None,
+    min_steps: int = 0,
+    run_every_secs: float | None = 60,
+    run_every_steps: int | None = None,
+) -> TrainingHook:
+    """A hook that ends the training when a metric has not become lower; see `stop_if_no_increase_hook`."""
+    rule = partial(_stalls, operator.lt, max_steps_without_decrease)
+    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+
+
+# --- predicates --------------------------------------------------------------------------------------------------
+
+_Values = Iterator[tuple[int, float]]
+"""Global step and value of a metric, in the order of the steps."""
+
+
+def _metric_hook(
+    rule: Callable[[_Values], str],
+    estimator: Estimator,
+    metric_name: str,
+    eval_dir: PathLike | None,
+    min_steps: int,
+    run_every_secs: float | None,
+    run_every_steps: int | None,
+) -> TrainingHook:
+    def should_stop() -> bool:
+        reason = rule(_values(eval_dir or join(estimator.model_dir, "eval"), metric_name, min_steps))
+        if reason:
+            logger.info("%s %s", metric_name, reason)
+        return bool(reason)
+
+    return make_early_stopping_hook(estimator, should_stop, run_every_secs, run_every_steps)
+
+
+def _values(eval_dir: PathLike, name: str, min_steps: int) -> _Values:
+    """The values of a metric. The newest evaluation may lack it: perhaps it is being written."""
+    results = read_eval_metrics(eval_dir)
+    for step, metrics in results.items():
+        if step < min_steps:
+            continue
+        if name in metrics:
+            yield step, metrics[name]
+        elif step != max(results):
+            close = difflib.get_close_matches(name, metrics, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"early stopping: the evaluation of step {step} in {eval_dir} has no metric {name!r}, only "
+                f"{', '.join(sorted(metrics))}{hint}"
+            )
+
+
+def _crosses(is_beyond: Compare, threshold: float, values: _Values) -> str:
+    for step, value in values:
+        if is_beyond(value, threshold):
+            return f"was {value:.6g} at step {step}, beyond the threshold {threshold:g}"
+    return ""
+
+
+def _stalls(is_better: Compare, max_steps: int, values: _Values) -> str:
+    best: tuple[int, float] | None = None
+    for step, value in values:
+        if best is None or is_better(value, best[1]):
+            best = step, value
+        if step - best[0] >= max_steps:
+            return f"was best at step {best[0]} with {best[1]:.6g}, and not better until step {step}"
+    return ""
+
+
+# --- hooks -------------------------------------------------------------------------------------------------------
+
+
+class _StopHook(TrainingHook):
+    """What the hooks of all tasks of a cluster have in common: the variable STOP, made once in each training."""
+
+    def begin(self) -> None:
+        self.stop: Variable | None = None
+
+    def after_create_session(self, session: TrainingSession) -> None:
+        """A session that was recreated has its variables already."""
+        if self.stop is None:
+            self.stop = Variable(0, name=STOP, trainable=False, aggregation=VariableAggregation.SUM)
+
+
+class _AskingHook(_StopHook):
+    """The chief's: asks the predicate, and tells the others."""
+
+    def __init__(self, should_stop: Callable[[], bool], timer: SecondOrStepTimer, has_others: bool) -> None:
+        self._should_stop, self._timer = should_stop, timer
+        self._has_others = has_others
+
+    def begin(self) -> None:
+        super().begin()
+        self._is_decided = False
+
+    def after_create_session(self, session: TrainingSession) -> None:
+        """Says what is decided: what a ps that was lost holds of it now may be of another time."""
+        if self._has_others:
+            super().after_create_session(session)
+            self._tell()
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        self._decide(values.global_step)
+        if self._is_decided:
+            context.request_stop()
+
+    def while_waiting(self, context: RunContext) -> None:
+        """The others, which go on, can still be stopped."""
+        self._decide(context.session.global_step)
+
+    def _decide(self, step: int) -> None:
+        """Ask the predicate if that is due, and tell the others once."""
+        if self._is_decided or not self._timer.should_trigger_for_step(step):
+            return
+        self._timer.update_last_triggered_step(step)
+        self._is_decided = self._should_stop()
+        if self._is_decided:
+            logger.info("training is stopped early, at global step %d", step)
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.stop is not None:
+            self.stop.assign(int(self._is_decided))
+
+
+class _ObeyingHook(_StopHook):
+    """Every other worker's: stops when the chief has said so."""
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        if self.stop is not None and int(self.stop.value()) > 0:
+            logger.info("%s stops early, as the chief has decided", context.session.task)
+            context.request_stop()

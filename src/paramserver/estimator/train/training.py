@@ -1,0 +1,229 @@
+"""The training loop of one task: its hooks, its input, its session."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from paramserver.checkpoint.storage import absolute
+from paramserver.cluster import environment
+from paramserver.cluster.report import Reporter
+from paramserver.distribute.parameter_server import ParameterServerStrategy
+from paramserver.errors import ConfigError, RunOverError, UnavailableError
+from paramserver.estimator.calling import Batch
+from paramserver.estimator.hooks.basic import StopAtStepHook
+from paramserver.estimator.hooks.hook import (
+    HookRunner,
+    RunContext,
+    RunValues,
+    TrainingHook,
+    TrainingSession,
+    order_hooks,
+)
+from paramserver.estimator.hooks.saving import CheckpointSaverHook, CheckpointSaverListener, SummarySaverHook
+from paramserver.estimator.hooks.watching import LoggingHook, NanLossHook, StepCounterHook
+from paramserver.estimator.run_config import RunConfig
+from paramserver.estimator.specs import EstimatorSpec
+from paramserver.estimator.train.session import Session
+from paramserver.estimator.uploading import summary_writer
+from paramserver.summary import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL = 0.2
+
+
+def train(
+    strategy: ParameterServerStrategy,
+    config: RunConfig,
+    build: Callable[[], EstimatorSpec],
+    read: Callable[[], Iterator[Batch]],
+    *,
+    hooks: Sequence[TrainingHook] = (),
+    saving_listeners: Sequence[CheckpointSaverListener] = (),
+    steps: int | None = None,
+    max_steps: int | None = None,
+) -> int:
+    """Train on this task until ``max_steps``, ``steps`` more, the end of the input, or a hook's wish. Blocks.
+
+    Args:
+        strategy: Of the training.
+        config: Of the run; its model_dir is set.
+        build: Makes the model and optimizer, inside the strategy's scope.
+        read: Opens the input.
+        hooks: The user's, for every worker.
+        saving_listeners: Told of every checkpoint, on the chief.
+        steps: Global steps to make from where the session starts.
+        max_steps: The global step to stop at.
+
+    Returns:
+        The steps that this task made.
+
+    Raises:
+        Exception: Whatever the user's functions, the hooks or the session raise; the ps tasks are told of it first.
+    """
+    reporter = Reporter(str(strategy.task or "chief:0"), environment.read().report_fd)
+    reporter.tell(state="building the model", max_steps=max_steps)
+    if config.seed is not None:
+        torch.manual_seed(config.seed)
+    counter = _LocalSteps()
+    with contextlib.ExitStack() as stack, strategy.scope():
+        stack.enter_context(_telling_failure(strategy))
+        spec = build()
+        writer = stack.enter_context(contextlib.closing(summary_writer(config.model_dir or "")))
+        stop = [StopAtStepHook(num_steps=steps, last_step=max_steps)] if steps or max_steps else []
+        user = (*hooks, *spec.training_hooks)
+        runner = HookRunner(
+            order_hooks(
+                is_chief=strategy.is_chief,
+                chief_only=(*_savers(config, user, saving_listeners), *_chief_hooks(config, spec, writer)),
+                user=(*stop, *(hook for hook in user if not isinstance(hook, CheckpointSaverHook)), counter),
+                last=(NanLossHook(), *_logging(config), *_reporting(reporter, config)),
+            )
+        )
+        _loop(runner, lambda: Session(strategy, spec, config, max_steps, reporter), read)
+    reporter.tell(state="done", global_step=strategy.global_step, step_seconds=strategy.statistics().per_step())
+    return counter.steps
+
+
+def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], Iterator[Batch]]) -> None:
+    runner.begin()
+    session = create()
+    _announce(session, runner)
+    batches = read()
+    _train_on(session, runner, batches)
+    while not _finish(session, runner):
+        _train_on(session, runner, batches)
+    session.close()
+
+
+def _train_on(session: Session, runner: HookRunner, batches: Iterator[Batch]) -> None:
+    with contextlib.suppress(StopIteration):  # the input's way of saying that it is at its end
+        while not runner.stop_requested and not session.should_stop():
+            _persist(lambda: runner.step(lambda: session.step(batches)), session, runner)
+
+
+def _finish(session: Session, runner: HookRunner) -> bool:
+    """End a training; False if a ps was lost meanwhile, and steps with it that were made already."""
+    reached = session.global_step
+    _persist(lambda: session.finish(runner.while_waiting), session, runner)
+    if session.global_step >= reached:
+        _persist(lambda: runner.end(session), session, runner)
+    if session.global_step < reached:
+        back = "%s was done at step %d, and is back at step %d: it trains on, as far as its input goes"
+        logger.warning(back, session.task, reached, session.global_step)
+    return session.global_step >= reached
+
+
+def _persist(action: Callable[[], object], session: Session, runner: HookRunner) -> None:
+    """Do something with the ps tasks, and again after each loss of one that the session recovers from (N04)."""
+    while (loss := _loss(action)) is not None:
+        session.recover(loss)
+        _announce(session, runner)
+
+
+def _announce(session: Session, runner: HookRunner) -> None:
+    """Tell the hooks of a session that is new or has recovered, again where a ps is lost while they are told."""
+    while (loss := _loss(lambda: runner.after_create_session(session))) is not None:
+        session.recover(loss)
+
+
+def _loss(action: Callable[[], object]) -> UnavailableError | None:
+    """Do something; the error if a ps was lost meanwhile."""
+    try:
+        action()
+    except UnavailableError as error:
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
+    try:
+        yield
+    except RunOverError:
+        strategy.close()  # it came too late to be of use, but nothing is wrong with it
+        raise
+    except BaseException as error:
+        in_cluster = strategy.task is not None  # else there is nobody to tell
+        strategy.close(failure=f"{type(error).__name__}: {error}" if in_cluster else "")
+        raise
+
+
+def _savers(
+    config: RunConfig, user: Sequence[TrainingHook], listeners: Sequence[CheckpointSaverListener]
+) -> list[TrainingHook]:
+    """What saves checkpoints: the user's own hooks for that, or else one as the config says (Q10)."""
+    theirs = [hook for hook in user if isinstance(hook, CheckpointSaverHook)]
+    if theirs:
+        return [theirs[0].with_listeners(listeners), *theirs[1:]]
+    if config.saves_checkpoints:
+        secs, steps = config.save_checkpoints_secs, config.save_checkpoints_steps
+        return [CheckpointSaverHook(save_secs=secs, save_steps=steps, listeners=listeners)]
+    if listeners:
+        raise ConfigError(
+            "saving_listeners are given, and no checkpoints are saved; "
+            "set save_checkpoints_steps or save_checkpoints_secs of RunConfig"
+        )
+    return []
+
+
+def _chief_hooks(config: RunConfig, spec: EstimatorSpec, writer: SummaryWriter) -> list[TrainingHook]:
+    hooks: list[TrainingHook] = []
+    if config.save_summary_steps:
+        hooks.append(SummarySaverHook(writer, save_steps=config.save_summary_steps))
+    if config.log_step_count_steps:
+        hooks.append(StepCounterHook(config.log_step_count_steps))
+    return [*hooks, *spec.training_chief_hooks]
+
+
+def _logging(config: RunConfig) -> list[TrainingHook]:
+    return [LoggingHook(config.log_step_count_steps, at_end=True)] if config.log_step_count_steps else []
+
+
+def _reporting(reporter: Reporter, config: RunConfig) -> list[TrainingHook]:
+    return [_ReportHook(reporter, config)] if reporter.is_on else []
+
+
+class _LocalSteps(TrainingHook):
+    """Counts the steps of this task."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        self.steps += 1
+
+
+class _ReportHook(TrainingHook):
+    """Tells the launcher how the training goes, a few times a second, and how its last step was."""
+
+    def __init__(self, reporter: Reporter, config: RunConfig) -> None:
+        self._reporter = reporter
+        self._summaries = absolute(config.model_dir or "")
+        self._last = time.monotonic()
+        self._untold: RunValues | None = None
+
+    def after_create_session(self, session: TrainingSession) -> None:
+        self._last = time.monotonic()
+        paths = {"summaries": self._summaries} if session.is_chief else None
+        self._reporter.tell(state="training", global_step=session.global_step, paths=paths)
+
+    def after_run(self, context: RunContext, values: RunValues) -> None:
+        self._untold = values
+        now = time.monotonic()
+        if now - self._last >= REPORT_INTERVAL:
+            self._last = now
+            self._tell(values)
+
+    def end(self, session: TrainingSession) -> None:
+        if self._untold is not None:
+            self._tell(self._untold)
+
+    def _tell(self, values: RunValues) -> None:
+        self._reporter.tell(state="training", global_step=values.global_step, loss=float(values.loss))
+        self._untold = None

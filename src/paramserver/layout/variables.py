@@ -1,0 +1,58 @@
+"""Variables: named states that all workers share, and parts of those that are partitioned by rows."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import torch
+
+from paramserver.errors import ConfigError
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+
+
+class Shard(msgspec.Struct, frozen=True, array_like=True):
+    """Which rows of a partitioned variable a part of it holds: ``[start, start + rows of the part)``."""
+
+    variable: str
+    """The name of the whole variable."""
+    index: int
+    start: int
+    rows: int
+    """Rows of the whole variable."""
+
+
+class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A named state: what has to be equal on every worker that shares it.
+
+    A part of a partitioned variable is a variable like others, called ``NAME/part_I``; ``shard`` says what of.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    shard: Shard | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+def dtype_name(dtype: torch.dtype, variable: str) -> str:
+    """The name under which a dtype travels.
+
+    Raises:
+        ConfigError: If variables of this dtype cannot live on a ps.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(
+            f"variable {variable!r} has dtype {name}, which a parameter server cannot hold; "
+            f"expected one of {', '.join(DTYPES)}"
+        )
+    return name

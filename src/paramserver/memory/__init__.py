@@ -1,0 +1,1 @@
+"""Memory for arenas and rows, and the loops over it."""

@@ -1,0 +1,192 @@
+"""Loops over the rows of tables, compiled by numba; only `paramserver.memory.rows.loops_for` imports this module.
+
+Rows of a large table are in no cache. A loop asks for those that come next while it is at work on one, which NumPy and
+torch cannot be told to do, and what they do in several passes is one here. A row that begins within a line ends in one
+more than its length says, so its last element is asked for, too.
+
+All arrays are flat. Ids, places and numbers of rows are uint64: numba would look at each signed one whether it counts
+from the end. Nothing is checked, but for what `gather` says: a program could change the ids of a batch meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from numba.np import arrayobj
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Array = npt.NDArray[Any]
+Numbers = npt.NDArray[np.uint64]
+
+AHEAD = 64
+"""Lines of a table that are asked for ahead. A loop that runs alone would do with 16; others keep the memory busy."""
+LINE = 64
+"""Bytes that come into a cache at once."""
+DIGIT = 11
+"""Bits by which ids are sorted at once: as many values as can be counted in the fastest cache."""
+
+_1 = np.uint64(1)
+_make_array: Any = arrayobj.make_array
+
+
+def _compiled(function: Function) -> Function:
+    """Compiled for the types of its arguments when it is first called with them; other threads go on meanwhile."""
+    return cast(Function, numba.njit(nogil=True, error_model="numpy")(function))
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    """What it decorates is called without the first argument."""
+    return intrinsic(function)
+
+
+def _asking(*, to_write: bool) -> Any:
+    """A function of an array and an index: has the line of that element come into the cache, and goes on."""
+
+    @_intrinsic
+    def ask(typing: Any, array: Any, index: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address = builder.gep(_make_array(array)(context, builder, arguments[0]).data, [arguments[1]])
+            byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+            prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+            stay, is_data = number(3), number(1)
+            builder.call(prefetch, [builder.bitcast(address, byte), number(int(to_write)), stay, is_data])
+            return context.get_dummy_value()
+
+        return types.void(array, index), code
+
+    return ask
+
+
+_ask_for = _asking(to_write=False)
+_ask_to_write = _asking(to_write=True)  # no other core has the line then
+
+
+@_intrinsic
+def _fused(typing: Any, one: Any, other: Any, addend: Any) -> Any:
+    """``one * other + addend``, rounded once."""
+    return one(one, one, one), lambda context, builder, signature, arguments: builder.fma(*arguments)
+
+
+@_compiled
+def _rows_ahead(width: np.uint64, line: np.uint64) -> np.uint64:
+    """How many rows ahead these lines are, for lines and rows of so many elements."""
+    return np.uint64(AHEAD) // ((width + line - _1) // line) + _1
+
+
+@_compiled
+def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
+    """Copy the rows ``ids`` of ``values``; instead of one that is not there the last."""
+    count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
+    ahead, last = _rows_ahead(width, line), np.uint64(len(values)) // width - _1
+    for i in range(count):
+        if i + ahead < count:
+            next_row = ids[i + ahead] * width
+            for j in range(next_row, next_row + width, line):
+                _ask_for(values, j)
+            _ask_for(values, next_row + width - _1)
+        row, its_copy = min(ids[i], last) * width, i * width
+        for j in range(width):
+            out[its_copy + j] = values[row + j]
+
+
+@_compiled
+def sgd(values: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.floating) -> None:
+    """A step of torch.optim.SGD on the rows ``ids`` of ``values``, bit by bit."""
+    count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
+    ahead = _rows_ahead(width, line)
+    for i in range(count):
+        if i + ahead < count:
+            next_row = ids[i + ahead] * width
+            for j in range(next_row, next_row + width, line):
+                _ask_to_write(values, j)
+            _ask_to_write(values, next_row + width - _1)
+        row, its_gradient = ids[i] * width, i * width
+        for j in range(width):
+            values[row + j] = _fused(-lr, gradient[its_gradient + j], values[row + j])
+
+
+@_compiled
+def adagrad(
+    values: Array, sums: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.floating, eps: np.floating
+) -> None:
+    """A step of torch.optim.Adagrad on the rows ``ids`` of ``values``, bit by bit; ``lr`` is that of this step."""
+    count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
+    ahead = _rows_ahead(width, line)
+    for i in range(count):
+        if i + ahead < count:
+            next_row = ids[i + ahead] * width
+            for j in range(next_row, next_row + width, line):
+                _ask_to_write(values, j)
+                _ask_to_write(sums, j)
+            _ask_to_write(values, next_row + width - _1)
+            _ask_to_write(sums, next_row + width - _1)
+        row, its_gradient = ids[i] * width, i * width
+        for j in range(width):
+            each = gradient[its_gradient + j]
+            total = _fused(each, each, sums[row + j])
+            sums[row + j] = total
+            values[row + j] -= lr * each / (np.sqrt(total) + eps)
+
+
+@_compiled
+def add_up(
+    rows: Array, group: np.uint64, gap: np.uint64, places: Numbers, numbers: Numbers, width: np.uint64, sums: Array
+) -> None:
+    """Compute `rows.add_up` into ``sums``; a gap of ``gap`` elements follows each ``group`` of rows."""
+    count, line = np.uint64(len(places)), np.uint64(LINE // rows.itemsize)
+    ahead = _rows_ahead(width, line)
+    for i in range(count):
+        if i + ahead < count:
+            next_row = places[i + ahead] * width + places[i + ahead] // group * gap
+            for j in range(next_row, next_row + width, line):
+                _ask_for(rows, j)
+            _ask_for(rows, next_row + width - _1)
+        row, its_sum = places[i] * width + places[i] // group * gap, numbers[i] * width
+        if i > 0 and numbers[i] == numbers[i - _1]:
+            for j in range(width):
+                sums[its_sum + j] += rows[row + j]
+        else:
+            for j in range(width):
+                sums[its_sum + j] = rows[row + j]
+
+
+@_compiled
+def arrange(ids: Numbers, bits: int) -> tuple[Numbers, Numbers, Numbers]:
+    """What a `Lookup` holds of ids of so many bits at most, which are sorted digit by digit."""
+    count, mask = np.uint64(len(ids)), np.uint64((1 << DIGIT) - 1)
+    behind = np.uint64(0)
+    while count >> behind:
+        behind += _1
+    keys, sorted_keys = np.empty_like(ids), np.empty_like(ids)
+    for i in range(count):
+        keys[i] = ids[i] << behind | i  # an id, and behind it where it stands
+    ends = np.empty(1 << DIGIT, dtype=np.uint64)
+    for shift in range(behind, behind + np.uint64(bits), np.uint64(DIGIT)):
+        ends[:] = 0
+        for i in range(count):
+            ends[keys[i] >> shift & mask] += _1
+        end = np.uint64(0)
+        for digit in range(len(ends)):
+            end, ends[digit] = end + ends[digit], end
+        for i in range(count):
+            digit = keys[i] >> shift & mask
+            sorted_keys[ends[digit]] = keys[i]
+            ends[digit] += _1
+        keys, sorted_keys = sorted_keys, keys
+    rows, order, numbers = sorted_keys, np.empty_like(ids), np.empty_like(ids)
+    found = np.uint64(0)
+    for i in range(count):
+        row = keys[i] >> behind
+        if found == 0 or row != rows[found - _1]:
+            rows[found] = row
+            found += _1
+        order[i], numbers[i] = keys[i] & ((_1 << behind) - _1), found - _1
+    return rows[:found], order, numbers

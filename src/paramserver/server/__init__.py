@@ -1,0 +1,1 @@
+"""A ps task: its connections, its threads, and the handlers of requests."""

@@ -1,0 +1,133 @@
+"""What takes a ps long, done bit by bit: saving and restoring its shard, or the slots of it.
+
+Rules
+    * A job goes on while it is asked to. So its peer hears of it every second, and it needs no thread; when the peer
+      is gone, so is the job.
+    * A job whose files are here reads and writes them itself. Any other one asks its peer to, piece by piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+from paramserver.checkpoint.folder import CheckpointFolder, Read, Steps, Write
+from paramserver.errors import RemoteProtocolError
+from paramserver.store.shards.restore import read_shard, read_slots
+from paramserver.store.shards.save import write_shard, write_slots
+from paramserver.store.store import Store
+from paramserver.wire import messages
+
+PIECE_BYTES = 8 << 20
+"""The most of a file that one message holds."""
+
+
+def saving(store: Store, save: messages.Save) -> Steps[messages.Reply]:
+    """The steps of a save, and the answer."""
+    written = yield from write_shard(store, save.shard, save.num_shards)
+    return messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause, written.longest_pause)
+
+
+def restoring(store: Store, restore: messages.Restore) -> Steps[messages.Reply]:
+    """The steps of a restore, and the answer."""
+    yield from read_shard(store, restore.directory, restore.weight_map, restore.slot_map)
+    return messages.Done()
+
+
+def reading_slots(store: Store, request: messages.ReadSlots) -> Steps[messages.Reply]:
+    """The steps of sending slots, and the answer."""
+    written = yield from write_slots(store, request.shard, request.num_shards, frozenset(request.variables))
+    return messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause, written.longest_pause)
+
+
+def loading_slots(store: Store, request: messages.LoadSlots, source: str) -> Steps[messages.Reply]:
+    """The steps of taking in slots from ``source``, and the answer."""
+    groups = [(group.variables, group.settings) for group in request.groups]
+    yield from read_slots(store, groups, request.slot_map, source)
+    return messages.Done()
+
+
+Rounds = Generator[messages.Reply, bytes, messages.Reply]
+"""Answers round by round, is sent the content of each `Proceed`, and returns the last answer."""
+
+
+class Job:
+    """Something that is done bit by bit. Used by one thread.
+
+    Args:
+        rounds: What is done; `here` or `through_peer`.
+
+    Attributes:
+        is_over: Whether the last answer was the end of it, or an error.
+    """
+
+    def __init__(self, rounds: Rounds) -> None:
+        self.is_over = False
+        self._rounds = rounds
+        self._has_begun = False
+
+    def proceed(self, timeout: float, content: bytes) -> messages.Reply:
+        """Go on for about ``timeout`` seconds, one step at least; the answer. Blocks.
+
+        Args:
+            timeout: In seconds.
+            content: What the last answer asked for.
+
+        Raises:
+            CheckpointError: If a step cannot be carried out.
+            RemoteProtocolError: If the content is not what was asked for.
+        """
+        give_up = time.monotonic() + timeout
+        self.is_over = True  # unless there is another round
+        try:
+            reply = self._rounds.send(content) if self._has_begun else next(self._rounds)
+            self._has_begun = True
+            while isinstance(reply, messages.Underway) and time.monotonic() < give_up:
+                reply = next(self._rounds)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]  # typeshed does not know of what
+        self.is_over = False
+        return reply
+
+
+def here(steps: Steps[messages.Reply], directory: Path) -> Rounds:
+    """Carry out the steps in a folder that is here, one in each round."""
+    with CheckpointFolder(directory) as folder, contextlib.closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]  # as above
+            folder.carry_out(step)
+            yield messages.Underway()
+
+
+def through_peer(steps: Steps[messages.Reply]) -> Rounds:
+    """Have the peer carry out the steps, a piece of one in each round."""
+    with contextlib.closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]  # as above
+            yield from _asked(step) if isinstance(step, Read) else _told(step)
+
+
+def _asked(step: Read) -> Generator[messages.Reply, bytes, None]:
+    for begin in range(0, step.out.nbytes, PIECE_BYTES):
+        part = step.out[begin : begin + PIECE_BYTES]
+        content = yield messages.Wanted(step.file, step.offset + begin, part.nbytes)
+        if len(content) != part.nbytes:
+            raise RemoteProtocolError(
+                f"expected {part.nbytes} bytes of checkpoint file {step.file}, got {len(content)}"
+            )
+        part[:] = content
+
+
+def _told(step: Write) -> Generator[messages.Reply, bytes, None]:
+    file, size, is_shared, offset, content = step
+    for begin in range(0, content.nbytes, PIECE_BYTES):
+        part = bytes(content[begin : begin + PIECE_BYTES])
+        yield messages.FilePiece(file, size, is_shared, offset + begin, part)

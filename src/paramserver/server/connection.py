@@ -1,0 +1,150 @@
+"""A worker's connection to a ps, from the handshake to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from dataclasses import dataclass
+
+from paramserver.errors import ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
+from paramserver.server.models import Models
+from paramserver.server.threads import Hook, Pace
+from paramserver.store.membership import Roster
+from paramserver.transport.frames import FrameSocket
+from paramserver.transport.handshake import accept
+from paramserver.transport.identity import OBSERVER, STRANGER, Identity
+from paramserver.transport.lane import Session
+from paramserver.wire import messages
+from paramserver.wire.refusals import refused
+
+logger = logging.getLogger(__name__)
+
+QUICK_ELEMENTS = 64 << 10
+"""The most elements that a request reads and writes which is carried out while others wait: some 10 microseconds."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The ps, as its connections see it.
+
+    Attributes:
+        me: Who it is.
+        local_socket: The abstract name under which it listens for workers on the same host, "" if it does not.
+        roster: Who takes part.
+        models: What it holds.
+    """
+
+    me: Identity
+    local_socket: str
+    roster: Roster
+    models: Models
+
+
+class Conversation:
+    """Whatever comes over one connection, and its answers; implements `serving.Served`.
+
+    Args:
+        connection: It was just accepted, and is owned by this object from now on.
+        host: Who accepted it.
+    """
+
+    def __init__(self, connection: socket.socket, host: Host) -> None:
+        self._connection = connection
+        self._host = host
+        self._frames: FrameSocket | None = None
+        self._session: Session | None = None
+        self._model: int | None = None
+        self._handler = host.models.handler(0)
+
+    @property
+    def before_wait(self) -> Hook | None:
+        """See `serving.Served`."""
+        return self._frames.before_wait if self._frames else None
+
+    @before_wait.setter
+    def before_wait(self, hook: Hook | None) -> None:
+        if self._frames:
+            self._frames.before_wait = hook
+
+    def fileno(self) -> int:
+        """See `serving.Served`."""
+        return self._connection.fileno()
+
+    def proceed(self) -> Pace:
+        """Make the acquaintance of the peer, and after that carry out a request at a time; see `serving.Served`."""
+        try:
+            if self._frames is None or self._session is None:
+                return self._begin()
+            return self._go_on(self._frames, self._session)
+        except UnavailableError as error:  # whoever is gone is gone, with or without an error: the roster judges it
+            logger.info("%s: %s", self._host.me.task, str(error))
+        except ParameterServerError as error:
+            logger.warning("%s: %s", self._host.me.task, str(error))  # as text: a kept record must not keep the session
+        except Exception:  # one connection's end must not be the end of another's
+            logger.exception("%s: a connection has failed", self._host.me.task)
+        return Pace.OVER
+
+    def end(self) -> None:
+        """See `serving.Served`."""
+        if self._model is not None and self._session:
+            has_left = self._host.roster.disconnect(self._session.task, self._session.incarnation)
+            self._host.models.leave(self._model, said_goodbye=has_left)
+        if self._session:
+            self._session.close()
+        self._connection.close()
+
+    def hang_up(self) -> None:
+        """See `serving.Served`."""
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _begin(self) -> Pace:
+        self._frames = FrameSocket(self._connection, STRANGER)
+        try:
+            self._session = accept(self._frames, self._host.me, self._host.local_socket)
+        except UnavailableError as error:  # also a worker that goes on by the local socket instead
+            logger.debug("%s: %s", self._host.me.task, str(error))
+            return Pace.OVER
+        return Pace.SLOW if self._session.task == OBSERVER else self._join(self._session)
+
+    def _join(self, session: Session) -> Pace:
+        try:
+            self._host.models.check_alive()  # comes first: a run that has failed is over as well
+            self._model = self._host.roster.join(session.task, session.incarnation)
+        except ParameterServerError as error:
+            try:
+                session.receive()
+                session.reply(refused(error))
+            finally:  # it was expected and has come, and need not be waited for, whether or not it waits for the news
+                if isinstance(error, RunOverError):
+                    self._host.roster.leave(session.task, session.incarnation)
+            return Pace.OVER
+        self._handler = self._host.models.enter(self._model)
+        return Pace.SLOW
+
+    def _go_on(self, frames: FrameSocket, session: Session) -> Pace:
+        try:
+            if frames.before_wait and not frames.gather():
+                return Pace.QUICK
+            request = session.receive()
+            if request is None:
+                return Pace.OVER
+            is_quick = self._handler.pushes.elements(request) <= QUICK_ELEMENTS
+            if frames.before_wait and not is_quick:
+                frames.before_wait()
+            self._carry_out(session, request)
+        except RemoteProtocolError as error:
+            with contextlib.suppress(UnavailableError):  # it may have gone away
+                session.reply(refused(error))
+            raise
+        return Pace.QUICK if is_quick and not frames.has_more else Pace.SLOW
+
+    def _carry_out(self, session: Session, request: messages.Request) -> None:
+        if isinstance(request, messages.GetStatus):
+            session.reply(self._host.models.status())
+        elif session.task != OBSERVER:
+            self._handler.handle(session, request)
+        else:  # one who takes no part in the run: nobody waits for it, and it changes nothing
+            me, what = self._host.me.task, f"{type(request).__name__} of {session.task}"
+            session.reply(messages.Refused("refused", f"{me} refused {what}: an observer may only ask for the status"))

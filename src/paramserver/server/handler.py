@@ -1,0 +1,395 @@
+"""What a ps does with each request: message -> store -> reply."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from paramserver.checkpoint.folder import Steps
+from paramserver.checkpoint.index import digest
+from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
+from paramserver.layout.arena import DTYPES, ArenaLayout
+from paramserver.layout.blocks import ID_BYTES
+from paramserver.memory.arena_memory import tensor_bytes
+from paramserver.server.checkpoints import Job, here, loading_slots, reading_slots, restoring, saving, through_peer
+from paramserver.server.push_plans import Application, PushPlans
+from paramserver.store.membership import Roster
+from paramserver.store.progress import Progress
+from paramserver.store.store import Store
+from paramserver.store.tables.table import StoredTable
+from paramserver.transport.lane import Piece, Session
+from paramserver.wire import messages
+from paramserver.wire.refusals import refused
+from paramserver.wire.values import packed, unpacked
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT = 30.0
+"""Seconds after which every wait is answered, so that no thread waits much longer than its worker lives."""
+
+
+class RequestHandler:
+    """Carries out the requests of sessions on one store. Thread-safe; a session is used by one thread at a time.
+
+    Args:
+        store: The store.
+        roster: Who takes part in the run.
+        fail: Called with the reason, if the chief cannot go on; by default the store is told.
+
+    Attributes:
+        pushes: What is known of pushes.
+    """
+
+    def __init__(self, store: Store, roster: Roster, fail: Callable[[str], None] | None = None) -> None:
+        self._store = store
+        self._fail = fail or store.fail
+        self._roster = roster
+        self.pushes = PushPlans(store)
+        self._jobs: WeakKeyDictionary[Session, Job] = WeakKeyDictionary()  # a job ends with its connection
+        self._handlers: Mapping[type, Callable[[Session, Any], None]] = {
+            messages.Push: self._push,
+            messages.Pull: self._pull,
+            messages.PullRows: self._pull_rows,
+            messages.Declare: self._declare,
+            messages.MarkReady: self._mark_ready,
+            messages.AwaitReady: self._await_ready,
+            messages.MarkRestored: self._mark_restored,
+            messages.AwaitRestored: self._await_restored,
+            messages.AwaitWorkers: self._await_workers,
+            messages.Save: self._save,
+            messages.Restore: self._restore,
+            messages.ReadSlots: self._read_slots,
+            messages.LoadSlots: self._load_slots,
+            messages.Proceed: self._proceed,
+            messages.CreateVariable: self._create_variable,
+            messages.AwaitVariable: self._await_variable,
+            messages.ReadVariable: self._read_variable,
+            messages.UpdateVariable: self._update_variable,
+            messages.GetStatus: self._status,
+            messages.Goodbye: self._goodbye,
+        }
+
+    def handle(self, session: Session, request: messages.Request) -> None:
+        """Carry out one request and answer it; whatever is wrong with it is answered with a refusal.
+
+        Raises:
+            UnavailableError: If the connection is lost.
+            RemoteProtocolError: If the peer breaks the protocol.
+        """
+        handler = self._handlers.get(type(request))
+        if handler is None:
+            raise RemoteProtocolError(f"{session.task} sent {type(request).__name__}, which is no request")
+        try:
+            handler(session, request)
+        except (UnavailableError, RemoteProtocolError):
+            raise
+        except ParameterServerError as error:
+            session.reply(refused(error))
+        except Exception as error:  # a peer's nonsense, or a fault of ours, must not end anybody's session
+            if session.is_of_program(error):
+                raise
+            what = f"{self._store.task} could not carry out a {type(request).__name__} of {session.task}"
+            logger.warning("%s:\n%s", what, traceback.format_exc())  # as text: a kept record must not keep arenas
+            session.reply(messages.Refused("refused", f"{what}: {type(error).__name__}: {error}"))
+
+    def _push(self, session: Session, push: messages.Push) -> None:
+        store = self._store
+        store.check_alive()
+        # All is checked before the first part is applied: a push that is refused here has changed nothing.
+        plan = self.pushes.plan(push)
+        rows = [self._taken_rows(session, part) for part in plan.of_rows] if plan.of_rows else ()
+        step, staleness, seconds = store.global_step, 0, 0.0
+        progress = store.progress(session.incarnation)
+        with progress.lock:
+            if self._begins(session, progress, push.sequence):
+                try:
+                    seconds = _apply_all(session, progress, rows, plan.applications)
+                except (UnavailableError, RemoteProtocolError):
+                    self._say_partial(session, progress, len(rows) + len(plan.applications))
+                    raise
+                except Exception as error:
+                    if session.is_of_program(error):
+                        raise
+                    raise self._failed(session, progress, len(rows) + len(plan.applications), error) from error
+                if push.counts:
+                    step, staleness = store.count_update(push.local_step)
+                progress.end()
+        session.reply(messages.Applied(step, staleness, seconds), plan.pulled, self._lock)
+
+    def _begins(self, session: Session, progress: Progress, number: int) -> bool:
+        try:
+            return progress.begin(number)
+        except ValueError as error:
+            task = self._store.task
+            raise RefusedError(
+                f"an update of {session.task} on {task}: {error}; strategy.assign(model) or a checkpoint sets the "
+                "values",
+                task,
+            ) from error
+
+    def _say_partial(self, session: Session, progress: Progress, parts: int) -> None:
+        if progress.done:
+            logger.warning(
+                "%s: %s was lost in the middle of an update: %d of its %d parts are applied; the others follow if it "
+                "comes back",
+                *(self._store.task, session.task, progress.done, parts),
+            )
+
+    def _failed(self, session: Session, progress: Progress, parts: int, error: Exception) -> RefusedError:
+        """The refusal of a push of which a part could not be applied."""
+        progress.end()
+        task = self._store.task
+        what = f"an update of {session.task} failed on {task} after {progress.done} of {parts} parts"
+        logger.warning("%s:\n%s", what, traceback.format_exc())  # as text: a kept record must not keep arenas
+        return RefusedError(
+            f"{what}, which stay applied; the global step does not count it: {type(error).__name__}: {error}", task
+        )
+
+    def _taken_rows(self, session: Session, part: messages.Part) -> Callable[[], float]:
+        """What applies the rows of a part, which are taken and checked here; it returns the seconds that it took."""
+        table, count = self._table(part.arena), part.rows or 0
+        try:
+            table.check_rows(part.operation, count, part.settings)
+            ids = _taken_ids(session, count)
+            table.check_ids(ids)
+            values = _taken_values(session, table.layout, count)
+        except ValueError as error:
+            raise self._refused_rows(part.arena, error) from error
+
+        def apply() -> float:
+            begun = time.perf_counter()
+            table.apply_rows(part.operation, ids, values, part.settings)
+            return time.perf_counter() - begun
+
+        return apply
+
+    def _table(self, index: int) -> StoredTable:
+        table = self._store.arena(index)
+        if not isinstance(table, StoredTable):
+            task = self._store.task
+            raise RefusedError(f"rows of arena {index} of {task}: it is no table, and has no rows", task)
+        return table
+
+    def _refused_rows(self, index: int, error: ValueError) -> RefusedError:
+        task, table = self._store.task, self._store.arena(index).layout.variables[0].name
+        return RefusedError(f"rows of {table!r} on {task} refused: {error}", task)
+
+    def _pull_rows(self, session: Session, pull: messages.PullRows) -> None:
+        self._store.check_alive()
+        rows = [self._read_rows(session, arena, count) for arena, count in pull.wanted]
+        session.reply(messages.State(True, self._store.global_step), rows=list(map(tensor_bytes, rows)))
+
+    def _read_rows(self, session: Session, arena: int, count: int) -> torch.Tensor:
+        table = self._table(arena)
+        try:
+            table.check_rows("assign", count, None)
+            ids = _taken_ids(session, count)
+            table.check_ids(ids)
+        except ValueError as error:
+            raise self._refused_rows(arena, error) from error
+        return table.read_rows(ids)
+
+    def _pull(self, session: Session, pull: messages.Pull) -> None:
+        self._store.check_alive()
+        session.reply(messages.State(True, self._store.global_step), self.pushes.whole(pull.arenas), self._lock)
+
+    def _lock(self, piece: Piece) -> AbstractContextManager[object]:
+        return self._store.arenas[piece.arena].lock(piece.start)
+
+    def _declare(self, session: Session, declare: messages.Declare) -> None:
+        self._store.check_alive()
+        with self._store.progress(session.incarnation).lock:
+            pass  # a lost connection of this worker may still be served, from memory that it will write to
+        store_memory = (self._store.create if declare.create else self._store.compare)(declare.arenas)
+        session.open(declare.arenas, store_memory)
+        session.reply(messages.Declared(self._store.is_ready, self._store.epoch))
+
+    def _mark_ready(self, session: Session, request: messages.MarkReady) -> None:
+        self._store.mark_ready(request.global_step, request.epoch)
+        session.reply(messages.Done())
+
+    def _await_ready(self, session: Session, request: messages.AwaitReady) -> None:
+        ready = self._store.await_ready(_bounded(request.timeout))
+        if not ready:
+            self._roster.check_going_on(session.task)
+        session.reply(messages.State(ready, self._store.global_step))
+
+    def _mark_restored(self, session: Session, request: messages.MarkRestored) -> None:
+        self._store.mark_restored(request.global_step)
+        session.reply(messages.Done())
+
+    def _await_restored(self, session: Session, request: messages.AwaitRestored) -> None:
+        is_over = self._store.await_restored(_bounded(request.timeout))
+        if not is_over:
+            self._roster.check_going_on(session.task)
+        session.reply(messages.State(is_over, self._store.global_step))
+
+    def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:
+        left = self._roster.await_alone(session.task, _bounded(request.timeout), absent=request.absent)
+        absent = self._roster.absent(besides=session.task) if request.absent else ()
+        session.reply(messages.Remaining(left, absent))
+
+    def _save(self, session: Session, save: messages.Save) -> None:
+        directory = Path(save.directory)
+        self._begin(session, saving(self._store, save), directory, is_here=_sees(directory))
+
+    def _restore(self, session: Session, restore: messages.Restore) -> None:
+        directory = Path(restore.directory)
+        self._begin(session, restoring(self._store, restore), directory, is_here=_sees(directory, restore.digest))
+
+    def _read_slots(self, session: Session, request: messages.ReadSlots) -> None:
+        self._begin_through_peer(session, reading_slots(self._store, request))
+
+    def _load_slots(self, session: Session, request: messages.LoadSlots) -> None:
+        self._begin_through_peer(session, loading_slots(self._store, request, f"from {session.task}"))
+
+    def _begin_through_peer(self, session: Session, steps: Steps[messages.Reply]) -> None:
+        self._store.check_alive()
+        self._jobs[session] = Job(through_peer(steps))
+        session.reply(messages.Underway())
+
+    def _begin(self, session: Session, steps: Steps[messages.Reply], directory: Path, *, is_here: bool) -> None:
+        if not is_here:
+            logger.info("%s does not see %s: its shard goes through %s", self._store.task, directory, session.task)
+        self._jobs[session] = Job(here(steps, directory) if is_here else through_peer(steps))
+        session.reply(messages.Underway())
+
+    def _proceed(self, session: Session, request: messages.Proceed) -> None:
+        job = self._jobs.get(session)
+        if job is None:
+            raise RefusedError(f"{self._store.task} has nothing to go on with", self._store.task)
+        try:
+            reply = job.proceed(_bounded(request.timeout), request.content)
+        finally:
+            if job.is_over:
+                del self._jobs[session]
+        session.reply(reply)
+
+    def _create_variable(self, session: Session, request: messages.CreateVariable) -> None:
+        self._store.check_alive()
+        values = self._unpacked(request.values, request.variable.name, request.variable.dtype)
+        session.reply(messages.Declared(self._store.create_variable(request.variable, request.start, values)))
+
+    def _await_variable(self, session: Session, request: messages.AwaitVariable) -> None:
+        is_there = self._store.await_variable(request.variable, _bounded(request.timeout))
+        if not is_there:
+            self._roster.check_going_on(session.task)
+        session.reply(messages.State(is_there, self._store.global_step))
+
+    def _read_variable(self, session: Session, request: messages.ReadVariable) -> None:
+        self._store.check_alive()
+        arena, piece = self._store.variable(request.variable), (request.start, request.stop)
+        self._store.check_piece(arena, piece)
+        session.reply(messages.Values(packed(arena.copy(piece))))
+
+    def _update_variable(self, session: Session, request: messages.UpdateVariable) -> None:
+        self._store.check_alive()
+        arena = self._store.variable(request.variable)
+        source = self._unpacked(request.values, request.variable, arena.layout.dtype)
+        piece = (request.start, request.start + len(source))
+        self._store.check_piece(arena, piece)
+        progress = self._store.progress(session.incarnation)
+        with progress.lock:
+            if self._begins(session, progress, request.sequence):
+                progress.enter_part()
+                result = arena.update(request.operation, piece, source)
+                progress.end()
+            else:
+                result = arena.copy(piece)
+        session.reply(messages.Values(packed(result)))
+
+    def _unpacked(self, data: bytes, variable: str, dtype: str) -> torch.Tensor:
+        try:
+            return unpacked(data, DTYPES[dtype])
+        except (KeyError, ValueError) as error:
+            task = self._store.task
+            raise RefusedError(f"variable {variable!r} on {task}: values of {dtype} refused: {error}", task) from error
+
+    def _status(self, session: Session, request: messages.GetStatus) -> None:
+        session.reply(self.status())
+
+    def status(self) -> messages.Status:
+        """What the store holds and has done."""
+        statistics = self._store.statistics()
+        arenas = self._store.held
+        return messages.Status(
+            task=self._store.task,
+            num_variables=sum(len(arena.layout.variables) for arena in arenas),
+            values_bytes=sum(arena.layout.nbytes for arena in arenas),
+            slots_bytes=sum(arena.slots_bytes for arena in arenas),
+            global_step=statistics.global_step,
+            updates=statistics.updates,
+            mean_staleness=statistics.mean_staleness,
+            largest_staleness=statistics.largest_staleness,
+            joined=self._roster.joined(),
+        )
+
+    def _goodbye(self, session: Session, goodbye: messages.Goodbye) -> None:
+        if goodbye.failure:
+            logger.warning("%s failed: %s", session.task, goodbye.failure)
+            if session.task == self._roster.chief:
+                self._fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
+        try:
+            session.reply(messages.Done())
+        finally:  # it has left, whether or not it waits for the answer; after the answer, since this may end the run
+            self._roster.leave(session.task, session.incarnation)
+
+
+def _sees(directory: Path, expected: str = "") -> bool:
+    """Whether a folder is there, and holds the checkpoint that is expected."""
+    return directory.is_dir() and (not expected or digest(directory) == expected)
+
+
+def _bounded(timeout: float) -> float:
+    return min(LONGEST_WAIT, timeout)  # in this order, which turns a NaN into the limit
+
+
+def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
+    """A copy, which stays as it was checked."""
+    return session.take_rows(count * ID_BYTES).view(np.int64).copy()
+
+
+def _taken_values(session: Session, layout: ArenaLayout, count: int) -> torch.Tensor:
+    row_bytes = layout.table_shape[1] * layout.itemsize
+    taken = session.take_rows(count * row_bytes).reshape(count, row_bytes)
+    return torch.from_numpy(taken).view(layout.torch_dtype)
+
+
+def _apply_all(
+    session: Session,
+    progress: Progress,
+    rows: Sequence[Callable[[], float]],
+    applications: Sequence[Application],
+) -> float:
+    """Apply the parts of an update that are not applied yet; the seconds, without those of waiting for them."""
+    seconds = 0.0
+    for apply_rows in rows[progress.done :]:
+        progress.enter_part()
+        seconds += apply_rows()
+        progress.leave_part()
+    for application in applications[: progress.done - len(rows)]:  # applied when it came for the first time
+        session.gradient(application.piece)
+    for application in applications[progress.done - len(rows) :]:
+        seconds += _apply(session, progress, application)
+    return seconds
+
+
+def _apply(session: Session, progress: Progress, application: Application) -> float:
+    """Apply a piece as soon as it is here."""
+    arena, operation, piece, settings = application
+    gradient = session.gradient(piece)
+    begun = time.perf_counter()
+    progress.enter_part()
+    arena.apply(operation, (piece.start, piece.stop), gradient, settings)
+    progress.leave_part()
+    return time.perf_counter() - begun

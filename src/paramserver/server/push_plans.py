@@ -1,0 +1,117 @@
+"""What a push asks of a store, worked out and checked once for all pushes that ask the same.
+
+Nearly every push of a run says what the one before has said, apart from its number: to see that is cheaper than to look
+into it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from paramserver.errors import RefusedError
+from paramserver.layout.blocks import pieces
+from paramserver.layout.rules import Setting
+from paramserver.store.arena import Operation, StoredArena
+from paramserver.store.store import Store
+from paramserver.transport.lane import Piece
+from paramserver.wire import messages
+
+
+class Application(NamedTuple):
+    """What is done to one piece: see `StoredArena.apply`."""
+
+    arena: StoredArena
+    operation: Operation
+    piece: Piece
+    settings: dict[str, Setting] | None
+
+
+class PushPlan(NamedTuple):
+    """What is done for a push.
+
+    Attributes:
+        parts: What the push said.
+        pull: What it said.
+        of_rows: The parts that are about rows of tables, which come first.
+        applications: All others, in the order in which the pieces come.
+        pulled: The pieces of values that are sent back.
+        elements: How many elements are read and written.
+    """
+
+    parts: tuple[messages.Part, ...]
+    pull: tuple[int, ...]
+    of_rows: tuple[messages.Part, ...]
+    applications: tuple[Application, ...]
+    pulled: tuple[Piece, ...]
+    elements: float
+
+
+class PushPlans:
+    """Plans the pushes to one store. Thread-safe."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last: PushPlan | None = None  # that of any worker: they all say the same
+
+    def plan(self, push: messages.Push) -> PushPlan:
+        """What is to be done.
+
+        Raises:
+            RefusedError: If something of it cannot be done; nothing was done yet, then.
+        """
+        plan = self._known(push)
+        if plan is None:
+            of_rows = tuple(part for part in push.parts if part.rows is not None)
+            applications = tuple(each for part in push.parts if part.rows is None for each in self._applications(part))
+            pulled, elements = self.whole(push.pull), self._elements(push)
+            self._last = plan = PushPlan(push.parts, push.pull, of_rows, applications, pulled, elements)
+        return plan
+
+    def elements(self, request: messages.Request) -> float:
+        """How many elements a request reads or writes; infinitely many where it may wait, or do something else."""
+        if isinstance(request, messages.Push):
+            plan = self._known(request)
+            return plan.elements if plan else self._elements(request)
+        if isinstance(request, messages.Pull):
+            return _whole(request.arenas, self._store.arenas)
+        return math.inf
+
+    def whole(self, arenas: Sequence[int]) -> tuple[Piece, ...]:
+        """All pieces of some arenas.
+
+        Raises:
+            RefusedError: If there is no such arena.
+        """
+        return tuple(
+            Piece(index, start, stop) for index in arenas for start, stop in self._store.arena(index).layout.pieces
+        )
+
+    def _known(self, push: messages.Push) -> PushPlan | None:
+        last = self._last
+        return last if last is not None and last.parts == push.parts and last.pull == push.pull else None
+
+    def _applications(self, part: messages.Part) -> Iterator[Application]:
+        arena = self._store.arena(part.arena)
+        try:
+            arena.check(part.operation, part.ranges, part.settings)
+        except ValueError as error:
+            task, what = self._store.task, f"{part.operation!r} on arena {part.arena}"
+            raise RefusedError(f"push to {task} refused: {what}: {error}", task) from error
+        for start, stop in arena.layout.pieces if part.ranges is None else pieces(part.ranges):
+            yield Application(arena, part.operation, Piece(part.arena, start, stop), part.settings)
+
+    def _elements(self, push: messages.Push) -> int:
+        arenas = self._store.arenas
+        return sum(_part_elements(part, arenas) for part in push.parts) + _whole(push.pull, arenas)
+
+
+def _part_elements(part: messages.Part, arenas: Sequence[StoredArena]) -> int:
+    if part.ranges is None:
+        return _whole((part.arena,), arenas)
+    return sum(stop - start for start, stop in part.ranges)
+
+
+def _whole(indices: Iterable[int], arenas: Sequence[StoredArena]) -> int:
+    return sum(arenas[index].layout.size for index in indices if index < len(arenas))

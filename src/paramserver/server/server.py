@@ -1,0 +1,247 @@
+"""The ps task: message -> store -> reply. The only room where transport meets store."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
+from paramserver.cluster.report import Reporter
+from paramserver.errors import ConfigError, UnavailableError
+from paramserver.memory import heap, shared_file
+from paramserver.server.connection import Conversation, Host
+from paramserver.server.handler import RequestHandler
+from paramserver.server.models import Models
+from paramserver.server.threads import ServingThreads
+from paramserver.store.membership import Roster
+from paramserver.store.store import Store
+from paramserver.transport.identity import Identity, new_incarnation
+from paramserver.transport.in_process import InProcessLane, InProcessSession
+from paramserver.transport.listener import Listener
+from paramserver.wire import messages
+
+GRACE = 60.0
+"""Seconds that a ps waits for workers that it never saw, and for a chief that was lost, when all others are done."""
+REPORT_INTERVAL = 0.5
+
+
+class Server:
+    """One ps task of a cluster: listens, serves, and ends with the run.
+
+    Args:
+        cluster_spec: The cluster, as a ClusterSpec or what one is made from.
+        job_name: The role of this task; may be omitted where the cluster has one job.
+        task_index: Its index; may be omitted where the job has one task.
+        start: Whether to serve at once.
+        token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``.
+        grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
+        descriptor: A listening socket to take over, instead of binding the task's address; by default the
+            environment's ``PARAMSERVER_LISTEN_FD``.
+
+    Raises:
+        ValueError: If the task is not in the cluster, or is no ps.
+        TypeError: If ``cluster_spec`` is no cluster.
+        UnavailableError: If the address is taken.
+    """
+
+    def __init__(
+        self,
+        cluster_spec: object,
+        job_name: str | None = None,
+        task_index: int | None = None,
+        *,
+        start: bool = True,
+        token: str | None = None,
+        grace: float = GRACE,
+        descriptor: int | None = None,
+    ) -> None:
+        self.cluster_spec = ClusterSpec(cluster_spec)  # type: ignore[arg-type]  # checked there
+        self.task = _which_task(self.cluster_spec, job_name, task_index)
+        surroundings = environment.read()
+        self._grace = grace
+        workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
+        self._roster = Roster(workers[0] if workers else "", workers)
+        self._models = Models(str(self.task), shared_file.shared_store_memory, self._roster)
+        inherited = surroundings.listen_fd if descriptor is None else descriptor
+        self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
+        # Its threads are daemons: a program that fails before it has stopped its server must end all the same.
+        self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
+        token = surroundings.token if token is None else token
+        self._host = Host(
+            me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
+            local_socket=self._listener.local_socket,
+            roster=self._roster,
+            models=self._models,
+        )
+        self._waiters: list[threading.Thread] = []  # whom an interrupt may have left behind
+        self._threads = ServingThreads(f"{self.task} serves")
+        if start:
+            self.start()
+
+    @classmethod
+    def create_local_server(cls, *, start: bool = True) -> Server:
+        """A server for one chief of this machine, at a port that the system picks; `target` says where (V03)."""
+        return cls({"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]}, "ps", 0, start=start)
+
+    @property
+    def target(self) -> str:
+        """Where this server can be reached, ``host:port``."""
+        host = self.cluster_spec.address(self.task).rpartition(":")[0]
+        return f"{host}:{self._listener.port}"
+
+    def start(self) -> None:
+        """Begin to serve, on threads of its own. Idempotent; a server that was stopped stays so."""
+        if not self._acceptor.ident and not self._listener.is_closed:
+            heap.keep_for_steps()
+            self._acceptor.start()
+
+    def join(self) -> None:
+        """Serve until the run is over. Blocks; for ever if no run comes to an end.
+
+        Raises:
+            UnavailableError: If the chief was lost and did not come back.
+            ParameterServerError: If the chief failed.
+        """
+        self.start()
+        complete = self._await_over()
+        was_stopped = self._listener.is_closed
+        self.stop()
+        self._models.check_alive()
+        if not complete and not was_stopped:
+            raise UnavailableError(
+                f"{self._roster.chief} was lost and did not come back within {self._grace:g} s; "
+                f"{self.task} ends, restart the run to go on from its last checkpoint",
+                self._roster.chief,
+            )
+
+    def _await_over(self) -> bool:
+        """See `Roster.await_over`.
+
+        Another thread waits: a signal handler runs in the middle of what the main thread does, so that `request_stop`
+        could come between its look at the state and its wait for a change.
+        """
+        results: list[bool] = []
+        waiter = threading.Thread(
+            target=lambda: results.append(self._roster.await_over(self._grace)), name=f"{self.task} waits", daemon=True
+        )
+        self._waiters.append(waiter)
+        waiter.start()
+        waiter.join()
+        return results[0]
+
+    def stop(self) -> None:
+        """End now: close every connection and wait for the threads. Idempotent."""
+        self.request_stop()
+        self._models.close()
+        if self._acceptor.ident:
+            self._acceptor.join()
+        for waiter in self._waiters:
+            waiter.join()
+        self._listener.release()
+        self._threads.stop()
+
+    def request_stop(self) -> None:
+        """Let `join` end soon. Does not block, so that a signal handler may call it."""
+        self._listener.close()
+        self._roster.stop()
+
+    def status(self) -> messages.Status:
+        """What this ps holds and has done."""
+        return self._models.status()
+
+    def __repr__(self) -> str:
+        return f"<Server {self.task} at {self.target}: {self._models!r}>"
+
+    def _accept(self) -> None:
+        for connection in self._listener.connections():
+            self._threads.add(Conversation(connection, self._host))
+
+
+def run_standard_server() -> None:
+    """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
+
+    SIGTERM ends it early.
+
+    Raises:
+        ValueError: If TF_CONFIG names no ps task of a cluster.
+        UnavailableError: If the address is taken, or the chief was lost and did not come back.
+        ParameterServerError: If the chief failed.
+    """
+    cluster, task = server_task()
+    server = Server(cluster, task.role, task.index)
+    signal.signal(signal.SIGTERM, lambda *_: server.request_stop())
+    with report_progress(server):
+        server.join()
+
+
+def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:
+    """Return a function that connects to a ps inside this process, for a run without a cluster.
+
+    Every lane that it returns leads to the same store, by function calls, as the same incarnation of the worker.
+
+    Args:
+        device: Where its variables lie.
+        index: Of the ps.
+    """
+    task = str(TaskId(Role.PS, index))
+    me = str(TaskId(Role.CHIEF, 0))
+    roster = Roster(me, [me])
+    store, incarnation = Store(task, partial(shared_file.private_store_memory, device=device)), new_incarnation()
+    handler = RequestHandler(store, roster)
+    return lambda: InProcessLane(task, InProcessSession(me, incarnation), handler.handle)
+
+
+@contextlib.contextmanager
+def report_progress(server: Server) -> Iterator[None]:
+    """Tell the launcher, if there is one, what the server does, every `REPORT_INTERVAL` seconds and at the end."""
+    reporter = Reporter(str(server.task), environment.read().report_fd)
+    over = threading.Event()
+
+    def tell(state: str) -> None:
+        status = server.status()
+        reporter.tell(
+            state=state,
+            global_step=status.global_step,
+            updates=status.updates,
+            mean_staleness=status.mean_staleness,
+            largest_staleness=status.largest_staleness,
+        )
+
+    def keep_telling() -> None:
+        tell("serving")
+        while not over.wait(REPORT_INTERVAL):
+            tell("serving")
+
+    thread = threading.Thread(target=keep_telling, name=f"{server.task} reports")
+    if reporter.is_on:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if thread.ident:
+            thread.join()
+        tell("done")
+
+
+def _which_task(cluster: ClusterSpec, job_name: str | None, task_index: int | None) -> TaskId:
+    if job_name is None:
+        if len(cluster.jobs) != 1:
+            raise ConfigError(f"a server for one of the jobs {cluster.jobs} needs an explicit job_name")
+        job_name = cluster.jobs[0]
+    if task_index is None:
+        if cluster.num_tasks(job_name) != 1:
+            raise ConfigError(
+                f"a server for one of the {cluster.num_tasks(job_name)} tasks of {job_name!r} "
+                "needs an explicit task_index"
+            )
+        task_index = cluster.task_indices(job_name)[0]
+    if job_name != Role.PS:
+        raise ConfigError(f"{job_name}:{task_index} cannot serve: only ps tasks listen, all others connect to them")
+    cluster.task_address(job_name, task_index)
+    return TaskId(Role.PS, task_index)

@@ -1,0 +1,1 @@
+"""A ps's part of a checkpoint."""

@@ -1,0 +1,87 @@
+"""Where the variables of a checkpoint lie in a store."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from paramserver.checkpoint.tensor_file import TensorSpec
+from paramserver.layout.blocks import Range
+from paramserver.layout.variables import Shard, VariableSpec
+from paramserver.store.arena import StoredArena
+from paramserver.store.store import Store
+
+
+class Place(NamedTuple):
+    """Where a variable, or a part of one, lies in a store."""
+
+    arena: StoredArena
+    spec: VariableSpec
+    span: Range
+
+    @property
+    def shard(self) -> Shard | None:
+        """Which part it is, None for a whole variable."""
+        return self.spec.shard
+
+    @property
+    def variable(self) -> str:
+        """The name of the whole variable."""
+        return self.shard.variable if self.shard else self.spec.name
+
+    @property
+    def whole(self) -> TensorSpec:
+        """Dtype and shape of the whole variable."""
+        shape = (self.shard.rows, *self.spec.shape[1:]) if self.shard else self.spec.shape
+        return TensorSpec(self.spec.dtype, shape)
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """The shape of its elementwise slots: of a scalar one dimension, or it would look like a counter."""
+        return self.whole.shape or (1,)
+
+    @property
+    def skipped(self) -> int:
+        """How many elements of the whole variable stand before those that are here."""
+        if self.shard is None or not self.shard.rows:
+            return 0
+        return self.shard.start * (self.whole.nbytes // self.whole.itemsize // self.shard.rows)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the first row is here. This place writes the counters, which differ by what is under way at most."""
+        return self.shard is None or self.shard.index == 0
+
+
+def places(store: Store) -> list[Place]:
+    """All places of a store, arena by arena."""
+    return [
+        Place(arena, spec, span)
+        for arena in store.held
+        for spec, span in zip(arena.layout.variables, arena.layout.ranges, strict=True)
+    ]
+
+
+def by_variable(store: Store) -> dict[str, list[Place]]:
+    """By the name of the whole variable; several where a ps holds several parts of one."""
+    found: dict[str, list[Place]] = defaultdict(list)
+    for place in places(store):
+        found[place.variable].append(place)
+    return dict(found)
+
+
+def overlaps(spans: Sequence[Range], runs: Sequence[Range]) -> Iterator[tuple[int, int, Range]]:
+    """Which of two sorted sequences of ranges overlap, and where: indices and the common range.
+
+    >>> list(overlaps([(0, 4), (8, 12)], [(2, 10), (10, 20)]))
+    [(0, 0, (2, 4)), (1, 0, (8, 10)), (1, 1, (10, 12))]
+    """
+    first = 0
+    for index, (start, stop) in enumerate(spans):
+        while first < len(runs) and runs[first][1] <= start:
+            first += 1
+        at = first
+        while at < len(runs) and runs[at][0] < stop:
+            yield index, at, (max(start, runs[at][0]), min(stop, runs[at][1]))
+            at += 1

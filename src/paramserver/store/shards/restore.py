@@ -1,0 +1,190 @@
+"""How a ps reads its variables and slots from a checkpoint of any number of shards.
+
+Rules
+    * Only what lies here is read: of a partitioned variable its rows that are here.
+    * Values are read straight into their place, many blocks in one go, so that several threads can share it. The blocks
+      are locked meanwhile, which nobody notices: a restore comes before the first step.
+    * Slots are read block by block, and take memory for one block of them. A variable without slots in the checkpoint
+      begins anew: what it has here came of other updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from paramserver.checkpoint.folder import Read, Steps, read_header
+from paramserver.checkpoint.index import variable_of
+from paramserver.checkpoint.reading import by_file, held_tensor
+from paramserver.checkpoint.tensor_file import FileTensor
+from paramserver.errors import CheckpointError
+from paramserver.layout.arena import DTYPES
+from paramserver.layout.blocks import BLOCK, pieces
+from paramserver.layout.rules import Setting
+from paramserver.memory.arena_memory import tensor_bytes
+from paramserver.store.shards.place import Place, by_variable
+from paramserver.store.store import Store
+
+READ_SIZE = 32 * BLOCK
+"""Elements of a value that are read in one go."""
+
+Located = tuple[str, FileTensor]
+"""A tensor, and the file that it is in."""
+
+
+def read_shard(store: Store, directory: str, weight_map: Mapping[str, str], slot_map: Mapping[str, str]) -> Steps[None]:
+    """Read the variables and slots that a store holds; `checkpoint_folder` says who carries out the steps.
+
+    Args:
+        store: To be filled.
+        directory: Of the checkpoint, for messages.
+        weight_map: The file of each value.
+        slot_map: The file of each slot.
+
+    Raises:
+        CheckpointError: If the checkpoint is cut short, or belongs to another model or optimizer.
+    """
+    held = _found(store, weight_map, directory)
+    reader = _Reader(directory)
+    for name, value in (yield from _located({name: weight_map[name] for name in held}, directory)).items():
+        for place in held[name]:
+            yield from reader.read_value(place, value)
+    yield from _replace_slots(held, slot_map, reader)
+    for arena in store.held:
+        arena.join_runs()
+
+
+def read_slots(
+    store: Store, groups: Sequence[tuple[Sequence[str], dict[str, Setting]]], slot_map: Mapping[str, str], source: str
+) -> Steps[None]:
+    """Replace the slots of variables; those that have none in ``slot_map`` begin anew. Values stay as they are.
+
+    Args:
+        store: To be changed.
+        groups: Names of variables, and the settings of their rule with which their slots were made.
+        slot_map: The file of each slot.
+        source: Where they come from, for messages.
+
+    Raises:
+        CheckpointError: If they are not the slots of the rule with these settings.
+    """
+    held, reader = by_variable(store), _Reader(source)
+    wanted = {name: held[name] for names, _ in groups for name in names if name in held}
+    for names, settings in groups:
+        for place in {id(place.arena): place for name in names for place in held.get(name, ())}.values():
+            with reader.fitting(place):
+                place.arena.adopt(settings)
+    yield from _replace_slots(wanted, slot_map, reader)
+    for arena in store.held:
+        arena.join_runs()
+
+
+def _replace_slots(held: Mapping[str, list[Place]], slot_map: Mapping[str, str], reader: _Reader) -> Steps[None]:
+    mine = {key: file for key, file in slot_map.items() if variable_of(key) in held}
+    found = _by_variable((yield from _located(mine, reader.directory)))
+    for name, its_places in held.items():
+        for place in its_places:
+            yield from reader.read_slots(place, found.get(name, {}))
+
+
+def _found(store: Store, weight_map: Mapping[str, str], directory: str) -> dict[str, list[Place]]:
+    """What is read. A variable of the program's own keeps its value where an older checkpoint does not have it yet."""
+    own = {id(arena) for arena in store.variables.values()}
+    held = by_variable(store)
+    lacking = [name for name in held if name not in weight_map]
+    for name in lacking:
+        if id(held[name][0].arena) not in own:
+            raise CheckpointError(
+                f"checkpoint {directory} has no variable {name!r}; does it belong to another model?", directory
+            )
+    return {name: places for name, places in held.items() if name in weight_map}
+
+
+def _located(files: Mapping[str, str], directory: str) -> Steps[dict[str, Located]]:
+    found: dict[str, Located] = {}
+    for file, names in by_file(files).items():
+        held = yield from read_header(directory, file)
+        found |= {name: (file, held_tensor(held, name, f"{directory}/{file}")) for name in names}
+    return found
+
+
+def _by_variable(slots: Mapping[str, Located]) -> dict[str, dict[str, Located]]:
+    """The slots of each variable by their own names."""
+    found: dict[str, dict[str, Located]] = defaultdict(dict)
+    for key, located in slots.items():
+        variable, _, name = key.rpartition("/")
+        found[variable][name] = located
+    return found
+
+
+class _Reader:
+    """Reads what belongs to a place, block by block, into the same memory again and again."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._memory: dict[str, torch.Tensor] = defaultdict(lambda: torch.empty(0, dtype=torch.uint8, device="cpu"))
+
+    def read_value(self, place: Place, value: Located) -> Steps[None]:
+        file, tensor = value
+        if tensor.spec != place.whole:
+            raise CheckpointError(
+                f"checkpoint {self.directory}: variable {place.variable!r} is {_shown(tensor)}, this model has "
+                f"{place.whole.dtype}{list(place.whole.shape)}; does it belong to another model?",
+                self.directory,
+            )
+        first, end = place.span
+        for start in range(first, end, READ_SIZE):
+            stop = min(start + READ_SIZE, end)
+            offset = tensor.begin + (place.skipped + start - first) * tensor.spec.itemsize
+            with place.arena.filling((start, stop)) as room:
+                yield Read(file, offset, tensor_bytes(room))
+
+    def read_slots(self, place: Place, slots: Mapping[str, Located]) -> Steps[None]:
+        if not slots:
+            place.arena.reset_slots(place.span)
+            return
+        with self.fitting(place):
+            _check_shapes(place, slots)
+        for start, stop in pieces([place.span]):
+            state: dict[str, torch.Tensor] = {}
+            for name, (file, tensor) in slots.items():
+                skipped, count = (place.skipped + start - place.span[0], stop - start) if tensor.spec.shape else (0, 1)
+                slot = yield from self._read(name, file, tensor, skipped, count)
+                state[name] = slot if tensor.spec.shape else slot.view(())
+            with self.fitting(place):
+                place.arena.load_slots((start, stop), state)
+
+    def _read(self, name: str, file: str, tensor: FileTensor, skipped: int, count: int) -> Steps[torch.Tensor]:
+        itemsize = tensor.spec.itemsize
+        if len(self._memory[name]) < count * itemsize:
+            self._memory[name] = torch.empty(BLOCK * itemsize, dtype=torch.uint8, device="cpu")
+        elements = self._memory[name][: count * itemsize].view(DTYPES[tensor.spec.dtype])
+        yield Read(file, tensor.begin + skipped * itemsize, tensor_bytes(elements))
+        return elements
+
+    @contextlib.contextmanager
+    def fitting(self, place: Place) -> Iterator[None]:
+        """What is wrong with the slots of a place is an error of the checkpoint."""
+        try:
+            yield
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {self.directory}: the optimizer state of {place.variable!r} does not fit: {error}; "
+                "was it written with another optimizer?",
+                self.directory,
+            ) from error
+
+
+def _check_shapes(place: Place, slots: Mapping[str, Located]) -> None:
+    for _, tensor in slots.values():
+        if tensor.spec.shape not in ((), place.slot_shape):
+            raise ValueError(
+                f"slot {tensor.name!r} must have shape {place.slot_shape} or be a scalar, got {tensor.spec.shape}"
+            )
+
+
+def _shown(tensor: FileTensor) -> str:
+    return f"{tensor.spec.dtype}{list(tensor.spec.shape)}"

@@ -1,0 +1,1 @@
+"""Tables of a store: rows that are pulled and pushed one by one."""

@@ -1,0 +1,230 @@
+"""A rule at work on the rows of a table: torch.optim's own step over the rows that have a gradient.
+
+Rules
+    * The rows and their slots are gathered, torch.optim makes its step on them as on a small parameter, and they go
+      back. As torch.optim leaves rows without a gradient alone, that is the step it would make on the whole table.
+    * For SGD and Adagrad of a large table a compiled loop does the same where the rows lie, if there is one.
+    * Slots are made with the first update, and memory is taken as rows of them are first written.
+    * Counters are the table's, not a row's, as in torch.optim: ``step`` counts updates of the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn, optim
+
+from paramserver.errors import UnsupportedOptimizerError
+from paramserver.layout.blocks import BLOCK
+from paramserver.layout.rules import ROW_RULES, Rule, Setting, row_fault
+from paramserver.memory import huge_pages
+from paramserver.memory.rows import Ids, Rows, flat
+from paramserver.store.optimizers import build
+
+
+class RowRule:
+    """An update rule over the rows of a table, with its slots.
+
+    Not thread-safe: the caller holds the table's lock.
+
+    Args:
+        rule: The rule and its first settings.
+        values: ``[rows, width]``.
+
+    Attributes:
+        rows: The values.
+
+    Raises:
+        UnsupportedOptimizerError: No such rule for rows.
+        ConfigError: A setting that the rule does not have, or a value that torch.optim refuses.
+
+    Example:
+        >>> import numpy as np
+        >>> table = torch.zeros(4, 2)
+        >>> rule = RowRule(Rule("Adagrad", {"lr": 0.5}), table)
+        >>> ids = np.array([1, 3])
+        >>> write = rule.update(ids, torch.ones(2, 2), {"lr": 0.5})
+        >>> write()
+        >>> table.tolist()
+        [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0], [-0.5, -0.5]]
+    """
+
+    def __init__(self, rule: Rule, values: Tensor) -> None:
+        if rule.name not in ROW_RULES:
+            raise UnsupportedOptimizerError(f"no update rule for rows is called {rule.name!r}", rule.name)
+        self._class = ROW_RULES[rule.name]
+        self.rows = Rows(values)
+        self._settings = dict(rule.settings)
+        self._slots: dict[str, Rows] = {}
+        self._steps = 0
+        self._first_slots = _first_slots(rule)
+        self._takes_sparse = rule.name == "SparseAdam"
+        self._optimizer = build(self._class, rule.settings, nn.Parameter(values[:0], requires_grad=False))
+        self._run = inspect.unwrap(self._class.step)  # without hooks and the profiler, as in `block_rule`
+
+    def __repr__(self) -> str:
+        return f"<RowRule {self._class.__name__} of {len(self.rows.table)} rows>"
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of state beside the values."""
+        return sum(slot.table.nbytes for slot in self._slots.values())
+
+    def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> Callable[[], None]:
+        """Make a step on rows; what comes back has to be called at once, and writes to the values. Nothing else does.
+
+        Args:
+            ids: ``[rows]``, ascending, none twice.
+            gradient: ``[rows, width]``, of the values' dtype; read only.
+            settings: What the param group says for this step, checked by the caller. A setting that is left out stays
+                as it was.
+        """
+        self.adopt(settings)
+        self._make_slots()
+        if (loop := self._loop(ids, gradient)) is not None:
+            return loop
+        rows = self.rows.take(ids)
+        gathered = {name: slot.take(ids) for name, slot in self._slots.items()}
+        if gathered:
+            step = self._steps if self._takes_sparse else torch.tensor(float(self._steps))
+            self._optimizer.state[rows] = {**gathered, "step": step}
+        self._optimizer.param_groups[0]["params"] = [rows]
+        try:
+            self._run_step(rows, gradient)
+        finally:
+            self._optimizer.state.clear()
+            self._optimizer.param_groups[0]["params"] = []
+            rows.grad = None  # as in `block_rule`
+        self._steps += 1  # after it: a step that torch refuses has changed nothing
+        for name, slot in self._slots.items():
+            slot.put(ids, gathered[name])
+        return functools.partial(self.rows.put, ids, rows)
+
+    def adopt(self, settings: Mapping[str, Setting]) -> None:
+        """Take over settings, checked by the caller."""
+        if settings != self._settings:
+            self._optimizer.param_groups[0].update(settings)
+            self._settings = dict(settings)
+
+    def reset(self) -> None:
+        """Forget the slots and the count of updates: all rows begin again, as if they had had no update."""
+        self._slots, self._steps = {}, 0
+
+    def _loop(self, ids: Ids, gradient: Tensor) -> Callable[[], None] | None:
+        """What makes the step where the rows lie; None if nothing does."""
+        loops, group = self.rows.loops, self._optimizer.param_groups[0]
+        if loops is None or group["maximize"]:
+            return None
+        elements, lr = flat(gradient), float(group["lr"])
+        rows, number = (ids.view(np.uint64), elements, np.uint64(self.rows.table.shape[1])), elements.dtype.type
+        if self._class is optim.SGD:
+            return functools.partial(loops.sgd, self.rows.elements, *rows, number(lr))
+        if self._class is not optim.Adagrad:
+            return None
+        lr, eps = lr / (1 + self._steps * group["lr_decay"]), float(group["eps"])
+        self._steps += 1
+        sums = self._slots["sum"].elements
+        return functools.partial(loops.adagrad, self.rows.elements, sums, *rows, number(lr), number(eps))
+
+    def _run_step(self, rows: Tensor, gradient: Tensor) -> None:
+        if not self._takes_sparse:
+            rows.grad = gradient
+            self._run(self._optimizer)  # without `no_grad`, as in `block_rule`
+            return
+        rows.grad = _sparse(gradient)
+        # torch warns of sparse tensors that nobody has asked to check; its own steps make some.
+        with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
+            self._run(self._optimizer)
+
+    def block(self, index: int) -> RowRuleBlock:
+        """One block of it, for checkpoints."""
+        return RowRuleBlock(self, index * BLOCK)
+
+    def state(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The slots of elements ``[start, stop)`` of the flat table, as views; empty before the first update."""
+        if not self._slots:
+            return {}
+        slots = {name: slot.table.view(-1)[start:stop] for name, slot in self._slots.items()}
+        return slots | {"step": torch.tensor(float(self._steps))}
+
+    def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
+        """Put back the slots of elements ``[start, stop)`` of the flat table. Copies.
+
+        Raises:
+            ValueError: If they are not the slots of this rule.
+        """
+        expected = {*self._first_slots, "step"} if self._first_slots else set[str]()
+        for name in sorted(expected ^ state.keys()):
+            what = "is missing" if name in expected else "is unknown"
+            raise ValueError(f"cannot load rows of {self._class.__name__}: slot {name!r} {what}")
+        for name, slot in state.items():
+            shape = (stop - start,) if name in self._first_slots else ()
+            if slot.shape != shape or (shape and slot.dtype is not self.rows.table.dtype):
+                got = f"{slot.dtype} and {tuple(slot.shape)}"
+                raise ValueError(
+                    f"cannot load rows of {self._class.__name__}: slot {name!r} must be {self.rows.table.dtype} and "
+                    f"{shape}, got {got}"
+                )
+        self._make_slots()
+        for name in self._first_slots:
+            self._slots[name].table.view(-1)[start:stop] = state[name]
+        if "step" in state:
+            self._steps = int(state["step"])
+
+    def _make_slots(self) -> None:
+        for name, first in self._first_slots.items():
+            if name not in self._slots:
+                made = huge_pages.zeros(self.rows.table.shape, self.rows.table.dtype, self.rows.table.device)
+                self._slots[name] = Rows(made.fill_(first) if first else made)
+
+
+class RowRuleBlock:
+    """The slots of one block of a table, as those of a `BlockRule`."""
+
+    def __init__(self, rule: RowRule, first: int) -> None:
+        self._rule = rule
+        self._first = first
+
+    def slots(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Yields ``(start, stop, state)``; see `BlockRule.slots`."""
+        size = min(BLOCK, self._rule.rows.table.numel() - self._first)
+        if state := self._rule.state(self._first, self._first + size):
+            yield 0, size, state
+
+    def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
+        """See `BlockRule.load`."""
+        self._rule.load(self._first + start, self._first + stop, state)
+
+    def reset(self, start: int, stop: int) -> None:
+        """Forget the slots of the whole table, which are reset together."""
+        self._rule.reset()
+
+    def adopt(self, settings: Mapping[str, Setting]) -> None:
+        """See `BlockRule.adopt`.
+
+        Raises:
+            ValueError: A setting would change rows that have no gradient.
+        """
+        if fault := row_fault(settings):
+            raise ValueError(fault)
+        self._rule.adopt(settings)
+
+
+def _first_slots(rule: Rule) -> dict[str, float]:
+    """The elementwise slots of a rule, and what they begin with."""
+    match rule.name:
+        case "Adagrad":
+            return {"sum": float(rule.settings.get("initial_accumulator_value", 0.0))}  # type: ignore[arg-type]  # a number
+        case "SparseAdam":
+            return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+        case _:
+            return {}
+
+
+def _sparse(gradient: Tensor) -> Tensor:
+    ids = torch.arange(len(gradient), device=gradient.device)[None]
+    return torch.sparse_coo_tensor(ids, gradient, gradient.shape, is_coalesced=True, check_invariants=False)

@@ -1,0 +1,118 @@
+"""Where a ps waits for workers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from paramserver.errors import UnavailableError
+from paramserver.memory import shared_file
+from paramserver.transport import listener as module
+from paramserver.transport.listener import Listener
+
+TIMEOUT = 30.0
+
+
+@contextlib.contextmanager
+def listening(address="127.0.0.1:0", **options):
+    listener = Listener(address, "ps:0", **options)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        listener.release()
+
+
+def dial(listener):
+    return socket.create_connection(("127.0.0.1", listener.port))
+
+
+def test_it_accepts_by_tcp_and_by_its_local_socket():
+    with listening() as listener, dial(listener):
+        connections = listener.connections()
+        with next(connections) as accepted:
+            assert accepted.family == socket.AF_INET
+            assert accepted.getblocking()
+        with socket.socket(socket.AF_UNIX) as local:
+            local.connect(f"\0{listener.local_socket}")
+            with next(connections) as accepted:
+                assert accepted.family == socket.AF_UNIX
+        connections.close()
+
+
+def test_a_port_that_is_taken_is_named():
+    with listening() as first, pytest.raises(UnavailableError) as caught:
+        Listener(f"127.0.0.1:{first.port}", "ps:3")
+    assert caught.value.task == "ps:3"
+    assert f"ps:3 cannot listen on 127.0.0.1:{first.port}: {os.strerror(errno.EADDRINUSE)}; " in str(caught.value)
+
+
+def test_a_host_that_is_not_this_one_still_listens_on_every_interface():
+    with listening("ps-0.example.invalid:0") as listener, dial(listener):
+        pass
+
+
+def test_an_inherited_socket_is_used():
+    inherited = socket.create_server(("127.0.0.1", 0))
+    port = inherited.getsockname()[1]
+    with listening(descriptor=inherited.detach()) as listener:
+        assert listener.port == port
+
+
+def test_without_shared_memory_it_listens_by_tcp_only(monkeypatch):
+    monkeypatch.setattr(shared_file, "can_share", lambda: False)
+    with listening() as listener, dial(listener):
+        assert listener.local_socket == ""
+        connections = listener.connections()
+        next(connections).close()
+        connections.close()
+
+
+def test_close_ends_the_wait_for_connections():
+    with listening() as listener, ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(list, listener.connections())
+        listener.close()
+        assert ended.result(TIMEOUT) == []
+
+
+@pytest.mark.parametrize("order", [("close", "close", "release", "release"), ("release", "close", "release", "close")])
+def test_it_may_be_closed_in_any_order_and_twice(order):
+    listener = Listener("127.0.0.1:0", "ps:0")
+    for method in order:
+        getattr(listener, method)()
+    assert listener.is_closed
+
+
+class Exhausted:
+    """A listening socket of a process that is out of descriptors, once."""
+
+    def __init__(self, listening):
+        self.listening, self.refused = listening, 0
+
+    def accept(self):
+        if not self.refused:
+            self.refused += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self.listening.accept()
+
+
+def test_a_ps_that_is_out_of_descriptors_goes_on_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(module, "RETRY_INTERVAL", 0.0)
+    with listening() as listener, dial(listener), caplog.at_level(logging.WARNING):
+        exhausted = Exhausted(listener._sockets[0])
+        assert listener._accept(exhausted) is None
+        listener._accept(exhausted).close()
+    assert exhausted.refused == 1
+    assert "ps:0 cannot take another connection: [Errno 24] Too many open files; raise the limit" in caplog.text
+
+
+def test_a_peer_that_went_away_before_it_was_accepted_is_no_fault():
+    with listening() as listener:
+        listener._sockets[0].setblocking(False)
+        assert listener._accept(listener._sockets[0]) is None
