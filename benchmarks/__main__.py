@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figure import LANES
 from benchmarks.models import MODELS
 from benchmarks.processes import BenchmarkError
 from benchmarks.step import Holding, Result, StepOptions, fail, measure, print_results
-from paramserver.cluster.environment import LANES
 from paramserver.errors import ParameterServerError
 
 TARGET_RATIOS = {("small", "auto"): 1.25, ("large", "auto"): 0.95, ("small", "tcp"): 1.0, ("large", "tcp"): 0.6}

@@ -33,6 +33,7 @@ Size = TypeVar("Size", int, str)
 
 LANE_NAMES = {"auto": "shared memory", "tcp": "TCP"}
 """What the options of a lane are called in results."""
+LANES = tuple(LANE_NAMES)
 
 SI = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.figure import LANE_NAMES, Effort, Figure, amount, compared, run, take_turns
+from benchmarks.figure import LANE_NAMES, LANES, Effort, Figure, amount, compared, run, take_turns
 from benchmarks.processes import Child, Crew, crew
 from benchmarks.serving import ONE_THREAD, start_servers
 from benchmarks.stepper import Spec, slowest_step, start, steps_per_second
-from paramserver.cluster.environment import LANES
 
 SIZES = (4, 1_000_000, 100_000_000)
 FEW = (4, 100_000_000)

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import memory
+from benchmarks.figure import LANES
 from benchmarks.memory import Memory
 from benchmarks.models import ALL_MODELS, IDLE, MODELS
 from benchmarks.participant import Measured, Ready, Window
 from benchmarks.processes import BenchmarkError, Child, Cluster, Crew, crew
-from paramserver.cluster.environment import LANES
 from paramserver.errors import ParameterServerError
 
 START_LIMIT = 120.0

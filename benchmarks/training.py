@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.figure import LANE_NAMES, Effort, Figure, compared, run, take_turns
+from benchmarks.figure import LANE_NAMES, LANES, Effort, Figure, compared, run, take_turns
 from benchmarks.models import MODELS
 from benchmarks.processes import Child, Cluster, Crew, crew
 from benchmarks.stepper import slowest_step, steps_per_second
-from paramserver.cluster.environment import LANES
 
 WORKERS = (1, 2, 4)
 FEW_WORKERS = (2,)

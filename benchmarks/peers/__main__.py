@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figure import LANES
 from benchmarks.models import MODELS
 from benchmarks.peers.catalogue import PEERS, WORKERS
 from benchmarks.peers.comparison import Comparison, compare
 from benchmarks.peers.environments import NotInstalledError, interpreter, versions
 from benchmarks.processes import BenchmarkError
 from benchmarks.step import StepOptions, check_choice, fail
-from paramserver.cluster.environment import LANES
 
 app = typer.Typer(add_completion=False)
 

@@ -28,7 +28,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Lane = Annotated[str, typer.Option(metavar="auto|tcp", help="auto: shared memory where it is possible; tcp: never.")]
+Lane = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How bytes go: auto (shared memory on one host, else TCP), shared-memory, tcp, or an installed lane.",
+    ),
+]
 
 
 def main() -> None:

@@ -152,7 +152,9 @@ def test_the_launcher_never_waits_for_torch(module: str) -> None:
 
 
 def test_the_public_names_import_nothing_before_they_are_used() -> None:
-    (block,) = (node for node in code(ROOT / "__init__.py") if isinstance(node, ast.If) and "TYPE" in ast.dump(node.test))
+    (block,) = (
+        node for node in code(ROOT / "__init__.py") if isinstance(node, ast.If) and "TYPE" in ast.dump(node.test)
+    )
     imported = {name.split(".")[0] for name in imports(ROOT / "__init__.py")}
     assert imported == {"__future__", "importlib", "typing", "paramserver"}
     assert set(block.body) == {node for node in code(ROOT / "__init__.py") if _is_ours(node)}

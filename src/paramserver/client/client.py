@@ -187,7 +187,7 @@ class ParameterClient:
             DeadlineError: If a ps or the chief is not up by then.
         """
         assert self.lanes.dialer is not None  # noqa: S101  # only a client of a cluster loses a ps
-        lanes = self.lanes.dialer.dial_all(timeout, self.ways)
+        lanes = self.lanes.dialer.dial_all(timeout, self.lanes.memories)
         self.lanes.replace(lanes)
         self._aside = None
         patience = Patience(timeout, on_wait)
@@ -200,11 +200,6 @@ class ParameterClient:
     def num_variables(self, ps: int) -> int:
         """How many variables of the model, or parts of them, lie on a ps."""
         return sum(len(layout.variables) for layout in self.lanes.layouts[ps])
-
-    @property
-    def ways(self) -> list[str]:
-        """For each ps the lane that `resume` can go on with: ``auto``, or ``tcp`` where no memory was shared."""
-        return ["tcp" if memory.file is None else "auto" for memory in self.lanes.memories]
 
     # --- steps
 

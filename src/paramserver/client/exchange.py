@@ -30,20 +30,17 @@ def nothing() -> None:
 
 
 class Dialer(Protocol):
-    """Connects this task to the ps tasks of its run, as often as it takes, as the same incarnation.
+    """Connects this task to the ps tasks of its run, as often as it takes, as the same incarnation."""
 
-    The kinds of lane are ``auto`` and ``tcp``.
-    """
-
-    def dial_all(self, timeout: float, ways: Sequence[str]) -> list[Lane]:
-        """Connect to every ps, by these kinds of lane, within so many seconds in all.
+    def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
+        """Connect to every ps within so many seconds in all, by lanes that can go on with the memory that is kept.
 
         Raises:
             ParameterServerError: If that fails.
         """
 
-    def redial(self, ps: int, way: str) -> Lane:
-        """Connect to one that was there a moment ago.
+    def redial(self, ps: int, kept: WorkerMemory | None) -> Lane:
+        """Connect to one that was there a moment ago, by a lane that can go on with the memory that is kept.
 
         Raises:
             UnavailableError: If it is not any more.
@@ -326,8 +323,7 @@ class Lanes:
                 "strategy.recover() makes a new one",
                 old.task,
             )
-        way = "tcp" if self.memories and self.memories[ps].file is None else "auto"
-        lane = self.dialer.redial(ps, way)
+        lane = self.dialer.redial(ps, self.memories[ps] if self.memories else None)
         if self.layouts[ps]:
             self._declare_again(lane, ps)
         if self.memories:

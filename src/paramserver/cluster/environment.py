@@ -9,7 +9,8 @@ PARAMSERVER_TOKEN
 PARAMSERVER_RUN_ID
     Which run this is; tells an evaluator a new run from an old one in the same model_dir.
 PARAMSERVER_LANE
-    ``auto`` (the default) or ``tcp``.
+    How bytes go: ``auto`` (the default: shared memory on one host, else TCP), ``shared-memory``, ``tcp``, or the name
+    of a lane that an installed package brings (``layout/lanes.py``).
 PARAMSERVER_LISTEN_FD
     A listening socket that a ps task inherits instead of binding its address.
 PARAMSERVER_PS_LISTEN
@@ -29,8 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from paramserver.errors import ConfigError
-
-LANES = ("auto", "tcp")
+from paramserver.layout.lanes import check_lane
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,7 @@ class Environment:
     fork_server_fd: int | None = None
 
     def __post_init__(self) -> None:
-        if self.lane not in LANES:
-            raise ConfigError(f"PARAMSERVER_LANE: expected one of {', '.join(LANES)}, got {self.lane!r}")
+        check_lane(self.lane, "PARAMSERVER_LANE")
 
 
 def read() -> Environment:

@@ -18,7 +18,7 @@ from paramserver.errors import DeadlineError, RunOverError, UnavailableError
 from paramserver.server.server import play_in_process
 from paramserver.transport.handshake import connect
 from paramserver.transport.identity import Identity, new_incarnation
-from paramserver.transport.lane import Lane
+from paramserver.transport.lane import Lane, WorkerMemory
 
 REDIAL_TIMEOUT = 1.0
 """Seconds in which a ps that is there answers. One that was lost is waited for by `recover`, and not by a step."""
@@ -27,7 +27,7 @@ REDIAL_TIMEOUT = 1.0
 def in_process(device: torch.device) -> ParameterClient:
     """A client of a ps that is played in this process, its variables on ``device``."""
     dialer = InProcessDialer(play_in_process(device))
-    return ParameterClient(dialer.dial_all(0, []), dialer)
+    return ParameterClient(dialer.dial_all(0), dialer)
 
 
 def to_cluster(
@@ -46,7 +46,7 @@ def to_cluster(
         me: This task.
         timeout: Seconds to wait for the ps tasks, in all.
         token: The secret of the run; by default the environment's.
-        lane: ``auto`` or ``tcp``; by default the environment's.
+        lane: A name of `layout.lanes`; by default the environment's.
         process: As for `new_incarnation`.
 
     Raises:
@@ -58,16 +58,15 @@ def to_cluster(
     identity = Identity(
         task=str(me), token=surroundings.token if token is None else token, incarnation=new_incarnation(process)
     )
-    dialer = ClusterDialer(cluster, identity, listens=surroundings.ps_listen)
-    way = lane or surroundings.lane
-    client = ParameterClient(dialer.dial_all(timeout, [way] * cluster.num_tasks(Role.PS)), dialer)
+    dialer = ClusterDialer(cluster, identity, lane=lane or surroundings.lane, listens=surroundings.ps_listen)
+    client = ParameterClient(dialer.dial_all(timeout), dialer)
     weakref.finalize(client, _leave, client.lanes, os.getpid())
     return client
 
 
 @dataclass(frozen=True)
 class InProcessDialer:
-    """See `lanes.Dialer`.
+    """See `exchange.Dialer`.
 
     Attributes:
         dial: Makes a lane to the ps in this process.
@@ -75,54 +74,56 @@ class InProcessDialer:
 
     dial: Callable[[], Lane]
 
-    def dial_all(self, timeout: float, ways: Sequence[str]) -> list[Lane]:
-        """See `lanes.Dialer`."""
+    def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
+        """See `exchange.Dialer`."""
         return [self.dial()]
 
-    def redial(self, ps: int, way: str) -> Lane:
-        """See `lanes.Dialer`."""
+    def redial(self, ps: int, kept: WorkerMemory | None) -> Lane:
+        """See `exchange.Dialer`."""
         return self.dial()
 
 
 @dataclass(frozen=True)
 class ClusterDialer:
-    """See `lanes.Dialer`.
+    """See `exchange.Dialer`.
 
     Attributes:
         cluster: The cluster.
         me: The task.
+        lane: The name of the lanes to use; see `layout.lanes`.
         listens: Whether a ps that does not listen has ended, and with it the run.
     """
 
     cluster: ClusterSpec
     me: Identity
+    lane: str
     listens: bool
 
-    def dial_all(self, timeout: float, ways: Sequence[str]) -> list[Lane]:
-        """See `lanes.Dialer`; raises as `to_cluster`."""
+    def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
+        """See `exchange.Dialer`; raises as `to_cluster`."""
         give_up = time.monotonic() + timeout
         lanes: list[Lane] = []
         try:
-            for ps, way in enumerate(ways):
+            for ps in range(self.cluster.num_tasks(Role.PS)):
                 remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
-                lanes.append(self._dial(ps, way, remaining))
+                lanes.append(self._dial(ps, kept[ps] if kept else None, remaining))
         except BaseException:
             Lanes(lanes).close()
             raise
         return lanes
 
-    def redial(self, ps: int, way: str) -> Lane:
-        """See `lanes.Dialer`."""
+    def redial(self, ps: int, kept: WorkerMemory | None) -> Lane:
+        """See `exchange.Dialer`."""
         try:
-            return self._dial(ps, way, REDIAL_TIMEOUT)
+            return self._dial(ps, kept, REDIAL_TIMEOUT)
         except (DeadlineError, RunOverError) as error:
             task = str(TaskId(Role.PS, ps))
             raise UnavailableError(f"{task} was lost, and cannot be reached any more: {error}", task) from error
 
-    def _dial(self, ps: int, way: str, timeout: float) -> Lane:
+    def _dial(self, ps: int, kept: WorkerMemory | None, timeout: float) -> Lane:
         task = TaskId(Role.PS, ps)
         address = self.cluster.address(task)
-        return connect(address, str(task), self.me, lane=way, timeout=timeout, listens=self.listens)
+        return connect(address, str(task), self.me, lane=self.lane, timeout=timeout, listens=self.listens, kept=kept)
 
 
 def _leave(lanes: Lanes, pid: int) -> None:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from paramserver.cluster.environment import LANES
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
+from paramserver.layout.lanes import check_lane
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """What decides how many threads torch takes for one operator."""
@@ -65,7 +65,7 @@ class LaunchOptions:
         ps: How many parameter servers.
         workers: How many tasks train; the chief is one of them.
         evaluator: Whether an evaluator is started, too.
-        lane: ``auto``, or ``tcp`` to keep off shared memory.
+        lane: A name of `layout.lanes`: ``auto``, or ``tcp`` to keep off shared memory.
         threads: Threads for each task's computations; None shares the cores among chief and workers.
         grace: Seconds that ps tasks get to end by themselves when chief and workers have ended.
         restarts: How often each task that fails is started again.
@@ -92,8 +92,7 @@ class LaunchOptions:
         _check_least("workers", self.workers, "the chief counts as a worker, so 1 means a chief alone")
         if self.threads is not None:
             _check_least("threads", self.threads, "leave it out to share the cores among the workers")
-        if self.lane not in LANES:
-            raise ConfigError(f"lane: expected one of {', '.join(LANES)}, got {self.lane!r}")
+        check_lane(self.lane, "lane")
         if self.start_method not in START_METHODS:
             raise ConfigError(f"start method: expected one of {', '.join(START_METHODS)}, got {self.start_method!r}")
         _check_least("restarts", self.restarts, "0 starts no task again", least=0)

@@ -13,7 +13,7 @@ import torch
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
 from paramserver.errors import ConfigError, UnavailableError
-from paramserver.memory import heap, shared_file
+from paramserver.memory import arena_memory, heap
 from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
 from paramserver.server.models import Models
@@ -66,7 +66,7 @@ class Server:
         self._grace = grace
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
         self._roster = Roster(workers[0] if workers else "", workers)
-        self._models = Models(str(self.task), shared_file.shared_store_memory, self._roster)
+        self._models = Models(str(self.task), arena_memory.shared_store_memory, self._roster)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
         # Its threads are daemons: a program that fails before it has stopped its server must end all the same.
@@ -191,7 +191,7 @@ def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Calla
     task = str(TaskId(Role.PS, index))
     me = str(TaskId(Role.CHIEF, 0))
     roster = Roster(me, [me])
-    store, incarnation = Store(task, partial(shared_file.private_store_memory, device=device)), new_incarnation()
+    store, incarnation = Store(task, partial(arena_memory.private_store_memory, device=device)), new_incarnation()
     handler = RequestHandler(store, roster)
     return lambda: InProcessLane(task, InProcessSession(me, incarnation), handler.handle)
 

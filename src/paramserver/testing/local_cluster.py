@@ -13,6 +13,7 @@ from paramserver.client.client import ParameterClient
 from paramserver.cluster import ClusterSpec, Role, SimpleClusterResolver, TaskId, environment
 from paramserver.distribute import connection
 from paramserver.errors import ConfigError
+from paramserver.layout.lanes import check_lane
 from paramserver.server.server import GRACE, Server
 
 HOST = "127.0.0.1"
@@ -53,8 +54,7 @@ class LocalCluster:
     ) -> None:
         if ps < 1 or workers < 1:
             raise ConfigError(f"a cluster needs a ps and a chief: got ps={ps} and workers={workers}")
-        if lane not in environment.LANES:
-            raise ConfigError(f"lane: expected one of {', '.join(environment.LANES)}, got {lane!r}")
+        check_lane(lane, "lane")
         self.spec = ClusterSpec({})
         self.servers: list[Server] = []
         self._num_ps, self._num_workers = ps, workers

@@ -5,7 +5,8 @@ Rules
     * The ps challenges with a nonce; the worker proves that it holds the run's token by an HMAC over it, and so
       does the ps over the worker's nonce. The token itself never travels.
     * The challenge names a Unix socket of the ps in Linux's abstract namespace. A worker that can connect to it is
-      on the same host and goes on there, with shared memory; one that cannot, or was told to, stays with TCP.
+      on the same host, and goes on there by a local lane if it may choose one. The worker says which lane it has
+      chosen, and both ends look it up by its name.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import socket
 import threading
 import time
 
-from paramserver.errors import DeadlineError, RemoteProtocolError, RunOverError, TokenError
+from paramserver.errors import ConfigError, DeadlineError, RefusedError, RemoteProtocolError, RunOverError, TokenError
 from paramserver.errors import UnavailableError as Unavailable
 from paramserver.memory import shared_file
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.identity import Identity
-from paramserver.transport.lane import Lane, Session
-from paramserver.transport.shared_memory import SharedMemoryLane, SharedMemorySession
-from paramserver.transport.tcp import TcpLane, TcpSession, expect_reply
+from paramserver.transport.lane import Lane, Session, WorkerMemory
+from paramserver.transport.lanes import lane_kind, usable_lanes
+from paramserver.transport.tcp import expect_reply
 from paramserver.wire import codec
 from paramserver.wire.messages import Challenge, Hello, Refused, Welcome
 from paramserver.wire.refusals import raised
@@ -41,29 +42,44 @@ _NONCE_BYTES = 16
 # --- the worker's side -----------------------------------------------------------------------------------------
 
 
-def connect(address: str, peer: str | None, me: Identity, *, lane: str, timeout: float, listens: bool = False) -> Lane:
+def connect(
+    address: str,
+    peer: str | None,
+    me: Identity,
+    *,
+    lane: str,
+    timeout: float,
+    listens: bool = False,
+    kept: WorkerMemory | None = None,
+) -> Lane:
     """Connect to the ps ``peer`` at ``address`` (``host:port``), trying again until it is up.
 
     Blocks for at most about ``timeout`` seconds. Without a ``peer``, whichever ps is there is the right one. A ps that
-    ``listens`` is up: where nobody listens, it has ended, and with it the run.
+    ``listens`` is up: where nobody listens, it has ended, and with it the run. The lane will go on with memory that is
+    ``kept``.
 
     Raises:
+        ConfigError: If there is no such lane.
         RunOverError: If a ps that ``listens`` has ended.
         DeadlineError: If the ps does not come up in time.
         TokenError: If this task or the ps does not hold the token of the run.
-        RefusedError: If another ps is at the address.
+        RefusedError: If another ps is at the address, or the lane does not lead to it.
         RemoteProtocolError: If something else answers, or another version.
         UnavailableError: If the ps goes away after its challenge.
     """
+    kinds = usable_lanes(lane, kept)
     frames, challenge = _reach(address, peer or "the ps", timeout, listens=listens)
     if peer is None:
         frames.task = peer = challenge.task
     try:
-        if lane == "auto" and challenge.local_socket and (local := _dial_local(challenge.local_socket, peer)):
-            frames.close()
-            frames = local
-            return SharedMemoryLane(_introduce(frames, _meet(frames, timeout), me))
-        return TcpLane(_introduce(frames, challenge, me))
+        for name, kind in kinds.items():
+            if not kind.is_local:
+                return kind.lane(_introduce(frames, challenge, me, name))
+            if local := _dial_local(challenge.local_socket, peer):
+                frames.close()
+                frames = local
+                return kind.lane(_introduce(frames, _meet(frames, timeout), me, name))
+        raise RefusedError(f"a {lane} lane does not lead from {me.task} to {peer}, which is on another host", me.task)
     except BaseException:
         frames.close()
         raise
@@ -106,7 +122,7 @@ def _remaining(give_up: float) -> float:
 
 
 def _dial_local(name: str, peer: str) -> FrameSocket | None:
-    if not shared_file.can_share():
+    if not name or not shared_file.can_share():
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(HANDSHAKE_TIMEOUT)
@@ -129,10 +145,10 @@ def _meet(frames: FrameSocket, timeout: float) -> Challenge:
     return challenge
 
 
-def _introduce(frames: FrameSocket, challenge: Challenge, me: Identity) -> FrameSocket:
+def _introduce(frames: FrameSocket, challenge: Challenge, me: Identity, lane: str) -> FrameSocket:
     peer = frames.task
     nonce = secrets.token_bytes(_NONCE_BYTES)
-    frames.send(Hello(me.task, peer, me.incarnation, _proof(me.token, challenge.nonce, me.task), nonce))
+    frames.send(Hello(me.task, peer, me.incarnation, _proof(me.token, challenge.nonce, me.task), nonce, lane))
     answer = expect_reply(frames)
     if isinstance(answer, Refused):
         raise raised(answer, peer)
@@ -166,8 +182,7 @@ def accept(frames: FrameSocket, me: Identity, local_socket: str) -> Session:
         frames.close()
         raise
     frames.task = hello.task
-    session = SharedMemorySession if frames.is_local else TcpSession
-    return session(frames, hello.incarnation)
+    return lane_kind(hello.lane).session(frames, hello.incarnation)
 
 
 def _examine(frames: FrameSocket, me: Identity, local_socket: str) -> Hello:
@@ -182,7 +197,7 @@ def _examine(frames: FrameSocket, me: Identity, local_socket: str) -> Hello:
         raise Unavailable(f"{frames.task} went away after the challenge", frames.task)
     if not isinstance(hello, Hello):
         raise RemoteProtocolError(f"{frames.task} was challenged and answered {hello}")
-    refused = _objection(hello, me, nonce)
+    refused = _objection(hello, me, nonce, is_local=frames.is_local)
     if refused:
         with contextlib.suppress(Unavailable):  # it may not wait for the answer
             frames.send(refused)
@@ -193,7 +208,7 @@ def _examine(frames: FrameSocket, me: Identity, local_socket: str) -> Hello:
     return hello
 
 
-def _objection(hello: Hello, me: Identity, nonce: bytes) -> Refused | None:
+def _objection(hello: Hello, me: Identity, nonce: bytes, *, is_local: bool) -> Refused | None:
     if not hmac.compare_digest(hello.proof, _proof(me.token, nonce, hello.task)):
         return Refused(
             "token",
@@ -203,6 +218,16 @@ def _objection(hello: Hello, me: Identity, nonce: bytes) -> Refused | None:
     if hello.peer != me.task:
         return Refused(
             "refused", f"{hello.task} looked for {hello.peer} and found {me.task}; is an address in TF_CONFIG wrong?"
+        )
+    try:
+        kind = lane_kind(hello.lane)
+    except ConfigError as error:
+        return Refused(
+            "refused", f"{me.task} cannot serve {hello.task}: {error}; install the package that brings it on the ps"
+        )
+    if kind.is_local and not is_local:
+        return Refused(
+            "refused", f"{hello.task} asked for a {hello.lane} lane from another host than that of {me.task}"
         )
     return None
 

@@ -18,6 +18,7 @@ import torch
 
 from paramserver.layout.arena import ArenaLayout
 from paramserver.memory.arena_memory import HasFileno, StoreMemory, tensor_bytes
+from paramserver.transport.frames import FrameSocket
 from paramserver.wire.messages import Reply, Request
 
 
@@ -230,3 +231,20 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Close the connection. Idempotent, and safe from another thread: wakes a blocked `receive`."""
+
+
+@dataclass(frozen=True)
+class LaneKind:
+    """A kind of lane, as its row of `layout.lanes` names it.
+
+    Attributes:
+        lane: Makes the worker's end over a connection whose handshake is done.
+        session: Makes the ps's end, from such a connection and the incarnation of the worker.
+        is_local: Whether it goes over the Unix socket of the ps, which only tasks on its host reach.
+        keeps: Whether a lane of this kind can go on with the memory of an earlier lane of any kind; see `Lane.open`.
+    """
+
+    lane: Callable[[FrameSocket], Lane]
+    session: Callable[[FrameSocket, str], Session]
+    is_local: bool = False
+    keeps: Callable[[WorkerMemory], bool] = lambda memory: True

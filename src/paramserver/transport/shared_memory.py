@@ -25,7 +25,16 @@ from paramserver.memory import arena_memory, shared_file
 from paramserver.memory.arena_memory import HasFileno, StoreMemory
 from paramserver.memory.rows import Rows
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRows, WorkerMemory, whole_blocks
+from paramserver.transport.lane import (
+    Lane,
+    LaneKind,
+    LockPiece,
+    Piece,
+    Session,
+    TableRows,
+    WorkerMemory,
+    whole_blocks,
+)
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
 from paramserver.wire.refusals import raised
@@ -282,3 +291,6 @@ class SharedMemorySession(Session):
         file = shared_file.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
         file.close()  # the mapping stays
         return file.data
+
+
+KIND = LaneKind(SharedMemoryLane, SharedMemorySession, is_local=True, keeps=lambda memory: memory.file is not None)

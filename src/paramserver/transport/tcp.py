@@ -19,7 +19,7 @@ from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK
 from paramserver.memory.arena_memory import StoreMemory, payload_memory, tensor_bytes
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, LockPiece, Piece, Session, WorkerMemory, whole_blocks
+from paramserver.transport.lane import Lane, LaneKind, LockPiece, Piece, Session, WorkerMemory, whole_blocks
 from paramserver.wire import codec
 from paramserver.wire.messages import Message, Refused, Reply, Request
 
@@ -199,3 +199,6 @@ def expect_reply(frames: FrameSocket) -> Reply:
     if reply is None:
         raise UnavailableError(f"{frames.task} closed the connection instead of answering; has it died?", frames.task)
     return reply  # type: ignore[return-value]  # the client checks for the reply that it expects
+
+
+KIND = LaneKind(TcpLane, TcpSession)

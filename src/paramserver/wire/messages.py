@@ -42,6 +42,8 @@ class Hello(Message, frozen=True):
     """One start of a task: a restarted worker has another one."""
     proof: bytes
     nonce: bytes
+    lane: str
+    """The name of the lane that the sender has chosen."""
 
 
 class Welcome(Message, frozen=True):

@@ -236,7 +236,7 @@ def test_a_refusal_comes_as_the_error_that_it_is():
 
 def test_a_proof_cannot_be_used_for_another_task_or_again():
     with serving() as ps, open_handshake(ps.address) as (frames, first):
-        hello = Hello("worker:1", "ps:0", "w", proof(TOKEN, first.nonce, "worker:1"), b"n" * 16)
+        hello = Hello("worker:1", "ps:0", "w", proof(TOKEN, first.nonce, "worker:1"), b"n" * 16, "tcp")
         frames.send(msgspec.structs.replace(hello, task="worker:2"))
         assert frames.receive().kind == "token"
         with open_handshake(ps.address) as (again, second):

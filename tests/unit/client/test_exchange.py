@@ -56,10 +56,10 @@ class Dialer:
     def __init__(self, entries: list[str]) -> None:
         self._entries = entries
 
-    def dial_all(self, timeout: float, ways: Sequence[str]) -> list[Lane]:
+    def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
         return [Diary("ps:0", self._entries)]
 
-    def redial(self, ps: int, way: str) -> Lane:
+    def redial(self, ps: int, kept: WorkerMemory | None) -> Lane:
         self._entries.append(f"dial ps:{ps}")
         return Diary(f"ps:{ps}", self._entries)
 

@@ -15,7 +15,7 @@ import torch
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.rules import Rule
 from paramserver.layout.variables import VariableSpec
-from paramserver.memory import huge_pages, shared_file
+from paramserver.memory import arena_memory, huge_pages, shared_file
 from paramserver.memory.huge_pages import SIZE, map_file, take, zeros
 from paramserver.store.tables.row_rule import RowRule
 
@@ -102,9 +102,9 @@ def test_what_was_taken_lies_in_huge_pages_for_all_who_map_it():
 @pytest.mark.skipif(not makes_huge_pages(), reason="the system has no huge pages for shared memory")
 def test_values_of_a_ps_lie_in_huge_pages_and_what_may_never_be_pushed_takes_none():
     layouts = [ArenaLayout("float32", None, (VariableSpec("words", (SIZE, 1), "float32"),), is_table=True)]
-    values = shared_file.shared_store_memory(layouts).file.data
-    assert bytes_of("ShmemPmdMapped", values) == SIZE * (shared_file.store_bytes(layouts) // SIZE) > 0
-    pushed = shared_file.SharedFile.create(shared_file.rows_bytes(layouts)).data
+    values = arena_memory.shared_store_memory(layouts).file.data
+    assert bytes_of("ShmemPmdMapped", values) == SIZE * (arena_memory.store_bytes(layouts) // SIZE) > 0
+    pushed = shared_file.SharedFile.create(arena_memory.rows_bytes(layouts)).data
     assert bytes_of("Rss", pushed) == 0
 
 

@@ -1,0 +1,39 @@
+"""The kinds of lane that a task can use; see `layout.lanes` for their names."""
+
+from __future__ import annotations
+
+from paramserver.errors import ConfigError, RefusedError
+from paramserver.layout.lanes import AUTO, AUTOMATIC, find_lane, lane_names
+from paramserver.transport.lane import LaneKind, WorkerMemory
+
+
+def lane_kind(name: str) -> LaneKind:
+    """Return the kind of lane of this name.
+
+    Raises:
+        ConfigError: If no installed package brings one, or what it names is not one.
+    """
+    found = find_lane(name)
+    kind = found.load() if found else None
+    if not isinstance(kind, LaneKind):
+        what = f"{found.value} is not a LaneKind" if found else f"expected one of {', '.join(lane_names())}"
+        raise ConfigError(f"lane {name!r}: {what}")
+    return kind
+
+
+def usable_lanes(choice: str, kept: WorkerMemory | None) -> dict[str, LaneKind]:
+    """Return the kinds to try for a choice, in this order, by name.
+
+    Args:
+        choice: The name of a lane, or ``auto``.
+        kept: The memory of an earlier lane, to go on with.
+
+    Raises:
+        ConfigError: If there is none of this name.
+        RefusedError: If it cannot go on with that memory.
+    """
+    kinds = {name: lane_kind(name) for name in (AUTOMATIC if choice == AUTO else (choice,))}
+    usable = {name: kind for name, kind in kinds.items() if kept is None or kind.keeps(kept)}
+    if not usable:
+        raise RefusedError(f"a {choice} lane cannot go on with the memory of the lane that was lost", choice)
+    return usable
