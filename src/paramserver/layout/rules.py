@@ -1,46 +1,111 @@
-"""Update rules: which optimizers a parameter server can run, and how one travels to it.
+"""Update rules: what a parameter server can do with a gradient, and how a rule travels to it.
 
-A rule is one of torch.optim's own optimizers; the formulas stand in its documentation
-(https://docs.pytorch.org/docs/stable/optim.html). It travels as a name and the numbers of one param group,
-never as code, so a peer can choose among `RULES` and nothing else. To add a rule, which must be elementwise,
-add its class to `RULES` and a row to the table in tests/unit/layout/test_rules.py.
+Rules
+    * A rule is an optimizer class: one of torch.optim's, whose formulas stand in its documentation
+      (https://docs.pytorch.org/docs/stable/optim.html), or one of an installed package's.
+    * A rule travels as its name and the numbers of one param group, never as code: a peer can choose among the rules
+      that the ps has, and nothing else.
+    * A rule of another package is found by the entry point `GROUP`: its name is the name of the class, its value names
+      the class. See `UpdateRule.of` for what the class may say of itself. The package has to be installed on the
+      workers and on the ps tasks.
 
-`ROW_RULES` are those that torch.optim runs with sparse gradients: they change the rows that have one, and no other.
+To add a built-in rule, add a row to `RULES` and one to the table in tests/unit/layout/test_rules.py.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 
 import msgspec
 from torch import optim
 
 from paramserver.errors import ConfigError, UnsupportedOptimizerError
+from paramserver.layout.settings import Setting, number, setting_names, settings
 
-RULES: dict[str, type[optim.Optimizer]] = {
-    "SGD": optim.SGD,
-    "Adagrad": optim.Adagrad,
-    "Adam": optim.Adam,
-    "AdamW": optim.AdamW,
-    "Adamax": optim.Adamax,
-    "NAdam": optim.NAdam,
-    "RAdam": optim.RAdam,
-    "RMSprop": optim.RMSprop,
-    "Rprop": optim.Rprop,
-    "ASGD": optim.ASGD,
-    "Adadelta": optim.Adadelta,
+GROUP = "paramserver.rules"
+
+RowSlots = Callable[[Mapping[str, Setting]], Mapping[str, float]]
+"""From a rule's settings to the slots of each row of a table, and the number that each slot begins with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """An update rule in its dense form and, for the rows of tables, in its row form.
+
+    The dense form is the optimizer's own ``step`` over flat slices of parameters, so it has to be elementwise. The row
+    form is the same step over the rows that have a gradient, gathered with their slots.
+
+    Attributes:
+        optimizer: The class that programs use.
+        row_slots: What the row form needs; None if there is no row form.
+        is_dense: Whether there is a dense form.
+        takes_sparse: Whether the step takes sparse gradients only.
+        slot_settings: Settings that need a slot which an element gets in its first update or never; their slots.
+        package: The distribution that brings it, empty for a built-in one.
+    """
+
+    optimizer: type[optim.Optimizer]
+    row_slots: RowSlots | None = None
+    is_dense: bool = True
+    takes_sparse: bool = False
+    slot_settings: Mapping[str, str] = field(default_factory=dict)
+    package: str = ""
+
+    @classmethod
+    def of(cls, optimizer: object, package: str) -> UpdateRule:
+        """Return the rule that an optimizer class of a package is.
+
+        Its ``step`` must be elementwise, with state of 0-dimensional tensors and tensors of the parameter's shape. For
+        tables the class has a static method ``row_slots``, as `RowSlots`. It may have a dict ``slot_settings``, as
+        above.
+
+        Raises:
+            ConfigError: If it is not a subclass of ``torch.optim.Optimizer``.
+        """
+        if not (isinstance(optimizer, type) and issubclass(optimizer, optim.Optimizer)):
+            raise ConfigError(
+                f"the entry point {GROUP} of package {package!r} names {optimizer!r}; expected a subclass of "
+                "torch.optim.Optimizer"
+            )
+        return cls(
+            optimizer=optimizer,
+            row_slots=getattr(optimizer, "row_slots", None),
+            slot_settings=getattr(optimizer, "slot_settings", {}),
+            package=package,
+        )
+
+
+_AMSGRAD = {"amsgrad": "max_exp_avg_sq"}
+
+RULES: dict[str, UpdateRule] = {
+    rule.optimizer.__name__: rule
+    for rule in (
+        UpdateRule(optimizer=optim.SGD, row_slots=lambda _: {}),
+        UpdateRule(
+            optimizer=optim.Adagrad,
+            row_slots=lambda numbers: {"sum": float(numbers.get("initial_accumulator_value", 0.0))},  # type: ignore[arg-type]
+        ),
+        UpdateRule(optimizer=optim.Adam, slot_settings=_AMSGRAD),
+        UpdateRule(optimizer=optim.AdamW, slot_settings=_AMSGRAD),
+        UpdateRule(optimizer=optim.Adamax),
+        UpdateRule(optimizer=optim.NAdam),
+        UpdateRule(optimizer=optim.RAdam),
+        UpdateRule(optimizer=optim.RMSprop, slot_settings={"momentum": "momentum_buffer", "centered": "grad_avg"}),
+        UpdateRule(optimizer=optim.Rprop),
+        UpdateRule(optimizer=optim.ASGD),
+        UpdateRule(optimizer=optim.Adadelta),
+        UpdateRule(
+            optimizer=optim.SparseAdam,
+            is_dense=False,
+            takes_sparse=True,
+            row_slots=lambda _: {"exp_avg": 0.0, "exp_avg_sq": 0.0},
+        ),
+    )
 }
-
-ROW_RULES: dict[str, type[optim.Optimizer]] = {
-    "SGD": optim.SGD,
-    "Adagrad": optim.Adagrad,
-    "SparseAdam": optim.SparseAdam,
-}
-
-_ALL_RULES = RULES | ROW_RULES
 
 # By name: not every supported version of torch has all of them.
 _REFUSED = {
@@ -50,23 +115,9 @@ _REFUSED = {
     "SparseAdam": "it takes sparse gradients only, so it can hold weights of nn.Embedding(sparse=True) and no others",
 }
 
-SLOT_SETTINGS: dict[str, dict[str, str]] = {
-    "Adam": {"amsgrad": "max_exp_avg_sq"},
-    "AdamW": {"amsgrad": "max_exp_avg_sq"},
-    "RMSprop": {"momentum": "momentum_buffer", "centered": "grad_avg"},
-}
-"""Settings that need a slot, which torch.optim makes in an element's first update or never."""
-
-# How an optimizer computes, not what: each machine decides these for itself.
-_NOT_MATHEMATICS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-
-Setting = float | int | bool | None | tuple[float, ...]
-
-_PLAIN = frozenset({float, int, bool, type(None)})
-
 
 class Rule(msgspec.Struct, frozen=True):
-    """An update rule as it travels: a key of `RULES` and the numbers of one param group.
+    """An update rule as it travels: its name, and the numbers of one param group.
 
     Example:
         >>> import torch
@@ -76,46 +127,50 @@ class Rule(msgspec.Struct, frozen=True):
 
     name: str
     settings: dict[str, Setting]
+    package: str = ""
+    """The distribution that brings it, empty for a built-in one; not a part of the rule, but of messages."""
 
 
 def describe(optimizer: optim.Optimizer, group: int) -> Rule:
-    """Describes param group number `group` of `optimizer` as a rule that can travel.
+    """Describe param group number `group` of `optimizer` as a rule that can travel.
 
     Raises:
         UnsupportedOptimizerError: The optimizer is not elementwise, is a subclass, or is unknown.
-        ConfigError: A setting is no number.
+        ConfigError: A setting is not a number.
     """
-    if RULES.get(type(optimizer).__name__) is not type(optimizer):
+    rule = _rule_of(type(optimizer))
+    if rule is None or not rule.is_dense:
         raise _refusal(type(optimizer))
-    return _described(optimizer, group)
+    return _described(optimizer, group, rule)
 
 
 def describe_row_rule(optimizer: optim.Optimizer, group: int, table: str) -> Rule:
-    """Describes a param group as the rule of a table, whose gradients are sparse.
+    """Describe a param group as the rule of a table, whose gradients are sparse.
 
     Raises:
-        UnsupportedOptimizerError: torch.optim does not run it with sparse gradients, or would change other rows.
-        ConfigError: A setting is no number.
+        UnsupportedOptimizerError: The rule has no row form, or would change other rows.
+        ConfigError: A setting is not a number.
     """
-    name = type(optimizer).__name__
-    if ROW_RULES.get(name) is not type(optimizer):
+    name, rule = type(optimizer).__name__, _rule_of(type(optimizer))
+    if rule is None or rule.row_slots is None:
+        with_rows = ", ".join(known for known, each in RULES.items() if each.row_slots)
         raise UnsupportedOptimizerError(
             f"{name} cannot update {table!r}, whose gradient is sparse (nn.Embedding with sparse=True): that can "
-            f"{', '.join(ROW_RULES)}; give it to an optimizer of these, or make it sparse=False",
+            f"{with_rows}; give it to an optimizer of these, or make it sparse=False",
             name,
         )
-    rule = _described(optimizer, group)
-    if fault := row_fault(rule.settings):
+    described = _described(optimizer, group, rule)
+    if fault := row_fault(described.settings):
         raise UnsupportedOptimizerError(
             f"{name} cannot update {table!r}, whose gradient is sparse: {fault}; give it a param group without, "
             "or make it sparse=False",
             name,
         )
-    return rule
+    return described
 
 
 def row_fault(numbers: Mapping[str, Setting]) -> str:
-    """What of a rule's settings would change rows that have no gradient; empty if nothing.
+    """Return what of a rule's settings would change rows that have no gradient; empty if nothing would.
 
     >>> row_fault({"lr": 0.1, "momentum": 0.9})
     'momentum=0.9 would move rows that have no gradient'
@@ -130,7 +185,45 @@ def row_fault(numbers: Mapping[str, Setting]) -> str:
     )
 
 
-def _described(optimizer: optim.Optimizer, group: int) -> Rule:
+def find_rule(rule: Rule) -> UpdateRule:
+    """Return the rule that came from a peer, after checking its name and the names of its settings.
+
+    Raises:
+        UnsupportedOptimizerError: If no rule of this name is built in or installed here.
+        ConfigError: If the rule does not have one of the settings.
+    """
+    found = _found(rule.name)
+    if found is None:
+        there = [*RULES, *(point.name for point in entry_points(group=GROUP))]
+        advice = f"; install the package {rule.package!r}, which brings it, on the ps tasks" if rule.package else ""
+        raise UnsupportedOptimizerError(
+            f"no update rule is called {rule.name!r} here{advice}; {_known(rule.name, there)}", rule.name
+        )
+    names = setting_names(found.optimizer)
+    for name in rule.settings:
+        if name not in names:
+            raise ConfigError(f"update rule {rule.name} has no setting {name!r}; {_known(name, names)}")
+    return found
+
+
+def _rule_of(optimizer: type[optim.Optimizer]) -> UpdateRule | None:
+    found = _found(optimizer.__name__)
+    return found if found is not None and found.optimizer is optimizer else None
+
+
+def _found(name: str) -> UpdateRule | None:
+    if name in RULES:
+        return RULES[name]
+    point = next(iter(entry_points(group=GROUP, name=name)), None)
+    return None if point is None else _installed(point)
+
+
+@functools.cache
+def _installed(point: EntryPoint) -> UpdateRule:
+    return UpdateRule.of(point.load(), point.dist.name if point.dist else point.module.partition(".")[0])
+
+
+def _described(optimizer: optim.Optimizer, group: int, rule: UpdateRule) -> Rule:
     name = type(optimizer).__name__
     param_group = optimizer.param_groups[group]
     if param_group.get("differentiable"):
@@ -142,97 +235,8 @@ def _described(optimizer: optim.Optimizer, group: int) -> Rule:
     numbers = settings(param_group, setting_names(type(optimizer)))
     if "initial_accumulator_value" in numbers:
         # torch.optim.Adagrad reads the defaults for this one, whatever the group says.
-        numbers["initial_accumulator_value"] = _number(optimizer.defaults["initial_accumulator_value"])
-    return Rule(name, numbers)
-
-
-def settings(group: Mapping[str, object], names: Iterable[str]) -> dict[str, Setting]:
-    """Reads the settings `names` out of a param group as plain numbers, for every push.
-
-    A schedule may change any of them between two steps. Takes about a microsecond.
-
-    Raises:
-        ConfigError: A setting is no number.
-
-    Example:
-        >>> import torch
-        >>> settings({"lr": torch.tensor(0.5), "betas": [0.9, 0.99], "params": []}, ("lr", "betas"))
-        {'lr': 0.5, 'betas': (0.9, 0.99)}
-    """
-    return {name: _number(group[name]) for name in names}
-
-
-class GroupSettings:
-    """The `settings` of a param group, read for every push: worked out anew when one of them has changed.
-
-    Example:
-        >>> group = {"lr": 0.5}
-        >>> numbers = GroupSettings(group, ("lr",))
-        >>> numbers.now() is numbers.now()
-        True
-        >>> group["lr"] = 0.25
-        >>> numbers.now()
-        {'lr': 0.25}
-    """
-
-    def __init__(self, group: Mapping[str, object], names: Sequence[str]) -> None:
-        self._group = group
-        self._names = names
-        self._read = operator.itemgetter(*names, names[0])  # twice, so that it is a tuple even of one
-        self._seen: object = None
-        self._now: dict[str, Setting] = {}
-
-    def now(self) -> dict[str, Setting]:
-        """What they are; not to be changed.
-
-        Raises:
-            ConfigError: A setting is no number.
-        """
-        found = self._read(self._group)
-        if found != self._seen:
-            self._now = settings(self._group, self._names)
-            # A tensor may change without becoming another one.
-            self._seen = found if all(map(_is_plain, found)) else None
-        return self._now
-
-
-def setting_names(optimizer: type[optim.Optimizer]) -> tuple[str, ...]:
-    """The constructor arguments of an optimizer class that are mathematics, in their order."""
-    return tuple(name for name in inspect.signature(optimizer).parameters if name not in _NOT_MATHEMATICS)
-
-
-def rule_class(rule: Rule) -> type[optim.Optimizer]:
-    """The torch.optim class of a rule that came from a peer, after checking its name and setting names.
-
-    Raises:
-        UnsupportedOptimizerError: The name is in neither `RULES` nor `ROW_RULES`.
-        ConfigError: A setting is none of this rule's.
-    """
-    if rule.name not in _ALL_RULES:
-        raise UnsupportedOptimizerError(
-            f"no update rule is called {rule.name!r}; {_known(rule.name, _ALL_RULES)}", rule.name
-        )
-    names = setting_names(_ALL_RULES[rule.name])
-    for name in rule.settings:
-        if name not in names:
-            raise ConfigError(f"update rule {rule.name} has no setting {name!r}; {_known(name, names)}")
-    return _ALL_RULES[rule.name]
-
-
-def _is_plain(value: object) -> bool:
-    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
-
-
-def _number(value: object) -> Setting:
-    """A setting as a plain number: out of a tensor or a numpy scalar, a sequence as a tuple."""
-    if type(value) in _PLAIN:
-        return value  # type: ignore[return-value]  # narrowed by its exact type: a numpy float is a float too
-    if isinstance(value, (tuple, list)):
-        return tuple(map(float, value))
-    try:
-        return float(value)  # type: ignore[arg-type]  # refused below where it has no __float__
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"an optimizer's setting must be a number or a tuple of them, got {value!r}") from error
+        numbers["initial_accumulator_value"] = number(optimizer.defaults["initial_accumulator_value"])
+    return Rule(name, numbers, rule.package)
 
 
 def _refusal(optimizer: type[optim.Optimizer]) -> UnsupportedOptimizerError:
@@ -242,14 +246,14 @@ def _refusal(optimizer: type[optim.Optimizer]) -> UnsupportedOptimizerError:
         if base.__module__.startswith("torch.optim") and base.__name__ in _REFUSED:
             why = _REFUSED[base.__name__]
             break
-        if base in RULES.values():
+        if any(base is rule.optimizer for rule in RULES.values()):
             why = (
                 f"it is a subclass of torch.optim.{base.__name__} whose step() may differ, and a ps runs "
                 f"torch.optim's own; use {base.__name__} itself"
             )
             break
     else:
-        why = f"it is not known to be elementwise; {_known(name, RULES)}"
+        why = f"it is not known to be elementwise; {_known(name, RULES)}. A rule of your own is found by the entry point {GROUP} of its package"
     return UnsupportedOptimizerError(f"{name} cannot run on a parameter server: {why}", name)
 
 

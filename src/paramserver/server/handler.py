@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import logging
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from paramserver.checkpoint.folder import Steps
 from paramserver.checkpoint.index import digest
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
-from paramserver.layout.arena import DTYPES, ArenaLayout
-from paramserver.layout.blocks import ID_BYTES
+from paramserver.layout.arena import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
 from paramserver.server.checkpoints import Job, here, loading_slots, reading_slots, restoring, saving, through_peer
-from paramserver.server.push_plans import Application, PushPlans
+from paramserver.server.push_plans import PushPlans
+from paramserver.server.updates import TakenRows, apply_all, taken_ids, taken_values
 from paramserver.store.membership import Roster
 from paramserver.store.progress import Progress
 from paramserver.store.store import Store
@@ -113,7 +110,7 @@ class RequestHandler:
         with progress.lock:
             if self._begins(session, progress, push.sequence):
                 try:
-                    seconds = _apply_all(session, progress, rows, plan.applications)
+                    seconds = apply_all(session, progress, rows, plan.applications)
                 except (UnavailableError, RemoteProtocolError):
                     self._say_partial(session, progress, len(rows) + len(plan.applications))
                     raise
@@ -155,23 +152,17 @@ class RequestHandler:
             f"{what}, which stay applied; the global step does not count it: {type(error).__name__}: {error}", task
         )
 
-    def _taken_rows(self, session: Session, part: messages.Part) -> Callable[[], float]:
-        """What applies the rows of a part, which are taken and checked here; it returns the seconds that it took."""
+    def _taken_rows(self, session: Session, part: messages.Part) -> TakenRows:
+        """Take the rows of a part and check them, before anything is applied."""
         table, count = self._table(part.arena), part.rows or 0
         try:
             table.check_rows(part.operation, count, part.settings)
-            ids = _taken_ids(session, count)
+            ids = taken_ids(session, count)
             table.check_ids(ids)
-            values = _taken_values(session, table.layout, count)
+            values = taken_values(session, table.layout, count)
         except ValueError as error:
             raise self._refused_rows(part.arena, error) from error
-
-        def apply() -> float:
-            begun = time.perf_counter()
-            table.apply_rows(part.operation, ids, values, part.settings)
-            return time.perf_counter() - begun
-
-        return apply
+        return TakenRows(table, part, ids, values)
 
     def _table(self, index: int) -> StoredTable:
         table = self._store.arena(index)
@@ -193,7 +184,7 @@ class RequestHandler:
         table = self._table(arena)
         try:
             table.check_rows("assign", count, None)
-            ids = _taken_ids(session, count)
+            ids = taken_ids(session, count)
             table.check_ids(ids)
         except ValueError as error:
             raise self._refused_rows(arena, error) from error
@@ -352,44 +343,3 @@ def _sees(directory: Path, expected: str = "") -> bool:
 
 def _bounded(timeout: float) -> float:
     return min(LONGEST_WAIT, timeout)  # in this order, which turns a NaN into the limit
-
-
-def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
-    """A copy, which stays as it was checked."""
-    return session.take_rows(count * ID_BYTES).view(np.int64).copy()
-
-
-def _taken_values(session: Session, layout: ArenaLayout, count: int) -> torch.Tensor:
-    row_bytes = layout.table_shape[1] * layout.itemsize
-    taken = session.take_rows(count * row_bytes).reshape(count, row_bytes)
-    return torch.from_numpy(taken).view(layout.torch_dtype)
-
-
-def _apply_all(
-    session: Session,
-    progress: Progress,
-    rows: Sequence[Callable[[], float]],
-    applications: Sequence[Application],
-) -> float:
-    """Apply the parts of an update that are not applied yet; the seconds, without those of waiting for them."""
-    seconds = 0.0
-    for apply_rows in rows[progress.done :]:
-        progress.enter_part()
-        seconds += apply_rows()
-        progress.leave_part()
-    for application in applications[: progress.done - len(rows)]:  # applied when it came for the first time
-        session.gradient(application.piece)
-    for application in applications[progress.done - len(rows) :]:
-        seconds += _apply(session, progress, application)
-    return seconds
-
-
-def _apply(session: Session, progress: Progress, application: Application) -> float:
-    """Apply a piece as soon as it is here."""
-    arena, operation, piece, settings = application
-    gradient = session.gradient(piece)
-    begun = time.perf_counter()
-    progress.enter_part()
-    arena.apply(operation, (piece.start, piece.stop), gradient, settings)
-    progress.leave_part()
-    return time.perf_counter() - begun

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 from paramserver.errors import RefusedError
 from paramserver.layout.blocks import pieces
-from paramserver.layout.rules import Setting
-from paramserver.store.arena import Operation, StoredArena
+from paramserver.layout.settings import Setting
+from paramserver.store.arena import StoredArena
+from paramserver.store.blocks import Operation, StoredBlocks
 from paramserver.store.store import Store
+from paramserver.store.tables.table import StoredTable
 from paramserver.transport.lane import Piece
 from paramserver.wire import messages
 
@@ -95,6 +97,8 @@ class PushPlans:
     def _applications(self, part: messages.Part) -> Iterator[Application]:
         arena = self._store.arena(part.arena)
         try:
+            if isinstance(arena, StoredTable):
+                raise ValueError("it is a table, of which rows are pushed")
             arena.check(part.operation, part.ranges, part.settings)
         except ValueError as error:
             task, what = self._store.task, f"{part.operation!r} on arena {part.arena}"
@@ -107,11 +111,11 @@ class PushPlans:
         return sum(_part_elements(part, arenas) for part in push.parts) + _whole(push.pull, arenas)
 
 
-def _part_elements(part: messages.Part, arenas: Sequence[StoredArena]) -> int:
+def _part_elements(part: messages.Part, arenas: Sequence[StoredBlocks]) -> int:
     if part.ranges is None:
         return _whole((part.arena,), arenas)
     return sum(stop - start for start, stop in part.ranges)
 
 
-def _whole(indices: Iterable[int], arenas: Sequence[StoredArena]) -> int:
+def _whole(indices: Iterable[int], arenas: Sequence[StoredBlocks]) -> int:
     return sum(arenas[index].layout.size for index in indices if index < len(arenas))

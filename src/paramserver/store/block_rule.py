@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from paramserver.layout.rules import Rule, Setting, rule_class, setting_names
+from paramserver.layout.rules import Rule, find_rule
+from paramserver.layout.settings import Setting, setting_names
 from paramserver.store.optimizers import build, kernel
 
 
@@ -25,7 +26,7 @@ class _Run(NamedTuple):
 class BlockRule:
     """An update rule over one block of values, with its slots.
 
-    Optimizers of `RULES` are elementwise, so one update over a flat slice equals an update of each variable
+    Rules are elementwise, so one update over a flat slice equals an update of each variable
     in it. What had no gradient in a step keeps values, slots and step count, as torch.optim skips
     ``grad is None``. Elements that have had different updates therefore need different scalar state: the
     block is a sequence of *runs*, one at first, and a gradient for a part of a run splits it.
@@ -58,7 +59,7 @@ class BlockRule:
     def __init__(self, rule: Rule, values: Tensor) -> None:
         if values.dim() != 1 or not values.is_contiguous():
             raise ValueError(f"values of a block must be flat and contiguous, got {tuple(values.shape)}")
-        self._class = rule_class(rule)
+        self._class = find_rule(rule).optimizer
         self._names = frozenset(setting_names(self._class))
         self._values = values
         self._size = len(values)

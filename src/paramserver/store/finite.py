@@ -16,12 +16,12 @@ import torch
 
 from paramserver.errors import NotFiniteError
 from paramserver.layout.blocks import BLOCK, Range
-from paramserver.store.arena import BlockCopy, StoredArena
+from paramserver.store.blocks import BlockCopy, StoredBlocks
 from paramserver.store.shards.place import Place
 
 
 def check_finite(
-    task: str, arena: StoredArena, block: int, here: Iterable[tuple[Place, Range]], copy: BlockCopy
+    task: str, arena: StoredBlocks, block: int, here: Iterable[tuple[Place, Range]], copy: BlockCopy
 ) -> None:
     """Check the trained values and the slots of one block.
 

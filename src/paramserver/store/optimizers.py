@@ -1,4 +1,4 @@
-"""torch.optim's optimizers as the store makes them."""
+"""The optimizers of update rules as the store makes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from paramserver.errors import ConfigError
-from paramserver.layout.rules import ROW_RULES, RULES, Setting
+from paramserver.layout.settings import Setting
 
 Kernel = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Mapping[Tensor, Mapping[str, Tensor]]], bool]
 
@@ -28,7 +28,7 @@ def build(
     if parameter.dtype in (torch.float32, torch.float64) and _fused_pays(optimizer, settings):
         options["fused"] = True
     try:
-        return _light(optimizer.__name__)([parameter], **settings, **options)
+        return _light(optimizer)([parameter], **settings, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"torch.optim.{optimizer.__name__} refuses {dict(settings)}: {error}") from error
 
@@ -44,13 +44,12 @@ def _fused_pays(optimizer: type[optim.Optimizer], settings: Mapping[str, Setting
 
 
 @functools.cache
-def _light(name: str) -> Callable[..., optim.Optimizer]:
+def _light(optimizer: type[optim.Optimizer]) -> Callable[..., optim.Optimizer]:
     """The class of a rule, without the guard around `add_param_group`.
 
     The guard keeps torch.compile away and, for that, imports the whole compiler when the first optimizer is
     made: a second and 70 MB that a ps has no use for.
     """
-    optimizer = RULES.get(name) or ROW_RULES[name]
     unguarded = {"add_param_group": inspect.unwrap(optimizer.add_param_group)}
     return type(optimizer.__name__, (optimizer,), unguarded)
 

@@ -56,7 +56,7 @@ class Store:
 
     def __init__(self, task: str, allocate: Allocate) -> None:
         self.task = task
-        self.arenas: list[StoredArena] = []
+        self.arenas: list[StoredArena | StoredTable] = []
         self.variables: dict[str, StoredArena] = {}
         self.memory: StoreMemory | None = None
         self.epoch = ""
@@ -101,7 +101,7 @@ class Store:
             _compare(self.task, [arena.layout for arena in self.arenas], layouts)
             return self.memory
 
-    def arena(self, index: int) -> StoredArena:
+    def arena(self, index: int) -> StoredArena | StoredTable:
         """One arena.
 
         Raises:
@@ -112,7 +112,7 @@ class Store:
         return self.arenas[index]
 
     @property
-    def held(self) -> Sequence[StoredArena]:
+    def held(self) -> Sequence[StoredArena | StoredTable]:
         """All that a checkpoint holds."""
         with self._changed:
             return [*self.arenas, *self.variables.values()]
@@ -307,7 +307,7 @@ class Store:
         )
 
 
-def _stored(layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> StoredArena:
+def _stored(layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> StoredArena | StoredTable:
     return (StoredTable if layout.is_table else StoredArena)(layout, values, versions)
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import Range
-from paramserver.layout.rules import Setting
+from paramserver.layout.settings import Setting
 from paramserver.layout.variables import VariableSpec
 
 

@@ -47,7 +47,7 @@ def test_any_sequence_of_pieces_equals_torch(
     name, kwargs = case
     generator = torch.Generator().manual_seed(0)
     variables = [nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float64)) for size in sizes]
-    optimizer = RULES[name](variables, **kwargs)
+    optimizer = RULES[name].optimizer(variables, **kwargs)
     values = torch.cat([variable.detach().clone() for variable in variables])
     rule = BlockRule(describe(optimizer, 0), values)
     edges = [0, *itertools.accumulate(sizes)]

@@ -14,11 +14,12 @@ from paramserver.distribute.bound.tables.lookup import Lookup
 from paramserver.layout import blocks
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import num_blocks
-from paramserver.layout.rules import ROW_RULES, describe_row_rule
+from paramserver.layout.rules import RULES, describe_row_rule
 from paramserver.layout.variables import VariableSpec
 from paramserver.memory import rows
 from paramserver.memory.arena_memory import private_store_memory
 from paramserver.store import arena as stored_arena
+from paramserver.store import blocks as stored_blocks
 from paramserver.store.tables import row_rule
 from paramserver.store.tables.table import StoredTable
 
@@ -49,11 +50,11 @@ def test_any_sequence_of_rows_equals_torch(
     (name, kwargs), (count, width, steps) = case, pushed
     generator = torch.Generator().manual_seed(0)
     whole = nn.Parameter(torch.randn(count, width, generator=generator, dtype=torch.float64))
-    optimizer = ROW_RULES[name]([whole], **kwargs)
+    optimizer = RULES[name].optimizer([whole], **kwargs)
     spec = VariableSpec("table", (count, width), "float64")
     layout = ArenaLayout("float64", describe_row_rule(optimizer, 0, "table"), (spec,), is_table=True)
     with mock.patch.multiple(blocks, BLOCK=block), mock.patch.multiple(row_rule, BLOCK=block), \
-         mock.patch.multiple(stored_arena, BLOCK=block), \
+         mock.patch.multiple(stored_arena, BLOCK=block), mock.patch.multiple(stored_blocks, BLOCK=block), \
          mock.patch.multiple(rows, LARGE=0 if is_large else 1 << 62):  # fmt: skip
         memory = private_store_memory([layout])
         table = StoredTable(layout, memory.values[0], memory.versions[0])

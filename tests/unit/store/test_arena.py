@@ -11,7 +11,8 @@ from paramserver.layout.blocks import BLOCK
 from paramserver.layout.rules import describe
 from paramserver.layout.variables import VariableSpec
 from paramserver.memory.arena_memory import private_store_memory
-from paramserver.store.arena import BlockCopy, SlotKind, StoredArena
+from paramserver.store.arena import StoredArena
+from paramserver.store.blocks import BlockCopy, SlotKind
 from paramserver.store.shards.place import overlaps
 
 ADAM = describe(torch.optim.Adam([torch.zeros(1)], lr=0.5), 0)

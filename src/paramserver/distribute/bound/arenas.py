@@ -33,7 +33,8 @@ from paramserver.distribute.bound.value_watch import ValueWatch
 from paramserver.distribute.core.torch_internals import alias
 from paramserver.layout.arena import ALIGNMENT
 from paramserver.layout.blocks import Range, merge, pieces
-from paramserver.layout.rules import GroupSettings, rule_class, setting_names
+from paramserver.layout.rules import find_rule
+from paramserver.layout.settings import GroupSettings, setting_names
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
 
@@ -199,7 +200,7 @@ class TrainedArena(BoundArena):
     ) -> None:
         super().__init__(plan, memory, tensors, copies, is_apart=is_apart)
         assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
-        self._settings = GroupSettings(group, setting_names(rule_class(plan.layout.rule)))
+        self._settings = GroupSettings(group, setting_names(find_rule(plan.layout.rule).optimizer))
         self._gap = ALIGNMENT // plan.layout.itemsize - 1
         self._pushed_memory = pushed
         self._weight = 1 / len(tensors.devices) if mean else 1.0

@@ -21,7 +21,7 @@ from paramserver.client.client import ParameterClient
 from paramserver.distribute.bound.plan import Variable
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.errors import ConfigError
-from paramserver.layout.rules import setting_names, settings
+from paramserver.layout.settings import setting_names, settings
 from paramserver.wire.messages import SlotGroup
 
 logger = logging.getLogger(__name__)

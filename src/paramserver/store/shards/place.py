@@ -9,14 +9,14 @@ from typing import NamedTuple
 from paramserver.checkpoint.tensor_file import TensorSpec
 from paramserver.layout.blocks import Range
 from paramserver.layout.variables import Shard, VariableSpec
-from paramserver.store.arena import StoredArena
+from paramserver.store.blocks import StoredBlocks
 from paramserver.store.store import Store
 
 
 class Place(NamedTuple):
     """Where a variable, or a part of one, lies in a store."""
 
-    arena: StoredArena
+    arena: StoredBlocks
     spec: VariableSpec
     span: Range
 

@@ -29,7 +29,7 @@ from paramserver.checkpoint.index import Maps, merge, name_clash, rows_files
 from paramserver.checkpoint.tensor_file import FileLayout, TensorSpec, lay_out
 from paramserver.layout.blocks import BLOCK, Range, pieces
 from paramserver.memory.arena_memory import tensor_bytes
-from paramserver.store.arena import BlockCopy, SlotKind, StoredArena
+from paramserver.store.blocks import BlockCopy, SlotKind, StoredBlocks
 from paramserver.store.finite import check_finite
 from paramserver.store.shards.place import Place, overlaps, places
 from paramserver.store.store import Store
@@ -37,7 +37,7 @@ from paramserver.store.store import Store
 PAGE = 1 << 16
 """Bytes of a page of memory, in which a system keeps what it has of a file, where they are largest."""
 
-_Check = Callable[[StoredArena, int, list[tuple[Place, Range]], BlockCopy], None]
+_Check = Callable[[StoredBlocks, int, list[tuple[Place, Range]], BlockCopy], None]
 """Raises if one of the values or slots of a block must not be written; see `check_finite`."""
 
 _VALUE = ""
@@ -128,7 +128,7 @@ class _Piece(NamedTuple):
 
 def _write_arena(
     check: _Check,
-    arena: StoredArena,
+    arena: StoredBlocks,
     held: Iterable[Place],
     values: _Files,
     slots: _Files,
@@ -249,8 +249,8 @@ def _slots_file(suffix: str) -> Callable[[Place], str]:
     return lambda place: rows_files(place.variable)[1] if place.shard else f"optimizer-{suffix}.safetensors"
 
 
-def _by_arena(held: Iterable[Place]) -> dict[StoredArena, list[Place]]:
-    found: dict[StoredArena, list[Place]] = defaultdict(list)
+def _by_arena(held: Iterable[Place]) -> dict[StoredBlocks, list[Place]]:
+    found: dict[StoredBlocks, list[Place]] = defaultdict(list)
     for place in held:
         found[place.arena].append(place)
     return found

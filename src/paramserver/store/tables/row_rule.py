@@ -10,9 +10,10 @@ Rules
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,28 @@ from torch import Tensor, nn, optim
 
 from paramserver.errors import UnsupportedOptimizerError
 from paramserver.layout.blocks import BLOCK
-from paramserver.layout.rules import ROW_RULES, Rule, Setting, row_fault
+from paramserver.layout.rules import Rule, find_rule, row_fault
+from paramserver.layout.settings import Setting
 from paramserver.memory import huge_pages
 from paramserver.memory.rows import Ids, Rows, flat
 from paramserver.store.optimizers import build
+
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """An update of rows, of which nothing but the writing to the values is left to do.
+
+    Attributes:
+        write: Writes them.
+        arguments: Of ``write``.
+    """
+
+    write: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+    def apply(self) -> None:
+        """Write to the values. Called once."""
+        self.write(*self.arguments)
 
 
 class RowRule:
@@ -47,22 +66,22 @@ class RowRule:
         >>> table = torch.zeros(4, 2)
         >>> rule = RowRule(Rule("Adagrad", {"lr": 0.5}), table)
         >>> ids = np.array([1, 3])
-        >>> write = rule.update(ids, torch.ones(2, 2), {"lr": 0.5})
-        >>> write()
+        >>> rule.update(ids, torch.ones(2, 2), {"lr": 0.5}).apply()
         >>> table.tolist()
         [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0], [-0.5, -0.5]]
     """
 
     def __init__(self, rule: Rule, values: Tensor) -> None:
-        if rule.name not in ROW_RULES:
-            raise UnsupportedOptimizerError(f"no update rule for rows is called {rule.name!r}", rule.name)
-        self._class = ROW_RULES[rule.name]
+        found = find_rule(rule)
+        if found.row_slots is None:
+            raise UnsupportedOptimizerError(f"the update rule {rule.name!r} has no form for rows of tables", rule.name)
+        self._class = found.optimizer
         self.rows = Rows(values)
         self._settings = dict(rule.settings)
         self._slots: dict[str, Rows] = {}
         self._steps = 0
-        self._first_slots = _first_slots(rule)
-        self._takes_sparse = rule.name == "SparseAdam"
+        self._first_slots = dict(found.row_slots(rule.settings))
+        self._takes_sparse = found.takes_sparse
         self._optimizer = build(self._class, rule.settings, nn.Parameter(values[:0], requires_grad=False))
         self._run = inspect.unwrap(self._class.step)  # without hooks and the profiler, as in `block_rule`
 
@@ -74,8 +93,8 @@ class RowRule:
         """Bytes of state beside the values."""
         return sum(slot.table.nbytes for slot in self._slots.values())
 
-    def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> Callable[[], None]:
-        """Make a step on rows; what comes back has to be called at once, and writes to the values. Nothing else does.
+    def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> RowUpdate:
+        """Compute a step on rows and update their slots. The values change when the result is applied, at once.
 
         Args:
             ids: ``[rows]``, ascending, none twice.
@@ -102,7 +121,7 @@ class RowRule:
         self._steps += 1  # after it: a step that torch refuses has changed nothing
         for name, slot in self._slots.items():
             slot.put(ids, gathered[name])
-        return functools.partial(self.rows.put, ids, rows)
+        return RowUpdate(self.rows.put, (ids, rows))
 
     def adopt(self, settings: Mapping[str, Setting]) -> None:
         """Take over settings, checked by the caller."""
@@ -114,21 +133,21 @@ class RowRule:
         """Forget the slots and the count of updates: all rows begin again, as if they had had no update."""
         self._slots, self._steps = {}, 0
 
-    def _loop(self, ids: Ids, gradient: Tensor) -> Callable[[], None] | None:
-        """What makes the step where the rows lie; None if nothing does."""
+    def _loop(self, ids: Ids, gradient: Tensor) -> RowUpdate | None:
+        """Return an update by a compiled loop, which computes where the rows lie; None if there is no such loop."""
         loops, group = self.rows.loops, self._optimizer.param_groups[0]
         if loops is None or group["maximize"]:
             return None
         elements, lr = flat(gradient), float(group["lr"])
         rows, number = (ids.view(np.uint64), elements, np.uint64(self.rows.table.shape[1])), elements.dtype.type
         if self._class is optim.SGD:
-            return functools.partial(loops.sgd, self.rows.elements, *rows, number(lr))
+            return RowUpdate(loops.sgd, (self.rows.elements, *rows, number(lr)))
         if self._class is not optim.Adagrad:
             return None
         lr, eps = lr / (1 + self._steps * group["lr_decay"]), float(group["eps"])
         self._steps += 1
         sums = self._slots["sum"].elements
-        return functools.partial(loops.adagrad, self.rows.elements, sums, *rows, number(lr), number(eps))
+        return RowUpdate(loops.adagrad, (self.rows.elements, sums, *rows, number(lr), number(eps)))
 
     def _run_step(self, rows: Tensor, gradient: Tensor) -> None:
         if not self._takes_sparse:
@@ -212,17 +231,6 @@ class RowRuleBlock:
         if fault := row_fault(settings):
             raise ValueError(fault)
         self._rule.adopt(settings)
-
-
-def _first_slots(rule: Rule) -> dict[str, float]:
-    """The elementwise slots of a rule, and what they begin with."""
-    match rule.name:
-        case "Adagrad":
-            return {"sum": float(rule.settings.get("initial_accumulator_value", 0.0))}  # type: ignore[arg-type]  # a number
-        case "SparseAdam":
-            return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
-        case _:
-            return {}
 
 
 def _sparse(gradient: Tensor) -> Tensor:

@@ -9,37 +9,33 @@ Rules
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.layout.blocks import Range, touched_blocks
-from paramserver.layout.rules import Setting, row_fault
-from paramserver.store.arena import Operation, StoredArena
-from paramserver.store.tables.row_rule import RowRule
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import num_blocks, touched_blocks
+from paramserver.layout.rules import row_fault
+from paramserver.layout.settings import Setting
+from paramserver.store.blocks import Operation, StoredBlocks
+from paramserver.store.tables.row_rule import RowRule, RowUpdate
 
 
-class StoredTable(StoredArena):
-    """The rows of one table, or of a part of one. The arguments are those of `StoredArena`."""
+class StoredTable(StoredBlocks):
+    """The rows of one table, or of a part of one, which are updated one by one; see `StoredArena` for the arguments."""
 
-    def _divide(self, count: int) -> None:
-        assert self.layout.rule is not None  # noqa: S101  # the store has checked it
-        rows, self._width = self.layout.table_shape
-        self._table = self.values.view(rows, self._width)
-        self._rule = RowRule(self.layout.rule, self._table)
+    def __init__(self, layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> None:
+        assert layout.rule is not None  # noqa: S101  # the store has checked it
+        rows, self._width = layout.table_shape
+        self._table = values.view(rows, self._width)
+        self._rule = RowRule(layout.rule, self._table)
         self._lock = threading.Lock()  # one for all blocks
-        self._locks = [self._lock] * count
-        self._slots = [self._rule.block(block) for block in range(count)]
-
-    def check(
-        self, operation: Operation, ranges: Sequence[Range] | None, settings: Mapping[str, Setting] | None
-    ) -> None:
-        """Raises ValueError: a table is changed row by row."""
-        raise ValueError("it is a table, of which rows are pushed")
+        count = num_blocks(layout.size)
+        super().__init__(
+            layout, values, versions, [self._lock] * count, [self._rule.block(each) for each in range(count)]
+        )
 
     def check_rows(self, operation: Operation, count: int, settings: dict[str, Setting] | None) -> None:
         """Whether `apply_rows` can do this with as many rows.
@@ -50,7 +46,7 @@ class StoredTable(StoredArena):
         if not 0 <= count <= len(self._table):
             raise ValueError(f"it has {len(self._table)} rows, and {count} different ones were named")
         if operation == "rule":
-            self._check_settings(settings or {})
+            self.check_settings(settings or {})
             if fault := row_fault(settings or {}):
                 raise ValueError(fault)
 
@@ -79,13 +75,13 @@ class StoredTable(StoredArena):
         with self._lock:
             if operation == "rule":
                 self.is_trained = True
-                write = self._rule.update(ids, source, settings or {})
+                update = self._rule.update(ids, source, settings or {})
             else:
                 fresh = source if operation == "assign" else self._rule.rows.take(ids).add_(source)
-                write = functools.partial(self._rule.rows.put, ids, fresh)
+                update = RowUpdate(self._rule.rows.put, (ids, fresh))
             self._versions[touched] += 1
             try:
-                write()
+                update.apply()
             finally:
                 self._versions[touched] += 1
 
@@ -96,7 +92,8 @@ class StoredTable(StoredArena):
 
     @property
     def slots_bytes(self) -> int:
+        """Bytes of all optimizer state."""
         return self._rule.slot_bytes
 
     def join_runs(self) -> None:
-        """There are no runs: the slots of a table are in one piece."""
+        """Do nothing: the slots of a table are in one piece."""

@@ -17,7 +17,7 @@ from paramserver.layout.rules import describe
 from paramserver.layout.variables import Shard, VariableSpec
 from paramserver.memory.arena_memory import private_store_memory
 from paramserver.placement import FixedShards, row_ranges
-from paramserver.store.arena import BlockCopy
+from paramserver.store.blocks import BlockCopy
 from paramserver.store.shards import restore, save
 from paramserver.store.shards.place import overlaps, places
 from paramserver.store.store import Store

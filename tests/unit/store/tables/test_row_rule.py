@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from paramserver.errors import ConfigError, UnsupportedOptimizerError
-from paramserver.layout.rules import ROW_RULES, Rule, describe_row_rule
+from paramserver.layout.rules import RULES, Rule, describe_row_rule
 from paramserver.memory import rows
 from paramserver.store.tables import row_rule
 from paramserver.store.tables.row_rule import RowRule
@@ -59,7 +59,7 @@ class Tables:
     def __init__(self, name: str, kwargs: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(0)
         self.whole = nn.Parameter(torch.randn(COUNT, WIDTH, generator=generator, dtype=torch.float64).to(dtype))
-        self.optimizer = ROW_RULES[name]([self.whole], **kwargs)
+        self.optimizer = RULES[name].optimizer([self.whole], **kwargs)
         self.described = describe_row_rule(self.optimizer, 0, "table")
         self.values = self.whole.detach().clone()
         self.rule = RowRule(self.described, self.values)
@@ -76,7 +76,7 @@ class Tables:
 
     def update(self, ids: Tensor, gradient: Tensor, settings: dict[str, Any]) -> None:
         before = gradient.clone()
-        self.rule.update(ids.numpy(), gradient, settings)()
+        self.rule.update(ids.numpy(), gradient, settings).apply()
         assert torch.equal(gradient, before), "a gradient is only read"
 
     def assert_equal(self) -> None:
@@ -152,20 +152,20 @@ def test_values_are_written_by_what_comes_back_and_by_nothing_else(name, kwargs)
 def test_a_loop_makes_torchs_step_bit_by_bit(monkeypatch, name, kwargs, width, dtype):
     """Also in rows that the loop asks for ahead, and in those that it does not any more."""
     generator = torch.Generator().manual_seed(0)
-    count, described = 300, describe_row_rule(ROW_RULES[name]([torch.zeros(1)], **kwargs), 0, "table")
+    count, described = 300, describe_row_rule(RULES[name].optimizer([torch.zeros(1)], **kwargs), 0, "table")
     first = torch.randn(count, width, generator=generator).to(dtype)
     tables = []
     for large in (0, 1 << 62):
         monkeypatch.setattr(rows, "LARGE", large)
         tables.append(rule := RowRule(described, first.clone()))
-        rule.update(np.array([], dtype=np.int64), first[:0], described.settings)()  # makes its slots
+        rule.update(np.array([], dtype=np.int64), first[:0], described.settings).apply()  # makes its slots
     assert [rule.rows.loops is None for rule in tables] == [False, True]
     for seed in range(4):
         generator.manual_seed(seed)
         ids = torch.randperm(count, generator=generator)[: 5 + 80 * seed].sort().values.numpy()
         gradient = torch.randn(len(ids), width, generator=generator).to(dtype) * 10.0 ** (seed - 2)
         for rule in tables:
-            rule.update(ids, gradient, described.settings)()
+            rule.update(ids, gradient, described.settings).apply()
     mine, theirs = ({"values": rule.rows.table, **rule.state(0, count * width)} for rule in tables)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[slot], theirs[slot]) for slot in mine)
@@ -299,19 +299,19 @@ def test_a_setting_that_torch_refuses_is_refused_when_the_rule_is_made():
 
 
 def test_every_rule_for_rows_is_tested():
-    assert {name for name, _ in ROWS} == set(ROW_RULES)
-    assert all(issubclass(rule, optim.Optimizer) for rule in ROW_RULES.values())
+    assert {name for name, _ in ROWS} == {name for name, rule in RULES.items() if rule.row_slots}
+    assert all(issubclass(rule.optimizer, optim.Optimizer) for rule in RULES.values())
 
 
 def test_a_reset_makes_all_rows_begin_again() -> None:
     ids, gradient, settings = np.arange(3), torch.ones(3, 2), {"lr": 0.5}
     rule = RowRule(Rule("Adagrad", {"lr": 0.5, "initial_accumulator_value": 0.25}), torch.zeros(4, 2))
-    rule.update(ids, gradient, settings)()
+    rule.update(ids, gradient, settings).apply()
     rule.block(0).reset(0, 8)
     assert list(rule.block(0).slots()) == []
     other = RowRule(Rule("Adagrad", {"lr": 0.5, "initial_accumulator_value": 0.25}), rule.rows.table.clone())
     for each in (rule, other):
-        each.update(ids, gradient, settings)()
+        each.update(ids, gradient, settings).apply()
     assert torch.equal(rule.rows.table, other.rows.table)
 
 

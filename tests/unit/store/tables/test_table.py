@@ -18,7 +18,8 @@ from paramserver.layout.variables import VariableSpec
 from paramserver.memory import rows
 from paramserver.memory.arena_memory import StoreMemory, private_store_memory
 from paramserver.store import arena as stored_arena
-from paramserver.store.arena import BlockCopy
+from paramserver.store import blocks as stored_blocks
+from paramserver.store.blocks import BlockCopy
 from paramserver.store.tables import row_rule
 from paramserver.store.tables.table import StoredTable
 from paramserver.transport import shared_memory
@@ -32,7 +33,7 @@ COUNT, WIDTH, BLOCK = 7, 3, 4
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocks, row_rule, stored_arena, shared_memory):
+    for module in (blocks, row_rule, stored_arena, stored_blocks, shared_memory):
         monkeypatch.setattr(module, "BLOCK", BLOCK)
 
 
@@ -386,7 +387,7 @@ def test_a_copy_that_is_not_checked_is_torn(monkeypatch):
 
 def torn_rows(monkeypatch: pytest.MonkeyPatch, rounds: int) -> int:
     """How many of the long rows read in as many rounds, while a thread writes, are torn: the first only."""
-    for module in (blocks, row_rule, stored_arena, shared_memory):
+    for module in (blocks, row_rule, stored_arena, stored_blocks, shared_memory):
         monkeypatch.setattr(module, "BLOCK", 50_000)
     width = 120_001  # each row lies in three or four blocks
     (table, memory), over, values = a_table(width=width), threading.Event(), set[float]()

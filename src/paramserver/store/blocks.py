@@ -1,0 +1,225 @@
+"""What arenas and tables of a ps have in common: values in blocks, with locks, versions and slots."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import BLOCK, Range, num_blocks, pieces
+from paramserver.layout.rules import find_rule
+from paramserver.layout.settings import Setting, setting_names
+
+Operation = Literal["rule", "assign", "add"]
+
+
+class SlotKind(NamedTuple):
+    """The dtype of a slot, and whether it is one number for many elements."""
+
+    dtype: str
+    is_scalar: bool
+
+    @classmethod
+    def of(cls, slot: torch.Tensor) -> SlotKind:
+        """The kind of a slot."""
+        return cls(str(slot.dtype).removeprefix("torch."), slot.ndim == 0)
+
+
+class BlockCopy:
+    """Memory for a copy of a block; the same for one block after the other, so that a checkpoint takes little.
+
+    Attributes:
+        values: The values of the block, on the CPU.
+        runs: Its slots as ``(start, stop, state)``; the range counts elements of the arena.
+        pause: Seconds that copies have taken, in all.
+        longest: Seconds that the longest one has taken.
+    """
+
+    def __init__(self) -> None:
+        self.values = torch.empty(0, device="cpu")
+        self.runs: list[tuple[int, int, dict[str, torch.Tensor]]] = []
+        self.pause = self.longest = 0.0
+        self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, values: torch.Tensor, start: int, runs: Iterable[tuple[int, int, dict[str, torch.Tensor]]]) -> None:
+        """Copy the values and slots of the block that begins at ``start``, whose lock the caller holds."""
+        begun = time.perf_counter()
+        self.values = self._copied("", values, 0)
+        self.runs = [
+            (start + first, start + last, {name: self._copied(name, slot, first) for name, slot in state.items()})
+            for first, last, state in runs
+        ]
+        took = time.perf_counter() - begun
+        self.pause, self.longest = self.pause + took, max(self.longest, took)
+
+    def _copied(self, name: str, slot: torch.Tensor, first: int) -> torch.Tensor:
+        if not slot.ndim:
+            return slot.cpu().clone()
+        room = self._room(name, slot.dtype, first, slot.numel())
+        if slot.is_cpu:
+            # By one thread, and not by torch's: those of a push that is at work would make this one wait for a core.
+            np.copyto(room.view(torch.uint8).numpy(), slot.view(torch.uint8).numpy())
+            return room
+        return room.copy_(slot)
+
+    def _room(self, name: str, dtype: torch.dtype, first: int, count: int) -> torch.Tensor:
+        memory = self._memory.get((name, dtype))
+        if memory is None:
+            memory = self._memory[name, dtype] = torch.empty(BLOCK, dtype=dtype, device="cpu")
+        return memory[first : first + count]
+
+
+class BlockSlots(Protocol):
+    """The slots of one block."""
+
+    def slots(self) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+        """See `BlockRule.slots`."""
+
+    def load(self, start: int, stop: int, state: Mapping[str, torch.Tensor]) -> None:
+        """See `BlockRule.load`."""
+
+    def reset(self, start: int, stop: int) -> None:
+        """See `BlockRule.reset`."""
+
+    def adopt(self, settings: Mapping[str, Setting]) -> None:
+        """See `BlockRule.adopt`."""
+
+
+class StoredBlocks:
+    """Values, slots and versions in blocks, each of which has a lock. Thread-safe.
+
+    Args:
+        layout: Which variables lie where.
+        values: The flat values, shared or private.
+        versions: A counter for each block: odd while the block is written.
+        locks: A lock for each block; several blocks may have the same one.
+        slots: The slots of each block; empty if no rule updates the values.
+
+    Attributes:
+        is_trained: Whether its rule has run since it was made.
+    """
+
+    def __init__(
+        self,
+        layout: ArenaLayout,
+        values: torch.Tensor,
+        versions: npt.NDArray[np.uint64],
+        locks: Sequence[contextlib.AbstractContextManager[object]],
+        slots: Sequence[BlockSlots],
+    ) -> None:
+        self.layout = layout
+        self.values = values
+        self.is_trained = False
+        self._versions = versions
+        self._locks = locks
+        self._slots = slots
+        rule = find_rule(layout.rule) if layout.rule else None
+        self._setting_names = frozenset(setting_names(rule.optimizer) if rule else ())
+
+    def check_settings(self, settings: Mapping[str, Setting]) -> None:
+        """Raises ValueError if the rule does not have one of these settings."""
+        rule = self.layout.rule.name if self.layout.rule else "none"
+        if settings and not self._setting_names.issuperset(settings):
+            raise ValueError(f"update rule {rule} has no setting {min(set(settings) - self._setting_names)!r}")
+
+    def check_piece(self, piece: Range) -> None:
+        """Raises ValueError unless these are elements of one block."""
+        start, stop = piece
+        if not 0 <= start < stop <= self.layout.size or start // BLOCK != (stop - 1) // BLOCK:
+            raise ValueError(f"[{start}, {stop}) is no piece of one block of its {self.layout.size} elements")
+
+    def lock(self, element: int) -> contextlib.AbstractContextManager[object]:
+        """Keeps the block of an element as it is, for whoever reads it."""
+        return self._locks[element // BLOCK]
+
+    def copy(self, piece: Range) -> torch.Tensor:
+        """A copy of a piece, whole."""
+        start, stop = piece
+        with self._locks[start // BLOCK]:
+            return self.values[start:stop].clone()
+
+    # --- checkpoints
+
+    def slot_kinds(self) -> Iterator[tuple[int, int, dict[str, SlotKind]]]:
+        """The slots that there are now, as runs ``(start, stop, kinds)``, in order. A slot never goes away again."""
+        for block, rule in enumerate(self._slots):
+            with self._locks[block]:
+                runs = [
+                    (start, stop, {name: SlotKind.of(slot) for name, slot in state.items()})
+                    for start, stop, state in rule.slots()
+                ]
+            for start, stop, kinds in runs:
+                yield block * BLOCK + start, block * BLOCK + stop, kinds
+
+    def copy_block(self, block: int, copy: BlockCopy) -> None:
+        """Copy values and slots of a block as they are at one moment. Whoever pushes to it waits for that."""
+        start, stop = self.layout.pieces[block]
+        with self._locks[block]:
+            copy.take(self.values[start:stop], start, self._slots[block].slots() if self._slots else ())
+
+    @contextlib.contextmanager
+    def filling(self, span: Range) -> Iterator[torch.Tensor]:
+        """Memory on the CPU, flat, whose content the range has afterwards: its own where it lies on the CPU.
+
+        Its blocks are locked meanwhile. They are in their order, so that two who fill never wait for each other.
+        """
+        start, stop = span
+        values, blocks = self.values[start:stop], slice(start // BLOCK, num_blocks(stop))
+        room = values if values.is_cpu else torch.empty_like(values, device="cpu")
+        with contextlib.ExitStack() as locked:
+            for lock in dict.fromkeys(self._locks[blocks]):  # blocks of a table share one
+                locked.enter_context(lock)
+            self._versions[blocks] += 1
+            try:
+                yield room
+                if room is not values:
+                    values.copy_(room)
+            finally:
+                self._versions[blocks] += 1
+
+    def load_slots(self, span: Range, state: dict[str, torch.Tensor]) -> None:
+        """Put back the slots of a range: flat tensors as long as the range, or scalars.
+
+        Raises:
+            ValueError: If they are not the slots of this arena's rule.
+        """
+        if not self._slots:
+            raise ValueError("no optimizer of this model updates it")
+        # With the gap behind it, or else gaps without slots would keep neighbours apart for ever; see `join_runs`.
+        end = self.layout.gap_end(span[1])
+        gap = end - span[1]
+        state = {name: F.pad(slot, (0, gap)) if slot.ndim and gap else slot for name, slot in state.items()}
+        for start, stop in pieces([(span[0], end)]):
+            block = start // BLOCK
+            part = {
+                name: slot if slot.ndim == 0 else slot[start - span[0] : stop - span[0]] for name, slot in state.items()
+            }
+            with self._locks[block]:
+                self._slots[block].load(start - block * BLOCK, stop - block * BLOCK, part)
+
+    def reset_slots(self, span: Range) -> None:
+        """Forget the slots of a range. Does nothing where no rule updates it."""
+        if not self._slots:
+            return
+        for start, stop in pieces([(span[0], self.layout.gap_end(span[1]))]):
+            block = start // BLOCK
+            with self._locks[block]:
+                self._slots[block].reset(start - block * BLOCK, stop - block * BLOCK)
+
+    def adopt(self, settings: dict[str, Setting]) -> None:
+        """Take over the settings of the rule before the next push brings them.
+
+        Raises:
+            ValueError: If the rule has no such setting, or cannot take one.
+        """
+        self.check_settings(settings)
+        for lock, slots in zip(self._locks, self._slots, strict=False):
+            with lock:
+                slots.adopt(settings)
