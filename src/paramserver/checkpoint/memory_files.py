@@ -17,7 +17,7 @@ import torch
 from paramserver.checkpoint.folder import Read, Write
 from paramserver.checkpoint.tensor_file import LENGTH_BYTES, TensorSpec, header_length, lay_out, parse_header
 from paramserver.errors import CheckpointError
-from paramserver.layout.arena import DTYPES
+from paramserver.layout.variables import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
 
 

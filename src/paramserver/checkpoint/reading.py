@@ -10,8 +10,8 @@ import torch
 
 from paramserver.checkpoint.folder import CheckpointFolder, Read, read_header
 from paramserver.checkpoint.tensor_file import FileTensor, unreadable
-from paramserver.layout.arena import DTYPES
 from paramserver.layout.blocks import Range
+from paramserver.layout.variables import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
 
 

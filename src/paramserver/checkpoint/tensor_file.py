@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from paramserver.errors import CheckpointError
-from paramserver.layout.arena import DTYPES
+from paramserver.layout.variables import DTYPES
 
 METADATA = {"format": "pt"}
 LENGTH_BYTES = 8

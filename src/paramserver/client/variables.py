@@ -15,9 +15,8 @@ import torch
 from paramserver.client.ask import OnWait, Patience, ask, ask_until_ready, expected
 from paramserver.client.exchange import Call, Lanes
 from paramserver.errors import ConfigError, RemoteProtocolError
-from paramserver.layout.arena import DTYPES
 from paramserver.layout.blocks import Range, pieces
-from paramserver.layout.variables import VariableSpec
+from paramserver.layout.variables import DTYPES, VariableSpec
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
 from paramserver.wire.values import packed, unpacked

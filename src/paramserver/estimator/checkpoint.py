@@ -14,7 +14,7 @@ from paramserver.checkpoint.model_dir import checkpoint_step, readable
 from paramserver.checkpoint.reading import read_shapes, read_tensors
 from paramserver.distribute.bound.plan import load_values, plain_name
 from paramserver.errors import CheckpointError
-from paramserver.layout.arena import DTYPES
+from paramserver.layout.variables import DTYPES
 
 
 def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:

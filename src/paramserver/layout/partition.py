@@ -15,9 +15,8 @@ import operator
 from collections.abc import Callable, Sequence
 
 from paramserver.errors import ConfigError
-from paramserver.layout.arena import DTYPES
 from paramserver.layout.blocks import Range
-from paramserver.layout.variables import Shard, VariableSpec
+from paramserver.layout.variables import DTYPES, Shard, VariableSpec
 
 Partitioner = Callable[[tuple[int, ...], str], Sequence[int]]
 """From a variable's shape and dtype (``"float32"``) to the number of its partitions along each axis."""

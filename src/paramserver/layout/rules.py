@@ -253,7 +253,8 @@ def _refusal(optimizer: type[optim.Optimizer]) -> UnsupportedOptimizerError:
             )
             break
     else:
-        why = f"it is not known to be elementwise; {_known(name, RULES)}. A rule of your own is found by the entry point {GROUP} of its package"
+        known = _known(name, RULES)
+        why = f"it is not known to be elementwise; {known}; your own is found by the entry point {GROUP} of its package"
     return UnsupportedOptimizerError(f"{name} cannot run on a parameter server: {why}", name)
 
 

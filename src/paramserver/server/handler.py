@@ -15,7 +15,7 @@ import torch
 from paramserver.checkpoint.folder import Steps
 from paramserver.checkpoint.index import digest
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
-from paramserver.layout.arena import DTYPES
+from paramserver.layout.variables import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
 from paramserver.server.checkpoints import Job, here, loading_slots, reading_slots, restoring, saving, through_peer
 from paramserver.server.push_plans import PushPlans

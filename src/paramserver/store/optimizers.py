@@ -28,7 +28,7 @@ def build(
     if parameter.dtype in (torch.float32, torch.float64) and _fused_pays(optimizer, settings):
         options["fused"] = True
     try:
-        return _light(optimizer)([parameter], **settings, **options)
+        return _light(optimizer)([parameter], **settings, **options)  # type: ignore[arg-type]  # classes are hashable
     except (TypeError, ValueError) as error:
         raise ConfigError(f"torch.optim.{optimizer.__name__} refuses {dict(settings)}: {error}") from error
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from paramserver.errors import ModelMismatchError, RefusedError
-from paramserver.layout.arena import DTYPES, ArenaLayout
+from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import Range, num_blocks
-from paramserver.layout.variables import VariableSpec
+from paramserver.layout.variables import DTYPES, VariableSpec
 from paramserver.memory.arena_memory import StoreMemory
 from paramserver.store.arena import StoredArena
 from paramserver.store.progress import Progress

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramserver.layout.arena import ALIGNMENT, DTYPES, ArenaLayout
+from paramserver.layout.arena import ALIGNMENT, ArenaLayout
 from paramserver.layout.blocks import BLOCK, Range, merge, pieces
-from paramserver.layout.variables import VariableSpec
+from paramserver.layout.variables import DTYPES, VariableSpec
 
 shapes = st.lists(st.lists(st.integers(0, 70), max_size=2).map(tuple), max_size=8)
 

@@ -12,7 +12,7 @@ from paramserver.checkpoint import folder as checkpoint_folder
 from paramserver.checkpoint.folder import CheckpointFolder, Read, Write, read_header
 from paramserver.checkpoint.tensor_file import TensorSpec, lay_out
 from paramserver.errors import CheckpointError
-from paramserver.layout.arena import DTYPES
+from paramserver.layout.variables import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
 
 WHOLE = {

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from paramserver.errors import ConfigError
-from paramserver.layout.arena import DTYPES, ArenaLayout
+from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK, merge, num_blocks, pieces
-from paramserver.layout.variables import VariableSpec, dtype_name
+from paramserver.layout.variables import DTYPES, VariableSpec, dtype_name
 from paramserver.memory.arena_memory import tensor_bytes
 
 

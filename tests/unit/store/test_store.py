@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from paramserver.errors import ConfigError, ModelMismatchError, RefusedError
-from paramserver.layout.arena import DTYPES, ArenaLayout
+from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK
 from paramserver.layout.rules import Rule, describe
-from paramserver.layout.variables import VariableSpec
+from paramserver.layout.variables import DTYPES, VariableSpec
 from paramserver.memory.arena_memory import private_store_memory, shared_store_memory
 from paramserver.store.store import Store
 

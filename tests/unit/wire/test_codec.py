@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from paramserver.errors import LocalProtocolError, RemoteProtocolError
-from paramserver.layout.arena import DTYPES
 from paramserver.layout.blocks import BLOCK
+from paramserver.layout.variables import DTYPES
 from paramserver.wire import codec
 from paramserver.wire.messages import Done, Goodbye
 from paramserver.wire.values import packed, unpacked

@@ -28,8 +28,7 @@ from paramserver.distribute.bound.plan import Member
 from paramserver.distribute.bound.value_watch import ValueWatch, edited
 from paramserver.distribute.core.torch_internals import alias
 from paramserver.errors import ConfigError
-from paramserver.layout.arena import DTYPES
-from paramserver.layout.variables import VariableSpec
+from paramserver.layout.variables import DTYPES, VariableSpec
 
 LATE_BYTES = 16 << 10
 """What a second copy of gradients may take. A hook costs two microseconds or more, as much as to copy 30 kB. More would

@@ -31,6 +31,10 @@ class Replica(Protocol):
         """The replicas of the worker."""
 
     @property
+    def index(self) -> int:
+        """Which of the worker's replicas it is."""
+
+    @property
     def devices(self) -> tuple[str, ...]:
         """The devices of the replica."""
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 from typing import Any
 
 from paramserver.client.client import ParameterClient
@@ -51,14 +50,6 @@ class Worker(abc.ABC):
     @abc.abstractmethod
     def session_creation_timeout(self) -> float:
         """Seconds to wait for the ps tasks to come up, and for the chief to initialize."""
-
-    @abc.abstractmethod
-    def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Put this strategy into effect for a ``with`` block. The object can be entered as often as needed.
-
-        Raises:
-            RuntimeError: On entering, inside the scope of another strategy or inside a replica.
-        """
 
     @abc.abstractmethod
     def activate(self, replica: int) -> None:

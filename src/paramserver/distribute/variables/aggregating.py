@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from paramserver.distribute.core import context
+from paramserver.distribute.core.context import Replica
 from paramserver.distribute.core.values import local_results
-from paramserver.distribute.replicas.context import ReplicaContext
+from paramserver.distribute.variables import updating
 from paramserver.distribute.variables.variable import Assignment, Variable, VariableAggregation, here
 
 
@@ -44,7 +45,7 @@ class AggregatingVariable(Variable):
     def _assign(self, assignment: Assignment, value: Any) -> torch.Tensor:
         frame = context.current()
         if frame is None:
-            with self.strategy.scope():
+            with context.scope(self.strategy):
                 return self._assign(assignment, value)
         self._check_strategy(assignment)
         if frame.update_device is not None:
@@ -57,12 +58,12 @@ class AggregatingVariable(Variable):
         return self._inner._apply(assignment, value)
 
     def _update(self, assignment: Assignment, value: Any) -> torch.Tensor:
-        updated: torch.Tensor = self.strategy.extended.update(
-            self, lambda inner, value: inner._assign(assignment, value), args=(value,)
+        updated: torch.Tensor = updating.update(
+            self.strategy, self, lambda inner, value: inner._assign(assignment, value), (value,), {}, group=True
         )
         return updated
 
-    def _aggregate(self, replica: ReplicaContext, assignment: Assignment, value: Any) -> torch.Tensor:
+    def _aggregate(self, replica: Replica, assignment: Assignment, value: Any) -> torch.Tensor:
         if self.aggregation is VariableAggregation.NONE:
             raise ValueError(
                 f"{assignment} to variable {self.name!r} in a replica: its aggregation is NONE, so it is not said what "

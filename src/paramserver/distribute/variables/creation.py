@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 
@@ -13,6 +10,7 @@ from paramserver.client.client import ParameterClient
 from paramserver.distribute.core import context
 from paramserver.distribute.core.values import local_results
 from paramserver.distribute.core.worker import Worker
+from paramserver.distribute.variables import anchor as anchors
 from paramserver.distribute.variables.aggregating import AggregatingVariable
 from paramserver.distribute.variables.plain import PlainVariable
 from paramserver.distribute.variables.sharded import ShardedVariable
@@ -22,18 +20,6 @@ from paramserver.layout.variables import VariableSpec, dtype_name
 
 logger = logging.getLogger(__name__)
 
-_anchor: ContextVar[Variable | None] = ContextVar("the variable that others are created beside", default=None)
-
-
-@contextlib.contextmanager
-def beside(variable: Variable) -> Iterator[None]:
-    """In the ``with`` block this thread, and replicas that it runs, create variables on this variable's ps."""
-    token = _anchor.set(variable)
-    try:
-        yield
-    finally:
-        _anchor.reset(token)
-
 
 def create(strategy: Worker, options: VariableOptions) -> Variable:
     """Create a variable, in the scope of its strategy; on replicas one for all of them (P14). See `Variable`.
@@ -41,7 +27,7 @@ def create(strategy: Worker, options: VariableOptions) -> Variable:
     Raises:
         RuntimeError: If the replicas create it by different names (P15).
     """
-    replica, anchor = context.current_replica(), _anchor.get()
+    replica, anchor = context.current_replica(), anchors.current()
     if anchor is not None and anchor.strategy is not strategy:
         anchor = None  # the block of another strategy, whose scope was left inside it
     if replica is None:

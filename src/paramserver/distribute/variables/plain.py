@@ -11,8 +11,7 @@ from paramserver.client.client import ParameterClient
 from paramserver.distribute.core.devices import Device
 from paramserver.distribute.core.worker import Worker
 from paramserver.distribute.variables.variable import Assignment, Variable, VariableOptions, here
-from paramserver.layout.arena import DTYPES
-from paramserver.layout.variables import VariableSpec
+from paramserver.layout.variables import DTYPES, VariableSpec
 
 
 class PlainVariable(Variable):

@@ -17,7 +17,7 @@ from paramserver.distribute.core.devices import Device
 from paramserver.distribute.core.nest import map_leaves
 from paramserver.distribute.core.values import DistributedValues, PerReplica, local_results
 from paramserver.distribute.core.worker import Worker
-from paramserver.distribute.variables import creation
+from paramserver.distribute.variables import anchor
 from paramserver.distribute.variables.variable import Variable
 
 
@@ -98,7 +98,7 @@ def colocate_vars_with(strategy: Worker, variable: Any) -> contextlib.AbstractCo
     """
     context.check_scope(strategy, "colocate_vars_with")
     _check_variable(strategy, variable, "colocate_vars_with")
-    return creation.beside(variable)
+    return anchor.beside(variable)
 
 
 def non_slot_devices(variables: Iterable[Variable]) -> Variable:

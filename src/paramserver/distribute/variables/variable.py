@@ -16,6 +16,7 @@ from paramserver.distribute.core import context
 from paramserver.distribute.core.devices import Device
 from paramserver.distribute.core.values import DistributedValues
 from paramserver.distribute.core.worker import Worker
+from paramserver.distribute.variables import anchor
 from paramserver.distribute.variables.tensor_like import TensorLike
 
 Assignment = Literal["assign", "assign_add", "assign_sub"]
@@ -229,8 +230,8 @@ class Variable(TensorLike, metaclass=_Created):
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
         """A new variable beside this one, of the same value; under its own strategy or none (A13)."""
         self._check_strategy("deepcopy")
-        in_scope = self.strategy.scope() if context.current() is None else contextlib.nullcontext()
-        with in_scope, self.strategy.extended.colocate_vars_with(self):
+        in_scope = context.scope(self.strategy) if context.current() is None else contextlib.nullcontext()
+        with in_scope, anchor.beside(self):
             memo[id(self)] = duplicate = Variable(
                 self.value, name=self.name, trainable=self.trainable, aggregation=self.aggregation
             )
@@ -291,11 +292,12 @@ def _create(
             f"ps.Variable {name!r}: invalid aggregation {aggregation!r}; expected a VariableAggregation: "
             f"{', '.join(VariableAggregation.__members__)}"
         )
-    return frame.strategy.create_variable(
+    created: Variable = frame.strategy.create_variable(
         VariableOptions(
             initial_value=initial_value, name=name, dtype=dtype, trainable=trainable, aggregation=aggregation
         )
     )
+    return created
 
 
 def _can_hold(dtype: torch.dtype, given: torch.Tensor) -> bool:

@@ -36,11 +36,12 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from paramserver import __version__
+from paramserver.checkpoint.index import WEIGHTS_FILE
 from paramserver.checkpoint.storage import local_file, split, storage_of
 from paramserver.distribute.bound.plan import without_compiling
 from paramserver.distribute.core.nest import is_nest, leaves, map_leaves
 from paramserver.errors import ConfigError
-from paramserver.estimator.export.folder import WEIGHTS_FILE, new_export
+from paramserver.estimator.export.folder import new_export
 from paramserver.estimator.specs import EstimatorSpec
 
 PROGRAM_FILE = "model.pt2"

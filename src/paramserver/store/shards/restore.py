@@ -21,9 +21,9 @@ from paramserver.checkpoint.index import variable_of
 from paramserver.checkpoint.reading import by_file, held_tensor
 from paramserver.checkpoint.tensor_file import FileTensor
 from paramserver.errors import CheckpointError
-from paramserver.layout.arena import DTYPES
 from paramserver.layout.blocks import BLOCK, pieces
 from paramserver.layout.settings import Setting
+from paramserver.layout.variables import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
 from paramserver.store.shards.place import Place, by_variable
 from paramserver.store.store import Store

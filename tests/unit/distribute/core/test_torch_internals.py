@@ -16,7 +16,7 @@ from paramserver.distribute.core.torch_internals import (
     is_transformed,
     storage_uses,
 )
-from paramserver.layout.arena import DTYPES
+from paramserver.layout.variables import DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
