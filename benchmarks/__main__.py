@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figure import LANES
-from benchmarks.models import MODELS
+from benchmarks.models import LANES, MODELS
 from benchmarks.processes import BenchmarkError
 from benchmarks.step import Holding, Result, StepOptions, fail, measure, print_results
 from paramserver.errors import ParameterServerError

@@ -31,9 +31,6 @@ Pair = tuple[float, float]
 Size = TypeVar("Size", int, str)
 """Of what is measured: a number, or the name of a model."""
 
-LANE_NAMES = {"auto": "shared memory", "tcp": "TCP"}
-"""What the options of a lane are called in results."""
-LANES = tuple(LANE_NAMES)
 
 SI = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 

@@ -15,6 +15,10 @@ from benchmarks.shapes import BATCHES, CLASSES, MLPS, SPARSES, MlpShape, SparseS
 Batch = tuple[Tensor, ...]
 """What the module is called with, and the labels as the last."""
 
+LANE_NAMES = {"auto": "shared memory", "tcp": "TCP"}
+"""What the options of a lane are called in results."""
+LANES = tuple(LANE_NAMES)
+
 
 class Model(Protocol):
     """What is trained, and how."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.figure import LANE_NAMES, LANES, Effort, Figure, amount, compared, run, take_turns
+from benchmarks.figure import Effort, Figure, amount, compared, run, take_turns
+from benchmarks.models import LANE_NAMES, LANES
 from benchmarks.processes import Child, Crew, crew
 from benchmarks.serving import ONE_THREAD, start_servers
 from benchmarks.stepper import Spec, slowest_step, start, steps_per_second

@@ -23,9 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import memory
-from benchmarks.figure import LANES
 from benchmarks.memory import Memory
-from benchmarks.models import ALL_MODELS, IDLE, MODELS
+from benchmarks.models import ALL_MODELS, IDLE, LANES, MODELS
 from benchmarks.participant import Measured, Ready, Window
 from benchmarks.processes import BenchmarkError, Child, Cluster, Crew, crew
 from paramserver.errors import ParameterServerError

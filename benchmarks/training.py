@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.figure import LANE_NAMES, LANES, Effort, Figure, compared, run, take_turns
-from benchmarks.models import MODELS
+from benchmarks.figure import Effort, Figure, compared, run, take_turns
+from benchmarks.models import LANE_NAMES, LANES, MODELS
 from benchmarks.processes import Child, Cluster, Crew, crew
 from benchmarks.stepper import slowest_step, steps_per_second
 

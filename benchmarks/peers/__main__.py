@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figure import LANES
-from benchmarks.models import MODELS
+from benchmarks.models import LANES, MODELS
 from benchmarks.peers.catalogue import PEERS, WORKERS
 from benchmarks.peers.comparison import Comparison, compare
 from benchmarks.peers.environments import NotInstalledError, interpreter, versions

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.figure import LANE_NAMES, Figure
+from benchmarks.figure import Figure
+from benchmarks.models import LANE_NAMES
 from benchmarks.peers.assignment import Assignment
 from benchmarks.peers.catalogue import PEERS, TARGETS, Peer
 from benchmarks.peers.environments import interpreter, versions

@@ -105,7 +105,7 @@ def test_a_command_that_makes_no_sense_is_a_usage_error(arguments: tuple[str, ..
     [
         (("--ps", "0"), "ps: expected 1 or more, got 0"),
         (("--workers", "0"), "workers: expected 1 or more, got 0"),
-        (("--lane", "udp"), "lane: expected one of auto, tcp, got 'udp'"),
+        (("--lane", "udp"), "lane: expected one of auto, shared-memory, tcp, got 'udp'"),
         (("--threads", "0"), "threads: expected 1 or more, got 0"),
     ],
 )
@@ -202,14 +202,14 @@ PS_CONFIG = {"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps"
 def test_server_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_CONFIG", json.dumps(PS_CONFIG))
     served: list[bool] = []
-    replace_module(monkeypatch, "paramserver.server", run_standard_server=lambda: served.append(True))
+    replace_module(monkeypatch, "paramserver.server.server", run_standard_server=lambda: served.append(True))
     assert invoke("server").exit_code == 0
     assert served == [True]
 
 
 def test_a_server_that_cannot_know_who_it_is_says_so_before_it_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_CONFIG", json.dumps({**PS_CONFIG, "task": {"type": "ps", "index": 7}}))
-    monkeypatch.setitem(sys.modules, "paramserver.server", None)  # whoever imports it fails
+    monkeypatch.setitem(sys.modules, "paramserver.server.server", None)  # whoever imports it fails
     error = invoke("server").exception
     assert isinstance(error, ConfigError)
     assert "7" in str(error)

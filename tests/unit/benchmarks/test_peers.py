@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.figure import LANE_NAMES, read
+from benchmarks.figure import read
+from benchmarks.models import LANE_NAMES
 from benchmarks.participant import Window, measure
 from benchmarks.peers import environments
 from benchmarks.peers.__main__ import print_json, print_results, table

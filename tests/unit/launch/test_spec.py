@@ -153,7 +153,7 @@ def test_memory_is_kept_for_no_thread_unless_the_user_says_so(already_set: tuple
         ({"ps": 0}, "ps: expected 1 or more, got 0; the variables live on parameter servers"),
         ({"workers": 0}, "workers: expected 1 or more, got 0; the chief counts as a worker"),
         ({"threads": 0}, "threads: expected 1 or more, got 0"),
-        ({"lane": "udp"}, "lane: expected one of auto, tcp, got 'udp'"),
+        ({"lane": "udp"}, "lane: expected one of auto, shared-memory, tcp, got 'udp'"),
         ({"start_method": "fork"}, "start method: expected one of forkserver, spawn, got 'fork'"),
         ({"grace": -1.0}, "grace: expected seconds, 0 or more, got -1.0"),
         ({"script": ""}, "expected the path of a script"),

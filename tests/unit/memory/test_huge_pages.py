@@ -110,7 +110,7 @@ def test_values_of_a_ps_lie_in_huge_pages_and_what_may_never_be_pushed_takes_non
 
 def test_slots_of_a_large_table_begin_with_a_huge_page():
     rule = RowRule(Rule("Adagrad", {"lr": 1.0}), torch.zeros(SIZE // 4, 1))
-    rule.update(np.array([1]), torch.ones(1, 1), {})()
+    rule.update(np.array([1]), torch.ones(1, 1), {}).apply()
     assert rule.state(0, 1)["sum"].data_ptr() % SIZE == 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import paramserver
+from paramserver import memory
 from paramserver.memory import rows
 from paramserver.memory.rows import FETCHED, Rows, add_up, loops_for
 
@@ -112,7 +112,7 @@ def test_there_are_loops_for_large_tables_of_numbers_that_they_know(monkeypatch)
 def test_without_numba_there_are_none_and_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(rows, "LARGE", 0)
     monkeypatch.setattr(rows, "_row_loops", functools.cache(rows._row_loops.__wrapped__))
-    monkeypatch.delattr(paramserver, "row_loops", raising=False)
+    monkeypatch.delattr(memory, "row_loops", raising=False)
     monkeypatch.setitem(sys.modules, "paramserver.memory.row_loops", None)
     caplog.set_level("INFO")
     assert loops_for(1, torch.float32) is loops_for(1, torch.float32) is None

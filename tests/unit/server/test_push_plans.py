@@ -9,6 +9,7 @@ import pytest
 from paramserver.errors import RefusedError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK
+from paramserver.layout.rules import Rule
 from paramserver.layout.variables import VariableSpec
 from paramserver.memory.arena_memory import private_store_memory
 from paramserver.server.push_plans import Application, PushPlans
@@ -99,3 +100,12 @@ def test_a_push_that_cannot_be_carried_out_is_refused_and_not_remembered(store: 
             plans.plan(Push(1, 0, True, (Part(1, "add"), Part(0, "rule")), (1,)))
         with pytest.raises(RefusedError, match="ps:0 has no arena 7"):
             plans.plan(Push(1, 0, True, (Part(1, "add"),), (7,)))
+
+
+@pytest.mark.parametrize("ranges", [None, ((0, 4),)])
+def test_ranges_of_a_table_are_refused(ranges: tuple[tuple[int, int], ...] | None) -> None:
+    made = Store("ps:0", private_store_memory)
+    table = VariableSpec("table", (4, 2), "float32")
+    made.create([ArenaLayout("float32", Rule("SGD", {"lr": 0.1}), (table,), is_table=True)])
+    with pytest.raises(RefusedError, match="it is a table, of which rows are pushed"):
+        PushPlans(made).plan(Push(1, 0, True, (Part(0, "add", ranges),), ()))

@@ -138,9 +138,9 @@ def test_rows_without_a_gradient_keep_values_and_slots():
 def test_values_are_written_by_what_comes_back_and_by_nothing_else(name, kwargs):
     tables = Tables(name, kwargs)
     before, rest = tables.values.clone(), [0, *range(2, COUNT)]
-    write = tables.rule.update(np.array([1]), torch.ones(1, WIDTH, dtype=torch.float64), {})
+    update = tables.rule.update(np.array([1]), torch.ones(1, WIDTH, dtype=torch.float64), {})
     assert torch.equal(tables.values, before)
-    write()
+    update.apply()
     assert not (tables.values[1] == before[1]).any()
     assert torch.equal(tables.values[rest], before[rest])
 
@@ -175,7 +175,7 @@ def test_a_loop_makes_torchs_step_bit_by_bit(monkeypatch, name, kwargs, width, d
 def test_torch_makes_the_steps_of_numbers_that_no_loop_knows():
     values = torch.zeros(4, 2, dtype=torch.bfloat16)
     rule = RowRule(Rule("SGD", {"lr": 1.0}), values)
-    rule.update(np.array([1]), torch.ones(1, 2, dtype=torch.bfloat16), {})()
+    rule.update(np.array([1]), torch.ones(1, 2, dtype=torch.bfloat16), {}).apply()
     assert values.tolist() == [[0, 0], [-1, -1], [0, 0], [0, 0]]
 
 
@@ -287,9 +287,12 @@ def test_bytes_of_slots_are_those_of_the_whole_table():
 # --- what is no rule for rows
 
 
-@pytest.mark.parametrize("name", ["Adam", "Nonsense"])
-def test_a_rule_that_is_none_for_rows_is_refused(name):
-    with pytest.raises(UnsupportedOptimizerError, match=f"no update rule for rows is called '{name}'"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Adam", "the update rule 'Adam' has no form for rows"), ("Nonsense", "no update rule is called 'Nonsense'")],
+)
+def test_a_rule_without_a_row_form_is_refused(name, message):
+    with pytest.raises(UnsupportedOptimizerError, match=message):
         RowRule(Rule(name, {}), torch.zeros(2, 2))
 
 

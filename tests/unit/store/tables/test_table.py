@@ -21,6 +21,7 @@ from paramserver.store import arena as stored_arena
 from paramserver.store import blocks as stored_blocks
 from paramserver.store.blocks import BlockCopy
 from paramserver.store.tables import row_rule
+from paramserver.store.tables.row_rule import RowUpdate
 from paramserver.store.tables.table import StoredTable
 from paramserver.transport import shared_memory
 from paramserver.transport.lane import TableRows
@@ -134,15 +135,15 @@ def test_blocks_are_marked_while_a_loop_changes_rows_where_they_lie(monkeypatch)
     seen: list[list[int]] = []
     update = table._rule.update
 
-    def noting(*args: Any) -> Any:
-        write = update(*args)
+    def noting(*args: Any) -> RowUpdate:
+        prepared = update(*args)
         seen.append(memory.versions[0].tolist())
 
-        def write_and_note() -> None:
+        def apply_and_note() -> None:
             seen.append(memory.versions[0].tolist())
-            write()
+            prepared.apply()
 
-        return write_and_note
+        return RowUpdate(apply_and_note, ())
 
     monkeypatch.setattr(table._rule, "update", noting)
     table.apply_rows("rule", ids_of(1), filled(1), {"lr": 1.0})
@@ -191,12 +192,6 @@ def test_what_cannot_be_done_to_rows_is_found_beforehand(operation, count, setti
 def test_ids_that_are_none_are_found_beforehand(ids):
     with pytest.raises(ValueError, match="the ids of its 7 rows must ascend from 0, none twice, and be less"):
         a_table()[0].check_ids(ids_of(*ids))
-
-
-@pytest.mark.parametrize("ranges", [None, ((0, 4),)])
-def test_ranges_of_a_table_are_refused(ranges):
-    with pytest.raises(ValueError, match="it is a table, of which rows are pushed"):
-        a_table()[0].check("add", ranges, None)
 
 
 # --- several at once
