@@ -4,7 +4,7 @@ Rules:
 
 1. A call records where somebody wants it: in the steps that an Estimator's `SummarySaverHook` writes, or inside a
    program's own ``with recording(writer, step):``. Everywhere else it returns at once.
-2. Of all workers the chief records, of its replicas the first one (E14): however many compute a step, it gives one
+2. Of all workers the chief records, of its replicas the first one: however many compute a step, it gives one
    point.
 3. What is recorded is a copy, made at the call; parameters may change before it is written.
 

@@ -110,7 +110,7 @@ def is_whole(checkpoint_path: str) -> bool:
 
 
 def exists(checkpoint_path: str) -> bool:
-    """Whether there is anything at a path; a checkpoint may be deleted while it is read (B04)."""
+    """Whether there is anything at a path; a checkpoint may be deleted while it is read."""
     return bool(storage_of(checkpoint_path).names())
 
 

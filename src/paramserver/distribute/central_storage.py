@@ -12,7 +12,7 @@ from paramserver.distribute.parameter_server import ParameterServerStrategy
 
 
 class CentralStorageStrategy(ParameterServerStrategy):
-    """Training in one process: all variables lie on one device, and each compute device has a replica (H01).
+    """Training in one process: all variables lie on one device, and each compute device has a replica.
 
     It is what `ParameterServerStrategy` is without a cluster, with devices of the program's choice; a program that
     works with the one works with the other.
@@ -42,7 +42,7 @@ class CentralStorageStrategy(ParameterServerStrategy):
 
     @classmethod
     def from_num_gpus(cls, count: int) -> CentralStorageStrategy:
-        """A strategy over the first ``count`` GPUs; over the CPU for 0 (H04)."""
+        """A strategy over the first ``count`` GPUs; over the CPU for 0."""
         return cls([f"cuda:{index}" for index in range(count)] or ["cpu:0"])
 
 

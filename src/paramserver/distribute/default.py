@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def get_strategy() -> Strategy:
-    """The strategy whose scope this thread is in; outside of any, one with a single replica and no ps tasks (X01)."""
+    """The strategy whose scope this thread is in; outside of any, one with a single replica and no ps tasks."""
     frame = context.current()
     return cast("Strategy", frame.strategy) if frame else _default()  # nothing else enters a scope
 
@@ -39,7 +39,7 @@ def has_strategy() -> bool:
 
 
 def get_replica_context() -> ReplicaContext | None:
-    """The replica that this thread is in, None in cross-replica context; outside of any scope, a default one (X01)."""
+    """The replica that this thread is in, None in cross-replica context; outside of any scope, a default one."""
     frame = context.current()
     return cast("ReplicaContext | None", frame.replica) if frame else _DefaultReplicaContext(_default(), 0)
 
@@ -55,7 +55,7 @@ def in_replica_context() -> bool:
 
 
 def set_strategy(strategy: Strategy | None) -> None:
-    """Enter a strategy's scope on this thread until this is called again; None leaves it (X09).
+    """Enter a strategy's scope on this thread until this is called again; None leaves it.
 
     Raises:
         RuntimeError: Inside a ``with strategy.scope():``.
@@ -117,7 +117,7 @@ class _DefaultStrategy(Strategy):
 
 
 class _DefaultReplicaContext(ReplicaContext):
-    """The context outside of all scopes: nobody has entered it, and it is always current (E11)."""
+    """The context outside of all scopes: nobody has entered it, and it is always current."""
 
     def merge_call(self, fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
         return (

@@ -65,7 +65,7 @@ class ParameterServerStrategy(SavingStrategy):
     Not thread-safe: one thread prepares and trains.
 
     Args:
-        cluster_resolver: Says who is where; by default TF_CONFIG does (C01). An empty cluster means one process.
+        cluster_resolver: Says who is where; by default TF_CONFIG does. An empty cluster means one process.
         compute_devices: A replica runs on each; by default all GPUs of this worker, or the CPU where there are none.
             ``cpu:0``, ``cpu:1`` and so on are logical devices: replicas that share the CPU.
         parameter_device: Where the variables lie without a cluster; by default the one compute device, or the CPU if
@@ -81,7 +81,7 @@ class ParameterServerStrategy(SavingStrategy):
         session_creation_timeout: Seconds to wait for the ps tasks to come up and for the chief to initialize.
 
     Raises:
-        ValueError: If the cluster or this task's place in it cannot work (C04 to C11).
+        ValueError: If the cluster or this task's place in it cannot work.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ParameterServerStrategy(SavingStrategy):
     def configure(
         self, cluster_spec: ClusterLike | None = None, task_type: str | None = None, task_id: int | None = None
     ) -> None:
-        """Make a strategy that was built for one process a part of a cluster (C20). Does nothing without a cluster.
+        """Make a strategy that was built for one process a part of a cluster. Does nothing without a cluster.
 
         Args:
             cluster_spec: The cluster, as a dict, a ClusterSpec or a ClusterDef.
@@ -114,7 +114,7 @@ class ParameterServerStrategy(SavingStrategy):
             task_id: Its index.
 
         Raises:
-            ValueError: If the cluster or this task's place in it cannot work (C04 to C11).
+            ValueError: If the cluster or this task's place in it cannot work.
             RuntimeError: If the strategy has connected to ps tasks already.
         """
         if not cluster_spec:
@@ -150,12 +150,12 @@ class ParameterServerStrategy(SavingStrategy):
 
     @property
     def compute_devices(self) -> tuple[Device, ...]:
-        """The devices of this worker that compute, one for each replica (C13, C17)."""
+        """The devices of this worker that compute, one for each replica."""
         return self._devices.of_task(self.task)
 
     @property
     def parameter_device(self) -> Device:
-        """Where the variables lie without a cluster (C17, C18)."""
+        """Where the variables lie without a cluster."""
         return self._devices.parameter
 
     @property
@@ -174,7 +174,7 @@ class ParameterServerStrategy(SavingStrategy):
 
     @property
     def is_chief(self) -> bool:
-        """Whether this task initializes, checkpoints and writes summaries (C12); true in one process."""
+        """Whether this task initializes, checkpoints and writes summaries; true in one process."""
         return self.task is None or is_chief(self.cluster, *self.task)
 
     @property
@@ -188,7 +188,7 @@ class ParameterServerStrategy(SavingStrategy):
 
     @property
     def input_context(self) -> InputContext:
-        """Which part of the input this task reads (I01).
+        """Which part of the input this task reads.
 
         Raises:
             ValueError: On a task that does not train.
@@ -346,7 +346,7 @@ class ParameterServerStrategy(SavingStrategy):
         timeout: float | None = None,
         on_wait: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """After an `UnavailableError`: connect again, and go on with the ps tasks' values in the same model (N04).
+        """After an `UnavailableError`: connect again, and go on with the ps tasks' values in the same model.
 
         Where a ps was started again and holds nothing, the chief initializes all of them, and the other workers wait
         for it. By default it restores the last checkpoint that it has saved or restored: parameters, optimizer state

@@ -135,7 +135,7 @@ class Strategy(Worker):
         return input_dataset.distribute_datasets_from_function(self, fn, options)
 
     def distribute_values_from_function(self, fn: Callable[[ValueContext], T]) -> PerReplica[T] | T:
-        """A value for each replica, by a function that is called for one after the other (I16)."""
+        """A value for each replica, by a function that is called for one after the other."""
         return input_values.distribute_values_from_function(self, fn)
 
     def make_dataset_iterator(self, dataset: Iterable[Any]) -> DistributedIterator[Any]:
@@ -198,7 +198,7 @@ class StrategyExtended:
 
     @property
     def between_graph(self) -> bool:
-        """Every worker runs the same program by itself: always true here (W01)."""
+        """Every worker runs the same program by itself: always true here."""
         return True
 
     # --- replicas
@@ -213,7 +213,7 @@ class StrategyExtended:
             return threads.call_for_each_replica(self._strategy, fn, args, kwargs or {}, self._strategy.activate)
 
     def run_steps_on_iterator(self, fn: Callable[..., Any], iterator: object, iterations: int = 1) -> NoReturn:
-        """Several steps in one call: not offered, as in the original (I18).
+        """Several steps in one call: not offered, as in the original.
 
         Raises:
             NotImplementedError: Always.
@@ -227,7 +227,7 @@ class StrategyExtended:
         return reduction.reduce_to(self._strategy, op, value, destinations)
 
     def batch_reduce_to(self, op: str | ReduceOp, pairs: Sequence[tuple[Any, Destinations]]) -> list[Any]:
-        """`reduce_to` of several pairs of a value and its destinations (D14)."""
+        """`reduce_to` of several pairs of a value and its destinations."""
         return reduction.batch_reduce_to(self._strategy, op, pairs)
 
     def broadcast_to(self, value: Any, destinations: Destinations) -> Any:
@@ -267,21 +267,21 @@ class StrategyExtended:
         return updating.update_non_slot(self._strategy, colocate_with, fn, args, kwargs or {}, group)
 
     def read_var(self, variable: Variable) -> torch.Tensor:
-        """The present value of a variable, a copy (A11)."""
+        """The present value of a variable, a copy."""
         return updating.read_var(variable)
 
     def value_container(self, value: Any) -> Any:
-        """The variable that a program knows for one that an update function was given (A10)."""
+        """The variable that a program knows for one that an update function was given."""
         return updating.value_container(value)
 
     def non_slot_devices(self, variables: Iterable[Variable]) -> Variable:
-        """The variable beside which state of no variable lives: the one of the smallest name (U07)."""
+        """The variable beside which state of no variable lives: the one of the smallest name."""
         return updating.non_slot_devices(variables)
 
     def colocate_vars_with(self, variable: Variable) -> contextlib.AbstractContextManager[None]:
-        """Variables that are created in the ``with`` block go to this variable's ps (P04, P05)."""
+        """Variables that are created in the ``with`` block go to this variable's ps."""
         return updating.colocate_vars_with(self._strategy, variable)
 
     def variable_created_in_scope(self, variable: Variable) -> bool:
-        """Whether a variable was created in this strategy's scope (X12)."""
+        """Whether a variable was created in this strategy's scope."""
         return getattr(variable, "strategy", None) is self._strategy

@@ -20,7 +20,7 @@ MODEL_FN_ARGUMENTS = ("mode", "params", "config")
 
 
 def check_model_fn(model_fn: object, params: Mapping[str, Any] | None) -> None:
-    """Whether a model_fn can be called with what it will get (Q01).
+    """Whether a model_fn can be called with what it will get.
 
     Raises:
         ConfigError: If it is no function, asks for something else, or has no use for params that are given.
@@ -36,7 +36,7 @@ def check_model_fn(model_fn: object, params: Mapping[str, Any] | None) -> None:
 
 
 def with_model_dir(config: RunConfig | None, model_dir: str | None) -> RunConfig:
-    """The configuration with the folder that was given, the one it has, or a temporary one (Q05).
+    """The configuration with the folder that was given, the one it has, or a temporary one.
 
     Raises:
         ConfigError: If it is none, or two folders are given that differ.
@@ -54,7 +54,7 @@ def with_model_dir(config: RunConfig | None, model_dir: str | None) -> RunConfig
 
 
 def check_steps(where: str, **counts: int | None) -> None:
-    """Whether at most one count is given, and is positive (Q07, Q14).
+    """Whether at most one count is given, and is positive.
 
     Raises:
         ConfigError: If not.

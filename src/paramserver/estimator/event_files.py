@@ -33,7 +33,7 @@ EvalMetrics = dict[int, dict[str, float]]
 
 
 def read_eval_metrics(eval_dir: str | os.PathLike[str]) -> EvalMetrics:
-    """The metrics of all evaluations in a folder, by global step, the steps sorted (Y08). Reads all files anew.
+    """The metrics of all evaluations in a folder, by global step, the steps sorted. Reads all files anew.
 
     Args:
         eval_dir: Such as ``model_dir/eval``, a path or URL; a folder that is missing or empty gives ``{}``.

@@ -45,7 +45,7 @@ class DistributeConfig:
     train_distribute: Strategy | None = None
     eval_distribute: Strategy | None = None
     remote_cluster: object = None
-    """None only: a client outside of the cluster that drives its tasks is not offered (T24)."""
+    """None only: a client outside of the cluster that drives its tasks is not offered."""
 
     def __post_init__(self) -> None:
         if self.remote_cluster is not None:

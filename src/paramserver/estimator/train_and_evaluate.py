@@ -76,7 +76,7 @@ def _run_worker(estimator: Estimator, spec: TrainSpec) -> None:
 
 
 def _strategy(config: RunConfig) -> ParameterServerStrategy:
-    """The strategy of a task of a cluster; one in process where it is the only task that trains or serves (T10)."""
+    """The strategy of a task of a cluster; one in process where it is the only task that trains or serves."""
     is_alone = config.num_ps_replicas + config.num_worker_replicas == 1
     if is_alone:
         logger.info("%s is alone in its cluster: the variables stay in its process", config.task)
@@ -125,7 +125,7 @@ def _run_local(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec)
 
 
 class _EvaluationListener(CheckpointSaverListener):
-    """Evaluates checkpoints as they are saved: not the first, which is untrained, and not too often (V28)."""
+    """Evaluates checkpoints as they are saved: not the first, which is untrained, and not too often."""
 
     def __init__(self, evaluator: Evaluator, estimator: Estimator, throttle: float) -> None:
         self._evaluator = evaluator

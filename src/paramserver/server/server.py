@@ -85,7 +85,7 @@ class Server:
 
     @classmethod
     def create_local_server(cls, *, start: bool = True) -> Server:
-        """A server for one chief of this machine, at a port that the system picks; `target` says where (V03)."""
+        """A server for one chief of this machine, at a port that the system picks; `target` says where."""
         return cls({"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]}, "ps", 0, start=start)
 
     @property

@@ -68,7 +68,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
     is empty here, ``state_dict()`` gathers it from them, and ``load_state_dict()`` brings it to them.
 
     With several replicas, `step` belongs into the function that runs on them, as computing the gradients does: it
-    waits for all of them, and their gradients become one update (U09).
+    waits for all of them, and their gradients become one update.
 
     Args:
         optimizer: The user's optimizer; not changed.
@@ -112,7 +112,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
         Raises:
             UnavailableError: If a ps is lost; the message names it.
-            RuntimeError: With several replicas, outside of them (U10).
+            RuntimeError: With several replicas, outside of them.
         """
         if self._has_step_hooks():
             return _step_with_hooks(self, closure)

@@ -2,9 +2,9 @@
 
 Rules
     * A thread is in the default context, in the *cross-replica* context of a strategy (its scope), or in the context
-      of one *replica*. A new thread starts in the default context (X10).
+      of one *replica*. A new thread starts in the default context.
     * An *update* is a part of the cross-replica context, with a device.
-    * Contexts of different strategies do not mix (X04, X08).
+    * Contexts of different strategies do not mix.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def entered(frame: Frame) -> Iterator[None]:
     """Put a context on top for a ``with`` block.
 
     Raises:
-        RuntimeError: On leaving, if contexts are left in another order than they were entered in (X11). Those that were
+        RuntimeError: On leaving, if contexts are left in another order than they were entered in. Those that were
             entered inside it are left with it, so that the thread is where it was before.
     """
     frames = _thread.frames
@@ -102,7 +102,7 @@ def _leave(frames: list[Frame], frame: Frame) -> None:
 
 
 class Scope(contextlib.ContextDecorator, contextlib.AbstractContextManager[W]):
-    """The cross-replica context of a strategy. One object can be entered again, also inside itself (X03).
+    """The cross-replica context of a strategy. One object can be entered again, also inside itself.
 
     Args:
         strategy: Whose scope it is.
@@ -116,7 +116,7 @@ class Scope(contextlib.ContextDecorator, contextlib.AbstractContextManager[W]):
         """Enter it.
 
         Raises:
-            RuntimeError: Inside the scope of another strategy (X04), or inside a replica (X05).
+            RuntimeError: Inside the scope of another strategy, or inside a replica.
         """
         _check_cross_replica(self._strategy, "scope()")
         context = entered(Frame(self._strategy))
@@ -179,14 +179,14 @@ def outside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cross_replica(strategy: Worker, call: str) -> Iterator[None]:
-    """For a call that belongs to the cross-replica context, and is allowed without any scope (X07).
+    """For a call that belongs to the cross-replica context, and is allowed without any scope.
 
     Args:
         strategy: Whose call it is.
         call: What is called, for messages.
 
     Raises:
-        RuntimeError: Inside a replica (X06), or inside the scope of another strategy (X08).
+        RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     _check_cross_replica(strategy, call)
     if _thread.frames:
@@ -197,7 +197,7 @@ def cross_replica(strategy: Worker, call: str) -> Iterator[None]:
 
 
 def check_scope(strategy: Worker, call: str) -> None:
-    """Raises RuntimeError unless this thread is in a context of ``strategy`` (X08)."""
+    """Raises RuntimeError unless this thread is in a context of ``strategy``."""
     frame = current()
     if frame is None:
         raise RuntimeError(f"{call}: Need to be inside `with strategy.scope():` of {strategy!r}")
@@ -205,7 +205,7 @@ def check_scope(strategy: Worker, call: str) -> None:
 
 
 def set_base(strategy: Worker | None) -> None:
-    """Enter a strategy's scope until this is called again; None leaves it (X09).
+    """Enter a strategy's scope until this is called again; None leaves it.
 
     Raises:
         RuntimeError: Inside a ``with`` block of a scope.
@@ -231,7 +231,7 @@ def in_cross_replica_context() -> bool:
 
 
 def get_update_replica_id() -> str | None:
-    """The device of the variable that this thread is updating, None outside of updates (U08)."""
+    """The device of the variable that this thread is updating, None outside of updates."""
     frame = current()
     return frame.update_device if frame else None
 

@@ -93,7 +93,7 @@ class Device:
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where a worker computes, and where variables lie that no ps task holds (C13, C14, C17, C18).
+    """Where a worker computes, and where variables lie that no ps task holds.
 
     Attributes:
         compute: A device for each replica, of no task yet.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class InputContext:
-    """Which part of the input a task is to read (I01).
+    """Which part of the input a task is to read.
 
     Attributes:
         num_input_pipelines: How many workers read input, the chief among them.
@@ -20,7 +20,7 @@ class InputContext:
     num_replicas_in_sync: int = 1
 
     def get_per_replica_batch_size(self, global_batch_size: int) -> int:
-        """The batch of one replica (I02).
+        """The batch of one replica.
 
         Raises:
             ValueError: If the replicas cannot share the global batch evenly.
@@ -38,7 +38,7 @@ class InputContext:
 
 @dataclass(frozen=True)
 class ValueContext:
-    """Which replica a value is made for (I16).
+    """Which replica a value is made for.
 
     Attributes:
         replica_id_in_sync_group: The replica, from 0.

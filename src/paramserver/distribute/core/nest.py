@@ -30,7 +30,7 @@ def map_leaves(fn: Callable[..., Any], *structures: Any, is_leaf: Callable[[Any]
     {'x': [11, 22]}
 
     Raises:
-        AssertionError: If the structures differ, naming both (E06).
+        AssertionError: If the structures differ, naming both.
     """
     first = structures[0]
     if is_leaf is not None and is_leaf(first):

@@ -51,7 +51,7 @@ class Mirrored(DistributedValues[T]):
 
 
 def select_replica(replica: int, structure: Any) -> Any:
-    """What one replica sees of a structure: of distributed values its own, of all else the thing itself (E03).
+    """What one replica sees of a structure: of distributed values its own, of all else the thing itself.
 
     >>> select_replica(1, {"x": PerReplica([1, 2]), "y": 3})
     {'x': 2, 'y': 3}
@@ -63,14 +63,14 @@ def select_replica(replica: int, structure: Any) -> Any:
 
 
 def regroup(structures: Sequence[Any]) -> Any:
-    """What all replicas gave, as one structure of `PerReplica` leaves (E05).
+    """What all replicas gave, as one structure of `PerReplica` leaves.
 
     A leaf that is the same object on all replicas stays what it is; so does every leaf of a single replica.
 
     >>> regroup([{"loss": 1.0, "step": None}, {"loss": 2.0, "step": None}])["step"]
 
     Raises:
-        AssertionError: If the replicas gave different structures, naming both (E06).
+        AssertionError: If the replicas gave different structures, naming both.
     """
     if len(structures) == 1:
         return structures[0]
@@ -78,7 +78,7 @@ def regroup(structures: Sequence[Any]) -> Any:
 
 
 def local_results(value: DistributedValues[T] | T) -> tuple[T, ...]:
-    """A value's components by replica; of a plain value that value alone (E15).
+    """A value's components by replica; of a plain value that value alone.
 
     >>> local_results(PerReplica([1, 2])), local_results(3)
     ((1, 2), (3,))

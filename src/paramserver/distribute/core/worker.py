@@ -34,7 +34,7 @@ class Worker(abc.ABC):
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """The replicas of this worker, whose gradients become one update (W06)."""
+        """The replicas of this worker, whose gradients become one update."""
         return len(self.worker_devices)
 
     @property

@@ -47,7 +47,7 @@ class ArrayDataset(Dataset[Any]):
 
 
 def make_numpy_dataset(strategy: Worker, arrays: Any) -> ArrayDataset:
-    """A dataset of the rows of a nest of arrays, which stay in this worker's memory and reach no ps (I15).
+    """A dataset of the rows of a nest of arrays, which stay in this worker's memory and reach no ps.
 
     Args:
         strategy: Of the worker.
@@ -57,8 +57,8 @@ def make_numpy_dataset(strategy: Worker, arrays: Any) -> ArrayDataset:
         A map-style torch Dataset of rows: wrap it in a DataLoader for batches, and distribute that.
 
     Raises:
-        ValueError: On a task that does not train (I14), or if the arrays cannot make a dataset.
-        RuntimeError: Inside a replica, or inside the scope of another strategy (X06, X08).
+        ValueError: On a task that does not train, or if the arrays cannot make a dataset.
+        RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     with context.cross_replica(strategy, "make_numpy_dataset"):
         _ = strategy.input_context  # raises where no input is read

@@ -136,14 +136,14 @@ class DistributedDataset(Generic[T]):
 def distribute_dataset(
     strategy: Worker, dataset: Iterable[Any], options: InputOptions | None
 ) -> DistributedDataset[Any]:
-    """The batches of a dataset, each divided among the replicas of this worker (I07).
+    """The batches of a dataset, each divided among the replicas of this worker.
 
     Args:
         strategy: Whose replicas.
         dataset: Of *global* batches: a torch DataLoader, with all its settings; a map-style Dataset or IterableDataset
             of batches, of torch or in the torch format of Hugging Face; any other iterable of batches. A batch is a
             nest of tensors, arrays or lists ``[rows, ...]``; with one replica it can be anything. Not changed.
-        options: How; by default every worker reads the whole dataset (I08).
+        options: How; by default every worker reads the whole dataset.
 
     Returns:
         What to iterate over. Of several replicas the first ones get a row more where the rows do not go round, so that
@@ -151,8 +151,8 @@ def distribute_dataset(
         left out, since an empty batch has no mean loss. Avoid both with ``drop_last=True``.
 
     Raises:
-        NotImplementedError: For the PER_REPLICA mode (R02, H03).
-        ValueError: On a task that does not train (I14), for what is no dataset or cannot be sharded, and for examples
+        NotImplementedError: For the PER_REPLICA mode.
+        ValueError: On a task that does not train, for what is no dataset or cannot be sharded, and for examples
             that several replicas would have to divide, when the first batch is drawn at the latest.
         RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
@@ -173,7 +173,7 @@ def distribute_dataset(
 def distribute_datasets_from_function(
     strategy: Worker, fn: Callable[[InputContext], Iterable[Any]], options: InputOptions | None
 ) -> DistributedDataset[Any]:
-    """The batches of the dataset that a function makes for this worker, each for one replica (I09).
+    """The batches of the dataset that a function makes for this worker, each for one replica.
 
     Args:
         strategy: Whose replicas.
@@ -183,11 +183,11 @@ def distribute_datasets_from_function(
 
     Returns:
         What to iterate over. With R replicas, R batches that follow each other are dealt at a time; a last group that
-        is short is dropped (I06).
+        is short is dropped.
 
     Raises:
-        NotImplementedError: For the PER_REPLICA mode (R03, H03).
-        ValueError: On a task that does not train (I14), for sharding in the options, or if ``fn`` returns no dataset.
+        NotImplementedError: For the PER_REPLICA mode.
+        ValueError: On a task that does not train, for sharding in the options, or if ``fn`` returns no dataset.
         RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     chosen = _checked(options, "distribute_datasets_from_function")

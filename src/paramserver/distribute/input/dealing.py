@@ -3,9 +3,9 @@
 Rules
     * With one replica a batch passes as it is; with several, each leaf of it becomes a `PerReplica`.
     * A leaf is a tensor or array, or a *column*: a list of plain values, such as texts. Anything else is a structure.
-    * A batch is either *global*, and divided among the replicas (I07), or one replica's, and dealt out with those that
-      follow it (I09). Examples that do not go round are left out: of a global batch that is smaller than the number of
-      replicas all, of a last group that is short the whole group (I06). An empty batch would make a mean loss NaN.
+    * A batch is either *global*, and divided among the replicas, or one replica's, and dealt out with those that
+      follow it. Examples that do not go round are left out: of a global batch that is smaller than the number of
+      replicas all, of a last group that is short the whole group. An empty batch would make a mean loss NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Place = torch.device | None
 
 
 def places(strategy: Worker, prefetch: bool) -> tuple[Place, ...]:
-    """Where a strategy's replicas compute; None where nothing has to be brought (I10)."""
+    """Where a strategy's replicas compute; None where nothing has to be brought."""
     devices = [Device.parse(name).torch_device for name in strategy.worker_devices]
     return tuple(device if prefetch and device.type != "cpu" else None for device in devices)
 

@@ -56,7 +56,7 @@ class DistributedIterator(Generic[T]):
         self._spec: Any = None
 
     def initialize(self) -> None:
-        """Begin anew with the next element (I04). Does nothing if a callable makes the elements (I05)."""
+        """Begin anew with the next element. Does nothing if a callable makes the elements."""
         if not isinstance(self._elements, Iterator):
             self._current = None
 
@@ -65,17 +65,17 @@ class DistributedIterator(Generic[T]):
 
         Raises:
             StopIteration: At the end, and from then on until `initialize`.
-            ValueError: Inside a replica (I12).
+            ValueError: Inside a replica.
         """
         return next(self._running())
 
     def get_next_as_optional(self) -> T | None:
-        """The next element, or None at the end (I13)."""
+        """The next element, or None at the end."""
         return next(self._running(), None)
 
     @property
     def element_spec(self) -> Any:
-        """The structure of the elements, with an `ElementSpec` for each leaf, by replica if there are several (I13).
+        """The structure of the elements, with an `ElementSpec` for each leaf, by replica if there are several.
 
         It is that of the element that comes next when this is first asked for, which may block. Sizes of later ones
         may differ.
@@ -116,19 +116,19 @@ def make_dataset_iterator(strategy: Worker, dataset: Iterable[Any]) -> Distribut
 def make_input_fn_iterator(
     strategy: Worker, input_fn: Callable[[InputContext], Any], replication_mode: str
 ) -> DistributedIterator[Any]:
-    """An iterator over what a function gives, one element for each replica in turn (I04).
+    """An iterator over what a function gives, one element for each replica in turn.
 
-    A last group of elements that is short of the number of replicas is dropped (I06).
+    A last group of elements that is short of the number of replicas is dropped.
 
     Args:
         strategy: Whose replicas.
-        input_fn: Called once, here and in the strategy's scope, with what this worker is to read (I03). Returns a
+        input_fn: Called once, here and in the strategy's scope, with what this worker is to read. Returns a
             dataset of per-replica batches, or a callable that is called for each replica in each step, and raises
-            StopIteration at its end (I05).
+            StopIteration at its end.
         replication_mode: ``"PER_WORKER"``.
 
     Raises:
-        ValueError: For another mode (R04), on a task that does not train (I14), or if ``input_fn`` returns neither.
+        ValueError: For another mode, on a task that does not train, or if ``input_fn`` returns neither.
         RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     if replication_mode != InputReplicationMode.PER_WORKER:

@@ -11,7 +11,7 @@ SHARDINGS = ("none", "static")
 
 
 class InputReplicationMode(enum.StrEnum):
-    """Who has an input pipeline: a worker, whose replicas share it, or each replica, which is refused (R02)."""
+    """Who has an input pipeline: a worker, whose replicas share it, or each replica, which is refused."""
 
     PER_WORKER = "PER_WORKER"
     PER_REPLICA = "PER_REPLICA"
@@ -26,8 +26,8 @@ class InputOptions:
 
     Attributes:
         prefetch: Whether batches are brought to the devices that compute, without waiting for the copy where memory
-            is pinned; False leaves them as the dataset gives them (I10). On CPU devices nothing is brought anywhere.
-        sharding: ``"none"``, every worker reads the whole dataset (I08), or ``"static"``, worker i of n reads every
+            is pinned; False leaves them as the dataset gives them. On CPU devices nothing is brought anywhere.
+        sharding: ``"none"``, every worker reads the whole dataset, or ``"static"``, worker i of n reads every
             n-th part of it from the i-th on. Of a torch ``DataLoader`` over a map-style dataset parts are examples; of
             all else they are batches, and all workers must see these in the same order.
         seed: Makes a ``DataLoader`` that shuffles do so by this number and the epoch, so that a worker which starts
@@ -37,7 +37,7 @@ class InputOptions:
         place_on_device: Whether the pipeline itself runs on devices; needs ``PER_REPLICA``.
 
     Raises:
-        ConfigError: If a field is none of what it may be, or two contradict each other (I17).
+        ConfigError: If a field is none of what it may be, or two contradict each other.
     """
 
     prefetch: bool = True

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def distribute_values_from_function(strategy: Worker, fn: Callable[[ValueContext], T]) -> PerReplica[T]:
-    """A value for each replica, also if there is one replica or all values are equal (I16).
+    """A value for each replica, also if there is one replica or all values are equal.
 
     Args:
         strategy: Whose replicas.

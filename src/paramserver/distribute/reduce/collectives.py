@@ -65,7 +65,7 @@ class _Gathered:
 
 
 class _AllReduce(torch.autograd.Function):
-    """A sum of all replicas, used by all: its gradient is the sum of their gradients; a mean, likewise (D20)."""
+    """A sum of all replicas, used by all: its gradient is the sum of their gradients; a mean, likewise."""
 
     @staticmethod
     def forward(ctx: Any, replica: Replica, op: ReduceOp, nest: Any, *_: torch.Tensor) -> tuple[Any, ...]:
@@ -79,7 +79,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 class _AllGather(torch.autograd.Function):
-    """All parts, used by all replicas: the gradient of a part is its slice of the sum of their gradients (D21)."""
+    """All parts, used by all replicas: the gradient of a part is its slice of the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, replica: Replica, axis: int, nest: Any, *tensors: torch.Tensor) -> tuple[Any, ...]:

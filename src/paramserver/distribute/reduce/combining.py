@@ -3,7 +3,7 @@
 Rules
     * Numbers count as tensors, truth values as 0 and 1.
     * Sparse tensors (``sparse_coo``) stay sparse: their indices and values are concatenated, and an index that is there
-      twice means the sum of both (D13).
+      twice means the sum of both.
     * Nothing is broadcast: values that are combined have one shape.
 """
 

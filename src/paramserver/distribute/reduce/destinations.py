@@ -2,7 +2,7 @@
 
 Rules
     * A device of a ps stands for the host: what is on its way to a ps is sent from there.
-    * No worker reduces to another one; chief and workers are one family (D16, D17).
+    * No worker reduces to another one; chief and workers are one family.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class ReductionToOneDevice:
 
         Args:
             op: Sum, or the sum divided by the number of components.
-            value: Tensors ``[...]`` of one shape, or numbers. A single one is not accumulated, but moved (D11).
+            value: Tensors ``[...]`` of one shape, or numbers. A single one is not accumulated, but moved.
             destinations: Where the result is to be.
 
         Returns:
@@ -127,7 +127,7 @@ def reduce(strategy: Worker, op: str | ReduceOp, value: Any, axis: int | Sequenc
     """Combine a value of all replicas into one, on torch's default device. Blocks while it is copied there.
 
     With an axis, SUM adds up inside each replica as well, and MEAN divides the sum of all by the number of all:
-    replicas with batches of different sizes count by their sizes (D04).
+    replicas with batches of different sizes count by their sizes.
 
     Args:
         strategy: Whose replicas.
@@ -172,7 +172,7 @@ def reduce_to(strategy: Worker, op: str | ReduceOp, value: Any, destinations: De
         a nest of these.
 
     Raises:
-        ValueError: As `reduce`, or if the destinations are none, or of another worker (D16).
+        ValueError: As `reduce`, or if the destinations are none, or of another worker.
         AssertionError: If they are a list or a tuple.
         TypeError: As `reduce`.
         RuntimeError: As `reduce`.
@@ -182,7 +182,7 @@ def reduce_to(strategy: Worker, op: str | ReduceOp, value: Any, destinations: De
 
 
 def batch_reduce_to(strategy: Worker, op: str | ReduceOp, pairs: Sequence[tuple[Any, Destinations]]) -> list[Any]:
-    """`reduce_to` of each pair of a value and its destinations, in their order (D14).
+    """`reduce_to` of each pair of a value and its destinations, in their order.
 
     All destinations are checked before anything is reduced.
 
@@ -200,7 +200,7 @@ def broadcast_to(strategy: Worker, value: Any, destinations: Destinations) -> An
 
     Args:
         strategy: Whose devices.
-        value: A tensor; a number is returned as it is, since it has no device (D19).
+        value: A tensor; a number is returned as it is, since it has no device.
         destinations: As for `reduce_to`; ``""`` for all compute devices of this worker.
 
     Returns:
@@ -225,7 +225,7 @@ def broadcast_to(strategy: Worker, value: Any, destinations: Destinations) -> An
 
 
 def gather(strategy: Worker, value: Any, axis: int) -> Any:
-    """Concatenate a value of all replicas, in the order of the replicas, on torch's default device (D18).
+    """Concatenate a value of all replicas, in the order of the replicas, on torch's default device.
 
     Args:
         strategy: Whose replicas.
@@ -273,7 +273,7 @@ def _reduced(strategy: Worker, op: ReduceOp, leaf: Any, axes: tuple[int, ...], a
 
 
 def _check_same_for_all(strategy: Worker, op: ReduceOp, value: Any) -> None:
-    """A value of no replica in particular has a mean, but no sum over several replicas, unless that is 0 (D09)."""
+    """A value of no replica in particular has a mean, but no sum over several replicas, unless that is 0."""
     count = strategy.num_replicas_in_sync
     if op is ReduceOp.MEAN or count == 1 or (isinstance(value, NUMBERS) and not np.any(value)):
         return

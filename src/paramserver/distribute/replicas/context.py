@@ -59,20 +59,20 @@ class ReplicaContext:
     def merge_call(
         self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call ``fn(strategy, *args, **kwargs)`` once for all replicas, in cross-replica context (E07).
+        """Call ``fn(strategy, *args, **kwargs)`` once for all replicas, in cross-replica context.
 
         Blocks until every replica has come to its ``merge_call``. What differs between the replicas' arguments reaches
         ``fn`` as `PerReplica`; of what it returns, each replica gets its own.
 
         Raises:
-            RuntimeError: If this is not the replica that the thread is in (E10), or the replicas call it a different
-                number of times (E08).
+            RuntimeError: If this is not the replica that the thread is in, or the replicas call it a different
+                number of times.
         """
         self._check_current("merge_call")
         return self._merge(fn, tuple(args), dict(kwargs or {}))
 
     def all_reduce(self, op: str | ReduceOp, value: Any) -> Any:
-        """Combine what all replicas give, leaf by leaf; every replica gets the result (D20).
+        """Combine what all replicas give, leaf by leaf; every replica gets the result.
 
         Blocks until every replica has come here, once for the whole nest. Differentiable: a gradient is combined over
         the replicas as the values were, so backward blocks, too, and must run on all replicas or on none; backward is
@@ -102,7 +102,7 @@ class ReplicaContext:
         return collectives.all_reduce(self, op, value)
 
     def all_gather(self, value: Any, axis: int) -> Any:
-        """Concatenate what all replicas give, leaf by leaf, in the order of the replicas; every replica gets it (D21).
+        """Concatenate what all replicas give, leaf by leaf, in the order of the replicas; every replica gets it.
 
         Blocks until every replica has come here, once for the whole nest. Differentiable: each replica gets its own
         slice of the sum of all gradients; what `all_reduce` says of backward holds here, too. With one replica it

@@ -2,11 +2,11 @@
 
 Rules
     * The replicas take turns in the order of their ids. A turn ends when the function returns or comes to a
-      `ReplicaContext.merge_call`; when all have come to one, it is made on the calling thread (E02, E07).
+      `ReplicaContext.merge_call`; when all have come to one, it is made on the calling thread.
     * So nothing that a replica does between two merges runs beside another replica, and the same program does the same
       thing every time.
     * What goes wrong in a replica or in a merge ends all of them: threads that wait in a merge are unwound, and the
-      call raises what was raised, after every thread has ended (E09).
+      call raises what was raised, after every thread has ended.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def call_for_each_replica(
         activate: Called before each turn with the id of the replica whose turn it is, and with 0 before each merge.
 
     Raises:
-        RuntimeError: If the replicas make different numbers of merge calls (E08).
+        RuntimeError: If the replicas make different numbers of merge calls.
         Exception: Whatever ``fn`` or a function that it merges with raises.
     """
     count = strategy.num_replicas_in_sync
@@ -148,7 +148,7 @@ class _Replica(ReplicaContext):
 
 
 class _TorchState:
-    """What torch keeps for each thread and a replica inherits from the calling one (E14)."""
+    """What torch keeps for each thread and a replica inherits from the calling one."""
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()

@@ -17,14 +17,14 @@ from paramserver.distribute.variables.variable import Assignment, Variable, Vari
 class AggregatingVariable(Variable):
     """Wraps a variable, and is what the program knows; see `Variable`.
 
-    * In a replica an assignment waits for those of the others, and one is made of their sum, mean or first value (A02).
-      A value that is the same on all of them counts for each of them (A06).
-    * In cross-replica context it is an `update` of what is wrapped, whatever the aggregation (A03); outside of all
-      scopes as well (A05).
-    * In an update it acts on what is wrapped itself (A04).
+    * In a replica an assignment waits for those of the others, and one is made of their sum, mean or first value.
+      A value that is the same on all of them counts for each of them.
+    * In cross-replica context it is an `update` of what is wrapped, whatever the aggregation; outside of all
+      scopes as well.
+    * In an update it acts on what is wrapped itself.
 
     Args:
-        inner: What lies on a ps; gets a weak link to this (A10).
+        inner: What lies on a ps; gets a weak link to this.
     """
 
     def __init__(self, inner: Variable) -> None:
@@ -36,7 +36,7 @@ class AggregatingVariable(Variable):
         inner.container = weakref.ref(self)
 
     def get(self) -> Variable:
-        """What is wrapped (A09)."""
+        """What is wrapped."""
         return self._inner
 
     def value(self) -> torch.Tensor:

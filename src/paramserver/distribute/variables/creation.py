@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def create(strategy: Worker, options: VariableOptions) -> Variable:
-    """Create a variable, in the scope of its strategy; on replicas one for all of them (P14). See `Variable`.
+    """Create a variable, in the scope of its strategy; on replicas one for all of them. See `Variable`.
 
     Raises:
-        RuntimeError: If the replicas create it by different names (P15).
+        RuntimeError: If the replicas create it by different names.
     """
     replica, anchor = context.current_replica(), anchors.current()
     if anchor is not None and anchor.strategy is not strategy:
@@ -82,7 +82,7 @@ class _Maker:
         self._anchor = anchor
 
     def make(self, spec: VariableSpec, value: torch.Tensor) -> PlainVariable:
-        """One part, on the next ps or beside the anchor, where it takes no turn (P01, P04). Blocks until it is made."""
+        """One part, on the next ps or beside the anchor, where it takes no turn. Blocks until it is made."""
         anchor, variables = self._anchor, self.client.variables
         ps = variables.ps_of(spec.name, lambda: self._strategy.place(spec)) if anchor is None else anchor.ps
         if self._strategy.is_chief:

@@ -17,7 +17,7 @@ from paramserver.distribute.variables.variable import Assignment, Variable, here
 
 
 class ShardedVariable(Variable):
-    """Looks like one variable of all rows, and is assigned to and indexed like one (P08, V2-05); see `Variable`.
+    """Looks like one variable of all rows, and is assigned to and indexed like one; see `Variable`.
 
     Rows are read and assigned part by part: others' assignments may come in between. Iterating over it yields its
     parts.

@@ -30,7 +30,7 @@ def _two(name: str) -> Callable[[Any, Any], torch.Tensor]:
 
 
 class TensorLike(abc.ABC):
-    """A value that is read anew each time that something is done with it (A08).
+    """A value that is read anew each time that something is done with it.
 
     Comparisons are element by element, as a tensor's are; as the key of a dict it is itself.
     """

@@ -29,7 +29,7 @@ def update(
     kwargs: Mapping[str, Any],
     group: bool,
 ) -> Any:
-    """Call ``fn(variable, *args, **kwargs)`` once to change a variable (U01 to U05).
+    """Call ``fn(variable, *args, **kwargs)`` once to change a variable.
 
     The function gets what lies on the ps, without what aggregates replicas' values around it; what it assigns is
     assigned at once. Blocks as its assignments do; inside a replica until all replicas have come to the same update.
@@ -68,7 +68,7 @@ def update_non_slot(
     kwargs: Mapping[str, Any],
     group: bool,
 ) -> Any:
-    """Call ``fn(*args, **kwargs)`` once to change state that belongs to no one variable (U06).
+    """Call ``fn(*args, **kwargs)`` once to change state that belongs to no one variable.
 
     Args:
         strategy: The strategy.
@@ -90,10 +90,10 @@ def update_non_slot(
 
 
 def colocate_vars_with(strategy: Worker, variable: Any) -> contextlib.AbstractContextManager[None]:
-    """Variables that this thread creates in the ``with`` block go to the ps of this one, and take no turn (P04).
+    """Variables that this thread creates in the ``with`` block go to the ps of this one, and take no turn.
 
     Raises:
-        ValueError: If it is no variable of this strategy (P05).
+        ValueError: If it is no variable of this strategy.
         RuntimeError: Outside of the strategy's scope.
     """
     context.check_scope(strategy, "colocate_vars_with")
@@ -102,7 +102,7 @@ def colocate_vars_with(strategy: Worker, variable: Any) -> contextlib.AbstractCo
 
 
 def non_slot_devices(variables: Iterable[Variable]) -> Variable:
-    """The variable of the smallest name: the same one on every worker (U07).
+    """The variable of the smallest name: the same one on every worker.
 
     Raises:
         ValueError: If there is no variable.
@@ -111,12 +111,12 @@ def non_slot_devices(variables: Iterable[Variable]) -> Variable:
 
 
 def read_var(variable: Variable) -> torch.Tensor:
-    """The present value of a variable, a copy; nothing is reduced (A11)."""
+    """The present value of a variable, a copy; nothing is reduced."""
     return variable.value()
 
 
 def value_container(value: Any) -> Any:
-    """What aggregates a variable's values, as long as it is alive; for anything else the thing itself (A10)."""
+    """What aggregates a variable's values, as long as it is alive; for anything else the thing itself."""
     container = value.container() if isinstance(value, Variable) else None
     return value if container is None else container
 

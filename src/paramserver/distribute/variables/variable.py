@@ -23,7 +23,7 @@ Assignment = Literal["assign", "assign_add", "assign_sub"]
 
 
 class VariableAggregation(enum.Enum):
-    """What becomes of the values that the replicas of a worker assign to one variable (A01, A02).
+    """What becomes of the values that the replicas of a worker assign to one variable.
 
     ``NONE``: they cannot; ``SUM`` and ``MEAN``: their sum or mean is assigned, once; ``ONLY_FIRST_REPLICA``: that of
     replica 0 is.
@@ -67,7 +67,7 @@ class Variable(TensorLike, metaclass=_Created):
     from a value that it has read, and assigns, may undo what others assigned meanwhile: use `assign_add`.
 
     With one replica it lies plainly on its ps. With several, each of which assigns, their values become one by its
-    ``aggregation`` first (P09). Not thread-safe.
+    ``aggregation`` first. Not thread-safe.
 
     Everything that talks to a ps raises `UnavailableError` if the ps is lost, `RefusedError` if it refuses.
 
@@ -89,7 +89,7 @@ class Variable(TensorLike, metaclass=_Created):
         strategy: Whose it is.
 
     Raises:
-        RuntimeError: Outside of all scopes, or if the replicas create it by different names (P15).
+        RuntimeError: Outside of all scopes, or if the replicas create it by different names.
         ValueError: If the aggregation is none, or a ps cannot hold the dtype.
         DeadlineError: If the chief has not created it within the strategy's ``session_creation_timeout``.
         ModelMismatchError: If the chief has created it with another shape or dtype.
@@ -228,7 +228,7 @@ class Variable(TensorLike, metaclass=_Created):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
-        """A new variable beside this one, of the same value; under its own strategy or none (A13)."""
+        """A new variable beside this one, of the same value; under its own strategy or none."""
         self._check_strategy("deepcopy")
         in_scope = context.scope(self.strategy) if context.current() is None else contextlib.nullcontext()
         with in_scope, anchor.beside(self):
@@ -257,7 +257,7 @@ def tensor_of(value: Any, what: str, dtype: torch.dtype | None = None) -> torch.
     if isinstance(value, torch.Tensor):
         return _strided(value.detach()).cpu().to(dtype or value.dtype)
     try:
-        return torch.tensor(value, dtype=dtype, device="cpu")  # whatever device the program is on (P02)
+        return torch.tensor(value, dtype=dtype, device="cpu")  # whatever device the program is on
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{what}: expected a tensor, a number or an array of numbers: {error}") from error
 

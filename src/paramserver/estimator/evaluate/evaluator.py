@@ -80,7 +80,7 @@ class Evaluator:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last evaluated checkpoint has reached ``max_steps`` (V22)."""
+        """Whether the last evaluated checkpoint has reached ``max_steps``."""
         return self.last is not None and self._is_final(self.last.metrics)
 
     def evaluate(self, checkpoint: str, *, is_last: bool = False) -> Evaluation:
@@ -103,9 +103,9 @@ class Evaluator:
             self._exported(self.last.checkpoint, self.last.metrics, is_final=True)
 
     def follow(self, run_id: str, *, wait: Wait, clock: Callable[[], float] = time.time) -> None:
-        """Evaluate each new checkpoint until the run has ended (V20 to V24). Blocks.
+        """Evaluate each new checkpoint until the run has ended. Blocks.
 
-        An end that comes early, by a hook or with the input, is learnt from the model_dir (Y02, V31), and then the
+        An end that comes early, by a hook or with the input, is learnt from the model_dir, and then the
         last checkpoint is evaluated at once instead of after the throttle's time.
 
         Args:
@@ -137,7 +137,7 @@ class Evaluator:
                 wait(POLL_INTERVAL)
 
     def _evaluate_if_there(self, checkpoint: str, *, is_last: bool) -> None:
-        """Evaluate a checkpoint that the chief may delete at any moment, when it has written newer ones (B04)."""
+        """Evaluate a checkpoint that the chief may delete at any moment, when it has written newer ones."""
         try:
             self.evaluate(checkpoint, is_last=is_last)
         except CheckpointError:

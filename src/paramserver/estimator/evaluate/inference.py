@@ -37,7 +37,7 @@ def own_strategy(eval_distribute: object) -> ParameterServerStrategy | None:
     """A strategy of one process over the devices that ``RunConfig.eval_distribute`` computes on; None without it.
 
     The configured one is not touched: it may be training at this moment, or belong to a cluster, whose tasks an
-    evaluation never talks to (T20, T21).
+    evaluation never talks to.
 
     Raises:
         ConfigError: If it is no strategy of ours.

@@ -123,7 +123,7 @@ class _ModelExporter(Exporter):
 
 
 class FinalExporter(_ModelExporter):
-    """Exports once, at the end of the training (J01).
+    """Exports once, at the end of the training.
 
     Args:
         name: The name of the folder in ``model_dir/export``.
@@ -151,7 +151,7 @@ class FinalExporter(_ModelExporter):
 
 
 class LatestExporter(_ModelExporter):
-    """Exports after every evaluation, and keeps the newest exports (J02).
+    """Exports after every evaluation, and keeps the newest exports.
 
     Args:
         name: The name of the folder in ``model_dir/export``.
@@ -207,7 +207,7 @@ def loss_smaller(best_eval_result: EvalResult, current_eval_result: EvalResult) 
 
 
 class BestExporter(_ModelExporter):
-    """Exports when an evaluation is better than all before it, and keeps the newest exports (J03, J04).
+    """Exports when an evaluation is better than all before it, and keeps the newest exports.
 
     The best evaluation of earlier processes is read from the event files, so that after a restart only a better one is
     exported, too; where the folder holds no export yet, the first evaluation is, whatever earlier runs have reached.

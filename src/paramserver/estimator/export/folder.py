@@ -3,7 +3,7 @@
 Rules
 
 1. A model is a folder that is named by the time of its export, in seconds since 1970: ten digits. What is named
-   otherwise is nobody's, and is never deleted (J02). Each has a later time than those that are there.
+   otherwise is nobody's, and is never deleted. Each has a later time than those that are there.
 2. One on a file system comes into place in one move. At a URL ``model.safetensors`` is uploaded last and deleted
    first: a folder that holds it is whole.
 """
@@ -55,7 +55,7 @@ def has_exports(export_path: str) -> bool:
 
 
 def delete_old_exports(export_path: str, keep: int | None) -> None:
-    """Delete all but the newest exports in a folder: of its folders those that are named by ten digits (J02, J05).
+    """Delete all but the newest exports in a folder: of its folders those that are named by ten digits.
 
     Args:
         export_path: The folder, a path or URL; need not exist.

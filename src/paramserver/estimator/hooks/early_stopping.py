@@ -2,9 +2,9 @@
 
 Rules
 
-1. The chief asks a predicate: at its first step, then at most every so many seconds or global steps (Y03).
+1. The chief asks a predicate: at its first step, then at most every so many seconds or global steps.
 2. What it finds, the other workers learn of one number on a ps, STOP, which they read after each of their steps. More
-   than 0 stops a worker (Y02, Y05). In one process there is nobody to tell.
+   than 0 stops a worker. In one process there is nobody to tell.
 3. STOP is made after the model has its values, so that what a checkpoint of an earlier run holds of it never counts: a
    training that was stopped can be gone on with.
 4. The evaluator reads of the end in model_dir, as of any other.
@@ -45,7 +45,7 @@ def make_early_stopping_hook(
     """A hook that ends the training of all workers when a function says so.
 
     It belongs into ``TrainSpec.hooks`` of every task, or into the hooks of `Estimator.train`. Works in one process and
-    in a cluster, with any strategy (Y04). In a cluster a worker other than the chief asks a ps one small question more
+    in a cluster, with any strategy. In a cluster a worker other than the chief asks a ps one small question more
     in each step.
 
     Args:
@@ -55,8 +55,8 @@ def make_early_stopping_hook(
         run_every_steps: Global steps between two calls; ``run_every_secs`` has to be None then.
 
     Raises:
-        TypeError: If the estimator is none, or should_stop_fn no function (Y01).
-        ConfigError: If both or none of the intervals are set, or one is not positive (Y01).
+        TypeError: If the estimator is none, or should_stop_fn no function.
+        ConfigError: If both or none of the intervals are set, or one is not positive.
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"make_early_stopping_hook: estimator: expected an Estimator, got {estimator!r}")
@@ -83,7 +83,7 @@ def stop_if_higher_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """A hook that ends the training once a metric was higher than a threshold, in any evaluation (Y06).
+    """A hook that ends the training once a metric was higher than a threshold, in any evaluation.
 
     Args:
         estimator: Which trains.
@@ -97,7 +97,7 @@ def stop_if_higher_hook(
 
     Raises:
         TypeError: As `make_early_stopping_hook`.
-        ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric (Y09).
+        ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric.
     """
     rule = partial(_crosses, operator.gt, threshold)
     return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
@@ -126,7 +126,7 @@ def stop_if_no_increase_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """A hook that ends the training when a metric has not become higher for a number of global steps (Y07).
+    """A hook that ends the training when a metric has not become higher for a number of global steps.
 
     Args:
         estimator: Which trains.
@@ -139,7 +139,7 @@ def stop_if_no_increase_hook(
 
     Raises:
         TypeError: As `make_early_stopping_hook`.
-        ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric (Y09).
+        ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric.
     """
     rule = partial(_stalls, operator.gt, max_steps_without_increase)
     return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)

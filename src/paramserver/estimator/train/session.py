@@ -165,7 +165,7 @@ class Session:
         return path
 
     def recover(self, error: UnavailableError) -> None:
-        """A ps was lost: wait until it is back, and go on with what the ps tasks hold then (N04). Blocks.
+        """A ps was lost: wait until it is back, and go on with what the ps tasks hold then. Blocks.
 
         The chief brings back the latest checkpoint where a ps has lost its variables; without one, its own values.
 

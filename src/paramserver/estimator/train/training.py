@@ -120,7 +120,7 @@ def _finish(session: Session, runner: HookRunner) -> bool:
 
 
 def _persist(action: Callable[[], object], session: Session, runner: HookRunner) -> None:
-    """Do something with the ps tasks, and again after each loss of one that the session recovers from (N04)."""
+    """Do something with the ps tasks, and again after each loss of one that the session recovers from."""
     while (loss := _loss(action)) is not None:
         session.recover(loss)
         _announce(session, runner)
@@ -157,7 +157,7 @@ def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
 def _savers(
     config: RunConfig, user: Sequence[TrainingHook], listeners: Sequence[CheckpointSaverListener]
 ) -> list[TrainingHook]:
-    """What saves checkpoints: the user's own hooks for that, or else one as the config says (Q10)."""
+    """What saves checkpoints: the user's own hooks for that, or else one as the config says."""
     theirs = [hook for hook in user if isinstance(hook, CheckpointSaverHook)]
     if theirs:
         return [theirs[0].with_listeners(listeners), *theirs[1:]]
