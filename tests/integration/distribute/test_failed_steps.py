@@ -122,7 +122,7 @@ def test_h4_buffers_of_a_step_that_every_ps_refuses_are_pushed_with_the_next(
 
 
 @pytest.mark.parametrize("cluster", [1], indirect=True)
-def test_h10_an_update_that_fails_in_the_middle_says_so(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_fails_in_the_middle_says_so(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError("no room for a slot")
 
@@ -237,7 +237,7 @@ def test_g4_a_forked_child_changes_nothing(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("lane", ["auto"], indirect=True)
-def test_h12_a_lookup_notices_that_its_ps_is_gone(lane: str) -> None:
+def test_a_lookup_notices_that_its_ps_is_gone(lane: str) -> None:
     with LocalCluster(ps=1, workers=1) as cluster:
         trainer = Trainer(cluster)
         trainer.step()

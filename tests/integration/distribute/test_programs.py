@@ -778,7 +778,7 @@ def detached(found: Any) -> Any:
 
 
 @pytest.mark.parametrize("way", LANES)
-def test_g12_a_copy_of_a_model_with_a_table_takes_no_memory_for_it(
+def test_a_copy_of_a_model_with_a_table_takes_no_memory_for_it(
     way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with a_way(way, monkeypatch, tmp_path) as run:
@@ -790,7 +790,7 @@ def test_g12_a_copy_of_a_model_with_a_table_takes_no_memory_for_it(
             torch.testing.assert_close(copied.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_g12_a_copy_of_a_model_with_a_table_sees_the_same_rows_in_one_process_too() -> None:
+def test_a_copy_of_a_model_with_a_table_sees_the_same_rows_in_one_process_too() -> None:
     strategy = ps.ParameterServerStrategy()
     run = Run(prepare=strategy.prepare, assign=strategy.assign, size=TINY, folder=Path())
     model, optimizer = table(run)
@@ -809,7 +809,7 @@ class Interrupting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_g12_a_programs_own_error_in_the_middle_of_an_update_is_no_refusal() -> None:
+def test_a_programs_own_error_in_the_middle_of_an_update_is_no_refusal() -> None:
     model = net()
     model, optimizer = ps.ParameterServerStrategy().prepare(model, sgd(model.parameters()))
     model[0].weight.sum().backward()
@@ -820,7 +820,7 @@ def test_g12_a_programs_own_error_in_the_middle_of_an_update_is_no_refusal() -> 
     optimizer.step()
 
 
-def test_h13_names_of_partitioned_variables_are_kept_apart_in_checkpoints(tmp_path: Path) -> None:
+def test_names_of_partitioned_variables_are_kept_apart_in_checkpoints(tmp_path: Path) -> None:
     names = ["w", "W", "n" * 300, "N" * 300]
 
     def model_fn(mode: es.ModeKeys) -> es.EstimatorSpec:

@@ -90,7 +90,7 @@ def contents(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_the_chief_brings_back_what_a_lost_ps_held() -> None:
+def test_z16_the_chief_brings_back_what_a_lost_ps_held() -> None:
     with a_cluster() as cluster:
         strategy = cluster.strategy()
         model, optimizer = prepared(strategy)

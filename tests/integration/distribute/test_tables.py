@@ -133,7 +133,7 @@ def test_one_table_may_serve_several_modules_and_batches_of_a_step(strategy_with
         assert_same_values(model, plain)
 
 
-def test_a_table_follows_a_schedule_and_a_step_without_its_gradient(strategy_with):
+def test_z21_a_table_follows_a_schedule_and_a_step_without_its_gradient(strategy_with):
     plain, model = a_net(), a_net()
     theirs = optimizers_of(plain, "SparseAdam")
     given = optimizers_of(model, "SparseAdam")

@@ -106,6 +106,14 @@ def test_v03_a_local_server_picks_its_port():
     server.join()
 
 
+def test_z18_a_server_that_has_stopped_frees_its_port(free):
+    first = Server(free, "ps", 0)
+    first.stop()
+    second = Server(free, "ps", 0)
+    assert second.target == first.target
+    second.stop()
+
+
 def test_a_port_that_is_taken_is_an_error_at_once_which_names_the_address():
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = f"127.0.0.1:{sock.getsockname()[1]}"
@@ -304,7 +312,7 @@ def test_a_stranger_that_says_nothing_does_not_delay_the_end():
             cluster.servers[0].stop()
 
 
-def test_h11_a_signal_between_a_look_and_a_wait_is_not_lost(monkeypatch):
+def test_a_signal_between_a_look_and_a_wait_is_not_lost(monkeypatch):
     """`join` finds the run going on, and only then begins to wait for a change."""
     looked: list[bool] = []
     outlook = Roster.outlook

@@ -121,7 +121,7 @@ def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path, warm: Wa
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
 def test_own_loop_as_a_cluster(tmp_path: Path, warm: Warm, lane: str) -> None:
-    """The chief evaluates and saves what both workers came to; then one process goes on from that."""
+    """The chief evaluates and saves what both workers came to; then one process goes on from that (Z12)."""
     said = cluster(warm, lane, EXAMPLE, "--model-dir", tmp_path)
     found = accuracies(said)
     assert found.keys() == {"chief:0"}

@@ -42,7 +42,7 @@ def last_step(folder: Path) -> int:
     return int(state["latest"].partition("-")[2])
 
 
-def test_y02_y05_v31_an_early_stop_ends_every_task_and_training_can_go_on(
+def test_y02_y05_v31_z19_an_early_stop_ends_every_task_and_training_can_go_on(
     tmp_path: Path, script: Callable[..., Path], warm: Warm
 ) -> None:
     program = script(STOPPING)

@@ -157,7 +157,7 @@ def _port(address: str) -> int:
 
 @pytest.mark.skipif(not Path("/proc/net/unix").exists(), reason="looks at the tables of a Linux kernel")
 def test_everyone_talks_to_ps_tasks_only_and_nobody_is_missed(cluster: Cluster) -> None:
-    """F02; F06 and W07: worker:1 never starts, and neither the start nor a step of anyone waits for it."""
+    """F02, Z15; F06, W07, Z13: worker:1 never starts, and neither the start nor a step of anyone waits for it."""
     cluster.chief.await_word("trains")
     cluster.worker.await_word("trains")
     cluster.evaluator.await_word("evaluates")

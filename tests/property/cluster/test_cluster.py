@@ -49,7 +49,7 @@ def trainers(spec: ClusterSpec) -> list[TaskId]:
 
 @given(specs)
 def test_every_form_round_trips(spec: ClusterSpec) -> None:
-    """K01-K03, L03: as_dict, repr and TF_CONFIG's JSON, whose keys are text, say the same."""
+    """K01 to K03, L03: as_dict, repr and TF_CONFIG's JSON, whose keys are text, say the same."""
     assert ClusterSpec(spec.as_dict()) == spec
     assert eval(repr(spec)) == spec  # noqa: S307  # the text is our own repr
     assert hash(ClusterSpec(spec.as_dict())) == hash(spec)
@@ -84,7 +84,7 @@ def test_exactly_one_who_trains_is_chief(spec: ClusterSpec) -> None:
 
 @given(role_clusters())
 def test_every_task_of_a_valid_cluster_is_valid(spec: ClusterSpec) -> None:
-    """C04-C11: in whatever order the jobs stand; and ps:0 leads (M03)."""
+    """C04 to C11: in whatever order the jobs stand; and ps:0 leads (M03)."""
     for task in (task for role in Role for task in spec.tasks(role)):
         assert validate_cluster(spec, *task) == task
     assert coordination_leader(spec) == TaskId(Role.PS, 0)

@@ -100,7 +100,7 @@ def test_names_of_files_are_of_one_variable_only(name):
         assert not set("/-*?") & set(stem)
 
 
-def test_h13_names_of_any_length_have_files_that_a_file_system_takes(tmp_path):
+def test_names_of_any_length_have_files_that_a_file_system_takes(tmp_path):
     names = [character * length + end for character in "aA%ß" for length in (85, 250, 1000) for end in "xy"]
     files = [file for name in names for file in rows_files(name)]
     assert len(set(files)) == len(files)
@@ -108,7 +108,7 @@ def test_h13_names_of_any_length_have_files_that_a_file_system_takes(tmp_path):
         (tmp_path / f"{file}.partial").touch()
 
 
-def test_h13_names_that_differ_in_capitals_alone_have_files_that_differ_otherwise():
+def test_names_that_differ_in_capitals_alone_have_files_that_differ_otherwise():
     names = ["weight", "Weight", "WEIGHT", "w%57", "w%2d", "w-", "w%2D"]
     files = [rows_files(name)[0].casefold() for name in names]
     assert len(set(files)) == len(files)

@@ -119,7 +119,7 @@ def test_b03_one_checkpoint_of_each_period_is_spared(model_dir):
     assert spared == ["ckpt-3", "ckpt-6"]
 
 
-def test_e10_without_a_period_none_is_spared(model_dir):
+def test_without_a_period_none_is_spared(model_dir):
     clock = Clock()
     for step in range(4):
         save(CheckpointManager(model_dir, keep_max=1, keep_every_n_hours=None, clock=clock), step)

@@ -106,6 +106,7 @@ def test_a_goodbye_does_not_follow_a_request_that_was_interrupted() -> None:
 
 
 def test_h2_two_requests_to_one_ps_at_once_are_refused() -> None:
+    """Z18: a worker cannot pile up requests on a ps."""
     entries: list[str] = []
     lane = Diary("ps:0", entries)
     with pytest.raises(LocalProtocolError, match="2 requests to 1 ps tasks at once"):

@@ -1,4 +1,4 @@
-"""Resolvers that are told (L08-L09), that join others (L10-L12), and one's own; L13."""
+"""Resolvers that are told (L08 to L09), that join others (L10 to L12), and one's own; L13."""
 
 from __future__ import annotations
 

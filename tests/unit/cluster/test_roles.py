@@ -1,4 +1,4 @@
-"""Checks, counts and ids of tasks (C04-C12, M01-M03)."""
+"""Checks, counts and ids of tasks (C04 to C12, M01 to M03)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_is_no_cluster_is_refused(value: Any) -> None:
         pytest.param("worker", 2, id="C11-last"),
         pytest.param("chief", 0, id="chief"),
         pytest.param("ps", 1, id="C16-ps"),
-        pytest.param("evaluator", 0, id="C09-evaluator-absent"),
+        pytest.param("evaluator", 0, id="C09-Z15-evaluator-absent"),
         pytest.param("evaluator", 3, id="G11-evaluator-without-bound"),
     ],
 )

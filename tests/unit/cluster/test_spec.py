@@ -1,4 +1,4 @@
-"""The cluster description (section 10: K01-K03), and the old job name ``master``."""
+"""The cluster description (K01 to K03), and the old job name ``master``."""
 
 from __future__ import annotations
 

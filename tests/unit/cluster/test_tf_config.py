@@ -1,4 +1,4 @@
-"""TF_CONFIG (L01-L07) and the standard server's reading of it (V05)."""
+"""TF_CONFIG (L01 to L07) and the standard server's reading of it (V05)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_master_of_no_task(set_config: SetConfig, config: object, arguments: dic
     ],
 )
 def test_malformed_config_is_never_a_silent_default(set_config: SetConfig, text: object, match: str) -> None:
-    """L06: an error that names TF_CONFIG, the place and what stands there."""
+    """L06, Z14: an error that names TF_CONFIG, the place and what stands there."""
     set_config(text)
     resolver = TFConfigClusterResolver()
     with pytest.raises(ConfigError, match=f"^TF_CONFIG: .*{match}"):

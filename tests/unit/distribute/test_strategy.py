@@ -70,7 +70,7 @@ def test_task_0_is_a_task() -> None:
 def test_a_cluster_that_cannot_work_is_refused(
     cluster: dict[str, list[str]], task: tuple[str, int], message: str
 ) -> None:
-    """C05 to C11."""
+    """C05 to C11, V2-01."""
     with pytest.raises(ValueError, match=message):
         strategy(cluster, *task)
 

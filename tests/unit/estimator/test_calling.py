@@ -77,7 +77,7 @@ class Batches(Dataset):
     ],
     ids=["dataset", "loader", "list", "generator"],
 )
-def test_batches_come_from_any_iterable(data):
+def test_z20_batches_come_from_any_iterable(data):
     batches = list(batches_of(data, "train_input"))
     assert [(features.shape, labels.shape) for features, labels in batches] == [((2, 3), (2,))] * 3
 
@@ -114,6 +114,6 @@ def test_q20_a_loss_is_a_tensor_of_one_element():
     with pytest.raises(ConfigError, match=r"one element, got a Tensor of shape \[4\]; reduce it"):
         as_loss(torch.ones(4))
     for value in (1.0, None, [torch.ones(())]):
-        with pytest.raises(TypeError, match=f"one element, got a {type(value).__name__}") as caught:  # E13
+        with pytest.raises(TypeError, match=f"one element, got a {type(value).__name__}") as caught:
             as_loss(value)
         assert isinstance(caught.value, ConfigError), "as all that the Estimator refuses"

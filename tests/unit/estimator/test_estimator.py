@@ -1,4 +1,4 @@
-"""The Estimator in one process: what it asks of functions, what it writes, how it goes on (Q01-Q14, T14, T25, B02)."""
+"""The Estimator in one process: what it asks of functions, what it writes, how it goes on (Q01 to Q14, T14, T25)."""
 
 import json
 import logging
@@ -546,7 +546,7 @@ def wider_fn(mode):
 LEFT_OUT = "holds 2 variables that the model does not have, and that are left out: 'more.bias', 'more.weight'"
 
 
-def test_e17_variables_that_the_model_does_not_have_are_told_of(tmp_path, caplog):
+def test_variables_that_the_model_does_not_have_are_told_of(tmp_path, caplog):
     for name in ("trained", "evaluated"):
         Estimator(wider_fn, str(tmp_path / name)).train(three)
     assert "left out" not in caplog.text
@@ -559,7 +559,7 @@ def test_e17_variables_that_the_model_does_not_have_are_told_of(tmp_path, caplog
     assert caplog.text.count(LEFT_OUT) == 1, "once, and not for each evaluation"
 
 
-def test_e17_a_programs_own_variables_are_none_of_these(tmp_path, caplog):
+def test_a_programs_own_variables_are_none_of_these(tmp_path, caplog):
     def with_variable(mode):
         if mode is ModeKeys.TRAIN:
             Variable(0, name="seen")

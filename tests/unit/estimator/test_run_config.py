@@ -1,4 +1,4 @@
-"""RunConfig: its fields (G01-G05, G14), and the cluster that TF_CONFIG describes (G06-G13, G17)."""
+"""RunConfig: its fields (G01 to G05, G14), and the cluster that TF_CONFIG describes (G06 to G13, G17)."""
 
 import contextlib
 import copy
@@ -204,7 +204,7 @@ def test_g09_ids_count_chief_then_others_then_ps(tf_config, task_type, index, gl
     ("task_type", "index", "global_id", "task"),
     [("chief", 0, 0, "chief:0"), ("gateway", 1, 2, "gateway:1"), ("worker", 2, 5, "worker:2"), ("ps", 1, 7, "ps:1")],
 )
-def test_g09_e11_a_job_that_is_no_role_has_ids_and_takes_no_part(tf_config, task_type, index, global_id, task):
+def test_g09_a_job_that_is_no_role_has_ids_and_takes_no_part(tf_config, task_type, index, global_id, task):
     tf_config(task_type, index, cluster={**CLUSTER, "gateway": ["g:1", "g:2"]})
     config = RunConfig()
     assert (config.global_id_in_cluster, str(config.task), config.task_type) == (global_id, task, task_type)
@@ -214,13 +214,13 @@ def test_g09_e11_a_job_that_is_no_role_has_ids_and_takes_no_part(tf_config, task
 
 
 @pytest.mark.parametrize(("index", "message"), [(2, "no task with index 2"), (None, "'task.index' is missing")])
-def test_e11_a_task_of_such_a_job_is_one_of_the_cluster(tf_config, index, message):
+def test_a_task_of_such_a_job_is_one_of_the_cluster(tf_config, index, message):
     tf_config("gateway", index, cluster={**CLUSTER, "gateway": ["g:1", "g:2"]})
     with pytest.raises(ValueError, match=message):
         RunConfig()
 
 
-def test_t06_e11_a_task_of_such_a_job_has_no_part_to_play(tf_config, tmp_path):
+def test_t06_a_task_of_such_a_job_has_no_part_to_play(tf_config, tmp_path):
     tf_config("gateway", 0, cluster={**CLUSTER, "gateway": ["g:1"]})
     estimator = Estimator(lambda mode: None, str(tmp_path), RunConfig())
     specs = TrainSpec(list), EvalSpec(list)
@@ -228,7 +228,7 @@ def test_t06_e11_a_task_of_such_a_job_has_no_part_to_play(tf_config, tmp_path):
         train_and_evaluate(estimator, *specs)
 
 
-def test_e10_none_switches_off():
+def test_none_switches_off():
     config = RunConfig(save_summary_steps=None, keep_checkpoint_every_n_hours=None)
     assert (config.save_summary_steps, config.keep_checkpoint_every_n_hours) == (None, None)
     replaced = RunConfig().replace(save_summary_steps=None, keep_checkpoint_every_n_hours=None)

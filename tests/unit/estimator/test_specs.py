@@ -1,4 +1,4 @@
-"""EstimatorSpec (Q12, Q14, Q20), TrainSpec and EvalSpec (T01-T03), FinalExporter (J01)."""
+"""EstimatorSpec (Q12, Q14, Q20), TrainSpec and EvalSpec (T01 to T03), FinalExporter (J01)."""
 
 import pytest
 import torch

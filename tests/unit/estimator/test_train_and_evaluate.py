@@ -1,4 +1,4 @@
-"""Which part of a run each task plays (T08, T10-T13, T22, T23, T26, T27, Q21, G15, V30). Nobody connects to anyone."""
+"""Which part of a run each task plays (T08 to T13, T22 to T27, Q21, G15, V30). Nobody connects."""
 
 from __future__ import annotations
 

@@ -73,6 +73,15 @@ def test_a_push_runs_the_rule_and_counts(ps):
     assert ps.value() == [-1.5] * 3
 
 
+def test_z01_z02_z22_updates_are_applied_as_they_come_and_an_old_one_says_how_old_it_is(ps):
+    worker = ps.session("worker:0")
+    worker.gradients = [torch.ones(layout.size, dtype=layout.torch_dtype) for layout in MODEL]
+    push = Push(1, 0, True, (Part(0, "rule", None, SGD.settings),), (0,))
+    answers = [ps.ask(push, session) for session in (ps.chief, worker)]
+    assert [(answer.global_step, answer.staleness) for answer in answers] == [(1, 0), (2, 1)]
+    assert ps.value() == [-1.0] * 3
+
+
 def test_an_assignment_does_not_count(ps):
     parts = (Part(0, "assign"), Part(1, "add"), Part(1, "add"))
     assert ps.ask(Push(1, 0, False, parts, ())).global_step == 0

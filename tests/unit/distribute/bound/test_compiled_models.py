@@ -80,7 +80,7 @@ def test_a_model_without_compiling_is_the_one_that_was_compiled() -> None:
 
 @pytest.mark.parametrize("other", KINDS)
 @pytest.mark.parametrize("make", KINDS)
-def test_g11_checkpoints_exports_and_warm_starts_of_one_fit_the_other(
+def test_checkpoints_exports_and_warm_starts_of_one_fit_the_other(
     make: Callable[[], nn.Module], other: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     trained = estimator(make, tmp_path / "run")

@@ -184,7 +184,6 @@ def test_a_batch_of_fewer_rows_than_replicas_is_left_out_and_one_line_says_so(
 def test_i06_a_last_group_of_fewer_batches_than_replicas_is_left_out_and_one_line_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """E16."""
     distributed = replicas(3).distribute_datasets_from_function(lambda _: [torch.ones(1)] * 5)
     assert [len(list(distributed)) for _ in range(2)] == [1, 1]
     assert [(each.levelname, each.message) for each in caplog.records] == [

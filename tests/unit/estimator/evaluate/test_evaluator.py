@@ -1,4 +1,4 @@
-"""The evaluator: which checkpoints it evaluates, when it stops (V20-V27, V31, Y02, B04). Time moves by hand."""
+"""The evaluator: which checkpoints it evaluates, when it stops (V20 to V27, V31, Y02, B04). Time moves by hand."""
 
 import logging
 import shutil

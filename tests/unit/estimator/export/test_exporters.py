@@ -1,4 +1,4 @@
-"""Exporters: when they export, what they keep (J01-J05, V25)."""
+"""Exporters: when they export, what they keep (J01 to J05, V25)."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""Early stopping: when the chief decides it, and how the others learn it (Y01-Y09)."""
+"""Early stopping: when the chief decides it, and how the others learn it (Y01 to Y09)."""
 
 import contextlib
 import json

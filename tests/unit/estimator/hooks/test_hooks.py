@@ -1,4 +1,4 @@
-"""Hooks: when they are called (N01-N03, Q11, Q12), and what those do that write nothing (N06, N07, N09, N11, N12)."""
+"""Hooks: when they are called (N01 to N03, Q11, Q12), and what those do that write nothing (N06 to N12)."""
 
 import contextlib
 import logging
@@ -315,7 +315,7 @@ def test_n09_the_rate_is_that_of_all_workers(caplog):
     assert caplog.messages == ["global_step/sec: 20"]
 
 
-def test_n09_e12_the_rate_counts_from_the_first_step():
+def test_n09_the_rate_counts_from_the_first_step():
     clock, logged = Clock(), []
     hook = StepCounterHook(every_n_steps=100, clock=clock)
     for step in range(1, 302):

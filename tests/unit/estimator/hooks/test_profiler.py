@@ -51,7 +51,7 @@ def test_one_step_in_each_interval_after_the_first_is_profiled_into_model_dir(tm
     assert operators.count("aten::matmul") == 1, "one step alone"
 
 
-def test_n12_e12_the_first_step_of_a_task_is_never_profiled(tmp_path):
+def test_n12_the_first_step_of_a_task_is_never_profiled(tmp_path):
     hook = ProfilerHook(save_steps=1)
     for start in (0, 5):
         train(hook, Session(tmp_path / str(start), start=start, ends_at=start + 3))

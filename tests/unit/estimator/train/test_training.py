@@ -389,7 +389,7 @@ LONG_SCHEDULES = {
 
 @pytest.mark.parametrize("name", LONG_SCHEDULES)
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_e15_a_schedule_that_is_resumed_late_leaps_to_where_step_by_step_comes_to(name):
+def test_a_schedule_that_is_resumed_late_leaps_to_where_step_by_step_comes_to(name):
     """And goes on from there in the same way."""
     leaping, plain = optimizer_at(0.1), optimizer_at(0.1)
     scheduler, stepped = LONG_SCHEDULES[name](leaping), LONG_SCHEDULES[name](plain)
@@ -411,7 +411,7 @@ def test_e15_a_schedule_that_is_resumed_late_leaps_to_where_step_by_step_comes_t
 
 
 @pytest.mark.parametrize("subclass", [False, True])
-def test_e15_a_schedule_that_needs_every_step_makes_them_and_says_so_if_they_are_many(monkeypatch, caplog, subclass):
+def test_a_schedule_that_needs_every_step_makes_them_and_says_so_if_they_are_many(monkeypatch, caplog, subclass):
     monkeypatch.setattr(schedule_module, "FEW_STEPS", 3)
     monkeypatch.setattr(schedule_module, "MANY_STEPS", 7)
     caplog.set_level(logging.INFO)
