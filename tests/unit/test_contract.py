@@ -45,7 +45,7 @@ def nodes(text: str) -> list[ast.AST]:
     return list(ast.walk(ast.parse(text)))
 
 
-def prose(text: str, *kinds: type[ast.AST]) -> set[str]:
+def codes_in_prose(text: str, *kinds: type[ast.AST]) -> set[str]:
     """The codes in the comments of a file, and in the docstrings of some kinds of its nodes."""
     docstrings = [ast.get_docstring(node) or "" for node in nodes(text) if isinstance(node, kinds)]
     return codes_in("\n".join([*re.findall("#.*", text), *docstrings]))
@@ -53,7 +53,7 @@ def prose(text: str, *kinds: type[ast.AST]) -> set[str]:
 
 def named_by_tests(text: str) -> set[str]:
     """The codes that the tests of a file name. The docstring of the file itself is too far from each of them."""
-    found = prose(text, ast.ClassDef, ast.FunctionDef)
+    found = codes_in_prose(text, ast.ClassDef, ast.FunctionDef)
     for node in nodes(text):
         if isinstance(node, ast.FunctionDef):
             found |= codes_in_name(node.name)
@@ -78,7 +78,7 @@ def test_a_test_names_each_code(files: dict[str, str]) -> None:
 
 
 def test_tests_name_no_other_codes(files: dict[str, str]) -> None:
-    named = {path: named_by_tests(text) | prose(text, ast.Module) for path, text in files.items()}
+    named = {path: named_by_tests(text) | codes_in_prose(text, ast.Module) for path, text in files.items()}
     assert not {path: others for path, codes in named.items() if (others := codes - set(ENTRIES))}
 
 
@@ -89,5 +89,5 @@ def test_pages_name_no_other_codes(page: Path) -> None:
 
 def test_src_names_no_code() -> None:
     """A reader of src cannot look them up; the tests that prove them can be searched for."""
-    named = {path.name: prose(path.read_text(encoding="utf-8"), *DOCUMENTED) for path in SOURCES}
+    named = {path.name: codes_in_prose(path.read_text(encoding="utf-8"), *DOCUMENTED) for path in SOURCES}
     assert not {name: quoted for name, codes in named.items() if (quoted := codes & set(ENTRIES))}
