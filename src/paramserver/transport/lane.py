@@ -1,7 +1,7 @@
 """The two ends of a way between a worker and a ps. Whatever moves the bytes, both sides see only this.
 
 A worker holds a `Lane` to each ps, a ps a `Session` for each worker. The two halves are different classes, since
-they run on different machines; ``testing.conformance`` checks every pair with one kit.
+they run on different machines; ``testing.lane_kit`` checks every pair with one kit.
 """
 
 from __future__ import annotations

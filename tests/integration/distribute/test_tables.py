@@ -10,6 +10,7 @@ from torch import nn, optim
 
 import paramserver as ps
 from paramserver.checkpoint.model_dir import CheckpointManager
+from paramserver.client.client import ParameterClient
 from paramserver.distribute.bound import parameters as bound_parameters
 from paramserver.distribute.bound.tables import lookup
 from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpoint
@@ -205,7 +206,7 @@ def test_d13_gradients_of_replicas_are_put_together_without_making_them_dense(st
 
 def test_only_the_rows_of_a_batch_travel(strategy_with, monkeypatch):
     pulled, pushed = [], []
-    client_class = ps.client.ParameterClient
+    client_class = ParameterClient
     pull_rows, push_pull = client_class.pull_rows, client_class.push_pull
 
     def note_pull(self, wanted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import queue
+import re
 import selectors
 import socket
 import struct
@@ -28,8 +29,8 @@ from paramserver.memory import shared_file
 from paramserver.transport import handshake
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.handshake import accept, connect
-from paramserver.transport.identity import Identity, new_incarnation
-from paramserver.transport.lane import Session
+from paramserver.transport.identity import STRANGER, Identity, new_incarnation
+from paramserver.transport.lane import Session, WorkerMemory
 from paramserver.transport.listener import Listener
 from paramserver.wire import codec
 from paramserver.wire.messages import Challenge, Done, GetStatus, Hello, Message, Refused, Welcome
@@ -77,7 +78,7 @@ class Ps:
 
     def _shake_hands(self, connection: socket.socket) -> None:
         try:
-            session = accept(FrameSocket(connection, handshake.STRANGER), self._me, self._local_socket)
+            session = accept(FrameSocket(connection, STRANGER), self._me, self._local_socket)
         except ParameterServerError as error:
             self.outcomes.put(error)
         else:
@@ -245,6 +246,32 @@ def test_a_proof_cannot_be_used_for_another_task_or_again():
             assert again.receive().kind == "token"
 
 
+@pytest.mark.parametrize(
+    ("lane", "message"),
+    [
+        ("rdma", "ps:0 cannot serve worker:1: .*'rdma'.*; install the package that brings it on the ps"),
+        ("shared-memory", "worker:1 asked for a shared-memory lane from another host than that of ps:0"),
+    ],
+)
+def test_a_lane_that_the_ps_cannot_serve_is_refused(lane, message):
+    with serving() as ps, open_handshake(ps.address) as (frames, first):
+        frames.send(Hello("worker:1", "ps:0", "w", proof(TOKEN, first.nonce, "worker:1"), b"n" * 16, lane))
+        refusal = frames.receive()
+        assert refusal.kind == "refused"
+        assert re.search(message, refusal.message)
+
+
+def test_a_local_lane_to_another_host_says_so():
+    with serving(local_socket="a socket of another host") as ps, pytest.raises(RefusedError, match="on another host"):
+        join(ps.address, lane="shared-memory")
+
+
+def test_a_lane_that_cannot_keep_the_memory_is_refused():
+    kept = WorkerMemory([], [])
+    with pytest.raises(RefusedError, match="a shared-memory lane cannot go on with the memory"):
+        connect("127.0.0.1:1", "ps:0", WORKER, lane="shared-memory", timeout=TIMEOUT, kept=kept)
+
+
 @contextlib.contextmanager
 def open_handshake(address: str) -> Iterator[tuple[FrameSocket, Challenge]]:
     """A peer of a ps that has been challenged."""
@@ -363,7 +390,7 @@ def test_a_ps_that_comes_up_late_is_reached(monkeypatch):
 
         def be_late():
             listening.accept()[0].close()
-            return accept(FrameSocket(listening.accept()[0], handshake.STRANGER), PS, "")
+            return accept(FrameSocket(listening.accept()[0], STRANGER), PS, "")
 
         accepted = pool.submit(be_late)
         with join(f"127.0.0.1:{listening.getsockname()[1]}") as lane, contextlib.closing(accepted.result(TIMEOUT)):
@@ -386,7 +413,7 @@ STRANGERS = {
 def test_a_stranger_is_turned_away(data, words):
     with dialled_by_a_stranger(data) as (connection, peer):
         with pytest.raises(RemoteProtocolError, match=f"a peer that has not said who it is {words}"):
-            accept(FrameSocket(connection, handshake.STRANGER), PS, "")
+            accept(FrameSocket(connection, STRANGER), PS, "")
         assert connection.fileno() < 0
         assert peer.recv(codec.PREAMBLE_BYTES) == codec.preamble()
 
@@ -396,7 +423,7 @@ def test_a_peer_that_says_nothing_more_is_not_waited_for(data, monkeypatch):
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 0.05)
     with dialled_by_a_stranger(data) as (connection, _):
         with pytest.raises(UnavailableError, match=r"neither sent nor took anything for 0\.05 s"):
-            accept(FrameSocket(connection, handshake.STRANGER), PS, "")
+            accept(FrameSocket(connection, STRANGER), PS, "")
         assert connection.fileno() < 0
 
 

@@ -17,12 +17,22 @@ import torch
 from paramserver.errors import LocalProtocolError, RefusedError, RemoteProtocolError, UnavailableError
 from paramserver.memory import arena_memory, shared_file
 from paramserver.memory.arena_memory import StoreMemory
-from paramserver.testing import conformance
-from paramserver.testing.conformance import CONNECTION_CHECKS, LANE_CHECKS, LARGE, TABLES, Pair, Shelf, Worker, serving
+from paramserver.testing import lane_kit
+from paramserver.testing.lane_kit import (
+    CONNECTION_CHECKS,
+    LANE_CHECKS,
+    LARGE,
+    TABLES,
+    Pair,
+    Shelf,
+    Worker,
+    over_sockets,
+    serving,
+)
 from paramserver.transport import shared_memory
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.in_process import InProcessLane, InProcessSession
-from paramserver.transport.lane import Lane, Piece, Session, WorkerMemory
+from paramserver.transport.lane import Lane, LaneKind, Piece, Session, WorkerMemory
 from paramserver.transport.shared_memory import SharedMemoryLane, SharedMemorySession
 from paramserver.transport.tcp import TcpLane, TcpSession
 from paramserver.wire import codec, messages
@@ -31,25 +41,13 @@ from paramserver.wire.messages import Part
 PS, WORKER, INCARNATION = "ps:1", "worker:2", "an incarnation"
 
 
-def tcp_sockets() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return socket.create_connection(listening.getsockname()), listening.accept()[0]
-
-
-@contextlib.contextmanager
-def connected(lane: type[Lane], session: type[Session]) -> Iterator[Pair]:
-    ours, theirs = tcp_sockets() if lane is TcpLane else socket.socketpair()
-    worker, ps = FrameSocket(ours, PS), FrameSocket(theirs, WORKER)
-    for end in (worker, ps):
-        end.set_timeout(conformance.TIMEOUT)  # a deadlock is an error, not a test that hangs
-    pair = Pair(lane(worker), one := session(ps, INCARNATION), functools.partial(serving, one))
-    with contextlib.closing(pair.lane), contextlib.closing(pair.session):
-        yield pair
+def connected(lane: type[Lane], session: type[Session]) -> contextlib.AbstractContextManager[Pair]:
+    return over_sockets(LaneKind(lane, session, is_local=lane is not TcpLane))()
 
 
 @contextlib.contextmanager
 def in_process() -> Iterator[Pair]:
-    handlers: list[conformance.Handle] = []
+    handlers: list[lane_kit.Handle] = []
     session = InProcessSession(WORKER, INCARNATION)
     lane = InProcessLane(PS, session, lambda *request: handlers[0](*request))
     with contextlib.closing(lane), contextlib.closing(session):
@@ -94,7 +92,7 @@ class Forgetful(TcpLane):
 
 def test_the_kit_finds_a_lane_that_does_not_bring_all_values():
     with pytest.raises(AssertionError, match="values did not arrive"):
-        conformance.check_values_come_back(functools.partial(connected, Forgetful, TcpSession))
+        lane_kit.check_values_come_back(functools.partial(connected, Forgetful, TcpSession))
 
 
 class Mixed(TcpLane):
@@ -106,7 +104,7 @@ class Mixed(TcpLane):
 
 def test_the_kit_finds_a_lane_that_mixes_up_rows():
     with pytest.raises(AssertionError, match="expected"):
-        conformance.check_rows_arrive(functools.partial(connected, Mixed, TcpSession))
+        lane_kit.check_rows_arrive(functools.partial(connected, Mixed, TcpSession))
 
 
 class Reusing(TcpSession):
@@ -120,14 +118,14 @@ class Reusing(TcpSession):
 
 def test_the_kit_finds_a_session_that_does_not_keep_rows_until_the_reply():
     with pytest.raises(AssertionError, match="rows did not arrive"):
-        conformance.check_rows_arrive(functools.partial(connected, TcpLane, Reusing))
+        lane_kit.check_rows_arrive(functools.partial(connected, TcpLane, Reusing))
 
 
 def test_the_kit_finds_a_session_that_keeps_what_was_not_read(monkeypatch):
-    monkeypatch.setattr(conformance, "TIMEOUT", 0.2)
+    monkeypatch.setattr(lane_kit, "TIMEOUT", 0.2)
     monkeypatch.setattr(FrameSocket, "discard_payload", lambda self: None)
     with pytest.raises((UnavailableError, RemoteProtocolError)):
-        conformance.check_an_unread_payload_is_dropped(tcp)
+        lane_kit.check_an_unread_payload_is_dropped(tcp)
 
 
 # --- torn reads
@@ -156,7 +154,7 @@ def test_a_read_that_a_write_overtook_is_made_again():
 
 def test_a_block_that_stays_half_written_is_a_dead_writer(monkeypatch):
     monkeypatch.setattr(shared_memory, "TORN_READ_LIMIT", 0.01)
-    with conformance._at_work(shared, LARGE) as (worker, shelf):
+    with lane_kit._at_work(shared, LARGE) as (worker, shelf):
         shelf.memory.versions[0][1] += 1
         with pytest.raises(UnavailableError, match=rf"{PS} has been writing the same block for 0.01 s"):
             worker.pull(0)
@@ -182,7 +180,7 @@ def test_a_ps_that_does_not_take_a_payload_is_given_up():
         lane.open(LARGE)
         lane._frames.set_timeout(0.05)
         with pytest.raises(UnavailableError, match="took"):
-            lane.start(messages.GetStatus(), conformance.whole(LARGE, [0]))
+            lane.start(messages.GetStatus(), lane_kit.whole(LARGE, [0]))
 
 
 def test_a_time_limit_that_is_nearly_nothing_is_not_for_ever():
@@ -282,7 +280,7 @@ def test_a_worker_that_dies_while_memory_is_shared():
     with sharing() as (frames, received):
         frames.close()
         with pytest.raises(UnavailableError, match=f"{WORKER} closed"):
-            received.result(conformance.TIMEOUT)
+            received.result(lane_kit.TIMEOUT)
 
 
 def test_a_worker_that_dies_between_two_files():
@@ -291,7 +289,7 @@ def test_a_worker_that_dies_between_two_files():
             frames.send_descriptor(gradients.fileno())
         frames.close()
         with pytest.raises(UnavailableError, match=f"{WORKER} closed"):
-            received.result(conformance.TIMEOUT)
+            received.result(lane_kit.TIMEOUT)
 
 
 def a_pipe():
@@ -317,7 +315,7 @@ def test_a_file_that_is_no_shared_memory_is_refused(make):
         frames.send_descriptor(descriptor := make())
         os.close(descriptor)
         with pytest.raises(RemoteProtocolError, match=f"{WORKER} (shared|passed)"):
-            received.result(conformance.TIMEOUT)
+            received.result(lane_kit.TIMEOUT)
 
 
 @pytest.mark.parametrize("make", [a_pipe, an_unsealed_file, a_small_file])
@@ -328,14 +326,14 @@ def test_a_file_for_rows_that_is_no_shared_memory_is_refused(make):
         frames.send_descriptor(descriptor := make())
         os.close(descriptor)
         with pytest.raises(RemoteProtocolError, match=f"{WORKER} (shared|passed)"):
-            received.result(conformance.TIMEOUT)
+            received.result(lane_kit.TIMEOUT)
 
 
 def test_a_byte_instead_of_a_file_breaks_the_protocol():
     with sharing() as (frames, received):
         frames.send_raw(b"\0")
         with pytest.raises(RemoteProtocolError, match=f"{WORKER} was to pass"):
-            received.result(conformance.TIMEOUT)
+            received.result(lane_kit.TIMEOUT)
 
 
 def test_what_was_passed_is_not_inherited_by_programs():
@@ -366,7 +364,7 @@ def test_without_shared_files_the_platform_says_so(monkeypatch):
     assert not shared_file.can_share.__wrapped__()
 
 
-@pytest.mark.parametrize("layouts", conformance.MODELS)
+@pytest.mark.parametrize("layouts", lane_kit.MODELS)
 def test_memory_is_divided_without_overlap(layouts):
     held = arena_memory.private_store_memory(layouts)
     for index, values in enumerate(held.values):
@@ -377,7 +375,7 @@ def test_memory_is_divided_without_overlap(layouts):
 
 def test_a_push_reads_where_autograd_wrote():
     """On shared memory a gradient is not copied: the ps sees what is written after the memory was opened."""
-    with conformance._at_work(shared, LARGE) as (worker, shelf):
+    with lane_kit._at_work(shared, LARGE) as (worker, shelf):
         worker.memory.gradients[0].fill_(7)
         worker.push(Part(0, "assign"))
         assert all(gradient.eq(7).all() for _, gradient in shelf.arrived)
@@ -434,11 +432,11 @@ def test_another_connection_has_memory_of_its_own_for_rows():
 
 
 def test_more_rows_than_there_is_memory_for_are_not_sent():
-    with conformance._at_work(shared, TABLES) as (worker, shelf):
+    with lane_kit._at_work(shared, TABLES) as (worker, shelf):
         too_many = memoryview(bytearray(arena_memory.rows_bytes(TABLES) + 1))
         with pytest.raises(LocalProtocolError, match=f"{PS} cannot be sent that many rows at once"):
             worker.lane.start(PUSH_OF_ROWS, (), [too_many])
-        worker.push(Part(2, "add", rows=1), rows=[conformance._rows(2, 1)])
+        worker.push(Part(2, "add", rows=1), rows=[lane_kit._rows(2, 1)])
         assert [rows.ids.tolist() for rows in shelf.rows] == [[0]]
 
 

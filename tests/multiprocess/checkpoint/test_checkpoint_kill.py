@@ -24,12 +24,15 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  #
 import itertools, json, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from paramserver.arena import BLOCK, ArenaLayout, Shard, VariableSpec
-from paramserver.checkpoint_files import SLOTS_INDEX, read_index, read_tensors
+from paramserver.checkpoint.index import SLOTS_INDEX, read_index
+from paramserver.checkpoint.reading import read_tensors
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import BLOCK
+from paramserver.layout.rules import describe
+from paramserver.layout.variables import Shard, VariableSpec
 from paramserver.distribute.checkpoints import write_checkpoint
 from paramserver.estimator.checkpoint import read_values
 from paramserver.checkpoint.model_dir import CheckpointManager, checkpoint_step, checkpoint_to_restore, read_state
-from paramserver.rules import describe
 from paramserver.testing.local_cluster import LocalCluster
 from paramserver.wire.messages import Part
 

@@ -19,6 +19,8 @@ Example:
 from __future__ import annotations
 
 import contextlib
+import functools
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +37,8 @@ from paramserver.layout.blocks import BLOCK, ID_BYTES, Range, pieces
 from paramserver.layout.variables import VariableSpec
 from paramserver.memory import arena_memory
 from paramserver.memory.arena_memory import StoreMemory, tensor_bytes
-from paramserver.transport.lane import Lane, Piece, Session, TableRows, WorkerMemory
+from paramserver.transport.frames import FrameSocket
+from paramserver.transport.lane import Lane, LaneKind, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Reply, Request
 
@@ -61,6 +64,27 @@ class Pair(NamedTuple):
 
 Maker = Callable[[], AbstractContextManager[Pair]]
 """Yields a connected pair; closes both ends at its exit."""
+
+
+def over_sockets(kind: LaneKind) -> Maker:
+    """Return a maker of pairs over a connected stream socket: a Unix socket if the kind is local, else TCP."""
+
+    @contextlib.contextmanager
+    def make() -> Iterator[Pair]:
+        ours, theirs = socket.socketpair() if kind.is_local else _tcp_sockets()
+        worker, ps = FrameSocket(ours, "ps:1"), FrameSocket(theirs, "worker:2")
+        for end in (worker, ps):
+            end.set_timeout(TIMEOUT)  # a deadlock is an error, not a test that hangs
+        lane, session = kind.lane(worker), kind.session(ps, "an incarnation")
+        with contextlib.closing(lane), contextlib.closing(session):
+            yield Pair(lane, session, functools.partial(serving, session))
+
+    return make
+
+
+def _tcp_sockets() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return socket.create_connection(listening.getsockname()), listening.accept()[0]
 
 
 @contextlib.contextmanager
