@@ -1,14 +1,15 @@
-# make demo | test | check | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
+# make demo | test | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PLOTTING := .venv/.plotting
+DOCS := .venv/.docs
 PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types check bench bench-report bench-check bench-peers clean
+.PHONY: help demo test lint types check docs bench bench-report bench-check bench-peers clean
 
 help: ## show this
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -37,7 +38,12 @@ lint: $(INSTALLED) ## ruff and codespell
 types: $(INSTALLED) ## mypy
 	@$(BIN)/mypy
 
-check: lint types test ## what CI runs
+check: lint types test ## what CI runs, with docs
+
+docs: $(DOCS) ## the pages of docs/ and a reference of all public names, in site/; a warning or a dead link fails it
+	@rm -rf site
+	@$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --conf-dir docs --doctree-dir build/docs . site
+	@echo "site/index.html"
 
 bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with what was promised
 	@$(BIN)/python -m benchmarks
@@ -55,6 +61,10 @@ $(PLOTTING): $(INSTALLED) requirements-bench.lock
 	@$(PIP) install -r requirements-bench.lock
 	@touch $@
 
+$(DOCS): $(INSTALLED) requirements-docs.lock
+	@$(PIP) install -r requirements-docs.lock
+	@touch $@
+
 clean: ## remove .venv and all caches
-	@rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	@rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site src/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
