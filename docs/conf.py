@@ -41,21 +41,13 @@ myst_heading_anchors = 4
 
 default_role = "py:obj"
 autodoc_default_options = {"members": True}
-autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False  # a field's type stands in the signature
-autodoc_type_aliases = {
-    "DeviceSetter": "paramserver.placement.DeviceSetter",
-    "Handle": "Handle",
-    "Partitioner": "paramserver.placement.Partitioner",
-    "Place": "paramserver.placement.Place",
-    "Policy": "paramserver.placement.Policy",
-    "Request": "Request",
-}
+autodoc_type_aliases = {"Handle": "Handle"}  # else a union of all messages
 
 
 def add_navigation(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -91,8 +83,14 @@ def skip_fields(app: Sphinx, kind: str, name: str, each: object, skip: bool, opt
     return skip or (inspect.getdoc(each) or "").startswith("Alias for field number")
 
 
+def hide_functions(app: Sphinx, kind: str, name: str, each: object, options: object, arguments: str, returned: str):
+    """Write ``...`` for a default that is a function, whose repr is no Python."""
+    return re.sub(r"<function \S+>", "...", arguments or ""), returned
+
+
 def setup(app: Sphinx) -> None:
     """Connect what is above to the events of a build."""
     app.connect("source-read", add_navigation)
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-signature", hide_functions)
     app.connect("env-check-consistency", check_reference)
