@@ -83,9 +83,11 @@ def skip_fields(app: Sphinx, kind: str, name: str, each: object, skip: bool, opt
     return skip or (inspect.getdoc(each) or "").startswith("Alias for field number")
 
 
-def hide_functions(app: Sphinx, kind: str, name: str, each: object, options: object, arguments: str, returned: str):
+def hide_functions(
+    app: Sphinx, kind: str, name: str, each: object, options: object, arguments: str | None, returned: str | None
+) -> tuple[str, str | None] | None:
     """Write ``...`` for a default that is a function, whose repr is no Python."""
-    return re.sub(r"<function \S+>", "...", arguments or ""), returned
+    return (re.sub(r"<function \S+>", "...", arguments), returned) if arguments else None
 
 
 def setup(app: Sphinx) -> None:

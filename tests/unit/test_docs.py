@@ -1,4 +1,4 @@
-"""The examples in the documentation give what it says they give."""
+"""The pages: their examples give what they say, what they link to and name is there, and an index lists each of them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,65 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
-LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+ALL = [*PAGES, *sorted(ROOT.glob("*.md"))]
+FOR_READERS = [page for page in PAGES if page.parent != DOCS / "decisions" or page.name == "README.md"]
+CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+SOURCE = re.compile(r"`([\w/]+\.py)(?::([\w.]+))?`")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them.
+
+    >>> sorted(anchors(DOCS / "concepts.md"))[:2]
+    ['aggregation', 'concepts']
+    """
+    headings = HEADING.findall(page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_examples(page: Path) -> None:
     failed, _ = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert not failed
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ALL, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
-    assert all((page.parent / target).exists() for target in LINK.findall(page.read_text()))
+    for target, anchor in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8"))):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", ALL, ids=named)
+def test_source_files_that_a_page_names_are_there(page: Path) -> None:
+    """They are named as they lie below src/paramserver or in the repository, some with a name that they define."""
+    for file, names in SOURCE.findall(page.read_text(encoding="utf-8")):
+        found = [path for folder in ("src/paramserver", "src", "") if (path := ROOT / folder / file).exists()]
+        assert found, file
+        source = found[0].read_text(encoding="utf-8")
+        assert all(re.search(rf"\b(?:def|class) {name}\b", source) for name in filter(None, names.split("."))), names
+
+
+@pytest.mark.parametrize("page", FOR_READERS, ids=named)
+def test_the_first_sentence_says_for_whom_a_page_is(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").split("\n\n")[1].startswith("For ")
+
+
+@pytest.mark.parametrize("index", [DOCS / "README.md", DOCS / "decisions" / "README.md"], ids=named)
+def test_an_index_lists_each_page(index: Path) -> None:
+    below = index.parent.rglob("*.md") if index.parent == DOCS / "decisions" else FOR_READERS
+    listed = {(index.parent / target).resolve() for target, _ in LINK.findall(index.read_text(encoding="utf-8"))}
+    assert set(below) - {index} <= listed
 
 
 def test_the_concepts_have_examples() -> None:
-    assert (ROOT / "docs" / "concepts.md").read_text().count(">>>") > 20
+    assert (DOCS / "concepts.md").read_text(encoding="utf-8").count(">>>") > 20
