@@ -80,7 +80,7 @@ def test_p12_the_global_step_is_the_same_thing_with_any_number_of_replicas(
 
 
 def test_p16_a_table_is_a_variable_like_others(strategy: ps.CentralStorageStrategy) -> None:
-    """There are no hash tables yet; what a program keeps as a table lies where variables do."""
+    """A variable that serves as a table is placed as every other one."""
     with strategy.scope():
         table = ps.Variable(torch.zeros(100, 8), name="table", aggregation=ps.VariableAggregation.SUM)
     assert table.device in strategy.extended.parameter_devices
