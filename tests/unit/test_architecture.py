@@ -80,7 +80,7 @@ ARROWS = {
         "server",
         "summary",
     },
-    "testing": {"client", "cluster", "distribute", "errors", "layout", "memory", "server", "transport", "wire"},
+    "testing": {"client", "cluster", "distribute", "errors", "layout", "memory", "server", "store", "transport", "wire"},
     "cli": {"cluster", "demo", "errors", "estimator", "launch", "observe", "server"},
     "__main__": {"cli"},
 }

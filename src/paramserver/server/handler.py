@@ -76,6 +76,11 @@ class RequestHandler:
             messages.Goodbye: self._goodbye,
         }
 
+    @property
+    def requests(self) -> frozenset[type]:
+        """The kinds of request that have a handler."""
+        return frozenset(self._handlers)
+
     def handle(self, session: Session, request: messages.Request) -> None:
         """Carry out one request and answer it; whatever is wrong with it is answered with a refusal.
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -403,3 +404,9 @@ def test_a_failed_chief_is_told_to_those_that_use_variables(table):
     read, wait = messages.ReadVariable("table", 0, 4), messages.AwaitVariable(TABLE, 60.0)
     for request in (update(1, torch.ones(4)), read, wait):
         assert "no data" in table.ask(request, worker).message
+
+
+def test_each_request_has_a_handler():
+    """But for the one that a lane of shared memory answers itself."""
+    requests = set(get_args(messages.Request)) - {messages.Share}
+    assert RequestHandler(Store("ps:0", private_store_memory), Roster("chief:0", ["chief:0"])).requests == requests
