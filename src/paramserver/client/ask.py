@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from paramserver.client.exchange import Call, Lanes
+from paramserver.client.exchange import Call, Exchange
 from paramserver.errors import DeadlineError, RemoteProtocolError
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
@@ -53,19 +53,19 @@ class Patience:
         return time.monotonic() - self._begun
 
 
-def ask(lanes: Lanes, lane: Lane, request: messages.Request, kind: type[R]) -> R:
+def ask(lanes: Exchange, lane: Lane, request: messages.Request, kind: type[R]) -> R:
     """Ask one ps, and wait for its reply."""
     return ask_each(lanes, [Call(lane, request)], kind)[0]
 
 
-def ask_all(lanes: Lanes, request: messages.Request, kind: type[R]) -> list[R]:
+def ask_all(lanes: Exchange, request: messages.Request, kind: type[R]) -> list[R]:
     """Ask every ps the same; their replies, by the index of the ps."""
     return ask_each(lanes, [Call(lane, request) for lane in lanes.each()], kind)
 
 
-def ask_each(lanes: Lanes, calls: Sequence[Call], kind: type[R]) -> list[R]:
+def ask_each(lanes: Exchange, calls: Sequence[Call], kind: type[R]) -> list[R]:
     """Ask several ps tasks at once; their replies, in the order of the calls."""
-    return expected(calls, lanes.exchange(calls).replies, kind)
+    return expected(calls, lanes.run(calls).replies, kind)
 
 
 def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: type[R]) -> list[R]:
@@ -79,7 +79,7 @@ def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: typ
 
 
 def ask_until_ready(
-    lanes: Lanes, lane: Lane, request: Callable[[float], messages.Request], patience: Patience, failing: str
+    lanes: Exchange, lane: Lane, request: Callable[[float], messages.Request], patience: Patience, failing: str
 ) -> None:
     """Ask a ps again and again until it says that what was asked for is there.
 

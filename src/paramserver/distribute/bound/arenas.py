@@ -32,7 +32,7 @@ from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.value_watch import ValueWatch
 from paramserver.distribute.core.torch_internals import alias
 from paramserver.layout.arena import ALIGNMENT
-from paramserver.layout.blocks import Range, merge, pieces
+from paramserver.layout.blocks import Range, join_ranges, pieces
 from paramserver.layout.rules import find_rule
 from paramserver.layout.settings import GroupSettings, setting_names
 from paramserver.transport.lane import WorkerMemory
@@ -266,7 +266,7 @@ class TrainedArena(BoundArena):
     def _ranges(self, present: Sequence[bool]) -> tuple[Range, ...]:
         """What to push of these parameters; one without elements has nothing."""
         found = [(start, stop) for start, stop in compress(self.plan.layout.ranges, present) if start < stop]
-        return merge(found, self._gap)
+        return join_ranges(found, self._gap)
 
     def parts(self) -> list[Part]:
         return self._pushed

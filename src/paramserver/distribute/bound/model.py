@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from paramserver.client.client import ParameterClient, PushPlan, PushResult
+from paramserver.client.client import ParameterClient, PushResult, PushTemplate
 from paramserver.distribute.bound import device_copies
 from paramserver.distribute.bound.arenas import BoundArena, PushedMemory, TrainedArena
 from paramserver.distribute.bound.buffers import BufferArena, ConstantArena, LocalBufferArena, Sharing
 from paramserver.distribute.bound.device_copies import DeviceCopies
 from paramserver.distribute.bound.gradient_place import Gate, GradientPlace
 from paramserver.distribute.bound.held_parameters import Groups, HeldParameters
-from paramserver.distribute.bound.plan import ArenaPlan, Kind, Variable
+from paramserver.distribute.bound.plan import ArenaPlan, Kind, ModelVariable
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.step_times import StepClock, StepTimes
 from paramserver.distribute.bound.tables.bound_table import BoundTable, by_table
@@ -254,7 +254,7 @@ def _nothing() -> None:
     """No optimizer had state before."""
 
 
-def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[Variable]:
+def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[ModelVariable]:
     return (member.variable for each in arenas for plan in each for member in plan.members)
 
 
@@ -286,7 +286,7 @@ class _UnderWay(NamedTuple):
     """A step that was handed to the lanes, or was about to be; `ParameterClient.has_begun` tells which."""
 
     step: _Step
-    plans: Sequence[PushPlan]
+    plans: Sequence[PushTemplate]
     number: int
 
 
@@ -306,7 +306,7 @@ class _Step:
         owner: int,
         groups: Sequence[tuple[int, dict[str, object]]],
         copies: DeviceCopies,
-        plan: Callable[[Sequence[Sequence[Part]], Sequence[Sequence[int]]], list[PushPlan]],
+        plan: Callable[[Sequence[Sequence[Part]], Sequence[Sequence[int]]], list[PushTemplate]],
     ) -> None:
         def takes_part(group: int) -> bool:
             return (groups[group][0] if group >= 0 else 0) == owner
@@ -320,7 +320,7 @@ class _Step:
         self._copies = copies
         self._plan = plan
         self._parts: list[list[Part]] = []
-        self._plans: list[PushPlan] = []
+        self._plans: list[PushTemplate] = []
 
     def hold(self, held: set[int]) -> None:
         """Push these parameters only, which are named by the ids of the first replica's."""
@@ -329,7 +329,7 @@ class _Step:
         for table in self.tables:
             table.hold(held)
 
-    def request(self) -> tuple[list[PushPlan], list[list[TableRows]] | None]:
+    def request(self) -> tuple[list[PushTemplate], list[list[TableRows]] | None]:
         """What to push and to pull, and the rows of tables to push, for each ps."""
         arenas = self._each()
         for arena in arenas:
@@ -352,7 +352,7 @@ class _Step:
         for arena in self._each():
             arena.meanwhile()
 
-    def pulled(self, plans: Sequence[PushPlan], refusing: Collection[int] = ()) -> None:
+    def pulled(self, plans: Sequence[PushTemplate], refusing: Collection[int] = ()) -> None:
         """The values that these plans ask for have come, but for those of ps tasks that have refused."""
         for ps, (arenas, plan) in enumerate(zip(self.arenas, plans, strict=True)):
             for arena in arenas:

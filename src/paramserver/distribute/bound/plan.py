@@ -65,7 +65,7 @@ _BUFFER_KINDS = {
 
 
 @dataclass(frozen=True)
-class Variable:
+class ModelVariable:
     """A tensor of the model that lives on a ps.
 
     Attributes:
@@ -93,7 +93,7 @@ class Member:
         rows: Which of its rows, None for all of a variable that is not partitioned.
     """
 
-    variable: Variable
+    variable: ModelVariable
     spec: VariableSpec
     rows: Range | None = None
 
@@ -122,7 +122,7 @@ def collect(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     policies: Mapping[str, str | BufferPolicy] | None = None,
-) -> list[Variable]:
+) -> list[ModelVariable]:
     """The variables of a model, in creation order: parameters first, then buffers.
 
     Param groups are counted through all optimizers.
@@ -137,15 +137,15 @@ def collect(
             on a ps, two of them share memory, or a policy fits no buffer.
     """
     groups, tables = _groups(optimizers), tables_of(model)
-    variables: dict[int, Variable] = {}
+    variables: dict[int, ModelVariable] = {}
     for name, parameter in named_parameters(model):
         kind, group = _change(parameter, groups, is_table=id(parameter) in tables)
-        variables.setdefault(id(parameter), Variable(_spec(name, parameter), parameter, kind, group))
+        variables.setdefault(id(parameter), ModelVariable(_spec(name, parameter), parameter, kind, group))
     buffers = list(persistent_buffers(model))
     chosen = buffer_policies.choose({name: buffer.dtype for name, buffer, _ in buffers}, policies)
     for name, buffer, module in buffers:
         kind = _BUFFER_KINDS[chosen[name]]
-        variables.setdefault(id(buffer), Variable(_spec(name, buffer), buffer, kind, module=module))
+        variables.setdefault(id(buffer), ModelVariable(_spec(name, buffer), buffer, kind, module=module))
     strangers = groups.keys() - variables.keys()
     if strangers:
         raise ConfigError(
@@ -217,7 +217,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn
 
 
 def plan(
-    variables: Sequence[Variable],
+    variables: Sequence[ModelVariable],
     optimizers: Sequence[torch.optim.Optimizer],
     place: Place,
     num_ps: int,
@@ -245,7 +245,7 @@ def plan(
     ]
 
 
-def _members(variable: Variable, row_ranges: RowRanges) -> list[Member]:
+def _members(variable: ModelVariable, row_ranges: RowRanges) -> list[Member]:
     ranges = row_ranges(variable.spec) if variable.group >= 0 else []
     if len(ranges) < 2:
         return [Member(variable, variable.spec)]
@@ -264,7 +264,7 @@ def _arena(
     return ArenaPlan(layout, tuple(members), ps, index)
 
 
-def _rule(variable: Variable, groups: Sequence[tuple[torch.optim.Optimizer, int]]) -> Rule | None:
+def _rule(variable: ModelVariable, groups: Sequence[tuple[torch.optim.Optimizer, int]]) -> Rule | None:
     if variable.group < 0:
         return None
     optimizer, group = groups[variable.group]

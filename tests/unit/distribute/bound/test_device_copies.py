@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paramserver.client.client import PushPlan, PushResult
+from paramserver.client.client import PushResult, PushTemplate
 from paramserver.client.exchange import Meanwhile, nothing
 from paramserver.distribute.bound import device_copies
 from paramserver.distribute.bound.device_copies import CudaCopies, HostCopies, choose
@@ -220,12 +220,12 @@ class Client:
         self._cuda = cuda
         self._aside = Stream(cuda, "exchange")
 
-    def plan(self, parts: Any, pull: Any) -> list[PushPlan]:
-        return [PushPlan(tuple(parts[0]), tuple(pull[0]), (), ())]
+    def plan(self, parts: Any, pull: Any) -> list[PushTemplate]:
+        return [PushTemplate(tuple(parts[0]), tuple(pull[0]), (), ())]
 
     def push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         rows: None = None,
@@ -244,7 +244,7 @@ class Client:
 
     def begin_push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         computed_from: int,

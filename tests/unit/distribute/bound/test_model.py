@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from paramserver.client.client import PushPlan, PushResult, PushTimes
+from paramserver.client.client import PushResult, PushTemplate, PushTimes
 from paramserver.client.exchange import Meanwhile, nothing
 from paramserver.distribute.bound.buffers import Sharing
 from paramserver.distribute.bound.model import BoundModel
@@ -34,8 +34,8 @@ class Client:
         self.pulled: Sequence[int] = ()
         self.push_times: Sequence[PushTimes] = ()
 
-    def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushPlan]:
-        return [PushPlan(tuple(parts[0]), tuple(pull[0]), (), ())]
+    def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushTemplate]:
+        return [PushTemplate(tuple(parts[0]), tuple(pull[0]), (), ())]
 
     def next_number(self) -> int:
         return 1
@@ -45,7 +45,7 @@ class Client:
 
     def push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         rows: None = None,
