@@ -21,7 +21,7 @@ from paramserver.client.client import PushResult, PushTemplate
 from paramserver.client.exchange import Meanwhile, nothing
 from paramserver.distribute.bound import device_copies
 from paramserver.distribute.bound.device_copies import CudaCopies, HostCopies, choose
-from paramserver.distribute.bound.model import BoundModel, PipelinedModel
+from paramserver.distribute.bound.model import BoundModel, ModelBinding, PipelinedModel
 from paramserver.distribute.bound.plan import collect, plan
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.reduce.reduction import ReduceOp
@@ -297,7 +297,17 @@ class Bound:
         client: Any = Client([arena.layout for arena in arenas[0]], self.cuda)
         self.memory = client.memory
         self.tensors = ReplicaTensors(model, optimizers, GPUS[:gpus])
-        self.model = kind(arenas, [client.memory], optimizers, self.tensors, ReduceOp.MEAN, client, {})
+        self.model = kind(
+            ModelBinding(
+                arenas=arenas,
+                memories=[client.memory],
+                optimizers=optimizers,
+                tensors=self.tensors,
+                reduction=ReduceOp.MEAN,
+                client=client,
+                first_rows={},
+            )
+        )
         self.model.assign()
         self.model.bind()
         self._module = model

@@ -13,7 +13,7 @@ from torch import nn, optim
 from paramserver.client.client import PushResult, PushTemplate, PushTimes
 from paramserver.client.exchange import Meanwhile, nothing
 from paramserver.distribute.bound.buffers import Sharing
-from paramserver.distribute.bound.model import BoundModel
+from paramserver.distribute.bound.model import BoundModel, ModelBinding
 from paramserver.distribute.bound.plan import Kind, collect, plan
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.reduce.reduction import ReduceOp
@@ -75,7 +75,18 @@ def bind(model: nn.Module, *optimizers: optim.Optimizer) -> tuple[BoundModel, An
     client: Any = Client([arena.layout for arena in arenas[0]])
     tensors = ReplicaTensors(model, optimizers, [torch.device("cpu")])
     sharing = Sharing(num_workers=2)
-    bound = BoundModel(arenas, [client.memory], optimizers, tensors, ReduceOp.MEAN, client, {}, sharing)
+    bound = BoundModel(
+        ModelBinding(
+            arenas=arenas,
+            memories=[client.memory],
+            optimizers=optimizers,
+            tensors=tensors,
+            reduction=ReduceOp.MEAN,
+            client=client,
+            first_rows={},
+            sharing=sharing,
+        )
+    )
     bound.assign()
     bound.bind()
     return bound, client
