@@ -31,11 +31,11 @@ from paramserver.distribute.bound.parameters import BoundParameter, BoundParamet
 from paramserver.distribute.bound.plan import ArenaPlan, Kind
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.value_watch import ValueWatch
-from paramserver.distribute.core.torch_internals import alias
 from paramserver.layout.arena import ALIGNMENT
 from paramserver.layout.blocks import Range, join_ranges, pieces
 from paramserver.layout.rules import find_rule
 from paramserver.layout.settings import GroupSettings, setting_names
+from paramserver.memory.torch_internals import alias
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
 

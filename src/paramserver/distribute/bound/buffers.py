@@ -23,6 +23,7 @@ from paramserver.distribute.bound.parameters import same_kind
 from paramserver.distribute.bound.plan import Kind
 from paramserver.distribute.bound.replica_tensors import kept
 from paramserver.layout.blocks import Range
+from paramserver.memory.torch_internals import buffers_of
 from paramserver.wire.messages import Part
 
 ADVICE = (
@@ -100,8 +101,9 @@ class LocalBufferArena(BoundArena):
             variable = member.variable
             assert variable.module is not None  # noqa: S101  # a buffer has one
             name = variable.spec.name.rpartition(".")[2]
-            found = same_kind(variable.spec, variable.module._buffers.get(name), ADVICE)
-            variable.module._buffers[name] = kept(variable.tensor, found)
+            buffers = buffers_of(variable.module)
+            found = same_kind(variable.spec, buffers.get(name), ADVICE)
+            buffers[name] = kept(variable.tensor, found)
         self._homes.gather()
 
     def _combine(self) -> None:

@@ -31,6 +31,7 @@ from paramserver.layout.blocks import Range
 from paramserver.layout.partition import part_specs
 from paramserver.layout.rules import Rule, describe, describe_row_rule
 from paramserver.layout.variables import VariableSpec, dtype_name
+from paramserver.memory.torch_internals import modules_of, non_persistent_buffers
 from paramserver.placement import Place
 
 RowRanges = Callable[[VariableSpec], Sequence[Range]]
@@ -179,14 +180,14 @@ def load_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 def without_compiling(model: nn.Module) -> nn.Module:
     """Return a model with its own modules in the place of those that ``torch.compile`` has wrapped; it is changed."""
     for module in model.modules():
-        for name, child in module._modules.items():
+        for name, child in modules_of(module).items():
             if child is not None:
-                module._modules[name] = _original(child)
+                modules_of(module)[name] = _original(child)
     return _original(model)
 
 
 def _original(module: nn.Module) -> nn.Module:
-    wrapped = module._modules.get("_orig_mod")
+    wrapped = modules_of(module).get("_orig_mod")
     return module if wrapped is None else wrapped
 
 
@@ -212,7 +213,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn
     """Name and tensor of each buffer that ``state_dict()`` holds, and the module that it is registered in."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in non_persistent_buffers(module):
                 yield plain_name(f"{prefix}.{name}" if prefix else name), buffer, module
 
 
