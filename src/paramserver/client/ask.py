@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from paramserver.client.exchange import Call, Exchange
-from paramserver.errors import DeadlineError, RemoteProtocolError
+from paramserver.errors import DeadlineError
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
-from paramserver.wire.refusals import raised
+from paramserver.wire.refusals import expect
 
 WAIT_INTERVAL = 1.0
 """Seconds after which a ps answers a wait, so that a connection never looks dead while it waits."""
@@ -75,7 +75,7 @@ def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: typ
         ParameterServerError: What a ps has refused with; the first one that did.
         RemoteProtocolError: If a ps has answered something else.
     """
-    return [_checked(call.lane, reply, kind) for call, reply in zip(calls, replies, strict=True)]
+    return [expect(reply, kind, call.lane.task) for call, reply in zip(calls, replies, strict=True)]
 
 
 def ask_until_ready(
@@ -96,11 +96,3 @@ def ask_until_ready(
     """
     while not ask(lanes, lane, request(patience.interval()), messages.State).ready:
         patience.wait_on(failing)
-
-
-def _checked(lane: Lane, reply: messages.Reply, kind: type[R]) -> R:
-    if isinstance(reply, kind):
-        return reply
-    if isinstance(reply, messages.Refused):
-        raise raised(reply, lane.task)
-    raise RemoteProtocolError(f"{lane.task} was expected to answer {kind.__name__}, and answered {reply}")

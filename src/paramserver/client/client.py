@@ -20,10 +20,10 @@ from paramserver.client.checkpoints import ask_at_length, ask_with_files
 from paramserver.client.exchange import Answers, Call, Dialer, Exchange, Meanwhile, nothing
 from paramserver.client.variables import OwnVariables
 from paramserver.layout.arena import ArenaLayout
-from paramserver.layout.blocks import pieces
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
+from paramserver.wire.payload import dense_pieces
 
 SLOTS_FILE = "slots"
 """What ps tasks call the file of slots that this task holds in memory for them."""
@@ -505,12 +505,7 @@ def _bytes_of(rows: Sequence[TableRows]) -> list[memoryview]:
 
 
 def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> tuple[Piece, ...]:
-    return tuple(
-        Piece(part.arena, start, stop)
-        for part in parts
-        if part.rows is None
-        for start, stop in (pieces(part.ranges) if part.ranges is not None else layouts[part.arena].pieces)
-    )
+    return tuple(Piece(part.arena, *span) for part, span in dense_pieces(parts, layouts))
 
 
 def _whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> tuple[Piece, ...]:

@@ -38,7 +38,7 @@ from paramserver.transport.lane import (
 )
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
-from paramserver.wire.refusals import raised
+from paramserver.wire.refusals import expect
 
 ORDERED = frozenset({"x86_64", "amd64", "i386", "i686"})
 """The machines whose processors keep loads in their order, and stores, by the names of ``platform.machine()``."""
@@ -118,11 +118,7 @@ class SharedMemoryLane(Lane):
 
     def _exchange(self, gradients: HasFileno, rows: HasFileno, nbytes: int) -> shared_file.SharedFile:
         self._frames.send(Share())
-        reply = expect_reply(self._frames)
-        if isinstance(reply, Refused):
-            raise raised(reply, self.task)
-        if not isinstance(reply, Done):
-            raise RemoteProtocolError(f"{self.task} was offered shared memory and answered {reply}")
+        expect(expect_reply(self._frames), Done, self.task)
         for file in (gradients, rows):
             self._frames.send_descriptor(file.fileno())
         return shared_file.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)

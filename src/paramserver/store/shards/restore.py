@@ -23,7 +23,7 @@ from paramserver.checkpoint.tensor_file import FileTensor
 from paramserver.errors import CheckpointError
 from paramserver.layout.blocks import BLOCK, pieces
 from paramserver.layout.settings import Setting
-from paramserver.layout.variables import DTYPES
+from paramserver.layout.variables import DTYPES, shown
 from paramserver.memory.arena_memory import tensor_bytes
 from paramserver.store.shards.parts import StoredPart, by_variable
 from paramserver.store.store import Store
@@ -131,7 +131,7 @@ class _Reader:
         file, tensor = value
         if tensor.spec != place.whole:
             raise CheckpointError(
-                f"checkpoint {self.directory}: variable {place.variable!r} is {_shown(tensor)}, this model has "
+                f"checkpoint {self.directory}: variable {place.variable!r} is {shown(*tensor.spec)}, this model has "
                 f"{place.whole.dtype}{list(place.whole.shape)}; does it belong to another model?",
                 self.directory,
             )
@@ -184,7 +184,3 @@ def _check_shapes(place: StoredPart, slots: Mapping[str, Located]) -> None:
             raise ValueError(
                 f"slot {tensor.name!r} must have shape {place.slot_shape} or be a scalar, got {tensor.spec.shape}"
             )
-
-
-def _shown(tensor: FileTensor) -> str:
-    return f"{tensor.spec.dtype}{list(tensor.spec.shape)}"
