@@ -7,6 +7,9 @@ Errors about arguments are ``ValueError`` or ``TypeError`` as well, errors about
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ParameterServerError(Exception):
     """The root of the tree. Catch it to catch whatever paramserver raises on purpose."""
@@ -129,3 +132,16 @@ class NotFiniteError(CheckpointError):
 
 class RunOverError(ParameterServerError):
     """The run that a task wanted to join has ended already. Not a fault: the task can leave with code 0."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message about a name that is not known: the nearest one of ``names``, if any is near.
+
+    >>> did_you_mean("wroker", ["worker", "ps"])
+    "; did you mean 'worker'?"
+    >>> did_you_mean("zebra", ["worker", "ps"])
+    ''
+    """
+    by_lower = {known.lower(): known for known in names}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""

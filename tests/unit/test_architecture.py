@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,22 @@ ARROWS = {
         "distribute.variables",
         "errors",
         "layout",
+        "memory",
         "server",
         "summary",
     },
-    "testing": {"client", "cluster", "distribute", "errors", "layout", "memory", "server", "transport", "wire"},
+    "testing": {
+        "client",
+        "cluster",
+        "distribute",
+        "errors",
+        "layout",
+        "memory",
+        "server",
+        "store",
+        "transport",
+        "wire",
+    },
     "cli": {"cluster", "demo", "errors", "estimator", "launch", "observe", "server"},
     "__main__": {"cli"},
 }
@@ -156,6 +169,17 @@ def test_the_public_names_import_nothing_before_they_are_used() -> None:
     nodes = code(ROOT / "__init__.py")
     (block,) = (node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     assert set(block.body) == set(filter(_is_ours, nodes))
+
+
+PRIVATE = re.compile(r"torch(\.\w+)*\._(?!_)|torch\.\w*\._\w|\._(parameters|buffers|modules|version)$")
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"paramserver.memory.torch_internals"}))
+def test_private_names_of_torch_stand_in_one_place(module: str) -> None:
+    nodes = code(MODULES[module])
+    used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {f"{node.module}.{each.name}" for node in nodes if isinstance(node, ast.ImportFrom) for each in node.names}
+    assert not {name for name in used if PRIVATE.search(name) and not name.startswith("self.")}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,4 +1,4 @@
-"""The pages: their examples give what they say, what they link to and name is there, and an index lists each of them."""
+"""The pages: examples give what they say, what a page links to and names is there, and an index lists each page."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class Maps(NamedTuple):
     slot_map: dict[str, str]
 
 
-def merge(written: Iterable[Maps]) -> Maps:
+def merge_maps(written: Iterable[Maps]) -> Maps:
     """What several have written, as one.
 
     Of a variable whose rows several wrote, the slots count only where all of them wrote the same ones. They do, but
@@ -127,7 +127,7 @@ def merge(written: Iterable[Maps]) -> Maps:
         CheckpointError: If two variables of one name were written, of which a reader would find one.
 
     >>> some = Maps({"table": "a", "bias": "b"}, {"table/exp_avg": "c", "bias/exp_avg": "d"})
-    >>> merge([some, Maps({"table": "a"}, {})]).slot_map
+    >>> merge_maps([some, Maps({"table": "a"}, {})]).slot_map
     {'bias/exp_avg': 'd'}
     """
     values: dict[str, str] = {}

@@ -5,7 +5,6 @@ Where that is a URL, an index is fetched when it is opened, and a file of values
 
 from __future__ import annotations
 
-import difflib
 import glob
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from paramserver.checkpoint.index import VALUES_INDEX, WEIGHTS_FILE, read_index
 from paramserver.checkpoint.model_dir import STATE_FILE, latest_checkpoint, readable
 from paramserver.checkpoint.reading import StoredTensor, by_file, stored_tensors
 from paramserver.checkpoint.storage import split, storage_of
-from paramserver.errors import CheckpointError
+from paramserver.errors import CheckpointError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,8 @@ class SavedValues:
         """
         found = self.aliases.get(name, name)
         if found not in self.files:
-            nearest = difflib.get_close_matches(name, self.names, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "get_variable_names() lists those of an Estimator"
-            raise CheckpointError(f"{self.folder} holds no value {name!r}; {hint}", self.folder)
+            hint = did_you_mean(name, self.names) or "; get_variable_names() lists those of an Estimator"
+            raise CheckpointError(f"{self.folder} holds no value {name!r}{hint}", self.folder)
         return found
 
     def stored(self, variables: Iterable[str]) -> Iterator[StoredTensor]:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from paramserver.client.exchange import Call, Lanes
-from paramserver.errors import DeadlineError, RemoteProtocolError
+from paramserver.client.exchange import Call, Exchange
+from paramserver.errors import DeadlineError
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
-from paramserver.wire.refusals import raised
+from paramserver.wire.refusals import expect
 
 WAIT_INTERVAL = 1.0
 """Seconds after which a ps answers a wait, so that a connection never looks dead while it waits."""
@@ -53,19 +53,19 @@ class Patience:
         return time.monotonic() - self._begun
 
 
-def ask(lanes: Lanes, lane: Lane, request: messages.Request, kind: type[R]) -> R:
+def ask(lanes: Exchange, lane: Lane, request: messages.Request, kind: type[R]) -> R:
     """Ask one ps, and wait for its reply."""
     return ask_each(lanes, [Call(lane, request)], kind)[0]
 
 
-def ask_all(lanes: Lanes, request: messages.Request, kind: type[R]) -> list[R]:
+def ask_all(lanes: Exchange, request: messages.Request, kind: type[R]) -> list[R]:
     """Ask every ps the same; their replies, by the index of the ps."""
     return ask_each(lanes, [Call(lane, request) for lane in lanes.each()], kind)
 
 
-def ask_each(lanes: Lanes, calls: Sequence[Call], kind: type[R]) -> list[R]:
+def ask_each(lanes: Exchange, calls: Sequence[Call], kind: type[R]) -> list[R]:
     """Ask several ps tasks at once; their replies, in the order of the calls."""
-    return expected(calls, lanes.exchange(calls).replies, kind)
+    return expected(calls, lanes.run(calls).replies, kind)
 
 
 def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: type[R]) -> list[R]:
@@ -75,11 +75,11 @@ def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: typ
         ParameterServerError: What a ps has refused with; the first one that did.
         RemoteProtocolError: If a ps has answered something else.
     """
-    return [_checked(call.lane, reply, kind) for call, reply in zip(calls, replies, strict=True)]
+    return [expect(reply, kind, call.lane.task) for call, reply in zip(calls, replies, strict=True)]
 
 
 def ask_until_ready(
-    lanes: Lanes, lane: Lane, request: Callable[[float], messages.Request], patience: Patience, failing: str
+    lanes: Exchange, lane: Lane, request: Callable[[float], messages.Request], patience: Patience, failing: str
 ) -> None:
     """Ask a ps again and again until it says that what was asked for is there.
 
@@ -96,11 +96,3 @@ def ask_until_ready(
     """
     while not ask(lanes, lane, request(patience.interval()), messages.State).ready:
         patience.wait_on(failing)
-
-
-def _checked(lane: Lane, reply: messages.Reply, kind: type[R]) -> R:
-    if isinstance(reply, kind):
-        return reply
-    if isinstance(reply, messages.Refused):
-        raise raised(reply, lane.task)
-    raise RemoteProtocolError(f"{lane.task} was expected to answer {kind.__name__}, and answered {reply}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from paramserver.checkpoint.folder import CheckpointFolder, Read, Write
-from paramserver.client.exchange import Call, Lanes
+from paramserver.client.exchange import Call, Exchange
 from paramserver.transport.lane import Lane
 from paramserver.wire import messages
 from paramserver.wire.refusals import raised
@@ -24,7 +24,7 @@ class Files(Protocol):
         """Read or write."""
 
 
-def ask_at_length(lanes: Lanes, calls: Sequence[Call], directory: Path, interval: float) -> list[messages.Reply]:
+def ask_at_length(lanes: Exchange, calls: Sequence[Call], directory: Path, interval: float) -> list[messages.Reply]:
     """Ask several ps tasks at once; their last answers. Blocks for as long as it takes.
 
     Args:
@@ -42,12 +42,12 @@ def ask_at_length(lanes: Lanes, calls: Sequence[Call], directory: Path, interval
         return ask_with_files(lanes, calls, folder, interval)
 
 
-def ask_with_files(lanes: Lanes, calls: Sequence[Call], files: Files, interval: float) -> list[messages.Reply]:
+def ask_with_files(lanes: Exchange, calls: Sequence[Call], files: Files, interval: float) -> list[messages.Reply]:
     """`ask_at_length` with files of any kind, which this task reads and writes for the ps tasks."""
     last: dict[Lane, messages.Reply] = {}
     going_on = list(calls)
     while going_on:
-        replies = lanes.exchange(going_on).replies
+        replies = lanes.run(going_on).replies
         timeout = 0.0 if _asks_for_more(replies) else interval  # let nobody wait for the disk of another
         asked, going_on = going_on, []
         for (lane, *_), reply in zip(asked, replies, strict=True):

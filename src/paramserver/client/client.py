@@ -13,17 +13,17 @@ from typing import NamedTuple
 
 import torch
 
-from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, Maps, digest, merge, read_index
+from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, Maps, digest, merge_maps, read_index
 from paramserver.checkpoint.memory_files import MemoryFiles
 from paramserver.client.ask import WAIT_INTERVAL, OnWait, Patience, ask, ask_all, ask_each, ask_until_ready, expected
 from paramserver.client.checkpoints import ask_at_length, ask_with_files
-from paramserver.client.exchange import Answers, Call, Dialer, Lanes, Meanwhile, nothing
+from paramserver.client.exchange import Answers, Call, Dialer, Exchange, Meanwhile, nothing
 from paramserver.client.variables import OwnVariables
 from paramserver.layout.arena import ArenaLayout
-from paramserver.layout.blocks import pieces
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
+from paramserver.wire.payload import dense_pieces
 
 SLOTS_FILE = "slots"
 """What ps tasks call the file of slots that this task holds in memory for them."""
@@ -44,7 +44,7 @@ class PushResult(NamedTuple):
     staleness: int
 
 
-class PushPlan(NamedTuple):
+class PushTemplate(NamedTuple):
     """What a push to one ps is about, apart from its number and its rows of tables; the same in most steps.
 
     Attributes:
@@ -85,7 +85,7 @@ class ParameterClient:
 
     Args:
         lanes: A lane to each ps, by index. Owned by the client from now on.
-        dialer: As for `Lanes`.
+        dialer: As for `Exchange`.
 
     Attributes:
         lanes: The lanes.
@@ -97,7 +97,7 @@ class ParameterClient:
     """
 
     def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
-        self.lanes = Lanes(lanes, dialer)
+        self.lanes = Exchange(lanes, dialer)
         self._sequence = itertools.count(1)
         self.variables = OwnVariables(self.lanes, self._sequence)
         self._aside: tuple[list[Call], Future[Answers]] | None = None
@@ -203,7 +203,7 @@ class ParameterClient:
 
     # --- steps
 
-    def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushPlan]:
+    def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushTemplate]:
         """What `push_pull` is to do, worked out once for all steps that do the same.
 
         Args:
@@ -211,7 +211,7 @@ class ParameterClient:
             pull: For each ps, the arenas to pull.
         """
         return [
-            PushPlan(tuple(ps_parts), tuple(ps_pull), _outgoing(layouts, ps_parts), _whole(layouts, ps_pull))
+            PushTemplate(tuple(ps_parts), tuple(ps_pull), _outgoing(layouts, ps_parts), _whole(layouts, ps_pull))
             for layouts, ps_parts, ps_pull in zip(self.lanes.layouts, parts, pull, strict=True)
         ]
 
@@ -230,7 +230,7 @@ class ParameterClient:
 
     def push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         rows: Sequence[Sequence[TableRows]] | None = None,
@@ -245,15 +245,15 @@ class ParameterClient:
             plans: What to do, for each ps; see `plan`.
             counts: Whether this is an update of the model, which the global step counts.
             rows: For each ps, what the parts that are about tables push, in their order; None if there is none.
-            meanwhile: Called once all is pushed, before values come; see `Lanes.exchange`.
+            meanwhile: Called once all is pushed, before values come; see `Exchange.exchange`.
             number: Of `next_number`, for `has_begun`.
         """
         calls = self._push(number or self.next_number(), plans, counts, self.local_step, rows)
-        return self._pushed(calls, self.lanes.exchange(calls, meanwhile))
+        return self._pushed(calls, self.lanes.run(calls, meanwhile))
 
     def begin_push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         computed_from: int,
@@ -270,7 +270,7 @@ class ParameterClient:
             number: As for `push_pull`.
         """
         calls = self._push(number or self.next_number(), plans, counts, computed_from, rows)
-        self._aside = calls, self.lanes.exchange_aside(calls)
+        self._aside = calls, self.lanes.run_aside(calls)
         self.global_step += counts
 
     def finish_push(self) -> PushResult | None:
@@ -369,7 +369,7 @@ class ParameterClient:
         names = tuple(variables)
         calls = [Call(lane, messages.ReadSlots(shard, len(lanes), names)) for shard, lane in enumerate(lanes)]
         sent = expected(calls, ask_with_files(self.lanes, calls, files, WAIT_INTERVAL), messages.Saved)
-        slot_map = merge(Maps(each.weight_map, each.slot_map) for each in sent).slot_map
+        slot_map = merge_maps(Maps(each.weight_map, each.slot_map) for each in sent).slot_map
         return {name: files.tensor(file, name) for name, file in slot_map.items()}
 
     def load_slots(self, groups: Sequence[messages.SlotGroup], slots: Mapping[str, torch.Tensor]) -> None:
@@ -426,7 +426,7 @@ class ParameterClient:
     def _push(
         self,
         number: int,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         counts: bool,
         computed_from: int,
         rows: Sequence[Sequence[TableRows]] | None,
@@ -505,12 +505,7 @@ def _bytes_of(rows: Sequence[TableRows]) -> list[memoryview]:
 
 
 def _outgoing(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> tuple[Piece, ...]:
-    return tuple(
-        Piece(part.arena, start, stop)
-        for part in parts
-        if part.rows is None
-        for start, stop in (pieces(part.ranges) if part.ranges is not None else layouts[part.arena].pieces)
-    )
+    return tuple(Piece(part.arena, *span) for part, span in dense_pieces(parts, layouts))
 
 
 def _whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> tuple[Piece, ...]:

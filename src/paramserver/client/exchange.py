@@ -110,7 +110,7 @@ class _Aside:
         self._is_over.wait()
 
 
-class Lanes:
+class Exchange:
     """The lanes to every ps, kept in step: what was asked is answered before anything else is asked.
 
     Apart from the client, so that what ends the connections when the client is collected need not hold the client.
@@ -169,7 +169,7 @@ class Lanes:
             raise LocalProtocolError("this task has said goodbye to the ps tasks already; it cannot ask them anything")
         return self._lanes
 
-    def exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
+    def run(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
         """Ask several ps tasks at once. The answers of all are taken in, also if one is lost.
 
         Args:
@@ -182,21 +182,21 @@ class Lanes:
         """
         if self._later:
             self.mend()
-        return self._exchange(self._begin(calls), meanwhile)
+        return self._run(self._begin(calls), meanwhile)
 
-    def exchange_in_turn(self, calls: Sequence[Call]) -> list[messages.Reply]:
+    def run_in_turn(self, calls: Sequence[Call]) -> list[messages.Reply]:
         """Ask one thing after another, all of which have numbers; if that is interrupted, `mend` asks the rest."""
         tasks = [self._numbers[call.lane.task] for call in calls]
         self._mend(tasks)
         self._later = list(zip(tasks, calls, strict=True))
         replies = list[messages.Reply]()
         for call in calls:
-            replies += self._exchange(self._begin([call])).replies
+            replies += self._run(self._begin([call])).replies
             self._later = self._later[1:]
         return replies
 
-    def exchange_aside(self, calls: Sequence[Call]) -> Future[Answers]:
-        """`exchange` on a thread of its own; whatever is asked next waits until it is over. Does not block for long.
+    def run_aside(self, calls: Sequence[Call]) -> Future[Answers]:
+        """`run` on a thread of its own; whatever is asked next waits until it is over. Does not block for long.
 
         Until then the memory that the pieces lie in belongs to that thread.
         """
@@ -205,7 +205,7 @@ class Lanes:
         if self._later:
             self.mend()
         calls = self._begin(calls, _Aside())
-        self._aside = self._executor.submit(self._exchange_aside, calls, self._outstanding)
+        self._aside = self._executor.submit(self._run_aside, calls, self._outstanding)
         return self._aside
 
     def mend(self) -> list[messages.Reply]:
@@ -251,7 +251,7 @@ class Lanes:
         self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number), aside)
         return calls
 
-    def _exchange(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
+    def _run(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
         asked: list[Call] = []
         replies: list[messages.Reply] = []
         failures: list[ParameterServerError] = []
@@ -282,12 +282,12 @@ class Lanes:
             raise failures[0]
         return Answers(replies, sending, waiting)
 
-    def _exchange_aside(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
+    def _run_aside(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
         assert begun.aside is not None  # noqa: S101  # it was begun so
         if not begun.aside.take():  # the thread that asked was interrupted, and has made up for it
             return Answers([], [], [])
         try:
-            return self._exchange(calls)
+            return self._run(calls)
         finally:
             begun.aside.end()
 

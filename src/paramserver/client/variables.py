@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from paramserver.client.ask import OnWait, Patience, ask, ask_until_ready, expected
-from paramserver.client.exchange import Call, Lanes
+from paramserver.client.exchange import Call, Exchange
 from paramserver.errors import ConfigError, RemoteProtocolError
 from paramserver.layout.blocks import Range, pieces
 from paramserver.layout.variables import DTYPES, VariableSpec
@@ -38,7 +38,7 @@ class OwnVariables:
         sequence: Numbers for updates, ascending; shared with what else is pushed.
     """
 
-    def __init__(self, lanes: Lanes, sequence: Iterator[int]) -> None:
+    def __init__(self, lanes: Exchange, sequence: Iterator[int]) -> None:
         self._lanes = lanes
         self._sequence = sequence
         self._names: set[str] = set()
@@ -158,7 +158,7 @@ class OwnVariables:
             Call(lane, messages.UpdateVariable(number, variable.name, operation, start, packed(values[start:stop])))
             for (start, stop), number in zip(blocks, self._sequence, strict=False)
         ]
-        replies = expected(calls, self._lanes.exchange_in_turn(calls), messages.Values)
+        replies = expected(calls, self._lanes.run_in_turn(calls), messages.Values)
         result = torch.empty_like(values)
         for (start, stop), reply in zip(blocks, replies, strict=True):
             _fill(result[start:stop], reply, lane)

@@ -18,7 +18,7 @@ class DuplicateTaskError(ConfigError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
 
-class Identity(NamedTuple):
+class DescribedTask(NamedTuple):
     """What a resolver finds out about this process; None is what it does not know."""
 
     task_type: str | None = None
@@ -90,8 +90,8 @@ class ClusterResolver(ABC):
         """The name of the place where the cluster runs, ``""`` where nobody named it."""
         return self._environment
 
-    def _identify(self) -> Identity:
-        return Identity()
+    def _identify(self) -> DescribedTask:
+        return DescribedTask()
 
 
 class SimpleClusterResolver(ClusterResolver):
@@ -211,9 +211,9 @@ class UnionClusterResolver(ClusterResolver):
         """The first resolver's."""
         return self._resolvers[0].environment
 
-    def _identify(self) -> Identity:
+    def _identify(self) -> DescribedTask:
         first = self._resolvers[0]
-        return Identity(first.task_type, first.task_id, first.rpc_layer)
+        return DescribedTask(first.task_type, first.task_id, first.rpc_layer)
 
 
 def format_master_url(address: str, rpc_layer: str | None = None) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from paramserver.cluster.task import Role, TaskId
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, did_you_mean
 
 MASTER_MESSAGE = "the job name 'master' is an old spelling of 'chief': rename it in cluster and task"
 
@@ -149,9 +148,7 @@ def expected_one_of(known: Iterable[str], got: object) -> str:
     "expected one of 'worker', 'ps', got 'workers'; did you mean 'worker'?"
     """
     names = [str(name) for name in known]
-    nearest = difflib.get_close_matches(str(got), names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"expected one of {', '.join(map(repr, names)) or '(no jobs)'}, got {got!r}{hint}"
+    return f"expected one of {', '.join(map(repr, names)) or '(no jobs)'}, got {got!r}{did_you_mean(str(got), names)}"
 
 
 def parse_index(value: object, what: str) -> int:

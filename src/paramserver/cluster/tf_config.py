@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from paramserver.cluster import environment as process_environment
-from paramserver.cluster.resolver import ClusterResolver, Identity, format_master_url
+from paramserver.cluster.resolver import ClusterResolver, DescribedTask, format_master_url
 from paramserver.cluster.roles import find_task
 from paramserver.cluster.spec import ClusterSpec, parse_index
 from paramserver.cluster.task import Role, TaskId
@@ -91,10 +91,10 @@ class TFConfigClusterResolver(ClusterResolver):
             )
         return cluster.task_address(job, index)
 
-    def _identify(self) -> Identity:
+    def _identify(self) -> DescribedTask:
         config = load_tf_config()
         task = _object(config, "task")
-        return Identity(_task_type(task), _task_index(task), _text(config, "rpc_layer"))
+        return DescribedTask(_task_type(task), _task_index(task), _text(config, "rpc_layer"))
 
 
 def load_tf_config() -> dict[str, object]:

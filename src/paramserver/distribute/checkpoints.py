@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index, unclaimed, write_index
+from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, Maps, merge_maps, read_index, unclaimed, write_index
 from paramserver.checkpoint.model_dir import (
     CheckpointManager,
     checkpoint_step,
@@ -51,7 +51,7 @@ def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: 
     folder = manager.temporary_path(step)
     try:
         saved = client.save(folder)
-        maps = merge(Maps(shard.weight_map, shard.slot_map) for shard in saved)
+        maps = merge_maps(Maps(shard.weight_map, shard.slot_map) for shard in saved)
         _write_indexes(
             Path(folder),
             maps,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from paramserver.client.client import ParameterClient
-from paramserver.client.exchange import Lanes
+from paramserver.client.exchange import Exchange
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
 from paramserver.errors import DeadlineError, RunOverError, UnavailableError
 from paramserver.server.server import play_in_process
@@ -108,7 +108,7 @@ class ClusterDialer:
                 remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
                 lanes.append(self._dial(ps, kept[ps] if kept else None, remaining))
         except BaseException:
-            Lanes(lanes).close()
+            Exchange(lanes).close()
             raise
         return lanes
 
@@ -126,7 +126,7 @@ class ClusterDialer:
         return connect(address, str(task), self.me, lane=self.lane, timeout=timeout, listens=self.listens, kept=kept)
 
 
-def _leave(lanes: Lanes, pid: int) -> None:
+def _leave(lanes: Exchange, pid: int) -> None:
     """The last words of a task that did not say goodbye itself."""
     if os.getpid() != pid:
         return  # a forked child, such as a DataLoader's, inherits the connection but not the right to end it

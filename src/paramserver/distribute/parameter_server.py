@@ -31,7 +31,7 @@ from paramserver.distribute.bound import optimizer_state, plan
 from paramserver.distribute.bound.buffer_policies import BufferPolicy
 from paramserver.distribute.bound.buffers import Sharing
 from paramserver.distribute.bound.direct_gradients import make_direct
-from paramserver.distribute.bound.model import BoundModel, PipelinedModel
+from paramserver.distribute.bound.model import BoundModel, ModelBinding, PipelinedModel
 from paramserver.distribute.bound.optimizer import PreparedOptimizer
 from paramserver.distribute.bound.optimizer_state import OptimizerState, State
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
@@ -309,10 +309,19 @@ class ParameterServerStrategy(SavingStrategy):
         carried = [optimizer_state.carried(optimizer) for optimizer in optimizers]  # before tables let go of theirs
         lookups = take_tables(model, collected, optimizers)
         tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
-        first_rows = {name: lookup.values for name, lookup in lookups.items()}
         kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
-        sharing = Sharing(num_workers=self._num_workers, is_chief=self.is_chief)
-        bound = kind(arenas, client.open(), optimizers, tensors, gradient_reduction, client, first_rows, sharing)
+        bound = kind(
+            ModelBinding(
+                arenas=arenas,
+                memories=client.open(),
+                optimizers=optimizers,
+                tensors=tensors,
+                reduction=gradient_reduction,
+                client=client,
+                first_rows={name: lookup.values for name, lookup in lookups.items()},
+                sharing=Sharing(num_workers=self._num_workers, is_chief=self.is_chief),
+            )
+        )
         states = [
             OptimizerState(optimizer, collected, tensors, client, task=self._shown_task, is_chief=self.is_chief)
             for optimizer in optimizers

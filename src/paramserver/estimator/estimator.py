@@ -31,7 +31,7 @@ from paramserver.estimator.evaluate.summary import write_results
 from paramserver.estimator.export.export import write_export
 from paramserver.estimator.hooks.hook import TrainingHook, as_tuple
 from paramserver.estimator.hooks.saving import CheckpointSaverListener
-from paramserver.estimator.isolated_context import Aside
+from paramserver.estimator.isolated_context import IsolatedContext
 from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.specs import EstimatorSpec, ModeKeys
 from paramserver.estimator.train import training
@@ -312,7 +312,7 @@ class Estimator:
         path = checkpoint_path or self.latest_checkpoint()
         if path is None and self._warm_start_from is None:
             raise ConfigError(f"export: there is no checkpoint in {self.model_dir}; train first")
-        with Aside(self._config.seed).entered():
+        with IsolatedContext(self._config.seed).entered():
             spec = self._filled(path, ModeKeys.PREDICT)
             serving_input = serving_input_fn and partial(self._call, serving_input_fn, ModeKeys.PREDICT, InputContext())
             step = 0 if path is None else checkpoint_step(path)
@@ -357,7 +357,10 @@ class Estimator:
     ) -> dict[str, Any]:
         """Evaluate the model that ``fill`` makes; its results, which are written and logged."""
         strategy = own_strategy(self._config.eval_distribute)
-        with Aside(self._config.seed, strategy).entered(), progress.shown(_doing("evaluating", path), steps) as line:
+        with (
+            IsolatedContext(self._config.seed, strategy).entered(),
+            progress.shown(_doing("evaluating", path), steps) as line,
+        ):
             spec = fill()
             batches = batches_of(self._call(input_fn, ModeKeys.EVAL, input_context(strategy)), name_of(input_fn))
             around = (*hooks, *spec.evaluation_hooks)
@@ -385,7 +388,7 @@ class Estimator:
             yield from prediction.predict(spec, watched, self._session(path), around, replicas_of(spec, strategy))
 
         with progress.shown(_doing("predicting with", path)) as line:
-            for made in Aside(self._config.seed, strategy).iterate(batches()):
+            for made in IsolatedContext(self._config.seed, strategy).iterate(batches()):
                 line.clear()  # what the program prints of the predictions must not run into it
                 chosen = prediction.selected(made, keys)
                 yield from prediction.rows(chosen) if yield_rows else (chosen,)

@@ -14,7 +14,7 @@ from paramserver.distribute.strategy import Strategy
 T = TypeVar("T")
 
 
-class Aside:
+class IsolatedContext:
     """Surroundings with a random state of their own, and outside of the scopes that the program is in.
 
     They can be left and entered again: the random state goes on where it was. Not thread-safe.

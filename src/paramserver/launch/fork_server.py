@@ -35,7 +35,7 @@ import msgspec
 from paramserver.cluster import environment
 from paramserver.errors import ConfigError
 from paramserver.launch.guard import announce
-from paramserver.launch.rules import Ending
+from paramserver.launch.lifecycle import Ending
 from paramserver.launch.start_methods import Descriptors, Program, StartMethod, as_text, ending, task_environment
 
 Answer = TypeVar("Answer")

@@ -20,9 +20,9 @@ from paramserver.cluster.report import Report, decode
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
 from paramserver.launch.fork_server import OwnForkServer, inherited_fork_server
+from paramserver.launch.lifecycle import Ending, Lifecycle
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
-from paramserver.launch.rules import Ending, Rules
 from paramserver.launch.spec import HOST, LEFT_ALONE, LaunchOptions, LaunchSpec, describe, plan, shared_environment
 from paramserver.launch.start_methods import Spawn, StartMethod
 
@@ -106,7 +106,7 @@ class LocalRun:
         self._on_end = on_end
         self._on_output = on_output or Printer(task.task for task in spec.tasks)
         self._listeners = listeners or {}
-        self._rules = Rules((task.task for task in spec.tasks), spec.grace, spec.restarts)
+        self._lifecycle = Lifecycle((task.task for task in spec.tasks), spec.grace, spec.restarts)
         self._specs = {task.task: task for task in spec.tasks}
         self._processes: dict[TaskId, TaskProcess] = {}
         self._replaced: list[TaskProcess] = []
@@ -115,7 +115,7 @@ class LocalRun:
         self._linger_until: float | None = None
 
     def __repr__(self) -> str:
-        return f"<LocalRun {self._spec.run_id}: {self._rules!r}>"
+        return f"<LocalRun {self._spec.run_id}: {self._lifecycle!r}>"
 
     def run(self) -> int:
         """As the function `run`."""
@@ -130,9 +130,9 @@ class LocalRun:
                     self._turn()
             finally:
                 self._sweep(method)
-        if self._rules.summary:
-            self._say(self._rules.summary)
-        return self._rules.exit_code
+        if self._lifecycle.summary:
+            self._say(self._lifecycle.summary)
+        return self._lifecycle.exit_code
 
     def _begin(self, method: StartMethod) -> None:
         if method.ready is None:
@@ -153,7 +153,7 @@ class LocalRun:
         listener = self._listeners.get(task)
         process = TaskProcess(self._specs[task], listener, self._on_report is not None, method)
         self._processes[task] = process
-        if listener is not None and not self._rules.restarts_left[task]:
+        if listener is not None and not self._lifecycle.restarts_left[task]:
             listener.close()  # or else connections to a dead ps would wait in our copy for ever
         self._watch(process, method)
 
@@ -170,19 +170,19 @@ class LocalRun:
         self._open_pipes += 1
 
     def _is_over(self) -> bool:
-        if self._rules.running:
-            return self._rules.interrupt is not None and not self._processes  # before anything was started
+        if self._lifecycle.running:
+            return self._lifecycle.interrupt is not None and not self._processes  # before anything was started
         if self._linger_until is None:
             self._linger_until = time.monotonic() + LINGER
         return not self._open_pipes or time.monotonic() >= self._linger_until
 
     def _turn(self) -> None:
         now = time.monotonic()
-        for task, number in self._rules.take_due(now):
-            if number is signal.SIGTERM and not (self._rules.is_stopping or self._rules.has_lost_workers):
+        for task, number in self._lifecycle.take_due(now):
+            if number is signal.SIGTERM and not (self._lifecycle.is_stopping or self._lifecycle.has_lost_workers):
                 self._say(f"{task} did not end within {self._spec.grace:g} s of the last worker; stopping it")
             self._processes[task].signal(number)
-        ends = [end for end in (self._rules.next_due(), self._linger_until) if end is not None]
+        ends = [end for end in (self._lifecycle.next_due(), self._linger_until) if end is not None]
         timeout = max(0.0, min(ends) - now) if ends else None
         for key, _ in self._selector.select(timeout):
             key.data()
@@ -190,8 +190,8 @@ class LocalRun:
     def _end(self, process: TaskProcess, method: StartMethod) -> None:
         self._selector.unregister(process.pidfd)
         task, ending = process.task, process.ending()
-        if self._rules.ended(task, ending, time.monotonic()):
-            left = self._rules.restarts_left[task]
+        if self._lifecycle.ended(task, ending, time.monotonic()):
+            left = self._lifecycle.restarts_left[task]
             self._say(f"{task} {ending}; it is started again ({self._spec.restarts - left} of {self._spec.restarts})")
             process.signal(signal.SIGKILL)  # what it has started must not go on beside its successor
             self._replaced.append(process)
@@ -223,9 +223,9 @@ class LocalRun:
     def _interrupt(self, interrupts: socket.socket) -> None:
         for number in interrupts.recv(READ_BYTES):
             if number in (signal.SIGINT, signal.SIGTERM):
-                if self._rules.interrupt is None:
+                if self._lifecycle.interrupt is None:
                     self._say(f"stopping the run ({signal.Signals(number).name}); once more kills it")
-                self._rules.interrupted(number, time.monotonic())
+                self._lifecycle.interrupted(number, time.monotonic())
 
     def _sweep(self, method: StartMethod) -> None:
         for process in self._processes.values():

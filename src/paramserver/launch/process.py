@@ -9,7 +9,7 @@ import signal
 import socket
 
 from paramserver.errors import ConfigError
-from paramserver.launch.rules import Ending
+from paramserver.launch.lifecycle import Ending
 from paramserver.launch.spec import TaskSpec
 from paramserver.launch.start_methods import Descriptors, Program, StartMethod
 

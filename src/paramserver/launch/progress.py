@@ -15,7 +15,7 @@ from rich.text import Text
 
 from paramserver.cluster.report import Report
 from paramserver.cluster.task import TaskId
-from paramserver.launch.rules import Ending
+from paramserver.launch.lifecycle import Ending
 
 WINDOW = 5.0
 """Seconds that the rate shown is a mean over."""

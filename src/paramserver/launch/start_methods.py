@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from paramserver.cluster import environment
 from paramserver.launch.guard import Guard
-from paramserver.launch.rules import Ending
+from paramserver.launch.lifecycle import Ending
 from paramserver.launch.spec import INHERITED
 
 

@@ -66,10 +66,10 @@ def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
             start = end
 
 
-def merge(ranges: Sequence[Range], gap: int) -> tuple[Range, ...]:
+def join_ranges(ranges: Sequence[Range], gap: int) -> tuple[Range, ...]:
     """The sorted ranges, neighbours that are at most ``gap`` elements apart made one.
 
-    >>> merge([(0, 6), (16, 18), (64, 80)], gap=15)
+    >>> join_ranges([(0, 6), (16, 18), (64, 80)], gap=15)
     ((0, 18), (64, 80))
     """
     merged: list[Range] = []

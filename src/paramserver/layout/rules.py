@@ -14,7 +14,6 @@ To add a built-in rule, add a row to `RULES` and one to the table in tests/unit/
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from importlib.metadata import EntryPoint, entry_points
 import msgspec
 from torch import optim
 
-from paramserver.errors import ConfigError, UnsupportedOptimizerError
+from paramserver.errors import ConfigError, UnsupportedOptimizerError, did_you_mean
 from paramserver.layout.settings import Setting, number, setting_names, settings
 
 GROUP = "paramserver.rules"
@@ -260,7 +259,5 @@ def _refusal(optimizer: type[optim.Optimizer]) -> UnsupportedOptimizerError:
 
 def _known(name: str, names: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known ones and the nearest."""
-    by_lower = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    suggestion = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
-    return f"known are {', '.join(by_lower.values())}{suggestion}"
+    known = list(names)
+    return f"known are {', '.join(known)}{did_you_mean(name, known)}"

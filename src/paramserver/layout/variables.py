@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import msgspec
 import torch
@@ -41,6 +42,15 @@ class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
     def size(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+
+def shown(dtype: str | torch.dtype, shape: Iterable[int]) -> str:
+    """Return a dtype and a shape as messages show them.
+
+    >>> shown(torch.float32, (2, 3))
+    'float32[2, 3]'
+    """
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
 def dtype_name(dtype: torch.dtype, variable: str) -> str:

@@ -1,9 +1,10 @@
-"""What takes a ps long, done bit by bit: saving and restoring its shard, or the slots of it.
+"""Transfers of checkpoints, done bit by bit: saving and restoring the shard of a ps, or its slots.
 
 Rules
-    * A job goes on while it is asked to. So its peer hears of it every second, and it needs no thread; when the peer
-      is gone, so is the job.
-    * A job whose files are here reads and writes them itself. Any other one asks its peer to, piece by piece.
+    * A transfer goes on while its peer asks it to. So the peer hears of it every second, and it needs no thread of its
+      own; when the peer is gone, so is the transfer.
+    * A transfer whose files are on this host reads and writes them itself. Any other one asks its peer to, piece by
+      piece.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Rounds = Generator[messages.Reply, bytes, messages.Reply]
 """Answers round by round, is sent the content of each `Proceed`, and returns the last answer."""
 
 
-class Job:
+class Transfer:
     """Something that is done bit by bit. Used by one thread.
 
     Args:

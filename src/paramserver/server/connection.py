@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from paramserver.errors import ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
 from paramserver.server.models import Models
 from paramserver.server.threads import Hook, Pace
-from paramserver.store.membership import Roster
+from paramserver.store.membership import Membership
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.handshake import accept
 from paramserver.transport.identity import OBSERVER, STRANGER, Identity
@@ -31,13 +31,13 @@ class Host:
     Attributes:
         me: Who it is.
         local_socket: The abstract name under which it listens for workers on the same host, "" if it does not.
-        roster: Who takes part.
+        membership: Who takes part.
         models: What it holds.
     """
 
     me: Identity
     local_socket: str
-    roster: Roster
+    membership: Membership
     models: Models
 
 
@@ -77,7 +77,7 @@ class Conversation:
             if self._frames is None or self._session is None:
                 return self._begin()
             return self._go_on(self._frames, self._session)
-        except UnavailableError as error:  # whoever is gone is gone, with or without an error: the roster judges it
+        except UnavailableError as error:  # whoever is gone is gone, with or without an error: the membership judges it
             logger.info("%s: %s", self._host.me.task, str(error))
         except ParameterServerError as error:
             logger.warning("%s: %s", self._host.me.task, str(error))  # as text: a kept record must not keep the session
@@ -88,7 +88,7 @@ class Conversation:
     def end(self) -> None:
         """See `serving.Served`."""
         if self._model is not None and self._session:
-            has_left = self._host.roster.disconnect(self._session.task, self._session.incarnation)
+            has_left = self._host.membership.disconnect(self._session.task, self._session.incarnation)
             self._host.models.leave(self._model, said_goodbye=has_left)
         if self._session:
             self._session.close()
@@ -111,14 +111,14 @@ class Conversation:
     def _join(self, session: Session) -> Pace:
         try:
             self._host.models.check_alive()  # comes first: a run that has failed is over as well
-            self._model = self._host.roster.join(session.task, session.incarnation)
+            self._model = self._host.membership.join(session.task, session.incarnation)
         except ParameterServerError as error:
             try:
                 session.receive()
                 session.reply(refused(error))
             finally:  # it was expected and has come, and need not be waited for, whether or not it waits for the news
                 if isinstance(error, RunOverError):
-                    self._host.roster.leave(session.task, session.incarnation)
+                    self._host.membership.leave(session.task, session.incarnation)
             return Pace.OVER
         self._handler = self._host.models.enter(self._model)
         return Pace.SLOW

@@ -17,10 +17,10 @@ from paramserver.checkpoint.index import digest
 from paramserver.errors import ParameterServerError, RefusedError, RemoteProtocolError, UnavailableError
 from paramserver.layout.variables import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
-from paramserver.server.checkpoints import Job, here, loading_slots, reading_slots, restoring, saving, through_peer
+from paramserver.server.checkpoints import Transfer, here, loading_slots, reading_slots, restoring, saving, through_peer
 from paramserver.server.push_plans import PushPlans
 from paramserver.server.updates import TakenRows, apply_all, taken_ids, taken_values
-from paramserver.store.membership import Roster
+from paramserver.store.membership import Membership
 from paramserver.store.progress import Progress
 from paramserver.store.store import Store
 from paramserver.store.tables.table import StoredTable
@@ -40,19 +40,21 @@ class RequestHandler:
 
     Args:
         store: The store.
-        roster: Who takes part in the run.
+        membership: Who takes part in the run.
         fail: Called with the reason, if the chief cannot go on; by default the store is told.
 
     Attributes:
         pushes: What is known of pushes.
     """
 
-    def __init__(self, store: Store, roster: Roster, fail: Callable[[str], None] | None = None) -> None:
+    def __init__(self, store: Store, membership: Membership, fail: Callable[[str], None] | None = None) -> None:
         self._store = store
         self._fail = fail or store.fail
-        self._roster = roster
+        self._membership = membership
         self.pushes = PushPlans(store)
-        self._jobs: WeakKeyDictionary[Session, Job] = WeakKeyDictionary()  # a job ends with its connection
+        self._transfers: WeakKeyDictionary[Session, Transfer] = (
+            WeakKeyDictionary()
+        )  # a transfer ends with its connection
         self._handlers: Mapping[type, Callable[[Session, Any], None]] = {
             messages.Push: self._push,
             messages.Pull: self._pull,
@@ -75,6 +77,11 @@ class RequestHandler:
             messages.GetStatus: self._status,
             messages.Goodbye: self._goodbye,
         }
+
+    @property
+    def requests(self) -> frozenset[type]:
+        """The kinds of request that have a handler."""
+        return frozenset(self._handlers)
 
     def handle(self, session: Session, request: messages.Request) -> None:
         """Carry out one request and answer it; whatever is wrong with it is answered with a refusal.
@@ -212,7 +219,7 @@ class RequestHandler:
     def _await_ready(self, session: Session, request: messages.AwaitReady) -> None:
         ready = self._store.await_ready(_bounded(request.timeout))
         if not ready:
-            self._roster.check_going_on(session.task)
+            self._membership.check_going_on(session.task)
         session.reply(messages.State(ready, self._store.global_step))
 
     def _mark_restored(self, session: Session, request: messages.MarkRestored) -> None:
@@ -222,12 +229,12 @@ class RequestHandler:
     def _await_restored(self, session: Session, request: messages.AwaitRestored) -> None:
         is_over = self._store.await_restored(_bounded(request.timeout))
         if not is_over:
-            self._roster.check_going_on(session.task)
+            self._membership.check_going_on(session.task)
         session.reply(messages.State(is_over, self._store.global_step))
 
     def _await_workers(self, session: Session, request: messages.AwaitWorkers) -> None:
-        left = self._roster.await_alone(session.task, _bounded(request.timeout), absent=request.absent)
-        absent = self._roster.absent(besides=session.task) if request.absent else ()
+        left = self._membership.await_alone(session.task, _bounded(request.timeout), absent=request.absent)
+        absent = self._membership.absent(besides=session.task) if request.absent else ()
         session.reply(messages.Remaining(left, absent))
 
     def _save(self, session: Session, save: messages.Save) -> None:
@@ -246,24 +253,24 @@ class RequestHandler:
 
     def _begin_through_peer(self, session: Session, steps: Steps[messages.Reply]) -> None:
         self._store.check_alive()
-        self._jobs[session] = Job(through_peer(steps))
+        self._transfers[session] = Transfer(through_peer(steps))
         session.reply(messages.Underway())
 
     def _begin(self, session: Session, steps: Steps[messages.Reply], directory: Path, *, is_here: bool) -> None:
         if not is_here:
             logger.info("%s does not see %s: its shard goes through %s", self._store.task, directory, session.task)
-        self._jobs[session] = Job(here(steps, directory) if is_here else through_peer(steps))
+        self._transfers[session] = Transfer(here(steps, directory) if is_here else through_peer(steps))
         session.reply(messages.Underway())
 
     def _proceed(self, session: Session, request: messages.Proceed) -> None:
-        job = self._jobs.get(session)
-        if job is None:
+        transfer = self._transfers.get(session)
+        if transfer is None:
             raise RefusedError(f"{self._store.task} has nothing to go on with", self._store.task)
         try:
-            reply = job.proceed(_bounded(request.timeout), request.content)
+            reply = transfer.proceed(_bounded(request.timeout), request.content)
         finally:
-            if job.is_over:
-                del self._jobs[session]
+            if transfer.is_over:
+                del self._transfers[session]
         session.reply(reply)
 
     def _create_variable(self, session: Session, request: messages.CreateVariable) -> None:
@@ -274,7 +281,7 @@ class RequestHandler:
     def _await_variable(self, session: Session, request: messages.AwaitVariable) -> None:
         is_there = self._store.await_variable(request.variable, _bounded(request.timeout))
         if not is_there:
-            self._roster.check_going_on(session.task)
+            self._membership.check_going_on(session.task)
         session.reply(messages.State(is_there, self._store.global_step))
 
     def _read_variable(self, session: Session, request: messages.ReadVariable) -> None:
@@ -322,18 +329,18 @@ class RequestHandler:
             updates=statistics.updates,
             mean_staleness=statistics.mean_staleness,
             largest_staleness=statistics.largest_staleness,
-            joined=self._roster.joined(),
+            joined=self._membership.joined(),
         )
 
     def _goodbye(self, session: Session, goodbye: messages.Goodbye) -> None:
         if goodbye.failure:
             logger.warning("%s failed: %s", session.task, goodbye.failure)
-            if session.task == self._roster.chief:
+            if session.task == self._membership.chief:
                 self._fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
         try:
             session.reply(messages.Done())
         finally:  # it has left, whether or not it waits for the answer; after the answer, since this may end the run
-            self._roster.leave(session.task, session.incarnation)
+            self._membership.leave(session.task, session.incarnation)
 
 
 def _sees(directory: Path, expected: str = "") -> bool:

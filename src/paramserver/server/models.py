@@ -3,7 +3,7 @@
 Rules
     * Most runs have one. A process that makes another strategy (a cell of a notebook that is run again, a second fold
       of a cross validation) gets another model, independent of the first, with a store and a global step of its own;
-      the roster counts them. The n-th strategies of all workers share a model.
+      the membership counts them. The n-th strategies of all workers share a model.
     * A model that is left by everyone while the run goes on with another one is given up, and its memory with it.
 """
 
@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 
 from paramserver.server.handler import RequestHandler
-from paramserver.store.membership import Roster
+from paramserver.store.membership import Membership
 from paramserver.store.store import Allocate, Store
 from paramserver.wire import messages
 
@@ -24,13 +24,13 @@ class Models:
     Args:
         task: The ps, for messages.
         allocate: Makes the memory for arenas.
-        roster: Who takes part in the run.
+        membership: Who takes part in the run.
     """
 
-    def __init__(self, task: str, allocate: Allocate, roster: Roster) -> None:
+    def __init__(self, task: str, allocate: Allocate, membership: Membership) -> None:
         self._task = task
         self._allocate = allocate
-        self._roster = roster
+        self._membership = membership
         self._lock = threading.Lock()
         self._stores: dict[int, Store] = {}
         self._handlers: dict[int, RequestHandler] = {}
@@ -43,7 +43,7 @@ class Models:
         with self._lock:
             if number not in self._handlers:
                 store = self._stores[number] = Store(self._task, self._allocate)
-                self._handlers[number] = RequestHandler(store, self._roster, self.fail)
+                self._handlers[number] = RequestHandler(store, self._membership, self.fail)
                 if self._failure:
                     store.fail(self._failure)
             return self._handlers[number]

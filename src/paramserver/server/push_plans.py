@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from paramserver.errors import RefusedError
-from paramserver.layout.blocks import pieces
 from paramserver.layout.settings import Setting
 from paramserver.store.arena import StoredArena
 from paramserver.store.blocks import Operation, StoredBlocks
@@ -19,6 +18,7 @@ from paramserver.store.store import Store
 from paramserver.store.tables.table import StoredTable
 from paramserver.transport.lane import Piece
 from paramserver.wire import messages
+from paramserver.wire.payload import dense_pieces, parts_of_rows
 
 
 class Application(NamedTuple):
@@ -65,8 +65,7 @@ class PushPlans:
         """
         plan = self._known(push)
         if plan is None:
-            of_rows = tuple(part for part in push.parts if part.rows is not None)
-            applications = tuple(each for part in push.parts if part.rows is None for each in self._applications(part))
+            of_rows, applications = parts_of_rows(push.parts), tuple(self._applications(push.parts))
             pulled, elements = self.whole(push.pull), self._elements(push)
             self._last = plan = PushPlan(push.parts, push.pull, of_rows, applications, pulled, elements)
         return plan
@@ -94,7 +93,7 @@ class PushPlans:
         last = self._last
         return last if last is not None and last.parts == push.parts and last.pull == push.pull else None
 
-    def _applications(self, part: messages.Part) -> Iterator[Application]:
+    def _check(self, part: messages.Part) -> None:
         arena = self._store.arena(part.arena)
         try:
             if isinstance(arena, StoredTable):
@@ -103,8 +102,16 @@ class PushPlans:
         except ValueError as error:
             task, what = self._store.task, f"{part.operation!r} on arena {part.arena}"
             raise RefusedError(f"push to {task} refused: {what}: {error}", task) from error
-        for start, stop in arena.layout.pieces if part.ranges is None else pieces(part.ranges):
-            yield Application(arena, part.operation, Piece(part.arena, start, stop), part.settings)
+
+    def _applications(self, parts: Sequence[messages.Part]) -> Iterator[Application]:
+        arenas = self._store.arenas
+        for part in parts:
+            if part.rows is None:
+                self._check(part)
+        for part, span in dense_pieces(parts, [arena.layout for arena in arenas]):
+            arena = arenas[part.arena]
+            assert isinstance(arena, StoredArena)  # noqa: S101  # just checked
+            yield Application(arena, part.operation, Piece(part.arena, *span), part.settings)
 
     def _elements(self, push: messages.Push) -> int:
         arenas = self._store.arenas

@@ -18,7 +18,7 @@ from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
 from paramserver.server.models import Models
 from paramserver.server.threads import ServingThreads
-from paramserver.store.membership import Roster
+from paramserver.store.membership import Membership
 from paramserver.store.store import Store
 from paramserver.transport.identity import Identity, new_incarnation
 from paramserver.transport.in_process import InProcessLane, InProcessSession
@@ -65,8 +65,8 @@ class Server:
         surroundings = environment.read()
         self._grace = grace
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
-        self._roster = Roster(workers[0] if workers else "", workers)
-        self._models = Models(str(self.task), arena_memory.shared_store_memory, self._roster)
+        self._membership = Membership(workers[0] if workers else "", workers)
+        self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
         # Its threads are daemons: a program that fails before it has stopped its server must end all the same.
@@ -75,7 +75,7 @@ class Server:
         self._host = Host(
             me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
             local_socket=self._listener.local_socket,
-            roster=self._roster,
+            membership=self._membership,
             models=self._models,
         )
         self._waiters: list[threading.Thread] = []  # whom an interrupt may have left behind
@@ -114,20 +114,22 @@ class Server:
         self._models.check_alive()
         if not complete and not was_stopped:
             raise UnavailableError(
-                f"{self._roster.chief} was lost and did not come back within {self._grace:g} s; "
+                f"{self._membership.chief} was lost and did not come back within {self._grace:g} s; "
                 f"{self.task} ends, restart the run to go on from its last checkpoint",
-                self._roster.chief,
+                self._membership.chief,
             )
 
     def _await_over(self) -> bool:
-        """See `Roster.await_over`.
+        """See `Membership.await_over`.
 
         Another thread waits: a signal handler runs in the middle of what the main thread does, so that `request_stop`
         could come between its look at the state and its wait for a change.
         """
         results: list[bool] = []
         waiter = threading.Thread(
-            target=lambda: results.append(self._roster.await_over(self._grace)), name=f"{self.task} waits", daemon=True
+            target=lambda: results.append(self._membership.await_over(self._grace)),
+            name=f"{self.task} waits",
+            daemon=True,
         )
         self._waiters.append(waiter)
         waiter.start()
@@ -148,7 +150,7 @@ class Server:
     def request_stop(self) -> None:
         """Let `join` end soon. Does not block, so that a signal handler may call it."""
         self._listener.close()
-        self._roster.stop()
+        self._membership.stop()
 
     def status(self) -> messages.Status:
         """What this ps holds and has done."""
@@ -190,9 +192,9 @@ def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Calla
     """
     task = str(TaskId(Role.PS, index))
     me = str(TaskId(Role.CHIEF, 0))
-    roster = Roster(me, [me])
+    membership = Membership(me, [me])
     store, incarnation = Store(task, partial(arena_memory.private_store_memory, device=device)), new_incarnation()
-    handler = RequestHandler(store, roster)
+    handler = RequestHandler(store, membership)
     return lambda: InProcessLane(task, InProcessSession(me, incarnation), handler.handle)
 
 

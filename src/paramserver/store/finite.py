@@ -17,11 +17,11 @@ import torch
 from paramserver.errors import NotFiniteError
 from paramserver.layout.blocks import BLOCK, Range
 from paramserver.store.blocks import BlockCopy, StoredBlocks
-from paramserver.store.shards.place import Place
+from paramserver.store.shards.parts import StoredPart
 
 
 def check_finite(
-    task: str, arena: StoredBlocks, block: int, here: Iterable[tuple[Place, Range]], copy: BlockCopy
+    task: str, arena: StoredBlocks, block: int, here: Iterable[tuple[StoredPart, Range]], copy: BlockCopy
 ) -> None:
     """Check the trained values and the slots of one block.
 
@@ -79,7 +79,7 @@ def _tensors(block: int, copy: BlockCopy) -> Iterator[tuple[str, int, torch.Tens
         yield from ((name, start, slot) for name, slot in state.items() if slot.ndim)
 
 
-def _not_finite(task: str, place: Place, slot: str, first: int, part: torch.Tensor) -> NotFiniteError:
+def _not_finite(task: str, place: StoredPart, slot: str, first: int, part: torch.Tensor) -> NotFiniteError:
     faults = part.isnan() if part.isnan().any() else ~part.isfinite()
     at = int(faults.nonzero()[0])
     element = place.skipped + first - place.span[0] + at

@@ -70,7 +70,7 @@ class _Process:
             self._lost.append(self._numbers[incarnation])
 
 
-class Roster:
+class Membership:
     """The presence of the chief and the workers. Thread-safe.
 
     Args:

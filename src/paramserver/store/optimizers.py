@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 
 from paramserver.errors import ConfigError
 from paramserver.layout.settings import Setting
+from paramserver.memory import torch_internals
 
 Kernel = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Mapping[Tensor, Mapping[str, Tensor]]], bool]
 
@@ -73,11 +74,12 @@ def kernel(optimizer: type[optim.Optimizer], group: Mapping[str, Any]) -> Kernel
     if not group.get("fused"):
         return None
     if optimizer is optim.Adagrad:
-        return _fused(torch._fused_adagrad_, ("sum",), group, "lr_decay")
+        return _fused(torch_internals.fused_adagrad, ("sum",), group, "lr_decay")
     if optimizer in (optim.Adam, optim.AdamW):
         is_decoupled = optimizer is optim.AdamW or group.get("decoupled_weight_decay")
         beta1, beta2 = group["betas"]
-        run = functools.partial(torch._fused_adamw_ if is_decoupled else torch._fused_adam_, beta1=beta1, beta2=beta2)
+        fused = torch_internals.fused_adamw if is_decoupled else torch_internals.fused_adam
+        run = functools.partial(fused, beta1=beta1, beta2=beta2)
         largest = "max_exp_avg_sq" if group["amsgrad"] else ""
         return _fused(run, ("exp_avg", "exp_avg_sq", largest), group, "amsgrad")
     return None
@@ -99,7 +101,7 @@ def _fused(run: Callable[..., None], slots: Sequence[str], group: Mapping[str, A
         if len(states) < len(parameters):
             return False
         lists = [[known[slot] for known in states if slot] for slot in (*slots, "step")]
-        torch._foreach_add_(lists[-1], 1)
+        torch_internals.foreach_add(lists[-1], 1)
         run(parameters, gradients, *lists, **settings)
         return True
 

@@ -13,7 +13,7 @@ import torch
 from paramserver.errors import ModelMismatchError, RefusedError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import Range, num_blocks
-from paramserver.layout.variables import DTYPES, VariableSpec
+from paramserver.layout.variables import DTYPES, VariableSpec, shown
 from paramserver.memory.arena_memory import StoreMemory
 from paramserver.store.arena import StoredArena
 from paramserver.store.progress import Progress
@@ -255,8 +255,9 @@ class Store:
         (held,) = arena.layout.variables
         if held != variable:
             raise ModelMismatchError(
-                f"variable {variable.name!r} on {self.task} is {_shown(held)}, as the chief has created it, and this "
-                f"worker's is {_shown(variable)}; every worker must create the same variables in the same order",
+                f"variable {variable.name!r} on {self.task} is {_variable_shown(held)}, as the chief has created it, and "
+                f"this worker's is {_variable_shown(variable)}; every worker must create the same variables in the same "
+                "order",
                 self.task,
                 variable.name,
             )
@@ -339,14 +340,14 @@ def _compare(task: str, held: Sequence[ArenaLayout], declared: Sequence[ArenaLay
     mine, theirs = _by_name(held), _by_name(declared)
     for name, (spec, rule) in theirs.items():
         if name not in mine:
-            raise ModelMismatchError(_difference(task, name, "no such variable", _shown(spec)), task, name)
+            raise ModelMismatchError(_difference(task, name, "no such variable", _variable_shown(spec)), task, name)
         if mine[name] != (spec, rule):
             kept, kept_rule = mine[name]
-            expected, got = (_shown(kept), _shown(spec)) if kept != spec else (kept_rule, rule)
+            expected, got = (_variable_shown(kept), _variable_shown(spec)) if kept != spec else (kept_rule, rule)
             raise ModelMismatchError(_difference(task, name, expected, got), task, name)
     for name, (spec, _) in mine.items():
         if name not in theirs:
-            raise ModelMismatchError(_difference(task, name, _shown(spec), "no such variable"), task, name)
+            raise ModelMismatchError(_difference(task, name, _variable_shown(spec), "no such variable"), task, name)
     for kept_place, place in zip(_places(held), _places(declared), strict=True):
         if kept_place != place:
             raise ModelMismatchError(
@@ -371,8 +372,8 @@ def _places(layouts: Sequence[ArenaLayout]) -> list[tuple[int, str]]:
     return [(arena, variable.name) for arena, layout in enumerate(layouts) for variable in layout.variables]
 
 
-def _shown(variable: VariableSpec) -> str:
-    return f"{variable.dtype}{list(variable.shape)}"
+def _variable_shown(variable: VariableSpec) -> str:
+    return shown(variable.dtype, variable.shape)
 
 
 def _difference(task: str, name: str, expected: str, got: str) -> str:

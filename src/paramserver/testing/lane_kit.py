@@ -41,6 +41,7 @@ from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import Lane, LaneKind, Piece, Session, TableRows, WorkerMemory
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Reply, Request
+from paramserver.wire.payload import dense_pieces
 
 TIMEOUT = 30.0
 """Seconds after which something that should have happened has not."""
@@ -142,7 +143,9 @@ class Shelf:
                 if self.limit is None:
                     taken = [self._taken(session, part) for part in parts if part.rows is not None]
                     self.rows += [TableRows(ids, values.clone()) for ids, values in taken]  # valid until the reply
-                self._push(session, _pieces(self._layouts, parts), pull)
+                self._push(
+                    session, [Piece(part.arena, *span) for part, span in dense_pieces(parts, self._layouts)], pull
+                )
             case messages.Pull(arenas):
                 session.reply(messages.State(True, 0), whole(self._layouts, arenas), self._lock_of)
             case messages.PullRows(wanted=((arena, count),)):
@@ -206,7 +209,11 @@ class Worker:
     def push(self, *parts: Part, pull: Sequence[int] = (), rows: Sequence[TableRows] = ()) -> Reply:
         """Push parts, with the rows of those that are about tables, and pull arenas."""
         payload = [view for each in rows for view in (each.id_bytes, each.value_bytes)]
-        self.lane.start(messages.Push(1, 0, True, parts, tuple(pull)), _pieces(self.layouts, parts), payload)
+        self.lane.start(
+            messages.Push(1, 0, True, parts, tuple(pull)),
+            [Piece(part.arena, *span) for part, span in dense_pieces(parts, self.layouts)],
+            payload,
+        )
         return self.lane.finish(whole(self.layouts, pull))
 
     def pull_rows(self, arena: int, rows: TableRows) -> Reply:
@@ -245,15 +252,6 @@ def expect_equal(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 def _taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
     return session.take_rows(count * ID_BYTES).view(np.int64).copy()
-
-
-def _pieces(layouts: Sequence[ArenaLayout], parts: Sequence[Part]) -> list[Piece]:
-    return [
-        Piece(part.arena, start, stop)
-        for part in parts
-        if part.rows is None
-        for start, stop in (layouts[part.arena].pieces if part.ranges is None else pieces(part.ranges))
-    ]
 
 
 def _layout(dtype: str, *shapes: tuple[int, ...]) -> ArenaLayout:

@@ -1,1 +1,1 @@
-"""Lanes: the ways that bytes go between two tasks."""
+"""Exchange: the ways that bytes go between two tasks."""

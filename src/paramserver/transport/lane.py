@@ -242,9 +242,11 @@ class LaneKind:
         session: Makes the ps's end, from such a connection and the incarnation of the worker.
         is_local: Whether it goes over the Unix socket of the ps, which only tasks on its host reach.
         keeps: Whether a lane of this kind can go on with the memory of an earlier lane of any kind; see `Lane.open`.
+        obstacle: Says why this machine cannot use it; empty if it can.
     """
 
     lane: Callable[[FrameSocket], Lane]
     session: Callable[[FrameSocket, str], Session]
     is_local: bool = False
     keeps: Callable[[WorkerMemory], bool] = lambda memory: True
+    obstacle: Callable[[], str] = lambda: ""

@@ -30,10 +30,11 @@ def usable_lanes(choice: str, kept: WorkerMemory | None) -> dict[str, LaneKind]:
 
     Raises:
         ConfigError: If there is none of this name.
-        RefusedError: If it cannot go on with that memory.
+        RefusedError: If this machine cannot use it, or it cannot go on with that memory.
     """
     kinds = {name: lane_kind(name) for name in (AUTOMATIC if choice == AUTO else (choice,))}
-    usable = {name: kind for name, kind in kinds.items() if kept is None or kind.keeps(kept)}
+    usable = {name: kind for name, kind in kinds.items() if not kind.obstacle() and (kept is None or kind.keeps(kept))}
     if not usable:
-        raise RefusedError(f"a {choice} lane cannot go on with the memory of the lane that was lost", choice)
+        obstacle = kinds[choice].obstacle() or "it cannot go on with the memory of the lane that was lost"
+        raise RefusedError(f"a {choice} lane cannot be used here: {obstacle}", choice)
     return usable

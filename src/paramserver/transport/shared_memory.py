@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import platform
 import time
 from collections.abc import Sequence
 
@@ -37,8 +38,10 @@ from paramserver.transport.lane import (
 )
 from paramserver.transport.tcp import expect_reply
 from paramserver.wire.messages import Done, Refused, Reply, Request, Share
-from paramserver.wire.refusals import raised
+from paramserver.wire.refusals import expect
 
+ORDERED = frozenset({"x86_64", "amd64", "i386", "i686"})
+"""The machines whose processors keep loads in their order, and stores, by the names of ``platform.machine()``."""
 TORN_READ_LIMIT = 10.0
 """Seconds after which a block that is being written must mean that its writer died."""
 QUIET_LIMIT = 5e-3
@@ -115,11 +118,7 @@ class SharedMemoryLane(Lane):
 
     def _exchange(self, gradients: HasFileno, rows: HasFileno, nbytes: int) -> shared_file.SharedFile:
         self._frames.send(Share())
-        reply = expect_reply(self._frames)
-        if isinstance(reply, Refused):
-            raise raised(reply, self.task)
-        if not isinstance(reply, Done):
-            raise RemoteProtocolError(f"{self.task} was offered shared memory and answered {reply}")
+        expect(expect_reply(self._frames), Done, self.task)
         for file in (gradients, rows):
             self._frames.send_descriptor(file.fileno())
         return shared_file.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
@@ -148,8 +147,10 @@ def _gradients(layouts: Sequence[ArenaLayout]) -> tuple[shared_file.SharedFile, 
 class _BlockCopy:
     """Copies one block of values, as many times as it takes to find nobody writing it.
 
-    There is no memory fence in Python. On processors that reorder loads or stores, the thousands of instructions that
-    lie between a version and the first or last element keep them apart.
+    A writer makes the version odd, writes the values, and makes it even; a reader reads the version, the values, and
+    the version again. That is right where a processor lets others see its stores in their order and carries out its
+    loads in their order, as x86 does. Others need a memory fence in between, which Python does not have, so that they
+    are refused; see `ORDERED`.
     """
 
     def __init__(self, piece: Piece, theirs: StoreMemory, mine: WorkerMemory) -> None:
@@ -178,7 +179,7 @@ class _BlockCopy:
 
 
 class _RowsCopy:
-    """Copies rows of a table, those again that somebody wrote to meanwhile. See `_BlockCopy` about fences."""
+    """Copies rows of a table, those again that were written to meanwhile; `_BlockCopy` says when that is right."""
 
     def __init__(self, theirs: StoreMemory, arena: int, width: int) -> None:
         self._rows = Rows(theirs.values[arena].view(-1, width))
@@ -293,4 +294,17 @@ class SharedMemorySession(Session):
         return file.data
 
 
-KIND = LaneKind(SharedMemoryLane, SharedMemorySession, is_local=True, keeps=lambda memory: memory.file is not None)
+def _obstacle() -> str:
+    machine = platform.machine()
+    if machine.lower() not in ORDERED:
+        return f"processors of {machine} may reorder what is read and written, so that blocks could be torn unseen"
+    return "" if shared_file.can_share() else "this platform has no anonymous shared files that can be sealed"
+
+
+KIND = LaneKind(
+    SharedMemoryLane,
+    SharedMemorySession,
+    is_local=True,
+    keeps=lambda memory: memory.file is not None,
+    obstacle=_obstacle,
+)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from paramserver.errors import (
     CheckpointError,
     ModelMismatchError,
     NotFiniteError,
     ParameterServerError,
     RefusedError,
+    RemoteProtocolError,
     RunOverError,
     TokenError,
 )
-from paramserver.wire.messages import Refused
+from paramserver.wire.messages import Message, Refused
+
+M = TypeVar("M", bound=Message)
 
 
 def refused(error: ParameterServerError) -> Refused:
@@ -46,3 +51,17 @@ def raised(refusal: Refused, task: str) -> ParameterServerError:
             return RunOverError(refusal.message)
         case _:
             return RefusedError(refusal.message, task)
+
+
+def expect(reply: Message, kind: type[M], task: str) -> M:
+    """Return the reply of a task if it is of the kind that was asked for.
+
+    Raises:
+        ParameterServerError: What the task has refused with.
+        RemoteProtocolError: If it has answered something else.
+    """
+    if isinstance(reply, kind):
+        return reply
+    if isinstance(reply, Refused):
+        raise raised(reply, task)
+    raise RemoteProtocolError(f"{task} was expected to answer {kind.__name__}, and answered {reply}")

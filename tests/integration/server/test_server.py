@@ -16,7 +16,7 @@ from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.rules import describe
 from paramserver.layout.variables import VariableSpec
 from paramserver.server.server import Server, run_standard_server
-from paramserver.store.membership import Outlook, Roster
+from paramserver.store.membership import Membership, Outlook
 from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.handshake import connect
 from paramserver.transport.identity import Identity, new_incarnation
@@ -315,16 +315,16 @@ def test_a_stranger_that_says_nothing_does_not_delay_the_end():
 def test_a_signal_between_a_look_and_a_wait_is_not_lost(monkeypatch):
     """`join` finds the run going on, and only then begins to wait for a change."""
     looked: list[bool] = []
-    outlook = Roster.outlook
+    outlook = Membership.outlook
 
-    def look(roster: Roster) -> Outlook:
+    def look(membership: Membership) -> Outlook:
         if not looked:
             looked.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
             os.sched_yield()  # if this is the main thread, its handler runs here
-        return outlook.fget(roster)
+        return outlook.fget(membership)
 
-    monkeypatch.setattr(Roster, "outlook", property(look))
+    monkeypatch.setattr(Membership, "outlook", property(look))
     with LocalCluster(ps=1, workers=1) as cluster:
         (server,) = cluster.servers
         too_late = threading.Timer(PATIENCE, server.request_stop)

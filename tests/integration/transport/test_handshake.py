@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import platform
 import queue
 import re
 import selectors
@@ -266,9 +267,18 @@ def test_a_local_lane_to_another_host_says_so():
         join(ps.address, lane="shared-memory")
 
 
+@pytest.mark.parametrize("machine", ["aarch64", "ppc64le"])
+def test_shared_memory_is_not_for_machines_that_reorder(machine, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with serving() as ps, join(ps.address) as lane:
+        assert lane.name == "tcp"
+    with pytest.raises(RefusedError, match=f"cannot be used here: processors of {machine} may reorder"):
+        join("127.0.0.1:1", lane="shared-memory")
+
+
 def test_a_lane_that_cannot_keep_the_memory_is_refused():
     kept = WorkerMemory([], [])
-    with pytest.raises(RefusedError, match="a shared-memory lane cannot go on with the memory"):
+    with pytest.raises(RefusedError, match="a shared-memory lane cannot be used here: it cannot go on with the memory"):
         connect("127.0.0.1:1", "ps:0", WORKER, lane="shared-memory", timeout=TIMEOUT, kept=kept)
 
 

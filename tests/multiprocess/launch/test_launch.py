@@ -23,7 +23,7 @@ from tests.multiprocess.finished_run import Run
 from paramserver.cluster.report import Report
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
-from paramserver.launch import local, rules
+from paramserver.launch import lifecycle, local
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.spec import LaunchSpec, TaskSpec
 
@@ -205,7 +205,7 @@ def test_an_evaluator_is_waited_for(program: Program) -> None:
 def test_a_task_that_ignores_sigterm_is_killed(
     program: Program, lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "KILL_AFTER", 0.1)
+    monkeypatch.setattr(lifecycle, "KILL_AFTER", 0.1)
     run = Run(program(WORKER, DEAF), program(CHIEF, "meet(2); sys.exit(6)"))
     assert run.code == 6
     assert lifeline.is_free(within=0)
@@ -317,7 +317,7 @@ def test_a_second_ctrl_c_kills_at_once(program: Program, lifeline: Lifeline, tmp
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.wait(PATIENCE)
-        assert time.monotonic() - begin < rules.KILL_AFTER / 2
+        assert time.monotonic() - begin < lifecycle.KILL_AFTER / 2
     assert process.returncode == 130
     assert lifeline.is_free(within=PATIENCE)
 

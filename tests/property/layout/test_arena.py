@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paramserver.layout.arena import ALIGNMENT, ArenaLayout
-from paramserver.layout.blocks import BLOCK, Range, merge, pieces
+from paramserver.layout.blocks import BLOCK, Range, join_ranges, pieces
 from paramserver.layout.variables import DTYPES, VariableSpec
 
 shapes = st.lists(st.lists(st.integers(0, 70), max_size=2).map(tuple), max_size=8)
@@ -52,8 +52,8 @@ def test_views_alias_the_arena_each_its_own_part(layout: ArenaLayout) -> None:
 def test_pieces_cover_exactly_and_never_cross_a_block(ranges: list[Range]) -> None:
     cut = list(pieces(ranges))
     assert all(start < stop and start // BLOCK == (stop - 1) // BLOCK for start, stop in cut)
-    joined = merge(cut, gap=0)
-    assert joined == merge([span for span in ranges if span[0] < span[1]], gap=0)
+    joined = join_ranges(cut, gap=0)
+    assert joined == join_ranges([span for span in ranges if span[0] < span[1]], gap=0)
     assert sum(stop - start for start, stop in cut) == sum(stop - start for start, stop in ranges)
 
 
@@ -61,7 +61,7 @@ def test_pieces_cover_exactly_and_never_cross_a_block(ranges: list[Range]) -> No
 def test_merging_what_is_present_swallows_nothing_that_is_absent(layout: ArenaLayout, data: st.DataObject) -> None:
     """With the gap that a step uses: a variable without a gradient keeps its value and its slots."""
     here = data.draw(st.lists(st.booleans(), min_size=len(layout.ranges), max_size=len(layout.ranges)))
-    merged = merge(
+    merged = join_ranges(
         [span for span, present in zip(layout.ranges, here, strict=True) if present],
         gap=ALIGNMENT // layout.itemsize - 1,
     )
@@ -74,4 +74,4 @@ def test_merging_what_is_present_swallows_nothing_that_is_absent(layout: ArenaLa
 
 @given(layouts())
 def test_a_whole_model_is_one_range(layout: ArenaLayout) -> None:
-    assert len(merge(layout.ranges, gap=ALIGNMENT // layout.itemsize - 1)) == min(len(layout.variables), 1)
+    assert len(join_ranges(layout.ranges, gap=ALIGNMENT // layout.itemsize - 1)) == min(len(layout.variables), 1)

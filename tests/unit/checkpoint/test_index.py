@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from paramserver.checkpoint.index import VALUES_INDEX, Maps, digest, merge, read_index, rows_files, write_index
+from paramserver.checkpoint.index import VALUES_INDEX, Maps, digest, merge_maps, read_index, rows_files, write_index
 from paramserver.checkpoint.reading import read_shapes, read_tensors, stored_tensors
 from paramserver.errors import CheckpointError
 
@@ -122,16 +122,16 @@ ONE = Maps({"t": "t.values", "b": "1"}, {"t/m": "t.slots", "t/v": "t.slots", "b/
 
 def test_b06_equal_entries_are_one():
     other = Maps({"t": "t.values", "c": "2"}, {"t/m": "t.slots", "t/v": "t.slots"})
-    assert merge([ONE, other]) == Maps({"t": "t.values", "b": "1", "c": "2"}, dict(ONE.slot_map))
+    assert merge_maps([ONE, other]) == Maps({"t": "t.values", "b": "1", "c": "2"}, dict(ONE.slot_map))
 
 
 @pytest.mark.parametrize("slots", [{}, {"t/m": "t.slots"}, {"t/m": "t.slots", "t/v": "t.slots", "t/x": "t.slots"}])
 @pytest.mark.parametrize("turn", [1, -1])
 def test_b06_slots_that_not_all_parts_have_do_not_count(slots, turn):
-    assert merge([ONE, Maps({"t": "t.values"}, slots)][::turn]).slot_map == {"b/m": "s1"}
+    assert merge_maps([ONE, Maps({"t": "t.values"}, slots)][::turn]).slot_map == {"b/m": "s1"}
 
 
 def test_two_variables_of_one_name_are_an_error():
     with pytest.raises(CheckpointError, match="two variables called 'b'.*another name") as caught:
-        merge([ONE, Maps({"b": "2"}, {})])
+        merge_maps([ONE, Maps({"b": "2"}, {})])
     assert caught.value.path == "2"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from paramserver.client.ask import WAIT_INTERVAL, Patience, ask, ask_all, ask_until_ready
-from paramserver.client.exchange import Lanes
+from paramserver.client.exchange import Exchange
 from paramserver.errors import DeadlineError, RefusedError, RemoteProtocolError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.transport.lane import Lane, Piece, WorkerMemory
@@ -42,7 +42,7 @@ class Answering(Lane):
 
 def test_every_ps_is_asked_and_answers_in_its_place() -> None:
     lanes = [Answering(f"ps:{index}", State(True, index)) for index in range(3)]
-    assert [state.global_step for state in ask_all(Lanes(lanes), GetStatus(), State)] == [0, 1, 2]
+    assert [state.global_step for state in ask_all(Exchange(lanes), GetStatus(), State)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_every_ps_is_asked_and_answers_in_its_place() -> None:
 def test_another_answer_is_an_error(answer: Reply, error: type[Exception], message: str) -> None:
     lane = Answering("ps:1", answer)
     with pytest.raises(error, match=message):
-        ask(Lanes([lane]), lane, Goodbye(), Done)
+        ask(Exchange([lane]), lane, Goodbye(), Done)
 
 
 def test_a_wait_goes_on_until_it_is_answered_and_says_so_meanwhile() -> None:
     lane, waits = Answering("ps:0", State(False, 0), State(False, 0), State(True, 5)), list[float]()
-    ask_until_ready(Lanes([lane]), lane, AwaitReady, Patience(60, waits.append), "the chief sleeps")
+    ask_until_ready(Exchange([lane]), lane, AwaitReady, Patience(60, waits.append), "the chief sleeps")
     assert lane.asked == [AwaitReady(WAIT_INTERVAL)] * 3, "no ps is to wait for longer before it is heard of"
     assert len(waits) == 2
     assert 0 <= waits[0] <= waits[1] < 60
@@ -69,5 +69,5 @@ def test_a_wait_goes_on_until_it_is_answered_and_says_so_meanwhile() -> None:
 def test_a_wait_ends_and_names_what_it_was_for() -> None:
     lane = Answering("ps:0", State(False, 0))
     with pytest.raises(DeadlineError, match="the chief sleeps within 0 s; is it running?"):
-        ask_until_ready(Lanes([lane]), lane, AwaitReady, Patience(0), "the chief sleeps")
+        ask_until_ready(Exchange([lane]), lane, AwaitReady, Patience(0), "the chief sleeps")
     assert lane.asked == [AwaitReady(0.0)]

@@ -1,4 +1,4 @@
-"""What `Lanes` does to several lanes at once, which here only write down what they are asked."""
+"""What `Exchange` does to several lanes at once, which here only write down what they are asked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from paramserver.client.exchange import Call, Lanes
+from paramserver.client.exchange import Call, Exchange
 from paramserver.errors import LocalProtocolError, UnavailableError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.transport.lane import Lane, Piece, WorkerMemory
@@ -45,7 +45,7 @@ class Diary(Lane):
 def test_what_is_done_meanwhile_is_done_while_all_ps_tasks_are_at_work() -> None:
     entries: list[str] = []
     lanes = [Diary(task, entries) for task in ("ps:0", "ps:1")]
-    replies = Lanes(lanes).exchange([Call(lane, GetStatus()) for lane in lanes], lambda: entries.append("meanwhile"))
+    replies = Exchange(lanes).run([Call(lane, GetStatus()) for lane in lanes], lambda: entries.append("meanwhile"))
     assert replies.replies == [Done(), Done()]
     assert entries == ["start ps:0", "start ps:1", "meanwhile", "finish ps:0", "finish ps:1"]
 
@@ -76,9 +76,9 @@ def interrupt() -> None:
 def test_h3_a_lane_that_was_interrupted_is_made_anew_and_what_has_a_number_is_asked_again(request_: Request) -> None:
     entries: list[str] = []
     lane = Diary("ps:0", entries)
-    lanes = Lanes([lane], Dialer(entries))
+    lanes = Exchange([lane], Dialer(entries))
     with pytest.raises(KeyboardInterrupt):
-        lanes.exchange([Call(lane, request_)], interrupt)
+        lanes.run([Call(lane, request_)], interrupt)
     assert lanes.mend() == [Done()] * (request_ is PUSH)
     again = ["start ps:0", "finish ps:0"] if request_ is PUSH else []
     assert entries == ["start ps:0", "close ps:0", "dial ps:0", *again]
@@ -87,20 +87,20 @@ def test_h3_a_lane_that_was_interrupted_is_made_anew_and_what_has_a_number_is_as
 
 def test_h3_a_lane_that_cannot_be_made_anew_is_refused() -> None:
     lane = Diary("ps:0", [])
-    lanes = Lanes([lane])
+    lanes = Exchange([lane])
     with pytest.raises(KeyboardInterrupt):
-        lanes.exchange([Call(lane, PUSH)], interrupt)
+        lanes.run([Call(lane, PUSH)], interrupt)
     for _ in range(2):
         with pytest.raises(UnavailableError, match="ps:0 was left in the middle of a request"):
-            lanes.exchange([Call(lane, GetStatus())])
+            lanes.run([Call(lane, GetStatus())])
 
 
 def test_a_goodbye_does_not_follow_a_request_that_was_interrupted() -> None:
     entries: list[str] = []
     lane = Diary("ps:0", entries)
-    lanes = Lanes([lane])
+    lanes = Exchange([lane])
     with pytest.raises(KeyboardInterrupt):
-        lanes.exchange([Call(lane, GetStatus())], interrupt)
+        lanes.run([Call(lane, GetStatus())], interrupt)
     lanes.goodbye()
     assert entries == ["start ps:0", "close ps:0"]
 
@@ -110,14 +110,14 @@ def test_h2_two_requests_to_one_ps_at_once_are_refused() -> None:
     entries: list[str] = []
     lane = Diary("ps:0", entries)
     with pytest.raises(LocalProtocolError, match="2 requests to 1 ps tasks at once"):
-        Lanes([lane]).exchange([Call(lane, GetStatus())] * 2)
+        Exchange([lane]).run([Call(lane, GetStatus())] * 2)
     assert entries == []
 
 
 def test_h3_what_is_asked_in_turn_is_asked_to_the_end() -> None:
     entries: list[str] = []
     lane = Diary("ps:0", entries)
-    lanes = Lanes([lane], Dialer(entries))
+    lanes = Exchange([lane], Dialer(entries))
     finish = lane.finish
 
     def once(*_: object) -> Reply:
@@ -126,7 +126,7 @@ def test_h3_what_is_asked_in_turn_is_asked_to_the_end() -> None:
 
     lane.finish = once  # type: ignore[assignment,method-assign]
     with pytest.raises(KeyboardInterrupt):
-        lanes.exchange_in_turn([Call(lane, UpdateVariable(number, "v", "add", 0, b"")) for number in (1, 2, 3)])
+        lanes.run_in_turn([Call(lane, UpdateVariable(number, "v", "add", 0, b"")) for number in (1, 2, 3)])
     assert len(lanes.mend()) >= 3
     assert entries.count("start ps:0") >= 4
 
@@ -135,5 +135,5 @@ def test_all_answers_are_taken_in_when_one_ps_is_lost() -> None:
     entries: list[str] = []
     lanes = [Diary("ps:0", entries, is_lost=True), Diary("ps:1", entries)]
     with pytest.raises(UnavailableError, match="lost ps:0"):
-        Lanes(lanes).exchange([Call(lane, GetStatus()) for lane in lanes])
+        Exchange(lanes).run([Call(lane, GetStatus()) for lane in lanes])
     assert entries[-2:] == ["finish ps:0", "finish ps:1"]

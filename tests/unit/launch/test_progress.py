@@ -15,9 +15,9 @@ from paramserver.cluster.report import Report
 from paramserver.cluster.task import Role, TaskId
 from paramserver.launch import display
 from paramserver.launch.display import Display, find_terminal
+from paramserver.launch.lifecycle import Ending
 from paramserver.launch.output import OutputLine
 from paramserver.launch.progress import WINDOW, Pace, RunProgress
-from paramserver.launch.rules import Ending
 from paramserver.launch.spec import LaunchOptions, task_ids
 
 CHIEF = TaskId(Role.CHIEF, 0)

@@ -5,7 +5,7 @@ import torch
 
 from paramserver.errors import ConfigError
 from paramserver.layout.arena import ArenaLayout
-from paramserver.layout.blocks import BLOCK, merge, num_blocks, pieces
+from paramserver.layout.blocks import BLOCK, join_ranges, num_blocks, pieces
 from paramserver.layout.variables import DTYPES, VariableSpec, dtype_name
 from paramserver.memory.arena_memory import tensor_bytes
 
@@ -56,9 +56,9 @@ def test_the_last_block_may_be_partial(size, blocks):
 
 
 def test_ranges_are_merged_over_a_gap_and_not_over_more():
-    assert merge([(0, 6), (16, 18)], gap=10) == ((0, 18),)
-    assert merge([(0, 6), (16, 18)], gap=9) == ((0, 6), (16, 18))
-    assert merge([], gap=9) == ()
+    assert join_ranges([(0, 6), (16, 18)], gap=10) == ((0, 18),)
+    assert join_ranges([(0, 6), (16, 18)], gap=9) == ((0, 6), (16, 18))
+    assert join_ranges([], gap=9) == ()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())

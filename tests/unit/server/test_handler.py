@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -18,7 +19,7 @@ from paramserver.layout.variables import VariableSpec
 from paramserver.memory.arena_memory import private_store_memory
 from paramserver.server import handler
 from paramserver.server.handler import RequestHandler
-from paramserver.store.membership import Outlook, Roster
+from paramserver.store.membership import Membership, Outlook
 from paramserver.store.store import Store
 from paramserver.transport.in_process import InProcessSession
 from paramserver.wire import messages
@@ -38,14 +39,14 @@ class Ps:
 
     def __init__(self):
         self.store = Store("ps:1", private_store_memory)
-        self.roster = Roster("chief:0", ["chief:0", "worker:0"])
-        self.handler = RequestHandler(self.store, self.roster)
+        self.membership = Membership("chief:0", ["chief:0", "worker:0"])
+        self.handler = RequestHandler(self.store, self.membership)
         self.chief = self.session("chief:0")
         assert self.ask(messages.Declare(MODEL, create=True)) == messages.Declared(ready=False)
         self.chief.gradients = [torch.ones(layout.size, dtype=layout.torch_dtype) for layout in MODEL]
 
     def session(self, task):
-        self.roster.join(task, f"incarnation of {task}")
+        self.membership.join(task, f"incarnation of {task}")
         return InProcessSession(task, f"incarnation of {task}")
 
     def ask(self, request, session=None):
@@ -254,7 +255,7 @@ def test_a_goodbye_counts_also_when_its_sender_does_not_wait_for_the_answer(ps):
     ps.chief.reply = gone
     with pytest.raises(UnavailableError):
         ps.handler.handle(ps.chief, messages.Goodbye())
-    assert ps.roster.outlook is Outlook.ABSENT
+    assert ps.membership.outlook is Outlook.ABSENT
 
 
 # --- nonsense
@@ -412,3 +413,9 @@ def test_a_failed_chief_is_told_to_those_that_use_variables(table):
     read, wait = messages.ReadVariable("table", 0, 4), messages.AwaitVariable(TABLE, 60.0)
     for request in (update(1, torch.ones(4)), read, wait):
         assert "no data" in table.ask(request, worker).message
+
+
+def test_each_request_has_a_handler():
+    """But for the one that a lane of shared memory answers itself."""
+    requests = set(get_args(messages.Request)) - {messages.Share}
+    assert RequestHandler(Store("ps:0", private_store_memory), Membership("chief:0", ["chief:0"])).requests == requests

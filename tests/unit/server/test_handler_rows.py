@@ -9,7 +9,7 @@ from paramserver.layout.rules import describe, describe_row_rule
 from paramserver.layout.variables import VariableSpec
 from paramserver.memory.arena_memory import private_store_memory, tensor_bytes
 from paramserver.server.handler import RequestHandler
-from paramserver.store.membership import Roster
+from paramserver.store.membership import Membership
 from paramserver.store.store import Store
 from paramserver.transport.in_process import InProcessSession
 from paramserver.wire import messages
@@ -28,7 +28,7 @@ class Ps:
 
     def __init__(self):
         self.store = Store("ps:1", private_store_memory)
-        self.handler = RequestHandler(self.store, Roster("chief:0", ["chief:0"]))
+        self.handler = RequestHandler(self.store, Membership("chief:0", ["chief:0"]))
         self.session = InProcessSession("chief:0", "an incarnation")
         assert self.ask(messages.Declare(MODEL, create=True)) == messages.Declared(ready=False)
         self.session.gradients = [torch.empty(0), torch.ones(3)]

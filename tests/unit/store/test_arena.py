@@ -13,7 +13,7 @@ from paramserver.layout.variables import VariableSpec
 from paramserver.memory.arena_memory import private_store_memory
 from paramserver.store.arena import StoredArena
 from paramserver.store.blocks import BlockCopy, SlotKind
-from paramserver.store.shards.place import overlaps
+from paramserver.store.shards.parts import overlaps
 
 ADAM = describe(torch.optim.Adam([torch.zeros(1)], lr=0.5), 0)
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=0.5), 0)

@@ -3,19 +3,19 @@
 import pytest
 
 from paramserver.errors import RefusedError, RunOverError
-from paramserver.store.membership import Outlook, Roster
+from paramserver.store.membership import Membership, Outlook
 
 CHIEF, FIRST, SECOND = "chief:0", "worker:0", "worker:1"
 
 
 def play(events):
-    """A roster after events such as ``chief:0 joins``."""
-    roster = Roster(CHIEF, [CHIEF, FIRST, SECOND])
-    acts = {"joins": roster.join, "leaves": roster.leave, "drops": roster.disconnect}
+    """A membership after events such as ``chief:0 joins``."""
+    membership = Membership(CHIEF, [CHIEF, FIRST, SECOND])
+    acts = {"joins": membership.join, "leaves": membership.leave, "drops": membership.disconnect}
     for event in filter(None, events.split(", ")):
         task, act = event.split()
         acts[act](task, "one start")
-    return roster
+    return membership
 
 
 JOINED = "chief:0 joins, worker:0 joins, worker:1 joins, "
@@ -56,14 +56,14 @@ def test_the_absent_are_waited_for_until_the_grace_has_passed(events, complete):
 
 
 def test_a_worker_that_comes_back_before_its_old_connection_ends_is_not_lost():
-    roster = play("chief:0 joins, worker:0 joins, worker:0 joins, worker:0 drops")
-    assert roster.joined() == (CHIEF, FIRST)
+    membership = play("chief:0 joins, worker:0 joins, worker:0 joins, worker:0 drops")
+    assert membership.joined() == (CHIEF, FIRST)
 
 
 def test_who_comes_after_the_end_is_told_that_the_run_is_over():
-    roster = play("chief:0 joins, chief:0 leaves")
+    membership = play("chief:0 joins, chief:0 leaves")
     with pytest.raises(RunOverError, match=r"worker:1 .*chief:0 has finished"):
-        roster.join(SECOND, "one start")
+        membership.join(SECOND, "one start")
 
 
 @pytest.mark.parametrize("stranger", ["worker:2", "evaluator:0", "ps:0", "observer:0", ""])
@@ -74,10 +74,10 @@ def test_who_is_no_worker_of_the_run_is_refused(stranger):
 
 
 def test_the_chief_waits_for_the_workers_that_are_connected():
-    roster = play("chief:0 joins, worker:1 joins")
-    assert roster.await_alone(CHIEF, timeout=0) == (SECOND,)
-    roster.disconnect(SECOND, "one start")
-    assert roster.await_alone(CHIEF, timeout=60) == ()
+    membership = play("chief:0 joins, worker:1 joins")
+    assert membership.await_alone(CHIEF, timeout=0) == (SECOND,)
+    membership.disconnect(SECOND, "one start")
+    assert membership.await_alone(CHIEF, timeout=60) == ()
 
 
 @pytest.mark.parametrize(
@@ -90,67 +90,67 @@ def test_the_chief_waits_for_the_workers_that_are_connected():
     ],
 )
 def test_workers_that_may_come_back_are_absent(events, absent):
-    roster = play(f"chief:0 joins, {events}")
-    assert roster.absent(besides=CHIEF) == tuple(absent)
+    membership = play(f"chief:0 joins, {events}")
+    assert membership.absent(besides=CHIEF) == tuple(absent)
 
 
 def test_the_chief_waits_for_the_absent_too_when_it_asks_for_them():
-    roster = play("chief:0 joins, worker:1 joins, worker:1 leaves")
-    assert roster.await_alone(CHIEF, timeout=0, absent=True) == ()
+    membership = play("chief:0 joins, worker:1 joins, worker:1 leaves")
+    assert membership.await_alone(CHIEF, timeout=0, absent=True) == ()
 
 
 def test_stop_ends_every_wait():
-    roster = play("chief:0 joins, worker:1 joins")
-    roster.stop()
-    assert roster.await_over(grace=60) is False
-    assert roster.await_alone(CHIEF, timeout=60) == (SECOND,)
+    membership = play("chief:0 joins, worker:1 joins")
+    membership.stop()
+    assert membership.await_over(grace=60) is False
+    assert membership.await_alone(CHIEF, timeout=60) == (SECOND,)
 
 
 def test_h7_a_worker_has_left_when_all_its_incarnations_have():
     """Two strategies of one process are two of them, each with connections of its own."""
-    roster = Roster(CHIEF, [CHIEF])
-    roster.join(CHIEF, "first")
-    roster.join(CHIEF, "second")
-    roster.leave(CHIEF, "first")
-    roster.disconnect(CHIEF, "first")
-    assert roster.outlook is Outlook.GOING_ON
-    roster.leave(CHIEF, "second")
-    assert roster.outlook is Outlook.OVER
+    membership = Membership(CHIEF, [CHIEF])
+    membership.join(CHIEF, "first")
+    membership.join(CHIEF, "second")
+    membership.leave(CHIEF, "first")
+    membership.disconnect(CHIEF, "first")
+    assert membership.outlook is Outlook.GOING_ON
+    membership.leave(CHIEF, "second")
+    assert membership.outlook is Outlook.OVER
 
 
 def test_a_connection_that_an_incarnation_has_replaced_does_not_undo_its_goodbye():
-    roster = Roster(CHIEF, [CHIEF])
-    roster.join(CHIEF, "start")
-    roster.join(CHIEF, "start")
-    roster.leave(CHIEF, "start")
+    membership = Membership(CHIEF, [CHIEF])
+    membership.join(CHIEF, "start")
+    membership.join(CHIEF, "start")
+    membership.leave(CHIEF, "start")
     for _ in range(2):
-        roster.disconnect(CHIEF, "start")
-    assert roster.outlook is Outlook.OVER
+        membership.disconnect(CHIEF, "start")
+    assert membership.outlook is Outlook.OVER
 
 
 def test_an_incarnation_that_is_lost_after_another_has_left_is_lost():
-    roster = Roster(CHIEF, [CHIEF])
-    roster.join(CHIEF, "first")
-    roster.join(CHIEF, "second")
-    roster.leave(CHIEF, "first")
-    roster.disconnect(CHIEF, "second")
-    assert roster.outlook is Outlook.ABSENT
+    membership = Membership(CHIEF, [CHIEF])
+    membership.join(CHIEF, "first")
+    membership.join(CHIEF, "second")
+    membership.leave(CHIEF, "first")
+    membership.disconnect(CHIEF, "second")
+    assert membership.outlook is Outlook.ABSENT
 
 
 def test_a3_the_strategies_of_a_process_are_numbered():
-    roster = Roster(CHIEF, [CHIEF, FIRST])
-    assert [roster.join(CHIEF, name) for name in ("p.1", "p.2", "p.1", "p.3")] == [0, 1, 0, 2]
-    assert roster.join(FIRST, "q.1") == 0
-    roster.leave(CHIEF, "p.2")
-    assert roster.join(CHIEF, "p.4") == 3, "one that has left has taken its number with it"
-    roster.disconnect(CHIEF, "p.3")
-    assert roster.join(CHIEF, "p.5") == 2, "one that was lost is followed by the next one"
+    membership = Membership(CHIEF, [CHIEF, FIRST])
+    assert [membership.join(CHIEF, name) for name in ("p.1", "p.2", "p.1", "p.3")] == [0, 1, 0, 2]
+    assert membership.join(FIRST, "q.1") == 0
+    membership.leave(CHIEF, "p.2")
+    assert membership.join(CHIEF, "p.4") == 3, "one that has left has taken its number with it"
+    membership.disconnect(CHIEF, "p.3")
+    assert membership.join(CHIEF, "p.5") == 2, "one that was lost is followed by the next one"
 
 
 def test_a3_a_process_that_was_started_again_begins_with_the_first_model():
-    roster = Roster(CHIEF, [CHIEF])
-    assert [roster.join(CHIEF, name) for name in ("p.1", "p.2")] == [0, 1]
-    assert [roster.join(CHIEF, name) for name in ("q.1", "q.2")] == [0, 1]
+    membership = Membership(CHIEF, [CHIEF])
+    assert [membership.join(CHIEF, name) for name in ("p.1", "p.2")] == [0, 1]
+    assert [membership.join(CHIEF, name) for name in ("q.1", "q.2")] == [0, 1]
     for incarnation in ("p.1", "p.2"):
-        roster.disconnect(CHIEF, incarnation)
-    assert roster.join(CHIEF, "q.3") == 2
+        membership.disconnect(CHIEF, incarnation)
+    assert membership.join(CHIEF, "q.3") == 2

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Protocol
 
@@ -30,11 +31,11 @@ from paramserver.distribute.bound.parameters import BoundParameter, BoundParamet
 from paramserver.distribute.bound.plan import ArenaPlan, Kind
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.value_watch import ValueWatch
-from paramserver.distribute.core.torch_internals import alias
 from paramserver.layout.arena import ALIGNMENT
-from paramserver.layout.blocks import Range, merge, pieces
+from paramserver.layout.blocks import Range, join_ranges, pieces
 from paramserver.layout.rules import find_rule
 from paramserver.layout.settings import GroupSettings, setting_names
+from paramserver.memory.torch_internals import alias
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
 
@@ -52,33 +53,36 @@ class PushedMemory(Protocol):
         """Give all arenas of a ps, by `BoundArena.use_gradients`, memory that no program refers to. Blocks."""
 
 
-class BoundArena:
-    """The tensors of one arena, bound to its memory. As it is: values that no step changes.
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """What an arena is bound to.
 
-    Args:
-        plan: What lies in the arena.
+    Attributes:
+        plan: The variables in the arena.
         memory: The memory of the ps that holds it.
-        tensors: The replicas' tensors.
-        copies: How blocks and memory are copied; by default as host memory is.
+        tensors: The tensors of all replicas.
+        copies: How blocks and memory are copied.
         is_apart: Whether no replica may use the memory itself.
     """
 
-    def __init__(
-        self,
-        plan: ArenaPlan,
-        memory: WorkerMemory,
-        tensors: ReplicaTensors,
-        copies: DeviceCopies | None = None,
-        *,
-        is_apart: bool = False,
-    ) -> None:
-        self.plan = plan
-        self.values = memory.values[plan.index]
-        self.gradients = memory.gradients[plan.index]
-        self.is_direct = memory.direct
-        self._tensors = tensors
-        self._copies = copies or HostCopies()
-        self._is_apart = is_apart
+    plan: ArenaPlan
+    memory: WorkerMemory
+    tensors: ReplicaTensors
+    copies: DeviceCopies = field(default_factory=HostCopies)
+    is_apart: bool = False
+
+
+class BoundArena:
+    """The tensors of one arena, bound to its memory. As it is: values that no step changes."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.plan = binding.plan
+        self.values = binding.memory.values[binding.plan.index]
+        self.gradients = binding.memory.gradients[binding.plan.index]
+        self.is_direct = binding.memory.direct
+        self._tensors = binding.tensors
+        self._copies = binding.copies
+        self._is_apart = binding.is_apart
         self._home = self.values.device
         self._replica_values: list[torch.Tensor] = []
         self._blocks: list[torch.Tensor] = []
@@ -176,34 +180,20 @@ class TrainedArena(BoundArena):
     """Parameters of one optimizer group.
 
     Args:
-        plan: As for `BoundArena`.
-        memory: As for `BoundArena`.
-        tensors: As for `BoundArena`.
+        binding: As for `BoundArena`.
         group: The param group; read for every push.
         pushed: The memory that is pushed.
-        copies: As for `BoundArena`.
         mean: Whether the replicas' gradients are averaged; else they are added up.
-        is_apart: As for `BoundArena`.
     """
 
-    def __init__(
-        self,
-        plan: ArenaPlan,
-        memory: WorkerMemory,
-        tensors: ReplicaTensors,
-        group: dict[str, object],
-        pushed: PushedMemory,
-        copies: DeviceCopies | None = None,
-        *,
-        mean: bool,
-        is_apart: bool = False,
-    ) -> None:
-        super().__init__(plan, memory, tensors, copies, is_apart=is_apart)
+    def __init__(self, binding: Binding, group: dict[str, object], pushed: PushedMemory, *, mean: bool) -> None:
+        super().__init__(binding)
+        plan = binding.plan
         assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
         self._settings = GroupSettings(group, setting_names(find_rule(plan.layout.rule).optimizer))
         self._gap = ALIGNMENT // plan.layout.itemsize - 1
         self._pushed_memory = pushed
-        self._weight = 1 / len(tensors.devices) if mean else 1.0
+        self._weight = 1 / len(binding.tensors.devices) if mean else 1.0
         self._replica_gradients: list[torch.Tensor] = []
         self._parameters: list[BoundParameters] = []
         self._copied: list[BoundParameter] = []
@@ -266,7 +256,7 @@ class TrainedArena(BoundArena):
     def _ranges(self, present: Sequence[bool]) -> tuple[Range, ...]:
         """What to push of these parameters; one without elements has nothing."""
         found = [(start, stop) for start, stop in compress(self.plan.layout.ranges, present) if start < stop]
-        return merge(found, self._gap)
+        return join_ranges(found, self._gap)
 
     def parts(self) -> list[Part]:
         return self._pushed

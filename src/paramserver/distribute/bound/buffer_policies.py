@@ -11,14 +11,13 @@ Rules
 
 from __future__ import annotations
 
-import difflib
 import enum
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
 
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, did_you_mean
 
 SUMMED_NAMES = (
     *("running_*", "num_*", "moving_*", "ema_*"),
@@ -94,7 +93,5 @@ def _parsed(pattern: str, policy: str | BufferPolicy) -> BufferPolicy:
 def _known(pattern: str, names: Iterable[str], limit: int = 8) -> str:
     """The end of a message about a pattern that fits nothing."""
     each = sorted(names)
-    near = difflib.get_close_matches(pattern, each, n=1)
-    suggestion = f"; did you mean {near[0]!r}?" if near else ""
     more = f" and {len(each) - limit} others" if len(each) > limit else ""
-    return f"persistent buffers are {', '.join(map(repr, each[:limit])) or 'none'}{more}{suggestion}"
+    return f"persistent buffers are {', '.join(map(repr, each[:limit])) or 'none'}{more}{did_you_mean(pattern, each)}"

@@ -13,18 +13,17 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
 
-from paramserver.distribute.bound.arenas import BoundArena
-from paramserver.distribute.bound.device_copies import DeviceCopies
+from paramserver.distribute.bound.arenas import Binding, BoundArena
 from paramserver.distribute.bound.parameters import same_kind
-from paramserver.distribute.bound.plan import ArenaPlan, Kind
-from paramserver.distribute.bound.replica_tensors import ReplicaTensors, kept
+from paramserver.distribute.bound.plan import Kind
+from paramserver.distribute.bound.replica_tensors import kept
 from paramserver.layout.blocks import Range
-from paramserver.transport.lane import WorkerMemory
+from paramserver.memory.torch_internals import buffers_of
 from paramserver.wire.messages import Part
 
 ADVICE = (
@@ -58,17 +57,9 @@ class ConstantArena(BoundArena):
 class LocalBufferArena(BoundArena):
     """Buffers of a store in this process, which the replicas' become with each step."""
 
-    def __init__(
-        self,
-        plan: ArenaPlan,
-        memory: WorkerMemory,
-        tensors: ReplicaTensors,
-        copies: DeviceCopies | None = None,
-        *,
-        is_apart: bool = False,
-    ) -> None:
-        super().__init__(plan, memory, tensors, copies, is_apart=is_apart)
-        has_many = len(tensors.devices) > 1
+    def __init__(self, binding: Binding) -> None:
+        super().__init__(binding)
+        plan, has_many = binding.plan, len(binding.tensors.devices) > 1
         self._is_own, self._is_fresh = plan.kind is Kind.OWN, False
         self._is_chosen = plan.kind is Kind.ASSIGNED and has_many
         self._is_mean = plan.kind in (Kind.COUNTED, Kind.AVERAGED) and has_many and self.values.is_floating_point()
@@ -110,8 +101,9 @@ class LocalBufferArena(BoundArena):
             variable = member.variable
             assert variable.module is not None  # noqa: S101  # a buffer has one
             name = variable.spec.name.rpartition(".")[2]
-            found = same_kind(variable.spec, variable.module._buffers.get(name), ADVICE)
-            variable.module._buffers[name] = kept(variable.tensor, found)
+            buffers = buffers_of(variable.module)
+            found = same_kind(variable.spec, buffers.get(name), ADVICE)
+            buffers[name] = kept(variable.tensor, found)
         self._homes.gather()
 
     def _combine(self) -> None:
@@ -156,23 +148,13 @@ class BufferArena(LocalBufferArena):
     """Buffers of ps tasks that are other processes.
 
     Args:
-        plan: As for `BoundArena`.
-        memory: As for `BoundArena`.
-        tensors: As for `BoundArena`.
-        copies: As for `BoundArena`.
+        binding: As for `BoundArena`.
         sharing: Who else changes them.
     """
 
-    def __init__(
-        self,
-        plan: ArenaPlan,
-        memory: WorkerMemory,
-        tensors: ReplicaTensors,
-        copies: DeviceCopies | None = None,
-        *,
-        sharing: Sharing,
-    ) -> None:
-        super().__init__(plan, memory, tensors, copies, is_apart=True)
+    def __init__(self, binding: Binding, sharing: Sharing) -> None:
+        super().__init__(replace(binding, is_apart=True))
+        plan = binding.plan
         self._adds = plan.kind in (Kind.COUNTED, Kind.AVERAGED) and sharing.num_workers > 1
         self._weight = 1 / sharing.num_workers if plan.kind is Kind.AVERAGED else 1.0
         self._is_only_one = sharing.num_workers == 1

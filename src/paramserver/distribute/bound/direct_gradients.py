@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paramserver.distribute.bound.gradient_place import GradientPlace
-from paramserver.distribute.core.torch_internals import is_batched, is_scripting, is_tracing, is_transformed
+from paramserver.memory.torch_internals import is_batched, is_scripting, is_tracing, is_transformed
 
 LARGE = 1 << 20
 """Bytes of a weight from which it pays: below, the copy is cheaper than a Python function in the backward."""

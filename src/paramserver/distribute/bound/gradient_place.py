@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paramserver.distribute.core.torch_internals import alias, storage_uses, uses_of_storage
+from paramserver.memory.torch_internals import alias, storage_uses, uses_of_storage
 
 _ALONE = storage_uses(torch.empty(1))
 """Uses of a storage that one tensor alone refers to."""

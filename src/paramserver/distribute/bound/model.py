@@ -17,18 +17,19 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
-from paramserver.client.client import ParameterClient, PushPlan, PushResult
+from paramserver.client.client import ParameterClient, PushResult, PushTemplate
 from paramserver.distribute.bound import device_copies
-from paramserver.distribute.bound.arenas import BoundArena, PushedMemory, TrainedArena
+from paramserver.distribute.bound.arenas import Binding, BoundArena, PushedMemory, TrainedArena
 from paramserver.distribute.bound.buffers import BufferArena, ConstantArena, LocalBufferArena, Sharing
 from paramserver.distribute.bound.device_copies import DeviceCopies
 from paramserver.distribute.bound.gradient_place import Gate, GradientPlace
 from paramserver.distribute.bound.held_parameters import Groups, HeldParameters
-from paramserver.distribute.bound.plan import ArenaPlan, Kind, Variable
+from paramserver.distribute.bound.plan import ArenaPlan, Kind, ModelVariable
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.step_times import StepClock, StepTimes
 from paramserver.distribute.bound.tables.bound_table import BoundTable, by_table
@@ -39,77 +40,91 @@ from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
 
 
-class BoundModel:
-    """All arenas of a model, and the client that pushes and pulls them.
+@dataclass(frozen=True, kw_only=True)
+class ModelBinding:
+    """What a model is bound to.
 
-    Args:
+    Attributes:
         arenas: The plan, for each ps.
         memories: The memory, for each ps.
-        optimizers: Their param groups are read for every push.
-        tensors: The replicas' parameters and buffers.
+        optimizers: The optimizers, whose param groups are read for every push.
+        tensors: The parameters and buffers of all replicas.
         reduction: How the replicas' gradients become one.
-        client: Owned by the caller.
-        tables: The first values of tables, by name, unless others initialize.
+        client: The client, owned by the caller.
+        first_rows: The first values of tables, by name, unless others initialize.
         sharing: Who else changes the buffers.
+    """
+
+    arenas: Sequence[Sequence[ArenaPlan]]
+    memories: Sequence[WorkerMemory]
+    optimizers: Sequence[torch.optim.Optimizer]
+    tensors: ReplicaTensors
+    reduction: ReduceOp
+    client: ParameterClient
+    first_rows: Mapping[str, torch.Tensor]
+    sharing: Sharing = field(default_factory=Sharing)
+
+
+class BoundModel:
+    """All arenas of a model, and the client that pushes and pulls them.
 
     Attributes:
         tables: What is looked up by rows, by name.
         begin_state: Brings the state that optimizers had before to the ps tasks, with the first values.
-        gate: See `bound_arena.PushedMemory`.
+        gate: See `arenas.PushedMemory`.
     """
 
     is_pipelined = False
 
-    def __init__(
-        self,
-        arenas: Sequence[Sequence[ArenaPlan]],
-        memories: Sequence[WorkerMemory],
-        optimizers: Sequence[torch.optim.Optimizer],
-        tensors: ReplicaTensors,
-        reduction: ReduceOp,
-        client: ParameterClient,
-        tables: Mapping[str, torch.Tensor],
-        sharing: Sharing | None = None,
-    ) -> None:
+    def __init__(self, binding: ModelBinding) -> None:
         self.gate = Gate()
-        self._client = client
-        self._tensors = tensors
+        self.begin_state: Callable[[], None] = _nothing
+        self._client = client = binding.client
+        self._tensors = binding.tensors
+        self._first_rows = dict(binding.first_rows)
         self._under_way: _UnderWay | None = None
-        self._first_rows = dict(tables)
+        self._copies = device_copies.choose(binding.memories, binding.tensors.devices)
+        self._clock = StepClock(client.push_times)
+        optimizers = binding.optimizers
         groups = [(owner, group) for owner, each in enumerate(optimizers) for group in each.param_groups]
-        pushed: PushedMemory = weakref.proxy(self)  # a circle would hold connections until a collection
-        is_mean, is_apart = reduction is ReduceOp.MEAN, self.is_pipelined
-        self._copies = copies = device_copies.choose(memories, tensors.devices)
-
-        def bound(plan: ArenaPlan, memory: WorkerMemory) -> BoundArena:
-            match plan.kind:
-                case Kind.TRAINED | Kind.FROZEN:
-                    group = groups[plan.group][1]
-                    return TrainedArena(plan, memory, tensors, group, pushed, copies, mean=is_mean, is_apart=is_apart)
-                case Kind.CONSTANT:
-                    return ConstantArena(plan, memory, tensors, copies, is_apart=is_apart)
-                case _ if memory.direct:
-                    return LocalBufferArena(plan, memory, tensors, copies)
-                case _:
-                    return BufferArena(plan, memory, tensors, copies, sharing=sharing or Sharing())
-
+        is_mean = binding.reduction is ReduceOp.MEAN
         self._arenas = [
-            [bound(plan, memory) for plan in plans if plan.kind is not Kind.TABLE]
-            for plans, memory in zip(arenas, memories, strict=True)
+            [
+                self._bound(binding, plan, memory, groups[plan.group][1] if plan.group >= 0 else {}, mean=is_mean)
+                for plan in plans
+                if plan.kind is not Kind.TABLE
+            ]
+            for plans, memory in zip(binding.arenas, binding.memories, strict=True)
         ]
-        bound_tables = [
-            BoundTable(plans, memories, tensors, groups[plans[0].group][1], client, mean=is_mean)
-            for plans in by_table(plan for each in arenas for plan in each)
+        tables = [
+            BoundTable(plans, binding.memories, binding.tensors, groups[plans[0].group][1], client, mean=is_mean)
+            for plans in by_table(plan for each in binding.arenas for plan in each)
         ]
-        self.tables = {table.name: table for table in bound_tables}
+        self.tables = {table.name: table for table in tables}
         self._steps = [
-            _Step(self._arenas, bound_tables, owner, groups, copies, client.plan)
+            _Step(self._arenas, tables, owner, groups, self._copies, client.plan)
             for owner in range(max(len(optimizers), 1))
         ]
-        names = {id(each.tensor): each.spec.name for each in _variables(arenas)}
-        self._held = [HeldParameters(each.param_groups, names, tensors.of) for each in optimizers]
-        self.begin_state: Callable[[], None] = _nothing
-        copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
+        names = {id(each.tensor): each.spec.name for each in _variables(binding.arenas)}
+        self._held = [HeldParameters(each.param_groups, names, binding.tensors.of) for each in optimizers]
+        self._copies.lock([memory for arena in self._each() for memory in arena.copied_memory()])
+
+    def _bound(
+        self, binding: ModelBinding, plan: ArenaPlan, memory: WorkerMemory, group: dict[str, object], *, mean: bool
+    ) -> BoundArena:
+        own = Binding(
+            plan=plan, memory=memory, tensors=binding.tensors, copies=self._copies, is_apart=self.is_pipelined
+        )
+        match plan.kind:
+            case Kind.TRAINED | Kind.FROZEN:
+                pushed: PushedMemory = weakref.proxy(self)  # a circle would hold connections until a collection
+                return TrainedArena(own, group, pushed, mean=mean)
+            case Kind.CONSTANT:
+                return ConstantArena(own)
+            case _ if memory.direct:
+                return LocalBufferArena(replace(own, is_apart=False))
+            case _:
+                return BufferArena(own, binding.sharing)
 
     def assign(self) -> None:
         """Make the model's present values those of the ps tasks.
@@ -178,7 +193,7 @@ class BoundModel:
         self._arrive()
 
     def renew(self, ps: int) -> None:
-        """See `bound_arena.PushedMemory`."""
+        """See `arenas.PushedMemory`."""
         memory = self._client.renew_gradients(ps)
         for arena in self._arenas[ps]:
             arena.use_gradients(memory.gradients[arena.plan.index])
@@ -254,7 +269,7 @@ def _nothing() -> None:
     """No optimizer had state before."""
 
 
-def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[Variable]:
+def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[ModelVariable]:
     return (member.variable for each in arenas for plan in each for member in plan.members)
 
 
@@ -286,7 +301,7 @@ class _UnderWay(NamedTuple):
     """A step that was handed to the lanes, or was about to be; `ParameterClient.has_begun` tells which."""
 
     step: _Step
-    plans: Sequence[PushPlan]
+    plans: Sequence[PushTemplate]
     number: int
 
 
@@ -306,7 +321,7 @@ class _Step:
         owner: int,
         groups: Sequence[tuple[int, dict[str, object]]],
         copies: DeviceCopies,
-        plan: Callable[[Sequence[Sequence[Part]], Sequence[Sequence[int]]], list[PushPlan]],
+        plan: Callable[[Sequence[Sequence[Part]], Sequence[Sequence[int]]], list[PushTemplate]],
     ) -> None:
         def takes_part(group: int) -> bool:
             return (groups[group][0] if group >= 0 else 0) == owner
@@ -320,7 +335,7 @@ class _Step:
         self._copies = copies
         self._plan = plan
         self._parts: list[list[Part]] = []
-        self._plans: list[PushPlan] = []
+        self._plans: list[PushTemplate] = []
 
     def hold(self, held: set[int]) -> None:
         """Push these parameters only, which are named by the ids of the first replica's."""
@@ -329,7 +344,7 @@ class _Step:
         for table in self.tables:
             table.hold(held)
 
-    def request(self) -> tuple[list[PushPlan], list[list[TableRows]] | None]:
+    def request(self) -> tuple[list[PushTemplate], list[list[TableRows]] | None]:
         """What to push and to pull, and the rows of tables to push, for each ps."""
         arenas = self._each()
         for arena in arenas:
@@ -352,7 +367,7 @@ class _Step:
         for arena in self._each():
             arena.meanwhile()
 
-    def pulled(self, plans: Sequence[PushPlan], refusing: Collection[int] = ()) -> None:
+    def pulled(self, plans: Sequence[PushTemplate], refusing: Collection[int] = ()) -> None:
         """The values that these plans ask for have come, but for those of ps tasks that have refused."""
         for ps, (arenas, plan) in enumerate(zip(self.arenas, plans, strict=True)):
             for arena in arenas:

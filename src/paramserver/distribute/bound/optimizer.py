@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from paramserver.client.client import PushResult
 from paramserver.distribute.core import context
 from paramserver.errors import ConfigError
+from paramserver.memory.torch_internals import has_step_hooks
 
 
 class Prepared(Protocol):
@@ -114,7 +114,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
             UnavailableError: If a ps is lost; the message names it.
             RuntimeError: With several replicas, outside of them.
         """
-        if self._has_step_hooks():
+        if has_step_hooks(self):
             return _step_with_hooks(self, closure)
         return self._step(closure)
 
@@ -215,14 +215,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 for other in self._model.on_each_replica(parameter)[1:]:
                     other.grad = None
-
-    def _has_step_hooks(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> NoReturn:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from paramserver.client.client import ParameterClient
-from paramserver.distribute.bound.plan import Variable
+from paramserver.distribute.bound.plan import ModelVariable
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.errors import ConfigError
 from paramserver.layout.settings import setting_names, settings
@@ -45,7 +45,7 @@ class OptimizerState:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        variables: Sequence[Variable],
+        variables: Sequence[ModelVariable],
         tensors: ReplicaTensors,
         client: ParameterClient,
         *,

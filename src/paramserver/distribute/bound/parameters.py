@@ -26,9 +26,9 @@ import torch
 from paramserver.distribute.bound.gradient_place import Gate, GradientPlace
 from paramserver.distribute.bound.plan import Member
 from paramserver.distribute.bound.value_watch import ValueWatch, edited
-from paramserver.distribute.core.torch_internals import alias
 from paramserver.errors import ConfigError
 from paramserver.layout.variables import DTYPES, VariableSpec
+from paramserver.memory.torch_internals import alias, foreach_copy
 
 LATE_BYTES = 16 << 10
 """What a second copy of gradients may take. A hook costs two microseconds or more, as much as to copy 30 kB. More would
@@ -227,7 +227,7 @@ class _LateGradients:
         if len(plain) < len(found):
             return False
         if plain:
-            torch._foreach_copy_(self._views, plain)
+            foreach_copy(self._views, plain)
         return True
 
 

@@ -31,6 +31,7 @@ from paramserver.layout.blocks import Range
 from paramserver.layout.partition import part_specs
 from paramserver.layout.rules import Rule, describe, describe_row_rule
 from paramserver.layout.variables import VariableSpec, dtype_name
+from paramserver.memory.torch_internals import modules_of, non_persistent_buffers
 from paramserver.placement import Place
 
 RowRanges = Callable[[VariableSpec], Sequence[Range]]
@@ -65,7 +66,7 @@ _BUFFER_KINDS = {
 
 
 @dataclass(frozen=True)
-class Variable:
+class ModelVariable:
     """A tensor of the model that lives on a ps.
 
     Attributes:
@@ -93,7 +94,7 @@ class Member:
         rows: Which of its rows, None for all of a variable that is not partitioned.
     """
 
-    variable: Variable
+    variable: ModelVariable
     spec: VariableSpec
     rows: Range | None = None
 
@@ -122,7 +123,7 @@ def collect(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     policies: Mapping[str, str | BufferPolicy] | None = None,
-) -> list[Variable]:
+) -> list[ModelVariable]:
     """The variables of a model, in creation order: parameters first, then buffers.
 
     Param groups are counted through all optimizers.
@@ -137,15 +138,15 @@ def collect(
             on a ps, two of them share memory, or a policy fits no buffer.
     """
     groups, tables = _groups(optimizers), tables_of(model)
-    variables: dict[int, Variable] = {}
+    variables: dict[int, ModelVariable] = {}
     for name, parameter in named_parameters(model):
         kind, group = _change(parameter, groups, is_table=id(parameter) in tables)
-        variables.setdefault(id(parameter), Variable(_spec(name, parameter), parameter, kind, group))
+        variables.setdefault(id(parameter), ModelVariable(_spec(name, parameter), parameter, kind, group))
     buffers = list(persistent_buffers(model))
     chosen = buffer_policies.choose({name: buffer.dtype for name, buffer, _ in buffers}, policies)
     for name, buffer, module in buffers:
         kind = _BUFFER_KINDS[chosen[name]]
-        variables.setdefault(id(buffer), Variable(_spec(name, buffer), buffer, kind, module=module))
+        variables.setdefault(id(buffer), ModelVariable(_spec(name, buffer), buffer, kind, module=module))
     strangers = groups.keys() - variables.keys()
     if strangers:
         raise ConfigError(
@@ -179,14 +180,14 @@ def load_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 def without_compiling(model: nn.Module) -> nn.Module:
     """Return a model with its own modules in the place of those that ``torch.compile`` has wrapped; it is changed."""
     for module in model.modules():
-        for name, child in module._modules.items():
+        for name, child in modules_of(module).items():
             if child is not None:
-                module._modules[name] = _original(child)
+                modules_of(module)[name] = _original(child)
     return _original(model)
 
 
 def _original(module: nn.Module) -> nn.Module:
-    wrapped = module._modules.get("_orig_mod")
+    wrapped = modules_of(module).get("_orig_mod")
     return module if wrapped is None else wrapped
 
 
@@ -212,12 +213,12 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn
     """Name and tensor of each buffer that ``state_dict()`` holds, and the module that it is registered in."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in non_persistent_buffers(module):
                 yield plain_name(f"{prefix}.{name}" if prefix else name), buffer, module
 
 
 def plan(
-    variables: Sequence[Variable],
+    variables: Sequence[ModelVariable],
     optimizers: Sequence[torch.optim.Optimizer],
     place: Place,
     num_ps: int,
@@ -245,7 +246,7 @@ def plan(
     ]
 
 
-def _members(variable: Variable, row_ranges: RowRanges) -> list[Member]:
+def _members(variable: ModelVariable, row_ranges: RowRanges) -> list[Member]:
     ranges = row_ranges(variable.spec) if variable.group >= 0 else []
     if len(ranges) < 2:
         return [Member(variable, variable.spec)]
@@ -264,7 +265,7 @@ def _arena(
     return ArenaPlan(layout, tuple(members), ps, index)
 
 
-def _rule(variable: Variable, groups: Sequence[tuple[torch.optim.Optimizer, int]]) -> Rule | None:
+def _rule(variable: ModelVariable, groups: Sequence[tuple[torch.optim.Optimizer, int]]) -> Rule | None:
     if variable.group < 0:
         return None
     optimizer, group = groups[variable.group]

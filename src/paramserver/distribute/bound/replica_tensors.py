@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from paramserver.distribute.core.torch_internals import alias
+from paramserver.memory.torch_internals import alias, buffers_of, parameters_of
 
 
 class ReplicaTensors:
@@ -65,8 +65,8 @@ class ReplicaTensors:
                 tensor._backward_hooks = first._backward_hooks
             _put(module, name, tensor)
         for module, name, places in self._buffers:
-            places[self._active] = kept(places[self._active], module._buffers.get(name))
-            module._buffers[name] = places[replica]
+            places[self._active] = kept(places[self._active], buffers_of(module).get(name))
+            buffers_of(module)[name] = places[replica]
         for group in (each for groups in self._groups for each in groups):
             group["params"][:] = [self._sibling(parameter, replica) for parameter in group["params"]]
         self._active = replica
@@ -122,14 +122,14 @@ def kept(buffer: torch.Tensor | None, found: torch.Tensor | None) -> torch.Tenso
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameters_of(module).items():
             if parameter is not None:
                 yield module, name, parameter
 
 
 def _own_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
     for module in model.modules():
-        for name, buffer in module._buffers.items():
+        for name, buffer in buffers_of(module).items():
             yield module, name, buffer
 
 
@@ -143,6 +143,6 @@ def _copy_for(first: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     if type(module).__setattr__ is nn.Module.__setattr__:
-        module._parameters[name] = tensor  # type: ignore[assignment]  # a parameter, as what was there
+        parameters_of(module)[name] = tensor  # type: ignore[assignment]  # a parameter, as what was there
     else:
         setattr(module, name, tensor)  # an LSTM keeps a list of its weights beside them

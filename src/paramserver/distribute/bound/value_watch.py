@@ -9,13 +9,11 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 
 from paramserver.errors import EditedError
-
-_version = attrgetter("_version")
+from paramserver.memory.torch_internals import version_of
 
 
 class ValueWatch:
@@ -33,13 +31,13 @@ class ValueWatch:
 
     def reset(self) -> None:
         """Take the present values for the ps tasks'."""
-        self._versions = list(map(_version, self._tensors))
+        self._versions = list(map(version_of, self._tensors))
         self._steps = 0
         self._expected = sum(self._versions)
 
     def check(self) -> None:
         """Raise `EditedError` if the program has written to one of them."""
-        if sum(map(_version, self._tensors)) != self._expected:
+        if sum(map(version_of, self._tensors)) != self._expected:
             self._refuse()
 
     def advance(self, moved: Sequence[torch.Tensor]) -> None:
@@ -56,7 +54,7 @@ class ValueWatch:
 
     def _refuse(self) -> None:
         for name, tensor, version in zip(self._names, self._tensors, self._versions, strict=True):
-            if _version(tensor) != version + self._steps:
+            if version_of(tensor) != version + self._steps:
                 raise edited(name)
 
 

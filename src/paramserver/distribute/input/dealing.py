@@ -28,17 +28,17 @@ from paramserver.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Place = torch.device | None
+Destination = torch.device | None
 """Where a replica's tensors are brought; None leaves them where they are."""
 
 
-def places(strategy: Worker, prefetch: bool) -> tuple[Place, ...]:
+def places(strategy: Worker, prefetch: bool) -> tuple[Destination, ...]:
     """Where a strategy's replicas compute; None where nothing has to be brought."""
     devices = [Device.parse(name).torch_device for name in strategy.worker_devices]
     return tuple(device if prefetch and device.type != "cpu" else None for device in devices)
 
 
-def dealing_to(places: Sequence[Place], *, is_global: bool) -> Dealing:
+def dealing_to(places: Sequence[Destination], *, is_global: bool) -> Dealing:
     """How batches are dealt to replicas at these places."""
     if len(places) == 1:
         return Whole(places)
@@ -52,7 +52,7 @@ class Dealing(abc.ABC):
         places: One for each replica.
     """
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[Destination]) -> None:
         self._places = tuple(places)
 
     @abc.abstractmethod
@@ -120,7 +120,7 @@ class Grouped(Dealing):
         return batches // len(self._places)
 
 
-def brought(batch: Any, place: Place) -> Any:
+def brought(batch: Any, place: Destination) -> Any:
     """A batch whose tensors are at a place; from pinned memory they are copied without waiting."""
     if place is None:
         return batch

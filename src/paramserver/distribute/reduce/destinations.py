@@ -22,10 +22,10 @@ Destinations = Any
 None stands for torch's default device: the host, unless a program sets another.
 """
 
-Places = tuple[torch.device, ...]
+TorchDevices = tuple[torch.device, ...]
 
 
-def places(destinations: Destinations) -> Places:
+def places(destinations: Destinations) -> TorchDevices:
     """Destinations as torch's devices, seen from this task; a distributed value has one for each component.
 
     >>> places("/job:ps/task:1")
@@ -40,7 +40,7 @@ def places(destinations: Destinations) -> Places:
     return tuple(torch.device("cpu") if device.job == Role.PS else device.torch_device for device in _all(destinations))
 
 
-def places_for(strategy: Worker, destinations: Destinations, call: str) -> Places:
+def places_for(strategy: Worker, destinations: Destinations, call: str) -> TorchDevices:
     """`places`, for a call of a strategy that must not reach another worker.
 
     Raises:
@@ -53,7 +53,7 @@ def places_for(strategy: Worker, destinations: Destinations, call: str) -> Place
     return places(destinations)
 
 
-def put(value: Any, places: Places) -> Any:
+def put(value: Any, places: TorchDevices) -> Any:
     """A tensor at a single place, `Mirrored` at several; what is no tensor has no place and is returned as it is.
 
     A tensor that is in a place already is not copied.

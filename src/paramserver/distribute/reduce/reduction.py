@@ -27,7 +27,7 @@ from paramserver.distribute.core.values import DistributedValues, Mirrored, PerR
 from paramserver.distribute.core.worker import Worker
 from paramserver.distribute.reduce.combining import NUMBERS, add_all, as_axes, as_tensor, concatenate, sum_inside
 from paramserver.distribute.reduce.destinations import Destinations as Destinations
-from paramserver.distribute.reduce.destinations import Places, places, places_for, put
+from paramserver.distribute.reduce.destinations import TorchDevices, places, places_for, put
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +105,13 @@ class ReductionToOneDevice:
         """`reduce` of several pairs of a value and its destinations, in their order."""
         return [self.reduce(op, value, destinations) for value, destinations in pairs]
 
-    def combine(self, op: ReduceOp, values: Sequence[Any], at: Places) -> Any:
+    def combine(self, op: ReduceOp, values: Sequence[Any], at: TorchDevices) -> Any:
         """`reduce`, of components, where the destinations are known as devices."""
         if len(values) == 1:
             return put(values[0], at)
         return self.accumulate(op, list(map(as_tensor, values)), len(values), at)
 
-    def accumulate(self, op: ReduceOp, tensors: list[torch.Tensor], count: int, at: Places) -> Any:
+    def accumulate(self, op: ReduceOp, tensors: list[torch.Tensor], count: int, at: TorchDevices) -> Any:
         """One or more tensors into one, which for MEAN is divided by ``count``."""
         named = self.reduce_to_device
         device = tensors[0].device if named is None else Device.parse(named).torch_device
@@ -262,7 +262,7 @@ def gather_to(strategy: Worker, value: Any, destinations: Destinations, axis: in
     return _gathered(strategy, value, destinations, axis, "gather_to")
 
 
-def _reduced(strategy: Worker, op: ReduceOp, leaf: Any, axes: tuple[int, ...], at: Places) -> Any:
+def _reduced(strategy: Worker, op: ReduceOp, leaf: Any, axes: tuple[int, ...], at: TorchDevices) -> Any:
     if not isinstance(leaf, DistributedValues):
         _check_same_for_all(strategy, op, leaf)
     values = local_results(leaf)
@@ -309,7 +309,7 @@ def _gathered(strategy: Worker, value: Any, destinations: Destinations, axis: in
         return map_leaves(lambda leaf: _joined(leaf, axis, at), value)
 
 
-def _joined(leaf: Any, axis: int, at: Places) -> Any:
+def _joined(leaf: Any, axis: int, at: TorchDevices) -> Any:
     if not isinstance(leaf, DistributedValues):
         return leaf
     return put(concatenate(list(map(as_tensor, leaf.values)), axis, at[0]), at)

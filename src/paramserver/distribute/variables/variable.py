@@ -18,6 +18,7 @@ from paramserver.distribute.core.values import DistributedValues
 from paramserver.distribute.core.worker import Worker
 from paramserver.distribute.variables import anchor
 from paramserver.distribute.variables.tensor_like import TensorLike
+from paramserver.layout.variables import shown
 
 Assignment = Literal["assign", "assign_add", "assign_sub"]
 
@@ -212,9 +213,11 @@ class Variable(TensorLike, metaclass=_Created):
         is_tensor = isinstance(value, (torch.Tensor, TensorLike))
         given = tensor_of(value if is_tensor else np.asarray(value), what)  # numpy keeps all digits of a number
         if given.shape != self.shape and (is_tensor or given.ndim):
-            raise ValueError(f"{what}: expected a value of {_shown(self)}, got {_shown(given)}")
+            raise ValueError(
+                f"{what}: expected a value of {shown(self.dtype, self.shape)}, got {shown(given.dtype, given.shape)}"
+            )
         if not _can_hold(self.dtype, given):
-            raise ValueError(f"{what}: expected values that {_shown(self)} can hold, got {given}")
+            raise ValueError(f"{what}: expected values that {shown(self.dtype, self.shape)} can hold, got {given}")
         return given.to(self.dtype).expand(self.shape)
 
     def _check_strategy(self, call: str) -> None:
@@ -238,7 +241,7 @@ class Variable(TensorLike, metaclass=_Created):
         return duplicate
 
     def __repr__(self) -> str:
-        return f"<ps.Variable {self.name!r} {_shown(self)} on {self.device}>"
+        return f"<ps.Variable {self.name!r} {shown(self.dtype, self.shape)} on {self.device}>"
 
 
 def tensor_of(value: Any, what: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -304,7 +307,3 @@ def _can_hold(dtype: torch.dtype, given: torch.Tensor) -> bool:
     if given.is_complex():
         return False
     return dtype.is_floating_point or torch.equal(given.to(dtype).to(given.dtype), given)
-
-
-def _shown(of: Variable | torch.Tensor) -> str:
-    return f"{str(of.dtype).removeprefix('torch.')}{list(of.shape)}"

@@ -12,7 +12,6 @@ Rules
 
 from __future__ import annotations
 
-import difflib
 import logging
 import operator
 import os
@@ -21,7 +20,7 @@ from functools import partial
 
 from paramserver.checkpoint.storage import join
 from paramserver.distribute.variables.variable import Variable, VariableAggregation
-from paramserver.errors import ConfigError
+from paramserver.errors import ConfigError, did_you_mean
 from paramserver.estimator.estimator import Estimator
 from paramserver.estimator.event_files import read_eval_metrics
 from paramserver.estimator.hooks.basic import SecondOrStepTimer
@@ -192,11 +191,9 @@ def _values(eval_dir: PathLike, name: str, min_steps: int) -> _Values:
         if name in metrics:
             yield step, metrics[name]
         elif step != max(results):
-            close = difflib.get_close_matches(name, metrics, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
                 f"early stopping: the evaluation of step {step} in {eval_dir} has no metric {name!r}, only "
-                f"{', '.join(sorted(metrics))}{hint}"
+                f"{', '.join(sorted(metrics))}{did_you_mean(name, metrics)}"
             )
 
 

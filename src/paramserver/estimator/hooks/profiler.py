@@ -7,11 +7,11 @@ import time
 from functools import partial
 
 import torch
-from torch._C._profiler import _ExperimentalConfig
 
 from paramserver.checkpoint.storage import storage_of
 from paramserver.estimator.hooks.basic import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession
+from paramserver.memory.torch_internals import all_threads
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class ProfilerHook(TrainingHook):
             record_shapes=record_shapes,
             profile_memory=profile_memory,
             with_stack=with_stack,
-            experimental_config=_all_threads(),
+            experimental_config=all_threads(),
         )
         self._is_on = self._has_begun = False
         self._profile: torch.profiler.profile | None = None
@@ -97,11 +97,3 @@ class ProfilerHook(TrainingHook):
             self._profile.export_chrome_trace(str(path))
         self._profile = None
         _log.info("wrote a profile of step %d to %s", values.global_step, storage.path(name))
-
-
-def _all_threads() -> _ExperimentalConfig | None:
-    """Replicas have threads of their own, which torch leaves out of a profile unless it is told not to."""
-    try:
-        return _ExperimentalConfig(profile_all_threads=True)
-    except TypeError:  # an older torch, which cannot: where there are several replicas, its traces lack them
-        return None

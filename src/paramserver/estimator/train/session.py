@@ -34,7 +34,7 @@ LOSSES_IN_A_ROW = 10
 """How often a ps may be lost between two steps before the training gives up."""
 
 
-class Session:
+class TrainingRun:
     """One training of one task, from connecting to the goodbye; what hooks see as ``session``.
 
     Args:
@@ -219,7 +219,7 @@ class Session:
         self._strategy.close()
 
     def __repr__(self) -> str:
-        return f"<Session of {self.task} at global step {self.global_step} in {self.model_dir}>"
+        return f"<TrainingRun of {self.task} at global step {self.global_step} in {self.model_dir}>"
 
     @property
     def _client(self) -> ParameterClient:

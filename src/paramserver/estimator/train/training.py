@@ -28,7 +28,7 @@ from paramserver.estimator.hooks.saving import CheckpointSaverHook, CheckpointSa
 from paramserver.estimator.hooks.watching import LoggingHook, NanLossHook, StepCounterHook
 from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.specs import EstimatorSpec
-from paramserver.estimator.train.session import Session
+from paramserver.estimator.train.session import TrainingRun
 from paramserver.estimator.uploading import summary_writer
 from paramserver.summary import SummaryWriter
 
@@ -85,12 +85,12 @@ def train(
                 last=(NanLossHook(), *_logging(config), *_reporting(reporter, config)),
             )
         )
-        _loop(runner, lambda: Session(strategy, spec, config, max_steps, reporter), read)
+        _loop(runner, lambda: TrainingRun(strategy, spec, config, max_steps, reporter), read)
     reporter.tell(state="done", global_step=strategy.global_step, step_seconds=strategy.statistics().per_step())
     return counter.steps
 
 
-def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], Iterator[Batch]]) -> None:
+def _loop(runner: HookRunner, create: Callable[[], TrainingRun], read: Callable[[], Iterator[Batch]]) -> None:
     runner.begin()
     session = create()
     _announce(session, runner)
@@ -101,13 +101,13 @@ def _loop(runner: HookRunner, create: Callable[[], Session], read: Callable[[], 
     session.close()
 
 
-def _train_on(session: Session, runner: HookRunner, batches: Iterator[Batch]) -> None:
+def _train_on(session: TrainingRun, runner: HookRunner, batches: Iterator[Batch]) -> None:
     with contextlib.suppress(StopIteration):  # the input's way of saying that it is at its end
         while not runner.stop_requested and not session.should_stop():
             _persist(lambda: runner.step(lambda: session.step(batches)), session, runner)
 
 
-def _finish(session: Session, runner: HookRunner) -> bool:
+def _finish(session: TrainingRun, runner: HookRunner) -> bool:
     """End a training; False if a ps was lost meanwhile, and steps with it that were made already."""
     reached = session.global_step
     _persist(lambda: session.finish(runner.while_waiting), session, runner)
@@ -119,14 +119,14 @@ def _finish(session: Session, runner: HookRunner) -> bool:
     return session.global_step >= reached
 
 
-def _persist(action: Callable[[], object], session: Session, runner: HookRunner) -> None:
+def _persist(action: Callable[[], object], session: TrainingRun, runner: HookRunner) -> None:
     """Do something with the ps tasks, and again after each loss of one that the session recovers from."""
     while (loss := _loss(action)) is not None:
         session.recover(loss)
         _announce(session, runner)
 
 
-def _announce(session: Session, runner: HookRunner) -> None:
+def _announce(session: TrainingRun, runner: HookRunner) -> None:
     """Tell the hooks of a session that is new or has recovered, again where a ps is lost while they are told."""
     while (loss := _loss(lambda: runner.after_create_session(session))) is not None:
         session.recover(loss)

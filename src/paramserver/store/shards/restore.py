@@ -23,9 +23,9 @@ from paramserver.checkpoint.tensor_file import FileTensor
 from paramserver.errors import CheckpointError
 from paramserver.layout.blocks import BLOCK, pieces
 from paramserver.layout.settings import Setting
-from paramserver.layout.variables import DTYPES
+from paramserver.layout.variables import DTYPES, shown
 from paramserver.memory.arena_memory import tensor_bytes
-from paramserver.store.shards.place import Place, by_variable
+from paramserver.store.shards.parts import StoredPart, by_variable
 from paramserver.store.store import Store
 
 READ_SIZE = 32 * BLOCK
@@ -82,7 +82,7 @@ def read_slots(
         arena.join_runs()
 
 
-def _replace_slots(held: Mapping[str, list[Place]], slot_map: Mapping[str, str], reader: _Reader) -> Steps[None]:
+def _replace_slots(held: Mapping[str, list[StoredPart]], slot_map: Mapping[str, str], reader: _Reader) -> Steps[None]:
     mine = {key: file for key, file in slot_map.items() if variable_of(key) in held}
     found = _by_variable((yield from _located(mine, reader.directory)))
     for name, its_places in held.items():
@@ -90,7 +90,7 @@ def _replace_slots(held: Mapping[str, list[Place]], slot_map: Mapping[str, str],
             yield from reader.read_slots(place, found.get(name, {}))
 
 
-def _found(store: Store, weight_map: Mapping[str, str], directory: str) -> dict[str, list[Place]]:
+def _found(store: Store, weight_map: Mapping[str, str], directory: str) -> dict[str, list[StoredPart]]:
     """What is read. A variable of the program's own keeps its value where an older checkpoint does not have it yet."""
     own = {id(arena) for arena in store.variables.values()}
     held = by_variable(store)
@@ -127,11 +127,11 @@ class _Reader:
         self.directory = directory
         self._memory: dict[str, torch.Tensor] = defaultdict(lambda: torch.empty(0, dtype=torch.uint8, device="cpu"))
 
-    def read_value(self, place: Place, value: Located) -> Steps[None]:
+    def read_value(self, place: StoredPart, value: Located) -> Steps[None]:
         file, tensor = value
         if tensor.spec != place.whole:
             raise CheckpointError(
-                f"checkpoint {self.directory}: variable {place.variable!r} is {_shown(tensor)}, this model has "
+                f"checkpoint {self.directory}: variable {place.variable!r} is {shown(*tensor.spec)}, this model has "
                 f"{place.whole.dtype}{list(place.whole.shape)}; does it belong to another model?",
                 self.directory,
             )
@@ -142,7 +142,7 @@ class _Reader:
             with place.arena.filling((start, stop)) as room:
                 yield Read(file, offset, tensor_bytes(room))
 
-    def read_slots(self, place: Place, slots: Mapping[str, Located]) -> Steps[None]:
+    def read_slots(self, place: StoredPart, slots: Mapping[str, Located]) -> Steps[None]:
         if not slots:
             place.arena.reset_slots(place.span)
             return
@@ -166,7 +166,7 @@ class _Reader:
         return elements
 
     @contextlib.contextmanager
-    def fitting(self, place: Place) -> Iterator[None]:
+    def fitting(self, place: StoredPart) -> Iterator[None]:
         """What is wrong with the slots of a place is an error of the checkpoint."""
         try:
             yield
@@ -178,13 +178,9 @@ class _Reader:
             ) from error
 
 
-def _check_shapes(place: Place, slots: Mapping[str, Located]) -> None:
+def _check_shapes(place: StoredPart, slots: Mapping[str, Located]) -> None:
     for _, tensor in slots.values():
         if tensor.spec.shape not in ((), place.slot_shape):
             raise ValueError(
                 f"slot {tensor.name!r} must have shape {place.slot_shape} or be a scalar, got {tensor.spec.shape}"
             )
-
-
-def _shown(tensor: FileTensor) -> str:
-    return f"{tensor.spec.dtype}{list(tensor.spec.shape)}"

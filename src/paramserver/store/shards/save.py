@@ -25,19 +25,19 @@ from typing import NamedTuple
 import torch
 
 from paramserver.checkpoint.folder import Steps, Write
-from paramserver.checkpoint.index import Maps, merge, name_clash, rows_files
+from paramserver.checkpoint.index import Maps, merge_maps, name_clash, rows_files
 from paramserver.checkpoint.tensor_file import FileLayout, TensorSpec, lay_out
 from paramserver.layout.blocks import BLOCK, Range, pieces
 from paramserver.memory.arena_memory import tensor_bytes
 from paramserver.store.blocks import BlockCopy, SlotKind, StoredBlocks
 from paramserver.store.finite import check_finite
-from paramserver.store.shards.place import Place, overlaps, places
+from paramserver.store.shards.parts import StoredPart, overlaps, stored_parts
 from paramserver.store.store import Store
 
 PAGE = 1 << 16
 """Bytes of a page of memory, in which a system keeps what it has of a file, where they are largest."""
 
-_Check = Callable[[StoredBlocks, int, list[tuple[Place, Range]], BlockCopy], None]
+_Check = Callable[[StoredBlocks, int, list[tuple[StoredPart, Range]], BlockCopy], None]
 """Raises if one of the values or slots of a block must not be written; see `check_finite`."""
 
 _VALUE = ""
@@ -71,7 +71,7 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
         NotFiniteError: If a trained value or a slot is NaN or infinite; see `finite`.
     """
     check = partial(check_finite, store.task)
-    return (yield from _write(places(store), f"{shard + 1:05d}-of-{num_shards:05d}", check))
+    return (yield from _write(stored_parts(store), f"{shard + 1:05d}-of-{num_shards:05d}", check))
 
 
 def write_slots(store: Store, shard: int, num_shards: int, variables: Collection[str]) -> Steps[WrittenShard]:
@@ -82,11 +82,11 @@ def write_slots(store: Store, shard: int, num_shards: int, variables: Collection
     Raises:
         CheckpointError: If two variables have one name.
     """
-    wanted = [place for place in places(store) if place.variable in variables]
+    wanted = [place for place in stored_parts(store) if place.variable in variables]
     return (yield from _write(wanted, f"{shard + 1:05d}-of-{num_shards:05d}", lambda *_: None, with_values=False))
 
 
-def _write(held: Iterable[Place], suffix: str, check: _Check, *, with_values: bool = True) -> Steps[WrittenShard]:
+def _write(held: Iterable[StoredPart], suffix: str, check: _Check, *, with_values: bool = True) -> Steps[WrittenShard]:
     # Wide dtypes first, as they stand in a file, so that it is written from its beginning to its end.
     held = sorted(held, key=lambda place: -place.whole.itemsize)
     named = _Files({place: {_VALUE: SlotKind(place.spec.dtype, False)} for place in held}, _values_file(suffix))
@@ -101,7 +101,7 @@ def _write(held: Iterable[Place], suffix: str, check: _Check, *, with_values: bo
     yield from later.begin()
     for piece in late:
         yield from later.write(piece)
-    weight_map, slot_map = merge(_maps(held, named, slots, later))
+    weight_map, slot_map = merge_maps(_maps(held, named, slots, later))
     return WrittenShard(
         weight_map=weight_map,
         slot_map=slot_map,
@@ -114,7 +114,7 @@ def _write(held: Iterable[Place], suffix: str, check: _Check, *, with_values: bo
 class _Piece(NamedTuple):
     """The value or the slots of elements ``[start, stop)`` of an arena, which belong to one variable."""
 
-    place: Place
+    place: StoredPart
     span: Range
     state: Mapping[str, torch.Tensor]
 
@@ -129,7 +129,7 @@ class _Piece(NamedTuple):
 def _write_arena(
     check: _Check,
     arena: StoredBlocks,
-    held: Iterable[Place],
+    held: Iterable[StoredPart],
     values: _Files,
     slots: _Files,
     copy: BlockCopy,
@@ -148,7 +148,7 @@ def _write_arena(
                 late.append(piece.cloned())
 
 
-def _slot_pieces(here: list[tuple[Place, Range]], copy: BlockCopy) -> Iterator[_Piece]:
+def _slot_pieces(here: list[tuple[StoredPart, Range]], copy: BlockCopy) -> Iterator[_Piece]:
     for which, run, (start, stop) in overlaps([span for _, span in here], [run[:2] for run in copy.runs]):
         first, _, state = copy.runs[run]
         part = {name: slot[start - first : stop - first] if slot.ndim else slot for name, slot in state.items()}
@@ -176,10 +176,12 @@ class _Files:
         nbytes: Bytes that were written into it, without headers.
     """
 
-    def __init__(self, wanted: Mapping[Place, Mapping[str, SlotKind]], file_of: Callable[[Place], str]) -> None:
+    def __init__(
+        self, wanted: Mapping[StoredPart, Mapping[str, SlotKind]], file_of: Callable[[StoredPart], str]
+    ) -> None:
         self.nbytes = 0
         tensors: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
-        names: dict[Place, dict[str, str]] = {}
+        names: dict[StoredPart, dict[str, str]] = {}
         for place, kinds in wanted.items():
             in_file = tensors[file_of(place)]
             if place.shard is None and place.variable in in_file:
@@ -192,7 +194,7 @@ class _Files:
             for place, each in names.items()
         }
 
-    def __contains__(self, place: Place) -> bool:
+    def __contains__(self, place: StoredPart) -> bool:
         return place in self._targets
 
     def begin(self) -> Iterator[Write]:
@@ -213,12 +215,12 @@ class _Files:
                 self.nbytes += content.nbytes
                 yield Write(target.file, layout.size, is_shared, offset, content)
 
-    def files(self, place: Place) -> dict[str, str]:
+    def files(self, place: StoredPart) -> dict[str, str]:
         """The file of each tensor of a place."""
         return {target.tensor: target.file for target in self._targets.get(place, {}).values()}
 
 
-def _held(begin: int, place: Place, slot: torch.Tensor) -> Range:
+def _held(begin: int, place: StoredPart, slot: torch.Tensor) -> Range:
     """The bytes of a file that come from a place, of a tensor that begins there."""
     if not slot.ndim:
         return begin, begin + slot.nbytes
@@ -231,40 +233,40 @@ def _fills_pages(offset: int, nbytes: int, held: Range) -> bool:
     return held[0] <= offset // PAGE * PAGE and -(-(offset + nbytes) // PAGE) * PAGE <= held[1]
 
 
-def _tensor_name(place: Place, name: str) -> str:
+def _tensor_name(place: StoredPart, name: str) -> str:
     return f"{place.variable}/{name}" if name else place.variable
 
 
-def _spec(place: Place, name: str, kind: SlotKind) -> TensorSpec:
+def _spec(place: StoredPart, name: str, kind: SlotKind) -> TensorSpec:
     if kind.is_scalar:
         return TensorSpec(kind.dtype, ())
     return TensorSpec(kind.dtype, place.slot_shape if name else place.whole.shape)
 
 
-def _values_file(suffix: str) -> Callable[[Place], str]:
+def _values_file(suffix: str) -> Callable[[StoredPart], str]:
     return lambda place: rows_files(place.variable)[0] if place.shard else f"model-{suffix}.safetensors"
 
 
-def _slots_file(suffix: str) -> Callable[[Place], str]:
+def _slots_file(suffix: str) -> Callable[[StoredPart], str]:
     return lambda place: rows_files(place.variable)[1] if place.shard else f"optimizer-{suffix}.safetensors"
 
 
-def _by_arena(held: Iterable[Place]) -> dict[StoredBlocks, list[Place]]:
-    found: dict[StoredBlocks, list[Place]] = defaultdict(list)
+def _by_arena(held: Iterable[StoredPart]) -> dict[StoredBlocks, list[StoredPart]]:
+    found: dict[StoredBlocks, list[StoredPart]] = defaultdict(list)
     for place in held:
         found[place.arena].append(place)
     return found
 
 
-def _by_block(held: Iterable[Place]) -> dict[int, list[tuple[Place, Range]]]:
-    found: dict[int, list[tuple[Place, Range]]] = defaultdict(list)
+def _by_block(held: Iterable[StoredPart]) -> dict[int, list[tuple[StoredPart, Range]]]:
+    found: dict[int, list[tuple[StoredPart, Range]]] = defaultdict(list)
     for place in held:
         for piece in pieces([place.span]):
             found[piece[0] // BLOCK].append((place, piece))
     return found
 
 
-def _slots_of(held: Iterable[Place]) -> dict[Place, dict[str, SlotKind]]:
+def _slots_of(held: Iterable[StoredPart]) -> dict[StoredPart, dict[str, SlotKind]]:
     """The slots that each place has by now."""
     return _complete(
         (here[which], span, runs[run][2])
@@ -274,20 +276,22 @@ def _slots_of(held: Iterable[Place]) -> dict[Place, dict[str, SlotKind]]:
     )
 
 
-def _complete(runs: Iterable[tuple[Place, Range, Mapping[str, SlotKind]]]) -> dict[Place, dict[str, SlotKind]]:
+def _complete(
+    runs: Iterable[tuple[StoredPart, Range, Mapping[str, SlotKind]]],
+) -> dict[StoredPart, dict[str, SlotKind]]:
     """The slots that a place has for all its elements. While its first update is under way, it has them for some."""
-    covered: dict[tuple[Place, str, SlotKind], int] = defaultdict(int)
+    covered: dict[tuple[StoredPart, str, SlotKind], int] = defaultdict(int)
     for place, (start, stop), kinds in runs:
         for name, kind in kinds.items():
             covered[place, name, kind] += stop - start
-    found: dict[Place, dict[str, SlotKind]] = defaultdict(dict)
+    found: dict[StoredPart, dict[str, SlotKind]] = defaultdict(dict)
     for (place, name, kind), count in covered.items():
         if count == place.spec.size:
             found[place][name] = kind
     return dict(found)
 
 
-def _maps(held: Iterable[Place], values: _Files, *slots: _Files) -> Iterator[Maps]:
+def _maps(held: Iterable[StoredPart], values: _Files, *slots: _Files) -> Iterator[Maps]:
     for place in held:
         slot_files = {tensor: file for files in slots for tensor, file in files.files(place).items()}
         yield Maps(values.files(place), slot_files)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from paramserver.distribute.bound import parameters as bound_parameters
-from paramserver.distribute.bound.arenas import BoundArena, TrainedArena
+from paramserver.distribute.bound.arenas import Binding, BoundArena, TrainedArena
 from paramserver.distribute.bound.buffers import BufferArena, ConstantArena, LocalBufferArena, Sharing
 from paramserver.distribute.bound.gradient_place import Gate
 from paramserver.distribute.bound.plan import Kind, RowRanges, collect, plan
@@ -68,18 +68,19 @@ def bind(
         *([torch.zeros(arena.layout.size, dtype=arena.layout.torch_dtype)] for _ in range(2)), direct=direct
     )
     tensors = ReplicaTensors(model, optimizers, devices)
+    binding = Binding(plan=arena, memory=memory, tensors=tensors)
     bound: BoundArena
     match arena.kind:
         case Kind.TRAINED:
             pushed = Pushed(memory)
-            bound = TrainedArena(arena, memory, tensors, optimizers[0].param_groups[0], pushed, mean=mean)
+            bound = TrainedArena(binding, optimizers[0].param_groups[0], pushed, mean=mean)
             pushed.arena = bound
         case Kind.CONSTANT:
-            bound = ConstantArena(arena, memory, tensors)
+            bound = ConstantArena(binding)
         case _ if direct:
-            bound = LocalBufferArena(arena, memory, tensors)
+            bound = LocalBufferArena(binding)
         case _:
-            bound = BufferArena(arena, memory, tensors, sharing=sharing)
+            bound = BufferArena(binding, sharing)
     bound.offer_values()
     bound.values.copy_(bound.gradients)
     bound.bind()

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paramserver.client.client import PushPlan, PushResult
+from paramserver.client.client import PushResult, PushTemplate
 from paramserver.client.exchange import Meanwhile, nothing
 from paramserver.distribute.bound import device_copies
 from paramserver.distribute.bound.device_copies import CudaCopies, HostCopies, choose
-from paramserver.distribute.bound.model import BoundModel, PipelinedModel
+from paramserver.distribute.bound.model import BoundModel, ModelBinding, PipelinedModel
 from paramserver.distribute.bound.plan import collect, plan
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.reduce.reduction import ReduceOp
@@ -220,12 +220,12 @@ class Client:
         self._cuda = cuda
         self._aside = Stream(cuda, "exchange")
 
-    def plan(self, parts: Any, pull: Any) -> list[PushPlan]:
-        return [PushPlan(tuple(parts[0]), tuple(pull[0]), (), ())]
+    def plan(self, parts: Any, pull: Any) -> list[PushTemplate]:
+        return [PushTemplate(tuple(parts[0]), tuple(pull[0]), (), ())]
 
     def push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         rows: None = None,
@@ -244,7 +244,7 @@ class Client:
 
     def begin_push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         computed_from: int,
@@ -297,7 +297,17 @@ class Bound:
         client: Any = Client([arena.layout for arena in arenas[0]], self.cuda)
         self.memory = client.memory
         self.tensors = ReplicaTensors(model, optimizers, GPUS[:gpus])
-        self.model = kind(arenas, [client.memory], optimizers, self.tensors, ReduceOp.MEAN, client, {})
+        self.model = kind(
+            ModelBinding(
+                arenas=arenas,
+                memories=[client.memory],
+                optimizers=optimizers,
+                tensors=self.tensors,
+                reduction=ReduceOp.MEAN,
+                client=client,
+                first_rows={},
+            )
+        )
         self.model.assign()
         self.model.bind()
         self._module = model

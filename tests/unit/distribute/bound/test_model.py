@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn, optim
 
-from paramserver.client.client import PushPlan, PushResult, PushTimes
+from paramserver.client.client import PushResult, PushTemplate, PushTimes
 from paramserver.client.exchange import Meanwhile, nothing
 from paramserver.distribute.bound.buffers import Sharing
-from paramserver.distribute.bound.model import BoundModel
+from paramserver.distribute.bound.model import BoundModel, ModelBinding
 from paramserver.distribute.bound.plan import Kind, collect, plan
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.reduce.reduction import ReduceOp
@@ -34,8 +34,8 @@ class Client:
         self.pulled: Sequence[int] = ()
         self.push_times: Sequence[PushTimes] = ()
 
-    def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushPlan]:
-        return [PushPlan(tuple(parts[0]), tuple(pull[0]), (), ())]
+    def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushTemplate]:
+        return [PushTemplate(tuple(parts[0]), tuple(pull[0]), (), ())]
 
     def next_number(self) -> int:
         return 1
@@ -45,7 +45,7 @@ class Client:
 
     def push_pull(
         self,
-        plans: Sequence[PushPlan],
+        plans: Sequence[PushTemplate],
         *,
         counts: bool,
         rows: None = None,
@@ -75,7 +75,18 @@ def bind(model: nn.Module, *optimizers: optim.Optimizer) -> tuple[BoundModel, An
     client: Any = Client([arena.layout for arena in arenas[0]])
     tensors = ReplicaTensors(model, optimizers, [torch.device("cpu")])
     sharing = Sharing(num_workers=2)
-    bound = BoundModel(arenas, [client.memory], optimizers, tensors, ReduceOp.MEAN, client, {}, sharing)
+    bound = BoundModel(
+        ModelBinding(
+            arenas=arenas,
+            memories=[client.memory],
+            optimizers=optimizers,
+            tensors=tensors,
+            reduction=ReduceOp.MEAN,
+            client=client,
+            first_rows={},
+            sharing=sharing,
+        )
+    )
     bound.assign()
     bound.bind()
     return bound, client

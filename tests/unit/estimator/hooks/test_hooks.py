@@ -35,7 +35,7 @@ class Clock:
         return self.now
 
 
-class Session:
+class TrainingRun:
     """A session whose every step is one global step; others may move it by setting global_step."""
 
     is_chief = True
@@ -88,9 +88,9 @@ class StopNow(TrainingHook):
         context.request_stop()
 
 
-def train(*hooks, session=None, step=Session.step):
+def train(*hooks, session=None, step=TrainingRun.step):
     runner = HookRunner(hooks)
-    return runner.run(lambda: session or Session(ends_at=3), step)
+    return runner.run(lambda: session or TrainingRun(ends_at=3), step)
 
 
 def fail(*_):
@@ -115,7 +115,7 @@ def test_n01_order_of_calls():
 
     def create():
         log.append("create")
-        return Session(ends_at=2)
+        return TrainingRun(ends_at=2)
 
     def step(session):
         log.append("step")
@@ -136,7 +136,7 @@ def test_n01_q11_q12_order_of_hooks():
 
 def test_n02_a_requested_stop_is_clean_and_all_hooks_see_the_step():
     log = []
-    session = train(StopNow(), Recorder("a", log), session=Session())
+    session = train(StopNow(), Recorder("a", log), session=TrainingRun())
     assert session.global_step == 1
     assert log[-2:] == ["a.after", "a.end"]
 
@@ -149,7 +149,7 @@ def test_n02_the_end_of_the_input_is_clean():
         next(batches)
         return session.step()
 
-    assert train(Recorder("a", log), session=Session(), step=step).global_step == 2
+    assert train(Recorder("a", log), session=TrainingRun(), step=step).global_step == 2
     assert log[-2:] == ["a.before", "a.end"]
 
 
@@ -163,7 +163,7 @@ def test_n02_after_another_exception_end_is_not_called():
 
 def test_n03_no_step_after_a_stop():
     runner = HookRunner([StopNow()])
-    session = Session()
+    session = TrainingRun()
     with pytest.raises(RuntimeError, match="before its session was created"):
         runner.step(session.step)
     runner.begin()
@@ -199,7 +199,7 @@ def test_n03_a_hook_may_add_to_a_step_what_is_entered_around_it_alone():
         log.append("step")
         return session.step()
 
-    train(Wrapper("a", log), Recorder("b", log), session=Session(ends_at=2), step=step)
+    train(Wrapper("a", log), Recorder("b", log), session=TrainingRun(ends_at=2), step=step)
     first = ["b.before", "a entered", "step", "a left", "a.after", "b.after"]
     assert log[4:-2] == [*first, "b.before", "step", "a.after", "b.after"]
 
@@ -215,8 +215,8 @@ def test_n04_a_recreated_session_is_announced_again_but_begin_is_not():
     log = []
     runner = HookRunner([Recorder("a", log)])
     runner.begin()
-    runner.after_create_session(Session())
-    runner.after_create_session(Session())
+    runner.after_create_session(TrainingRun())
+    runner.after_create_session(TrainingRun())
     assert log == ["a.begin", "a.created", "a.created"]
 
 
@@ -282,19 +282,19 @@ def test_n07_stop_at_step_takes_exactly_one_limit(limits):
 
 @pytest.mark.parametrize(("limits", "start", "end"), [({"num_steps": 3}, 10, 13), ({"last_step": 12}, 10, 12)])
 def test_n07_steps_count_from_the_restored_step(limits, start, end):
-    assert train(StopAtStepHook(**limits), session=Session(start)).global_step == end
+    assert train(StopAtStepHook(**limits), session=TrainingRun(start)).global_step == end
 
 
 def test_n07_num_steps_do_not_start_anew_with_a_recreated_session():
     hook = StopAtStepHook(num_steps=3)
-    hook.after_create_session(Session(10))
-    hook.after_create_session(Session(11))
+    hook.after_create_session(TrainingRun(10))
+    hook.after_create_session(TrainingRun(11))
     assert hook.last_step == 13
 
 
 def test_n07_the_steps_of_other_workers_count():
     hook = StopAtStepHook(last_step=5)
-    session = Session()
+    session = TrainingRun()
     assert not see(hook, session, 4)
     session.global_step = 5
     assert see(hook, session, 4)
@@ -304,13 +304,13 @@ def test_n09_the_rate_is_that_of_all_workers(caplog):
     caplog.set_level(logging.INFO)
     clock = Clock()
     hook = StepCounterHook(every_n_steps=10, clock=clock)
-    hook.after_create_session(Session(100))
+    hook.after_create_session(TrainingRun(100))
     clock.now += 1000  # the first step, which may have to wait and to compile, is none of the rate
-    see(hook, Session(), 100)
+    see(hook, TrainingRun(), 100)
     clock.now += 2
-    see(hook, Session(), 105)
+    see(hook, TrainingRun(), 105)
     assert hook.steps_per_second is None
-    see(hook, Session(), 140)
+    see(hook, TrainingRun(), 140)
     assert hook.steps_per_second == 20
     assert caplog.messages == ["global_step/sec: 20"]
 
@@ -321,7 +321,7 @@ def test_n09_the_rate_counts_from_the_first_step():
     for step in range(1, 302):
         clock.now += 1
         hook.steps_per_second = None
-        see(hook, Session(), step)
+        see(hook, TrainingRun(), step)
         if hook.steps_per_second is not None:
             logged.append((step, hook.steps_per_second))
     assert logged == [(101, 1), (201, 1), (301, 1)]
@@ -329,7 +329,7 @@ def test_n09_the_rate_counts_from_the_first_step():
 
 def test_n09_a_step_that_stands_still_is_warned_about_five_times(caplog):
     hook = StepCounterHook(every_n_secs=1, every_n_steps=None, clock=Clock())
-    see(hook, Session(), *[7] * 1000)
+    see(hook, TrainingRun(), *[7] * 1000)
     assert len(caplog.messages) == 5
     assert "worker:1 made 20 steps while the global step stayed at 7" in caplog.messages[0]
 
@@ -337,7 +337,7 @@ def test_n09_a_step_that_stands_still_is_warned_about_five_times(caplog):
 @pytest.mark.parametrize(("at_end", "logged"), [(False, [1, 4]), (True, [1, 4, 5])])
 def test_n11_logging_counts_local_steps(caplog, at_end, logged):
     caplog.set_level(logging.INFO)
-    train(LoggingHook(3, at_end=at_end, clock=Clock()), session=Session(ends_at=5))
+    train(LoggingHook(3, at_end=at_end, clock=Clock()), session=TrainingRun(ends_at=5))
     assert [message.partition(" (")[0] for message in caplog.messages] == [
         f"loss = 0.5, step = {step}" for step in logged
     ]
@@ -351,13 +351,13 @@ def test_n11_logging_by_seconds(caplog):
         clock.now += 2
         return session.step()
 
-    train(LoggingHook(None, 5, clock=clock), session=Session(ends_at=5), step=step)
+    train(LoggingHook(None, 5, clock=clock), session=TrainingRun(ends_at=5), step=step)
     assert caplog.messages == ["loss = 0.5, step = 1", "loss = 0.5, step = 4 (6.000 sec)"]
 
 
 def test_n11_logging_at_the_end_alone(caplog):
     caplog.set_level(logging.INFO)
-    train(LoggingHook(None, at_end=True, clock=Clock()), session=Session(ends_at=5))
+    train(LoggingHook(None, at_end=True, clock=Clock()), session=TrainingRun(ends_at=5))
     assert [message.partition(" (")[0] for message in caplog.messages] == ["loss = 0.5, step = 5"]
 
 
@@ -365,7 +365,7 @@ def test_n11_logging_more_values_read_when_a_line_is_due(caplog):
     caplog.set_level(logging.INFO)
     read = []
     values = {"rate": lambda: read.append(1) or 0.1, "norm": lambda: torch.tensor(2.5), "phase": lambda: "warm-up"}
-    train(LoggingHook(2, values=values, clock=Clock()), session=Session(ends_at=3))
+    train(LoggingHook(2, values=values, clock=Clock()), session=TrainingRun(ends_at=3))
     assert caplog.messages[0] == "loss = 0.5, step = 1, rate = 0.1, norm = 2.5, phase = warm-up"
     assert len(read) == 2
 
@@ -373,11 +373,11 @@ def test_n11_logging_more_values_read_when_a_line_is_due(caplog):
 def test_n11_logging_in_a_form_of_ones_own(caplog):
     caplog.set_level(logging.INFO)
     form = "{step}: {loss:.1f}, {rate}".format_map
-    train(LoggingHook(9, values={"rate": lambda: 3}, formatter=form), session=Session(ends_at=2))
+    train(LoggingHook(9, values={"rate": lambda: 3}, formatter=form), session=TrainingRun(ends_at=2))
     assert caplog.messages == ["1: 0.5, 3"]
 
 
-class Waiting(Session):
+class Waiting(TrainingRun):
     """A session in which others make a step whenever this worker waits."""
 
     def __init__(self, start=0, ends_at=None):
@@ -465,7 +465,7 @@ def test_n12_an_evaluation_stops_after_n_batches_and_each_one_counts_anew(caplog
     caplog.set_level(logging.INFO)
     hook = StopAfterNEvalsHook(3)
     for _ in range(2):
-        session = Session(1000)
+        session = TrainingRun(1000)
         assert train(hook, session=session).global_step == 1003
     assert caplog.messages == [f"evaluation [{count}/3]" for count in (1, 2, 3)] * 2
 
@@ -473,7 +473,7 @@ def test_n12_an_evaluation_stops_after_n_batches_and_each_one_counts_anew(caplog
 @pytest.mark.parametrize(("num_evals", "shown"), [(50, ["5/50", "10/50"]), (None, ["10/?"])])
 def test_n12_progress_is_logged_about_ten_times(caplog, num_evals, shown):
     caplog.set_level(logging.INFO)
-    train(StopAfterNEvalsHook(num_evals), session=Session(ends_at=12))
+    train(StopAfterNEvalsHook(num_evals), session=TrainingRun(ends_at=12))
     assert caplog.messages == [f"evaluation [{each}]" for each in shown]
 
 
@@ -486,7 +486,7 @@ def test_n12_progress_need_not_be_logged_and_the_number_is_positive(caplog):
 
 
 def test_final_functions_are_called_at_a_clean_end_alone_and_their_values_kept():
-    session = Session(ends_at=3)
+    session = TrainingRun(ends_at=3)
     hook = FinalOpsHook({"step": lambda: session.global_step, "pair": [lambda: 1, lambda: "a"]})
     failing = FinalOpsHook(lambda: 1)
     assert hook.final_ops_values is None
@@ -512,6 +512,6 @@ def test_n11_q11_a_nan_loss_is_an_error_after_the_users_hooks():
 
 
 def test_n11_a_nan_loss_may_just_stop(caplog):
-    assert see(NanLossHook(fail_on_nan_loss=False), Session(), 1, loss=float("nan"))
+    assert see(NanLossHook(fail_on_nan_loss=False), TrainingRun(), 1, loss=float("nan"))
     assert "training stops" in caplog.text
-    assert not see(NanLossHook(), Session(), 1, loss=float("inf"))
+    assert not see(NanLossHook(), TrainingRun(), 1, loss=float("inf"))

@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-class Session:
+class TrainingRun:
     """A session whose every step is one global step; others may move it by setting global_step."""
 
     task = "worker:1"
@@ -83,9 +83,9 @@ class Writer:
         self.flushed += 1
 
 
-def train(*hooks, session=None, step=Session.step):
+def train(*hooks, session=None, step=TrainingRun.step):
     runner = HookRunner(hooks)
-    return runner.run(lambda: session or Session(ends_at=3), step)
+    return runner.run(lambda: session or TrainingRun(ends_at=3), step)
 
 
 def fail(*_):
@@ -109,14 +109,14 @@ def test_n10_summaries_at_the_first_step_then_when_due_and_flushed_at_the_end():
         clock.now += 0.5
         return session.step()
 
-    train(hook, session=Session(ends_at=3), step=step)
+    train(hook, session=TrainingRun(ends_at=3), step=step)
     assert writer.points == [("loss", 0.5, 1), ("loss", 0.5, 3), ("global_step/sec", 2.0, 3)]
     assert writer.flushed == 1
 
 
 def test_summaries_tell_where_the_time_of_the_steps_since_the_last_one_has_gone():
     writer = Writer()
-    train(SummarySaverHook(writer, save_steps=2), session=Session(start=10, ends_at=13))
+    train(SummarySaverHook(writer, save_steps=2), session=TrainingRun(start=10, ends_at=13))
     assert [point for point in writer.times if point[2] == 13] == [
         ("milliseconds/computing", 250.0, 13),
         ("milliseconds/reducing", 0.0, 13),
@@ -134,7 +134,7 @@ def test_n10_summaries_by_seconds():
         clock.now += 1
         return session.step()
 
-    train(SummarySaverHook(writer, save_secs=2, clock=clock), session=Session(ends_at=6), step=step)
+    train(SummarySaverHook(writer, save_secs=2, clock=clock), session=TrainingRun(ends_at=6), step=step)
     assert [step for name, _, step in writer.points if name == "loss"] == [1, 4]
 
 
@@ -144,7 +144,7 @@ def test_n10_each_summary_has_the_staleness_of_all_pushes_since_the_last_one():
     def step(session):
         return session.step()._replace(staleness=next(staleness))
 
-    train(SummarySaverHook(writer, save_steps=3), session=Session(ends_at=5), step=step)
+    train(SummarySaverHook(writer, save_steps=3), session=TrainingRun(ends_at=5), step=step)
     name, values, step = writer.distributions[1]
     assert writer.distributions[0] == ("staleness", [0], 1)
     assert (name, sorted(values), step) == ("staleness", [1, 1, 3], 4)
@@ -157,7 +157,7 @@ def recorded_in(session, value=7.0, name="norm"):
 
 
 def test_n10_what_the_model_records_is_written_in_the_steps_that_are_due_with_the_step_of_the_update():
-    writer, session = Writer(), Session(10, ends_at=13)
+    writer, session = Writer(), TrainingRun(10, ends_at=13)
     train(SummarySaverHook(writer, save_steps=2), session=session, step=recorded_in)
     assert [point for point in writer.points if point[0] == "norm"] == [("norm", 7.0, 11), ("norm", 7.0, 13)]
     recorded_in(session)
@@ -167,7 +167,7 @@ def test_n10_what_the_model_records_is_written_in_the_steps_that_are_due_with_th
 def test_q11_the_loss_is_written_if_the_model_does_not_record_it():
     writer = Writer()
     hook = SummarySaverHook(writer, save_steps=1)
-    train(hook, session=Session(ends_at=1), step=lambda session: recorded_in(session, 0.25, "loss"))
+    train(hook, session=TrainingRun(ends_at=1), step=lambda session: recorded_in(session, 0.25, "loss"))
     assert writer.points == [("loss", 0.25, 1)]
 
 
@@ -182,14 +182,14 @@ def test_n10_a_step_that_fails_leaves_no_recording_behind():
     with pytest.raises(ConnectionError):
         train(hook, step=step)
     summary.scalar("norm", 2.0)
-    train(hook, session=Session(ends_at=1), step=lambda session: recorded_in(session, 3.0))
+    train(hook, session=TrainingRun(ends_at=1), step=lambda session: recorded_in(session, 3.0))
     assert writer.points == [("loss", 0.5, 1), ("norm", 3.0, 1)]
 
 
 def test_b05_w08_a_worker_that_is_not_the_chief_writes_no_summary():
     writer = Writer()
     hook = SummarySaverHook(writer, save_steps=1)
-    train(hook, session=Session(ends_at=3, is_chief=False), step=recorded_in)
+    train(hook, session=TrainingRun(ends_at=3, is_chief=False), step=recorded_in)
     assert writer.points == writer.distributions == []
 
 
@@ -197,14 +197,14 @@ def test_b05_w08_a_worker_that_is_not_the_chief_writes_no_summary():
     ("start", "end", "saved"), [(0, 5, [0, 2, 4, 5]), (4, 8, [4, 6, 8]), (3, 3, [3]), (0, 1, [0, 1])]
 )
 def test_n08_q09_saves_at_the_start_when_due_and_the_last_step_once(start, end, saved):
-    session = train(CheckpointSaverHook(save_steps=2), session=Session(start, end))
+    session = train(CheckpointSaverHook(save_steps=2), session=TrainingRun(start, end))
     assert session.saved == saved
 
 
 @pytest.mark.parametrize("start", [0, 2, 3])
 def test_n08_v22_the_last_checkpoint_holds_what_others_pushed_after_the_step_to_stop_at(start):
     """An evaluator that sees a checkpoint of that step takes it for the last (V22)."""
-    hook, session = CheckpointSaverHook(save_steps=1), Session(start, ends_at=3)
+    hook, session = CheckpointSaverHook(save_steps=1), TrainingRun(start, ends_at=3)
     hook.after_create_session(session)
     see(hook, session, 3)
     session.global_step = 4
@@ -220,11 +220,11 @@ def test_n08_saves_by_seconds():
         clock.now += 4
         return session.step()
 
-    assert train(hook, session=Session(ends_at=7), step=step).saved == [0, 3, 6, 7]
+    assert train(hook, session=TrainingRun(ends_at=7), step=step).saved == [0, 3, 6, 7]
 
 
 def test_n08_the_steps_of_other_workers_count():
-    hook, session = CheckpointSaverHook(save_steps=10), Session()
+    hook, session = CheckpointSaverHook(save_steps=10), TrainingRun()
     hook.after_create_session(session)
     see(hook, session, 9, 25, 26, 34, 35)
     assert session.saved == [0, 25, 35]
@@ -232,7 +232,7 @@ def test_n08_the_steps_of_other_workers_count():
 
 def test_n08_listeners():
     log = []
-    train(CheckpointSaverHook(save_steps=2, listeners=[Listener(log)]), session=Session(ends_at=3))
+    train(CheckpointSaverHook(save_steps=2, listeners=[Listener(log)]), session=TrainingRun(ends_at=3))
     saves = [f"{when} {step}" for step in (0, 2, 3) for when in ("before", "after")]
     assert log == ["begin", *saves, "end 3"]
     with pytest.raises(TypeError, match=r"listeners\[0\]: expected an instance of CheckpointSaverListener"):
@@ -243,6 +243,6 @@ def test_n08_listeners():
 def test_n08_a_listener_can_stop_the_training_and_the_others_are_still_told(stop_at, end):
     logs = [], []
     listeners = [Listener(logs[0], stop_at), Listener(logs[1])]
-    session = train(CheckpointSaverHook(save_steps=2, listeners=listeners), session=Session())
+    session = train(CheckpointSaverHook(save_steps=2, listeners=listeners), session=TrainingRun())
     assert session.global_step == end
     assert logs[0] == logs[1]

@@ -15,7 +15,7 @@ from paramserver.cluster import ClusterSpec
 from paramserver.cluster.report import Reporter
 from paramserver.errors import ConfigError, DeadlineError
 from paramserver.estimator import EstimatorSpec, ModeKeys, RunConfig
-from paramserver.estimator.train.session import Session
+from paramserver.estimator.train.session import TrainingRun
 
 
 def alone():
@@ -31,7 +31,7 @@ def make(tmp_path, max_steps=None, strategy=None, **config):
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
     )
     config = RunConfig(model_dir=str(tmp_path), **config)
-    return Session(strategy or alone(), spec, config, max_steps, Reporter("chief:0", None))
+    return TrainingRun(strategy or alone(), spec, config, max_steps, Reporter("chief:0", None))
 
 
 def batches(value=1.0):
@@ -130,7 +130,7 @@ def test_q13_the_global_step_is_known_without_asking_and_is_one_for_all(tmp_path
     strategy = alone()
     session = make(tmp_path, strategy=strategy)
     session.step(batches())
-    monkeypatch.setattr(strategy.client.lanes, "exchange", None)
+    monkeypatch.setattr(strategy.client.lanes, "run", None)
     assert session.global_step == strategy.global_step == strategy.client.global_step == 1
     monkeypatch.undo()
     assert session.read_global_step() == session.refresh() == 1
@@ -157,5 +157,5 @@ def test_w08_only_the_chief_saves(tmp_path):
 
 def test_it_shows_where_it_is(tmp_path):
     session = make(tmp_path)
-    assert repr(session) == f"<Session of chief:0 at global step 0 in {tmp_path}>"
+    assert repr(session) == f"<TrainingRun of chief:0 at global step 0 in {tmp_path}>"
     session.close()

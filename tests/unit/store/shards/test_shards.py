@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from paramserver.checkpoint.folder import CheckpointFolder, Read
-from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, Maps, merge, read_index
+from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, Maps, merge_maps, read_index
 from paramserver.errors import CheckpointError, NotFiniteError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK, pieces
@@ -19,7 +19,7 @@ from paramserver.memory.arena_memory import private_store_memory
 from paramserver.placement import FixedShards, row_ranges
 from paramserver.store.blocks import BlockCopy
 from paramserver.store.shards import restore, save
-from paramserver.store.shards.place import overlaps, places
+from paramserver.store.shards.parts import overlaps, stored_parts
 from paramserver.store.store import Store
 
 ADAM = describe(torch.optim.Adam([torch.zeros(1)]), 0)
@@ -68,7 +68,7 @@ def read_shard(store, directory):
 def write(stores, directory):
     """A whole checkpoint: the shards, and the indexes that the chief writes beside them."""
     shards = [write_shard(store, str(directory), index, len(stores)) for index, store in enumerate(stores)]
-    merged = merge(Maps(shard.weight_map, shard.slot_map) for shard in shards)
+    merged = merge_maps(Maps(shard.weight_map, shard.slot_map) for shard in shards)
     for name, entries in zip((VALUES_INDEX, SLOTS_INDEX), merged, strict=True):
         (directory / name).write_text(json.dumps({"weight_map": entries}))
     return shards
@@ -95,7 +95,7 @@ def held(stores):
     return {
         f"{place.spec.name}/{name}" if name else place.spec.name: tensor
         for store in stores
-        for place in places(store)
+        for place in stored_parts(store)
         for name, tensor in state_at(place).items()
     }
 
@@ -231,7 +231,7 @@ def elements(place):
 
 def train_rows(stores, steps):
     """The same gradients for each element, wherever it lies."""
-    for place in (place for store in stores for place in places(store)):
+    for place in (place for store in stores for place in stored_parts(store)):
         for step in range(steps):
             gradient = torch.sin(torch.arange(1000.0) + len(place.variable) + step)[elements(place)]
             for start, stop in pieces([place.span]):
@@ -241,7 +241,7 @@ def train_rows(stores, steps):
 def state_of(stores):
     """All values and elementwise slots of each whole variable, flat, and its counters."""
     found = {}
-    for place in (place for store in stores for place in places(store)):
+    for place in (place for store in stores for place in stored_parts(store)):
         for key, tensor in state_at(place).items():
             name = (place.variable, key or "value")
             if tensor.ndim:
@@ -345,7 +345,7 @@ def test_a_first_update_under_way_leaves_a_partitioned_variable_without_slots(tm
     """Some of the parts have had it, the others not: zeros are not where Rprop begins."""
     rprop = describe(torch.optim.Rprop([torch.zeros(1)]), 0)
     before, after, fresh = divide(4, num_ps, rprop), divide(1, 1, rprop), divide(1, 1, rprop)
-    place = places(before[0])[0]
+    place = stored_parts(before[0])[0]
     name = place.variable
     place.arena.apply("rule", place.span, torch.ones(place.spec.size), None)
     write(before, tmp_path)
@@ -467,7 +467,7 @@ def test_updates_during_a_save_are_in_it_by_whole_blocks(tmp_path):
     slots = load_file(tmp_path / shard.slot_map["large/exp_avg"])
     assert torch.equal(values, arena.values)
     assert not torch.equal(values, before)
-    assert torch.equal(slots["large/exp_avg"], state_at(places(store)[0])["exp_avg"])
+    assert torch.equal(slots["large/exp_avg"], state_at(stored_parts(store)[0])["exp_avg"])
 
 
 def test_a_save_takes_memory_for_a_block_only(tmp_path, monkeypatch):
@@ -552,7 +552,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
 
 def spoil(store, variable, index, value, slot=""):
     """Put a value into a variable, or into a slot of it."""
-    (where,) = [each for each in places(store) if each.spec.name == variable]
+    (where,) = [each for each in stored_parts(store) if each.spec.name == variable]
     if not slot:
         where.arena.values[where.span[0] + index] = value
         return

@@ -341,7 +341,8 @@ def test_only_rows_that_were_overtaken_are_copied_again_until_none_is():
     assert torch.equal(out, filled(1, 2, 0, 1))
 
 
-def test_a_row_that_is_being_written_is_waited_for():
+def test_a_row_that_is_being_written_is_waited_for(monkeypatch):
+    monkeypatch.setattr(shared_memory, "QUIET_LIMIT", 60)
     _table, memory = a_table()
     memory.versions[0][1] += 1
 

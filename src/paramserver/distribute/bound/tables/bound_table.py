@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from paramserver.client.client import ParameterClient
-from paramserver.distribute.bound.plan import ArenaPlan, Kind, Variable
+from paramserver.distribute.bound.plan import ArenaPlan, Kind, ModelVariable
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.tables.lookup import Embedding, Lookup, look_up_in, placeholder, tables_of
 from paramserver.errors import ConfigError
@@ -229,7 +229,7 @@ class Lookups(NamedTuple):
 
 
 def take_tables(
-    model: nn.Module, variables: Iterable[Variable], optimizers: Sequence[torch.optim.Optimizer]
+    model: nn.Module, variables: Iterable[ModelVariable], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Lookups]:
     """Take the values of tables out of a model, so that nothing moves or copies them with it; by the variable's name.
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paramserver.distribute.core.torch_internals import is_tracing, is_transformed
 from paramserver.errors import ConfigError
 from paramserver.memory.rows import Ids, add_up, on_device
+from paramserver.memory.torch_internals import is_tracing, is_transformed, parameters_of
 
 Embedding = nn.Embedding | nn.EmbeddingBag
 
@@ -113,7 +113,7 @@ def tables_of(model: nn.Module) -> dict[int, list[Embedding]]:
     """
     holders: dict[int, list[Embedding | None]] = defaultdict(list)
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in parameters_of(module).values():
             if parameter is not None:
                 holders[id(parameter)].append(_as_sparse_embedding(module))
     tables = {

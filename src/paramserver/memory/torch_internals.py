@@ -5,10 +5,61 @@ A test of each fails first when torch changes it.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._profiler import _ExperimentalConfig as ProfilerConfig
 from torch._jit_internal import is_scripting as is_scripting  # torch.jit has it, where no type checker sees it
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.dlpack import from_dlpack
+
+fused_adagrad = torch._fused_adagrad_  # an optimizer's step spends 20 us until it calls one of these
+fused_adam = torch._fused_adam_
+fused_adamw = torch._fused_adamw_
+foreach_add = torch._foreach_add_
+foreach_copy = torch._foreach_copy_
+
+version_of = attrgetter("_version")
+"""The number of writes to a tensor, which torch counts for autograd."""
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters by name, to be replaced without what ``__setattr__`` does and costs."""
+    return module._parameters
+
+
+def modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's own submodules by name."""
+    return module._modules
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """Return the names of a module's own buffers that ``state_dict`` leaves out."""
+    return module._non_persistent_buffers_set
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers by name, to be replaced."""
+    return module._buffers
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether anything is to be called before or after a step of an optimizer, or of all optimizers."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+def all_threads() -> ProfilerConfig | None:
+    """Return what makes a profile hold all threads; replicas have threads of their own. None if torch cannot."""
+    try:
+        return ProfilerConfig(profile_all_threads=True)
+    except TypeError:  # an older torch
+        return None
 
 
 def alias(tensor: Tensor) -> Tensor:

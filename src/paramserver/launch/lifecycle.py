@@ -44,7 +44,7 @@ class Ending:
         return f"was killed by {signal.Signals(self.signal).name} (code {self.code})"
 
 
-class Rules:
+class Lifecycle:
     """The state of a run's end. Times are seconds of any one clock that does not go back."""
 
     def __init__(self, tasks: Iterable[TaskId], grace: float, restarts: int = 0) -> None:
@@ -62,7 +62,7 @@ class Rules:
 
     def __repr__(self) -> str:
         running = ", ".join(map(str, sorted(self.running)))
-        return f"<Rules running: {running or 'none'}; failed: {len(self.failures)}; code: {self.exit_code}>"
+        return f"<Lifecycle running: {running or 'none'}; failed: {len(self.failures)}; code: {self.exit_code}>"
 
     @property
     def has_lost_workers(self) -> bool:

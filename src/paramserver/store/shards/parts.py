@@ -13,7 +13,7 @@ from paramserver.store.blocks import StoredBlocks
 from paramserver.store.store import Store
 
 
-class Place(NamedTuple):
+class StoredPart(NamedTuple):
     """Where a variable, or a part of one, lies in a store."""
 
     arena: StoredBlocks
@@ -54,19 +54,19 @@ class Place(NamedTuple):
         return self.shard is None or self.shard.index == 0
 
 
-def places(store: Store) -> list[Place]:
+def stored_parts(store: Store) -> list[StoredPart]:
     """All places of a store, arena by arena."""
     return [
-        Place(arena, spec, span)
+        StoredPart(arena, spec, span)
         for arena in store.held
         for spec, span in zip(arena.layout.variables, arena.layout.ranges, strict=True)
     ]
 
 
-def by_variable(store: Store) -> dict[str, list[Place]]:
+def by_variable(store: Store) -> dict[str, list[StoredPart]]:
     """By the name of the whole variable; several where a ps holds several parts of one."""
-    found: dict[str, list[Place]] = defaultdict(list)
-    for place in places(store):
+    found: dict[str, list[StoredPart]] = defaultdict(list)
+    for place in stored_parts(store):
         found[place.variable].append(place)
     return dict(found)
 

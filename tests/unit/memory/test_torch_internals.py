@@ -7,16 +7,29 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from paramserver.distribute.core.torch_internals import (
+from paramserver.layout.variables import DTYPES
+from paramserver.memory.torch_internals import (
     alias,
+    all_threads,
+    buffers_of,
+    foreach_add,
+    foreach_copy,
+    fused_adagrad,
+    fused_adam,
+    fused_adamw,
+    has_step_hooks,
     is_batched,
     is_scripting,
     is_tracing,
     is_transformed,
+    modules_of,
+    non_persistent_buffers,
+    parameters_of,
     storage_uses,
+    version_of,
 )
-from paramserver.layout.variables import DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -130,3 +143,74 @@ def test_scripting_is_noticed() -> None:
 def test_a_deep_copy_of_an_alias_takes_its_own_bytes() -> None:
     copied = copy.deepcopy(alias(torch.zeros(1000)[:3]))
     assert copied.untyped_storage().nbytes() == 12
+
+
+def test_fused_steps_are_those_of_the_public_optimizers() -> None:
+    values, gradient, total = torch.ones(3), torch.full((3,), 2.0), torch.zeros(3)
+    fused_adagrad(
+        [values], [gradient], [total], [torch.tensor(1.0)], lr=0.1, lr_decay=0, weight_decay=0, eps=0, maximize=False
+    )
+    plain = nn.Parameter(torch.ones(3))
+    plain.grad = gradient.clone()
+    torch.optim.Adagrad([plain], lr=0.1, eps=0).step()
+    assert torch.allclose(values, plain)
+    for fused, kind in ((fused_adam, torch.optim.Adam), (fused_adamw, torch.optim.AdamW)):
+        values, moments = torch.ones(3), [torch.zeros(3), torch.zeros(3)]
+        fused(
+            [values], [gradient], [moments[0]], [moments[1]], [], [torch.tensor(1.0)],
+            lr=0.1, beta1=0.9, beta2=0.999, weight_decay=0, eps=1e-8, maximize=False, amsgrad=False,
+        )  # fmt: skip
+        plain = nn.Parameter(torch.ones(3))
+        plain.grad = gradient.clone()
+        kind([plain], lr=0.1, weight_decay=0).step()
+        assert torch.allclose(values, plain)
+
+
+def test_several_tensors_are_added_to_at_once() -> None:
+    numbers = [torch.zeros(()), torch.ones(())]
+    foreach_add(numbers, 1)
+    assert [number.item() for number in numbers] == [1, 2]
+
+
+def test_writes_are_counted() -> None:
+    tensor = torch.zeros(2)
+    before = version_of(tensor)
+    tensor.add_(1)
+    assert version_of(tensor) == before + 1
+
+
+def test_what_a_module_holds_can_be_replaced() -> None:
+    module = nn.BatchNorm1d(2)
+    weight, mean = nn.Parameter(torch.full((2,), 3.0)), torch.full((2,), 4.0)
+    parameters_of(module)["weight"], buffers_of(module)["running_mean"] = weight, mean
+    assert module.weight is weight
+    assert module.running_mean is mean
+
+
+def test_modules_and_their_buffers_are_known() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2))
+    module[0].register_buffer("scratch", torch.zeros(1), persistent=False)
+    assert modules_of(module) == {"0": module[0]}
+    assert non_persistent_buffers(module[0]) == {"scratch"}
+
+
+def test_tensors_are_copied_at_once() -> None:
+    copies = [torch.zeros(2), torch.zeros(1)]
+    foreach_copy(copies, [torch.ones(2), torch.ones(1)])
+    assert [copy.tolist() for copy in copies] == [[1, 1], [1]]
+
+
+def test_hooks_of_one_optimizer_and_of_all_are_seen() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    assert not has_step_hooks(optimizer)
+    own = optimizer.register_step_pre_hook(lambda *_: None)
+    assert has_step_hooks(optimizer)
+    own.remove()
+    everyones = register_optimizer_step_post_hook(lambda *_: None)
+    assert has_step_hooks(optimizer)
+    everyones.remove()
+    assert not has_step_hooks(optimizer)
+
+
+def test_a_profile_can_hold_all_threads() -> None:
+    assert all_threads() is not None

@@ -1,0 +1,32 @@
+"""What the payload of a push holds, and in which order.
+
+Rows of tables come first, part by part: the ids, then the values. All other parts follow, piece by piece. Both ends of
+a lane count by the functions of this file, so that nothing of it has to travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import Range, pieces
+from paramserver.wire.messages import Part
+
+
+def parts_of_rows(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Return the parts of a push that are about rows of tables, in the order of their payload."""
+    return tuple(part for part in parts if part.rows is not None)
+
+
+def dense_pieces(parts: Sequence[Part], layouts: Sequence[ArenaLayout]) -> Iterator[tuple[Part, Range]]:
+    """Yield the pieces of all other parts of a push, each with its part, in the order of their payload.
+
+    >>> from paramserver.layout.variables import VariableSpec
+    >>> layouts = [ArenaLayout("float32", None, (VariableSpec("w", (4,), "float32"),))]
+    >>> [span for _, span in dense_pieces([Part(0, "add"), Part(0, "add", ((1, 3),))], layouts)]
+    [(0, 4), (1, 3)]
+    """
+    for part in parts:
+        if part.rows is None:
+            for span in layouts[part.arena].pieces if part.ranges is None else pieces(part.ranges):
+                yield part, span

@@ -1,0 +1,159 @@
+"""What the end of one task means for the others."""
+
+from __future__ import annotations
+
+from signal import SIGINT, SIGKILL, SIGTERM
+
+import pytest
+
+from paramserver.cluster.task import Role, TaskId
+from paramserver.launch.lifecycle import AFTER_FAILURE, KILL_AFTER, Ending, Lifecycle
+
+PS = TaskId(Role.PS, 0)
+CHIEF = TaskId(Role.CHIEF, 0)
+WORKER = TaskId(Role.WORKER, 0)
+EVALUATOR = TaskId(Role.EVALUATOR, 0)
+ALL = (PS, CHIEF, WORKER, EVALUATOR)
+GRACE = 10.0
+WELL = Ending(0)
+
+
+@pytest.fixture
+def lifecycle() -> Lifecycle:
+    return Lifecycle(ALL, GRACE)
+
+
+@pytest.mark.parametrize("task", [CHIEF, PS])
+def test_a_failed_chief_or_ps_ends_all_tasks(lifecycle: Lifecycle, task: TaskId) -> None:
+    lifecycle.ended(task, Ending(3), 0.0)
+    assert set(lifecycle.take_due(0.0)) == {(other, SIGTERM) for other in ALL if other != task}
+    assert lifecycle.summary == f"error: {task} exited with code 3; the run was stopped"
+
+
+@pytest.mark.parametrize("task", [WORKER, EVALUATOR])
+def test_a_failed_worker_or_evaluator_disturbs_nobody(lifecycle: Lifecycle, task: TaskId) -> None:
+    lifecycle.ended(task, Ending(137, SIGKILL), 0.0)
+    assert lifecycle.next_due() is None
+    assert lifecycle.exit_code == 137
+    assert lifecycle.summary == f"error: {task} was killed by SIGKILL (code 137)"
+
+
+def test_the_exit_code_is_the_first_failures(lifecycle: Lifecycle) -> None:
+    lifecycle.ended(WORKER, Ending(4), 0.0)
+    lifecycle.ended(CHIEF, Ending(5), 1.0)
+    assert lifecycle.exit_code == 4
+
+
+def test_a_task_that_was_told_to_end_has_not_failed(lifecycle: Lifecycle) -> None:
+    lifecycle.ended(CHIEF, Ending(5), 0.0)
+    lifecycle.take_due(0.0)
+    lifecycle.ended(WORKER, Ending(143, SIGTERM), 0.1)
+    assert [task for task, _ in lifecycle.failures] == [CHIEF]
+
+
+def test_ps_tasks_get_the_grace_once_nobody_trains(lifecycle: Lifecycle) -> None:
+    lifecycle.ended(CHIEF, WELL, 0.0)
+    assert lifecycle.next_due() is None
+    lifecycle.ended(WORKER, WELL, 5.0)
+    assert lifecycle.next_due() == 5.0 + GRACE
+    lifecycle.ended(EVALUATOR, WELL, 7.0)
+    assert lifecycle.next_due() == 5.0 + GRACE
+    assert lifecycle.take_due(15.0) == [(PS, SIGTERM)]
+    assert lifecycle.exit_code == 0
+
+
+@pytest.mark.parametrize("grace", [GRACE, 0.1])
+def test_ps_tasks_do_not_wait_long_for_a_worker_that_has_failed(grace: float) -> None:
+    lifecycle = Lifecycle(ALL, grace)
+    lifecycle.ended(WORKER, Ending(1), 0.0)
+    assert lifecycle.next_due() is None
+    lifecycle.ended(CHIEF, WELL, 5.0)
+    assert lifecycle.next_due() == 5.0 + min(grace, AFTER_FAILURE)
+
+
+def test_a_failed_evaluator_does_not_hurry_ps_tasks(lifecycle: Lifecycle) -> None:
+    for task, ending in ((EVALUATOR, Ending(1)), (WORKER, WELL), (CHIEF, WELL)):
+        lifecycle.ended(task, ending, 0.0)
+    assert lifecycle.next_due() == GRACE
+
+
+def test_a_ps_that_fails_when_nobody_trains_leaves_the_evaluator_alone(lifecycle: Lifecycle) -> None:
+    for task in (CHIEF, WORKER):
+        lifecycle.ended(task, WELL, 0.0)
+    lifecycle.ended(PS, Ending(1), 1.0)
+    assert lifecycle.next_due() is None
+    assert lifecycle.exit_code == 1
+
+
+def test_an_evaluator_gets_the_time_that_it_needs(lifecycle: Lifecycle) -> None:
+    for task in (CHIEF, WORKER, PS):
+        lifecycle.ended(task, WELL, 0.0)
+    assert lifecycle.next_due() is None
+    assert lifecycle.running == {EVALUATOR}
+
+
+def test_a_task_that_does_not_end_is_killed(lifecycle: Lifecycle) -> None:
+    lifecycle.interrupted(SIGINT, 0.0)
+    assert len(lifecycle.take_due(0.0)) == len(ALL)
+    lifecycle.ended(PS, Ending(143, SIGTERM), 0.5)
+    assert lifecycle.take_due(KILL_AFTER - 0.1) == []
+    assert set(lifecycle.take_due(KILL_AFTER)) == {(task, SIGKILL) for task in (CHIEF, WORKER, EVALUATOR)}
+    assert lifecycle.next_due() is None
+
+
+@pytest.mark.parametrize(("number", "code"), [(SIGINT, 130), (SIGTERM, 143)])
+def test_an_interrupt_gives_the_exit_code(lifecycle: Lifecycle, number: int, code: int) -> None:
+    lifecycle.ended(WORKER, Ending(4), 0.0)
+    lifecycle.interrupted(number, 1.0)
+    assert lifecycle.exit_code == code
+
+
+def test_a_second_interrupt_kills_at_once(lifecycle: Lifecycle) -> None:
+    lifecycle.interrupted(SIGINT, 0.0)
+    lifecycle.take_due(0.0)
+    lifecycle.interrupted(SIGINT, 0.5)
+    assert set(lifecycle.take_due(0.5)) == {(task, SIGKILL) for task in ALL}
+
+
+def test_a_failure_while_the_run_is_stopped_does_not_ask_twice(lifecycle: Lifecycle) -> None:
+    lifecycle.ended(PS, Ending(1), 0.0)
+    lifecycle.take_due(0.0)
+    lifecycle.ended(CHIEF, Ending(1), 0.1)
+    assert lifecycle.take_due(0.1) == []
+
+
+def test_what_it_knows_is_shown(lifecycle: Lifecycle) -> None:
+    lifecycle.ended(WORKER, Ending(4), 0.0)
+    assert repr(lifecycle) == "<Lifecycle running: chief:0, evaluator:0, ps:0; failed: 1; code: 4>"
+
+
+# --- restarts
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_a_task_that_fails_is_started_again_until_it_has_used_up_its_restarts(task: TaskId) -> None:
+    lifecycle = Lifecycle(ALL, GRACE, restarts=2)
+    assert [lifecycle.ended(task, Ending(137, SIGKILL), 0.0) for _ in range(3)] == [True, True, False]
+    assert [failed for failed, _ in lifecycle.failures] == [task]
+
+
+def test_each_task_has_restarts_of_its_own() -> None:
+    lifecycle = Lifecycle(ALL, GRACE, restarts=1)
+    assert all(lifecycle.ended(task, Ending(1), 0.0) for task in ALL)
+    assert (lifecycle.running, lifecycle.exit_code) == (set(ALL), 0)
+
+
+def test_who_ends_well_or_is_told_to_end_is_not_started_again() -> None:
+    lifecycle = Lifecycle(ALL, GRACE, restarts=1)
+    assert not lifecycle.ended(WORKER, WELL, 0.0)
+    lifecycle.interrupted(SIGINT, 0.0)
+    lifecycle.take_due(0.0)
+    assert not any(lifecycle.ended(task, Ending(143, SIGTERM), 1.0) for task in (PS, CHIEF, EVALUATOR))
+
+
+def test_a_ps_is_not_started_again_when_the_chief_has_finished() -> None:
+    """What it held is lost, and nobody would bring it back; a late worker would wait for that."""
+    lifecycle = Lifecycle(ALL, GRACE, restarts=1)
+    lifecycle.ended(CHIEF, WELL, 0)
+    assert not lifecycle.ended(PS, Ending(137, 9), 1)
+    assert lifecycle.ended(WORKER, Ending(137, 9), 1) is False  # nor anybody, because the run is stopped
