@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tests.patience import patience
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")  # how long an example takes says more about the machine than about us
@@ -20,8 +21,16 @@ settings.load_profile("untimed")  # how long an example takes says more about th
 DESCRIPTORS = Path("/proc/self/fd")
 THREADS = Path("/proc/self/task")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # looked at only
-PATIENCE = 2.0
+PATIENCE = patience(2)
 """Seconds for a thread that is about to end to do so."""
+LONGEST = 60.0
+"""Seconds that a test takes at most on a quiet machine."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test its limit: a test that reaches it hangs."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(patience(LONGEST)))
 
 
 class Holdings(NamedTuple):

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from tests.patience import patience
+
 from paramserver.launch.fork_server import READY, ForkServer
 from paramserver.launch.spec import PRELOADED
 from paramserver.launch.start_methods import Descriptors, Program
@@ -25,7 +27,7 @@ from paramserver.launch.start_methods import Descriptors, Program
 Environment = Mapping[str, str] | None
 Done = subprocess.CompletedProcess[str]
 
-PATIENCE = 60.0
+PATIENCE = patience(60.0)
 """Seconds after which a test gives up; nothing takes this long when it works."""
 
 SCRIPT = "tests.multiprocess.script"
@@ -64,7 +66,9 @@ class Warm:
         """``paramserver launch ARGUMENTS...``, to its end."""
         command = [sys.executable, "-m", "paramserver", "launch", *map(str, arguments)]
         with self.launcher(env) as options:
-            return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, check=False, **options)
+            return subprocess.run(
+                command, cwd=cwd, capture_output=True, text=True, timeout=patience(150), check=False, **options
+            )
 
     def run(self, module: str, *arguments: str | Path, env: Environment = None, cwd: Path | None = None) -> Done:
         """``python -m MODULE ARGUMENTS...``, to its end; it has a fork server at hand."""

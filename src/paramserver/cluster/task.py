@@ -40,3 +40,7 @@ class TaskId(NamedTuple):
         """The inverse of ``str``. Raises ValueError where the text names no task."""
         role, _, index = text.partition(":")
         return cls(Role(role), int(index))
+
+
+ALONE = TaskId(Role.CHIEF, 0)
+"""The name of a process that has no cluster: it does what a chief does."""

@@ -18,6 +18,7 @@ from paramserver.checkpoint.model_dir import checkpoint_step
 from paramserver.checkpoint.storage import absolute
 from paramserver.client.client import ParameterClient
 from paramserver.cluster import TaskId
+from paramserver.cluster.task import ALONE
 from paramserver.distribute import checkpoints
 from paramserver.distribute.bound.model import BoundModel
 from paramserver.distribute.checkpoints import Checkpoints, find_checkpoint, saved_names
@@ -226,7 +227,7 @@ class SavingStrategy(Strategy):
 
     @property
     def _shown_task(self) -> str:
-        return str(self.task or "this process")
+        return str(self.task or ALONE)
 
 
 def present_values(client: ParameterClient, bound: BoundModel) -> int:

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, TFConfigClusterResolver, find_task, is_chief
@@ -38,6 +38,8 @@ class ClusterView:
     """TF_CONFIG's ``service`` as it stands."""
     lacks_chief: bool = False
     """Whether there is a cluster and it has no task of role chief."""
+    model_dir: object = None
+    """TF_CONFIG's ``model_dir`` as it stands."""
 
     @classmethod
     def from_environment(cls) -> ClusterView:
@@ -47,7 +49,11 @@ class ClusterView:
             ConfigError: If it is malformed, or names a task that does not fit its cluster.
             TypeError: If its ``service`` is no dict.
         """
-        resolver, config = TFConfigClusterResolver(), load_tf_config()
+        config = load_tf_config()
+        return replace(cls._of(TFConfigClusterResolver(), config), model_dir=config.get("model_dir"))
+
+    @classmethod
+    def _of(cls, resolver: TFConfigClusterResolver, config: Mapping[str, object]) -> ClusterView:
         cluster = resolver.cluster_spec()
         if not cluster:
             return _local_view(resolver, config)

@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from paramserver.cluster import ClusterSpec, Role, TaskId
 from paramserver.cluster.spec import expected_one_of
-from paramserver.cluster.tf_config import load_tf_config
 from paramserver.errors import ConfigError
 from paramserver.estimator.cluster_view import ClusterView
 
@@ -107,7 +106,7 @@ class RunConfig:
     def __post_init__(self, experimental_distribute: DistributeConfig | None) -> None:
         self._set_default_saving()
         self._set("_view", ClusterView.from_environment())
-        self._set("model_dir", _agreed_model_dir(self.model_dir))
+        self._set("model_dir", _agreed_model_dir(self.model_dir, self._view.model_dir))
         self._absorb(experimental_distribute, self.train_distribute, self.eval_distribute)
         self._check()
 
@@ -293,10 +292,10 @@ def _path_text(path: object, where: str) -> str | None:
     return text
 
 
-def _agreed_model_dir(given: object) -> str | None:
-    """The model_dir that was passed, or else TF_CONFIG's; they must not differ."""
+def _agreed_model_dir(given: object, configured: object) -> str | None:
+    """Return the model_dir that was passed, or else TF_CONFIG's; they must not differ."""
     ours = _path_text(given, "RunConfig: model_dir")
-    theirs = _path_text(load_tf_config().get("model_dir"), "TF_CONFIG: 'model_dir'")
+    theirs = _path_text(configured, "TF_CONFIG: 'model_dir'")
     if ours is not None and theirs is not None and ours != theirs:
         raise ConfigError(
             f"RunConfig: model_dir: {ours!r} was passed, but TF_CONFIG says {theirs!r}; "

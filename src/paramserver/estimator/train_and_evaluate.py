@@ -9,6 +9,7 @@ from typing import Any
 from paramserver.cluster import Role, environment
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.spec import expected_one_of
+from paramserver.cluster.task import ALONE
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import CheckpointError, ConfigError, RunOverError
 from paramserver.estimator.arguments import training_strategy
@@ -101,7 +102,7 @@ def _run_evaluator(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalS
 
 
 def _run_local(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> Results:
-    reporter = Reporter("chief:0", environment.read().report_fd)
+    reporter = Reporter(str(ALONE), environment.read().report_fd)
     evaluator = Evaluator(estimator, eval_spec, train_spec.max_steps, reporter)
     listener = _EvaluationListener(evaluator, estimator, eval_spec.throttle_secs)
     estimator.train(

@@ -12,6 +12,7 @@ import torch
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
+from paramserver.cluster.task import ALONE
 from paramserver.errors import ConfigError, UnavailableError
 from paramserver.memory import arena_memory, heap
 from paramserver.server.connection import Conversation, Host
@@ -191,7 +192,7 @@ def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Calla
         index: Of the ps.
     """
     task = str(TaskId(Role.PS, index))
-    me = str(TaskId(Role.CHIEF, 0))
+    me = str(ALONE)
     membership = Membership(me, [me])
     store, incarnation = Store(task, partial(arena_memory.private_store_memory, device=device)), new_incarnation()
     handler = RequestHandler(store, membership)

@@ -254,10 +254,10 @@ class Store:
             return False
         (held,) = arena.layout.variables
         if held != variable:
+            kept, own = map(_variable_shown, (held, variable))
             raise ModelMismatchError(
-                f"variable {variable.name!r} on {self.task} is {_variable_shown(held)}, as the chief has created it, and "
-                f"this worker's is {_variable_shown(variable)}; every worker must create the same variables in the same "
-                "order",
+                f"variable {variable.name!r} on {self.task} is {kept}, as the chief has created it, and this worker's "
+                f"is {own}; every worker must create the same variables in the same order",
                 self.task,
                 variable.name,
             )

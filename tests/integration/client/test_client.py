@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tests.patience import patience
 
 from paramserver.cluster import Role, TaskId
 from paramserver.distribute import connection
@@ -25,7 +26,7 @@ from paramserver.testing.local_cluster import LocalCluster
 from paramserver.wire.messages import Part
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
-PATIENCE = 30.0
+PATIENCE = patience(30.0)
 
 
 def layout(name, *shape, rule=SGD):

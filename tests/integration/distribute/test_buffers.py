@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.patience import patience
 from torch import Tensor, nn, optim
 
 import paramserver as ps
@@ -39,7 +40,9 @@ def workers(lane: str, monkeypatch: pytest.MonkeyPatch, policy: str, **options: 
     with LocalCluster(ps=2, workers=2) as cluster, contextlib.ExitStack() as stack:
         found = []
         for task in ("chief:0", "worker:0"):
-            strategy = ps.ParameterServerStrategy(cluster.resolver(task), session_creation_timeout=30, **options)
+            strategy = ps.ParameterServerStrategy(
+                cluster.resolver(task), session_creation_timeout=patience(30), **options
+            )
             stack.callback(strategy.close)
             model = Model()
             optimizer = optim.SGD(model.parameters(), lr=0.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.patience import patience
 from torch import Tensor, nn, optim
 
 import paramserver as ps
@@ -24,7 +25,7 @@ from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.shared_memory import SharedMemoryLane
 from paramserver.transport.tcp import TcpLane
 
-PATIENCE = 60
+PATIENCE = patience(60)
 WIDTH = BLOCK // 256 + 8
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.patience import patience
 from torch import Tensor, nn, optim
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
@@ -386,7 +387,7 @@ def assert_trains_as_the_reference_does(recipe: Recipe, plain: Recipe) -> None:
 
 def strategy(resolver: ps.ClusterResolver) -> ps.ParameterServerStrategy:
     devices = [f"cpu:{index}" for index in range(REPLICAS)]
-    return ps.ParameterServerStrategy(resolver, compute_devices=devices, session_creation_timeout=30)
+    return ps.ParameterServerStrategy(resolver, compute_devices=devices, session_creation_timeout=patience(30))
 
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])

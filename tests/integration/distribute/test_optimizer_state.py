@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.patience import patience
 from torch import Tensor, nn, optim
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -67,7 +68,7 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         num_ps, _, lane = request.param.split()
         monkeypatch.setenv("PARAMSERVER_LANE", lane)
         cluster = LocalCluster(ps=int(num_ps), workers=1).__enter__()
-        made = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=30, **options)
+        made = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=patience(30), **options)
         runs.append((made, cluster))
         return made
 

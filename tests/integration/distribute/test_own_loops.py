@@ -13,6 +13,7 @@ import fsspec
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.patience import patience
 from torch import Tensor, nn, optim
 
 import paramserver as ps
@@ -24,7 +25,7 @@ from paramserver.testing.local_cluster import LocalCluster
 pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
 
 INPUTS, LABELS = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
-TIMEOUT = 30.0
+TIMEOUT = patience(30.0)
 
 
 class Net(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # as everybody calls it
+from tests.patience import patience
 from torch import Tensor, nn, optim
 
 import paramserver as ps
@@ -33,7 +34,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def pipelined(cluster: LocalCluster, task: str = "chief:0", **options: Any) -> ps.ParameterServerStrategy:
     return ps.ParameterServerStrategy(
-        cluster.resolver(task), pipeline=True, session_creation_timeout=30, **options
+        cluster.resolver(task), pipeline=True, session_creation_timeout=patience(30), **options
     )  # fmt: skip
 
 
@@ -235,7 +236,7 @@ def test_an_estimator_ends_at_its_step_with_all_of_it_saved(
             optimizer=optim.SGD(model.parameters(), lr=0.1),
         )  # fmt: skip
 
-    strategy = ps.ParameterServerStrategy(pipeline=True, session_creation_timeout=30)
+    strategy = ps.ParameterServerStrategy(pipeline=True, session_creation_timeout=patience(30))
     config = ps.estimator.RunConfig(
         model_dir=str(tmp_path), train_distribute=strategy, save_checkpoints_steps=2, log_step_count_steps=None
     )

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # as everybody calls it
 from safetensors.torch import load_model, save_model
+from tests.patience import patience
 from torch import Tensor, nn, optim
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -96,7 +97,9 @@ def a_way(way: str, monkeypatch: pytest.MonkeyPatch, folder: Path, size: int = T
     else:
         monkeypatch.setenv("PARAMSERVER_LANE", LANES[way])
         with LocalCluster(ps=2, workers=1) as cluster:
-            strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=30, **options)
+            strategy = ps.ParameterServerStrategy(
+                cluster.resolver("chief:0"), session_creation_timeout=patience(30), **options
+            )
             try:
                 yield Run(prepare=strategy.prepare, assign=strategy.assign, size=size, folder=folder)
             finally:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.patience import patience
 from torch import nn
 
 import paramserver as ps
@@ -25,7 +26,7 @@ from paramserver.testing.local_cluster import LocalCluster
 
 pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
 
-PATIENCE = 60.0
+PATIENCE = patience(60.0)
 Mode = ps.VariableAggregation
 
 

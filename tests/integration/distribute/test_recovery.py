@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.patience import patience
 from torch import Tensor, nn, optim
 
 import paramserver as ps
@@ -22,7 +23,7 @@ from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook
 
 pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
 
-PATIENCE = 30.0
+PATIENCE = patience(30.0)
 
 
 class Cluster:

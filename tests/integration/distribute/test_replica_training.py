@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.patience import patience
 from torch import Tensor, nn, optim
 
 import paramserver as ps
@@ -88,7 +89,10 @@ class Setting:
         monkeypatch.setenv("PARAMSERVER_LANE", self.lane)
         with LocalCluster(self.num_ps, workers=1) as cluster:
             strategy = ps.ParameterServerStrategy(
-                cluster.resolver("chief:0"), compute_devices=devices, session_creation_timeout=30, **self.options
+                cluster.resolver("chief:0"),
+                compute_devices=devices,
+                session_creation_timeout=patience(30),
+                **self.options,
             )
             yield Replicas(strategy)
             strategy.close()
@@ -695,7 +699,7 @@ def test_parts_of_a_variable_that_one_worker_changes_arrive_at_the_other(num_ps:
                 cluster.resolver(task),
                 compute_devices=["cpu:0", "cpu:1"],
                 variable_partitioner=FixedShards(num_ps),
-                session_creation_timeout=30,
+                session_creation_timeout=patience(30),
             )
             for task in cluster.tasks
         ]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tests.patience import patience
 from torch import nn, optim
 
 import paramserver as ps
@@ -16,7 +17,7 @@ from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.shared_memory import SharedMemoryLane
 
 ROWS, WIDTH, WRITERS, LOOKUPS, APART = 2000, 24, 3, 40, 1 << 12
-PATIENCE = 60
+PATIENCE = patience(60)
 
 
 class Player:

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.patience import patience
 from torch import nn, optim
 
 import paramserver as ps
@@ -265,7 +266,8 @@ def test_pushes_of_many_workers_to_one_table_all_count():
     rounds, ids = 30, torch.arange(0, ROWS, 3)
     with LocalCluster(ps=1, workers=3) as cluster:
         strategies = [
-            ps.ParameterServerStrategy(cluster.resolver(task), session_creation_timeout=30) for task in cluster.tasks
+            ps.ParameterServerStrategy(cluster.resolver(task), session_creation_timeout=patience(30))
+            for task in cluster.tasks
         ]
 
         def train(strategy, table):
@@ -294,7 +296,9 @@ def test_pushes_of_many_workers_to_one_table_all_count():
 def test_a_pipelined_step_loses_no_row(monkeypatch, lane):
     monkeypatch.setenv("PARAMSERVER_LANE", lane)
     with LocalCluster(ps=1, workers=1) as cluster:
-        strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), pipeline=True, session_creation_timeout=30)
+        strategy = ps.ParameterServerStrategy(
+            cluster.resolver("chief:0"), pipeline=True, session_creation_timeout=patience(30)
+        )
         model, optimizer = a_table(strategy)
         for _ in range(5):
             optimizer.zero_grad()
@@ -373,7 +377,7 @@ def push_rows(client, rows):
 def test_rows_that_are_none_are_refused_and_change_nothing(monkeypatch, lane, ids):
     monkeypatch.setenv("PARAMSERVER_LANE", lane)
     with LocalCluster(ps=1, workers=1) as cluster:
-        strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=30)
+        strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=patience(30))
         model, _ = a_table(strategy)
         before = model.state_dict()["weight"]
         rows = TableRows(torch.tensor(ids).numpy(), torch.ones(2, WIDTH))
@@ -413,7 +417,7 @@ def test_b06_training_goes_on_from_a_checkpoint_with_another_division(tmp_path, 
 
 def test_after_the_loss_of_a_ps_a_table_needs_a_checkpoint():
     with LocalCluster(ps=1, workers=1) as cluster:
-        strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=30)
+        strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=patience(30))
         kept = a_table(strategy)
         (bound,) = strategy._models
         with pytest.raises(ConfigError, match=r"'weight' is a table, of which workers hold no values"):
@@ -425,7 +429,8 @@ def test_after_the_loss_of_a_ps_a_table_needs_a_checkpoint():
 def test_a_worker_whose_embedding_is_not_sparse_is_told_so():
     with LocalCluster(ps=1, workers=2) as cluster:
         chief, worker = (
-            ps.ParameterServerStrategy(cluster.resolver(task), session_creation_timeout=30) for task in cluster.tasks
+            ps.ParameterServerStrategy(cluster.resolver(task), session_creation_timeout=patience(30))
+            for task in cluster.tasks
         )
         a_table(chief)
         model = nn.Embedding(ROWS, WIDTH)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # as everybody calls it
+from tests.patience import patience
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,7 +58,7 @@ class Run:
 
     def strategy(self, worker: int = 0) -> ps.ParameterServerStrategy:
         resolver = ps.SimpleClusterResolver(self.cluster, task_type="worker", task_id=worker)
-        self.strategies.append(ps.ParameterServerStrategy(resolver, session_creation_timeout=30))
+        self.strategies.append(ps.ParameterServerStrategy(resolver, session_creation_timeout=patience(30)))
         return self.strategies[-1]
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tests.patience import patience
 from torch import nn
 
 from paramserver.estimator import EstimatorSpec, ModeKeys
@@ -41,7 +42,7 @@ def test_q19_a_program_runs_without_this_library_and_without_the_models_code(tmp
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", SERVE, str(Path(exported, "model.pt2"))],
-        capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path,
+        capture_output=True, text=True, timeout=patience(100), check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for predicted, rows in zip(json.loads(done.stdout), (1, 2, 7), strict=True):

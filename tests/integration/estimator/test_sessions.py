@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.patience import patience
 from torch import nn
 
 import paramserver as ps
@@ -20,7 +21,7 @@ from paramserver.estimator import EstimatorSpec, GlobalStepWaiterHook, ModeKeys,
 from paramserver.estimator.train.training import train
 from paramserver.testing.local_cluster import LocalCluster
 
-PATIENCE = 60.0
+PATIENCE = patience(60.0)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.integration.distribute.test_recovery import Cluster, a_cluster
+from tests.patience import patience
 from torch import Tensor, nn
 
 from paramserver.checkpoint.model_dir import checkpoint_step, latest_checkpoint
@@ -28,7 +29,7 @@ from paramserver.estimator.hooks.basic import SecondOrStepTimer
 from paramserver.estimator.hooks.early_stopping import _AskingHook, _ObeyingHook
 from paramserver.estimator.hooks.hook import TrainingHook, TrainingSession
 
-PATIENCE = 60.0
+PATIENCE = patience(60.0)
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tests.patience import patience
 from typer.testing import CliRunner
 
 from paramserver import cli
@@ -23,7 +24,7 @@ from paramserver.wire.messages import Part
 
 ADAGRAD = describe(torch.optim.Adagrad([torch.zeros(1)]), 0)
 MODEL = [[ArenaLayout("float32", ADAGRAD, (VariableSpec("w", (size,), "float32"),))] for size in (16, 48)]
-PATIENCE = 30.0
+PATIENCE = patience(30.0)
 
 
 @pytest.fixture

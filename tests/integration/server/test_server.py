@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from tests.patience import patience
 
 from paramserver.cluster import ClusterSpec, Role, TaskId
 from paramserver.distribute import connection
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
 MODEL = [[ArenaLayout("float32", SGD, (VariableSpec("w", (4,), "float32"),))]]
-PATIENCE = 30.0
+PATIENCE = patience(30.0)
 """Seconds after which a test gives up; nothing takes this long when it works."""
 
 lanes = pytest.mark.parametrize("lane", ["auto", "tcp"])

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tests.patience import patience
 
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.variables import VariableSpec
@@ -17,7 +18,7 @@ from paramserver.wire import codec, messages
 
 MODEL = [[ArenaLayout("float32", None, (VariableSpec("w", (4096,), "float32"),))]]
 PARTS = [[messages.Part(0, "add")]]
-PATIENCE = 30.0
+PATIENCE = patience(30.0)
 
 lanes = pytest.mark.parametrize("lane", ["auto", "tcp"])
 

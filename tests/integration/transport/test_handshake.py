@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from tests.patience import patience
 
 from paramserver.errors import (
     DeadlineError,
@@ -36,7 +37,7 @@ from paramserver.transport.listener import Listener
 from paramserver.wire import codec
 from paramserver.wire.messages import Challenge, Done, GetStatus, Hello, Message, Refused, Welcome
 
-TIMEOUT = 30.0
+TIMEOUT = patience(30.0)
 TOKEN = "a secret of this run"
 WORKER = Identity(task="worker:1", token=TOKEN, incarnation="w")
 PS = Identity(task="ps:0", token=TOKEN, incarnation="p")

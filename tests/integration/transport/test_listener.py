@@ -10,13 +10,14 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tests.patience import patience
 
 from paramserver.errors import UnavailableError
 from paramserver.memory import shared_file
 from paramserver.transport import listener as module
 from paramserver.transport.listener import Listener
 
-TIMEOUT = 30.0
+TIMEOUT = patience(30.0)
 
 
 @contextlib.contextmanager

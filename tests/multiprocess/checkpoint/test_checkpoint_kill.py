@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import patience
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.multiprocess]
 
 KILLS = 50
 
@@ -132,7 +133,7 @@ for round in range(kills):
 
 def test_b01_b02_a_run_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, tmp_path, str(KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(100), check=False)
     assert (done.returncode, done.stderr) == (0, "")
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     steps = [each["latest"] for each in rounds]

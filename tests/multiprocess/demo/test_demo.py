@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import patience
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.multiprocess]
 
 DEMO = (sys.executable, "-m", "paramserver", "demo")
 SHOW_CURSOR = b"\x1b[?25h"
@@ -20,7 +21,7 @@ SHOW_CURSOR = b"\x1b[?25h"
 def test_the_demo_trains_and_says_what_came_of_it(tmp_path, mark):
     folder = tmp_path / "a folder with quite a long name" / "and another one in it" / "run"
     command = [*DEMO, "--steps", "2000", "--model-dir", str(folder)]
-    done = subprocess.run(command, env=mark, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(command, env=mark, capture_output=True, text=True, timeout=patience(150), check=False)
     assert (done.returncode, done.stderr) == (0, "")
     results = dict(re.findall(r"^(\S+(?: \S+)*)  +(\S.*)$", done.stdout, re.MULTILINE))
     assert float(results["test accuracy"]) >= 0.95
@@ -47,7 +48,7 @@ def test_ctrl_c_ends_everything_and_gives_the_terminal_back(tmp_path, mark, warm
         screen = _until(ours, b"training")
         process.send_signal(signal.SIGINT)
         screen += _until(ours, None)
-        assert process.wait(timeout=10) == 128 + signal.SIGINT
+        assert process.wait(timeout=patience(10)) == 128 + signal.SIGINT
     finally:
         process.kill()
         process.wait()

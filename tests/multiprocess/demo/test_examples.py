@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.multiprocess.warm import SCRIPT, Done, Warm
+from tests.patience import patience
 
 from paramserver.checkpoint.index import SLOTS_INDEX, read_index
 
@@ -46,7 +47,7 @@ def test_own_loop_is_short() -> None:
 @pytest.mark.multiprocess
 def test_own_loop_alone(tmp_path: Path, warm: Warm) -> None:
     command = [sys.executable, EXAMPLE, "--model-dir", tmp_path]
-    said = lines(subprocess.run(command, capture_output=True, text=True, timeout=100, check=False))
+    said = lines(subprocess.run(command, capture_output=True, text=True, timeout=patience(100), check=False))
     assert said[-3].endswith("global step 470")
     assert said[-2] == f"saved {tmp_path / 'ckpt-470'}"
     assert accuracies(said)[""] > 0.85

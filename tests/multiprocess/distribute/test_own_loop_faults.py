@@ -12,7 +12,7 @@ from tests.multiprocess.warm import Warm
 
 from paramserver.estimator.checkpoint import read_values
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.multiprocess]
 
 PROGRAM = """
 import os, signal

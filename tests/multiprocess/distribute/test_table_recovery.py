@@ -14,7 +14,6 @@ from paramserver.estimator.checkpoint import read_values
 
 pytestmark = [
     pytest.mark.multiprocess,
-    pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
 ]
 

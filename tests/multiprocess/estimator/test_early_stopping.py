@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.multiprocess.warm import Warm
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.multiprocess]
 
 STOPPING = """
 threshold, max_steps = float(sys.argv[1]), int(sys.argv[2])

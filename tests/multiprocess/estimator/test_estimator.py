@@ -18,7 +18,7 @@ from tests.multiprocess.warm import SCRIPT
 
 from paramserver.checkpoint.saved_values import SavedValues
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.multiprocess]
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "estimator.py"
 LAUNCH = (sys.executable, "-m", "paramserver", "launch")

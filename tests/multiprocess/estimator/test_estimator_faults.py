@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tests.multiprocess.warm import Warm
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.multiprocess]
 
 PROGRAM = """
 import json, math, os, sys

@@ -18,16 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.patience import patience
 
 import paramserver as ps
 from paramserver.estimator.checkpoint import read_values
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.multiprocess]
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "recovery.py"
 SEED = 7
 """A worker and the evaluator are killed before the first checkpoint, the ps tasks and the chief later."""
-PATIENCE = 170.0
+PATIENCE = patience(170.0)
 MAX_STEPS, CHECKPOINT_INTERVAL = 3000, 100
 TRAINING = ["chief:0", "worker:0", "worker:1"]
 TASKS = ["ps:0", "ps:1", *TRAINING, "evaluator:0"]

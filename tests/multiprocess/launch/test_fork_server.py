@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.multiprocess.finished_run import Run
+from tests.patience import patience
 
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
@@ -18,7 +19,7 @@ from paramserver.launch.spec import TaskSpec
 
 pytestmark = pytest.mark.multiprocess
 
-PATIENCE = 60.0
+PATIENCE = patience(60.0)
 """Seconds after which a test gives up; nothing takes this long when it works."""
 
 CHIEF = TaskId(Role.CHIEF, 0)

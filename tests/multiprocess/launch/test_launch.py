@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from tests.multiprocess.finished_run import Run
+from tests.patience import patience
 
 from paramserver.cluster.report import Report
 from paramserver.cluster.task import Role, TaskId
@@ -37,7 +38,7 @@ EVALUATOR = TaskId(Role.EVALUATOR, 0)
 HANG = "hold(); signal.pause()"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); hold(); signal.pause()"
 
-PATIENCE = 20.0
+PATIENCE = patience(20.0)
 """Seconds after which a test gives up; nothing takes this long when it works."""
 
 
@@ -302,7 +303,7 @@ def test_an_interrupt_ends_all_within_five_seconds(
         begin = time.monotonic()
         process.send_signal(number)
         _, errors = process.communicate(timeout=PATIENCE)
-        assert lifeline.is_free(within=5)
+        assert lifeline.is_free(within=patience(5))
         assert time.monotonic() - begin < 5
     assert process.returncode == code
     assert errors == f"stopping the run ({number.name}); once more kills it\n"
@@ -327,7 +328,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(program: Program, lifel
         lifeline.wait_ready(3)
         process.kill()
         process.wait(PATIENCE)
-        assert lifeline.is_free(within=5)
+        assert lifeline.is_free(within=patience(5))
 
 
 def run_task(tmp_path: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

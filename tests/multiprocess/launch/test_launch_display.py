@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from tests.multiprocess.warm import Warm
+from tests.patience import patience
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.multiprocess]
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 LAUNCH = (sys.executable, "-m", "paramserver", "launch")
@@ -55,7 +56,7 @@ class Terminal:
         """Until nobody holds the terminal any more; the exit code."""
         while self._read():
             pass
-        return self.process.wait(timeout=10)
+        return self.process.wait(timeout=patience(10))
 
     def close(self) -> None:
         self.process.kill()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.patience import patience
 
 from paramserver.checkpoint import folder as checkpoint_folder
 from paramserver.checkpoint.folder import CheckpointFolder, Read, Write, read_header
@@ -96,7 +97,7 @@ def test_a_large_read_is_shared_by_several_threads(tmp_path, monkeypatch):
     content = bytes(range(256)) * 4
     (tmp_path / FILE).write_bytes(content)
     out, preadv, threads = bytearray(1000), os.preadv, set()
-    both = threading.Barrier(checkpoint_folder.THREADS, timeout=10)
+    both = threading.Barrier(checkpoint_folder.THREADS, timeout=patience(10))
 
     def meet_and_read(file, outs, offset):
         if offset < 13 + 2 * 100:

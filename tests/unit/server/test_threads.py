@@ -7,10 +7,11 @@ import socket
 import threading
 
 import pytest
+from tests.patience import patience
 
 from paramserver.server.threads import Pace, ServingThreads
 
-PATIENCE = 30.0
+PATIENCE = patience(30.0)
 QUICK, SLOW, WAIT, AHEAD = b"q", b"s", b"w", b"a"
 
 

@@ -13,6 +13,7 @@ from paramserver.checkpoint.model_dir import CheckpointManager, checkpoint_step,
 from paramserver.client.client import ParameterClient
 from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
+from paramserver.cluster.task import ALONE
 from paramserver.distribute.bound.model import BoundModel
 from paramserver.distribute.bound.plan import aliases, plain_name
 from paramserver.distribute.bound.step_times import StepTimes
@@ -57,7 +58,7 @@ class TrainingRun:
         assert spec.optimizers  # noqa: S101
         assert config.model_dir is not None  # noqa: S101  # the Estimator has set it
         self.is_chief = strategy.is_chief
-        self.task = str(strategy.task or "chief:0")
+        self.task = str(strategy.task or ALONE)
         self.model_dir = config.model_dir
         self._strategy = strategy
         self._spec = spec

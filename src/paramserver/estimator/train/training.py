@@ -12,6 +12,7 @@ import torch
 from paramserver.checkpoint.storage import absolute
 from paramserver.cluster import environment
 from paramserver.cluster.report import Reporter
+from paramserver.cluster.task import ALONE
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError, RunOverError, UnavailableError
 from paramserver.estimator.calling import Batch
@@ -66,7 +67,7 @@ def train(
     Raises:
         Exception: Whatever the user's functions, the hooks or the session raise; the ps tasks are told of it first.
     """
-    reporter = Reporter(str(strategy.task or "chief:0"), environment.read().report_fd)
+    reporter = Reporter(str(strategy.task or ALONE), environment.read().report_fd)
     reporter.tell(state="building the model", max_steps=max_steps)
     if config.seed is not None:
         torch.manual_seed(config.seed)
