@@ -1,15 +1,16 @@
-# make demo | test | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
+# make demo | test | test-programs | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PLOTTING := .venv/.plotting
 DOCS := .venv/.docs
+PYTEST := $(BIN)/pytest --doctest-modules --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types check docs bench bench-report bench-check bench-peers clean
+.PHONY: help demo test test-programs lint types check docs bench bench-report bench-check bench-peers clean
 
 help: ## show this
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -28,8 +29,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: $(INSTALLED) ## train on bundled data with five processes
 	@$(BIN)/paramserver demo
 
-test: $(INSTALLED) ## all tests, the examples of the docstrings included
-	@$(BIN)/pytest --doctest-modules --numprocesses auto --maxprocesses 4 --dist worksteal tests src
+test: $(INSTALLED) ## all tests but whole programs, the examples of the docstrings included
+	@$(PYTEST) -m "not whole_program" tests src
+
+test-programs: $(INSTALLED) ## the examples, the demo, and runs whose tasks are all killed
+	@$(PYTEST) -m whole_program tests
 
 lint: $(INSTALLED) ## ruff and codespell
 	@$(BIN)/ruff check .
@@ -38,7 +42,7 @@ lint: $(INSTALLED) ## ruff and codespell
 types: $(INSTALLED) ## mypy
 	@$(BIN)/mypy
 
-check: lint types test ## what CI runs, with docs
+check: lint types test test-programs ## what CI runs, with docs
 
 docs: $(DOCS) ## the pages of docs/ and a reference of all public names, in site/; a warning or a dead link fails it
 	@rm -rf site

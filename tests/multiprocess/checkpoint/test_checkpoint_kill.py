@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.patience import patience
 
-pytestmark = [pytest.mark.multiprocess]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.whole_program]
 
 KILLS = 50
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.patience import patience
 
-pytestmark = [pytest.mark.multiprocess]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.whole_program]
 
 DEMO = (sys.executable, "-m", "paramserver", "demo")
 SHOW_CURSOR = b"\x1b[?25h"

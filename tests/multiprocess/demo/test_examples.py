@@ -45,6 +45,7 @@ def test_own_loop_is_short() -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 def test_own_loop_alone(tmp_path: Path, warm: Warm) -> None:
     command = [sys.executable, EXAMPLE, "--model-dir", tmp_path]
     said = lines(subprocess.run(command, capture_output=True, text=True, timeout=patience(100), check=False))
@@ -57,6 +58,7 @@ def test_own_loop_alone(tmp_path: Path, warm: Warm) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 def test_two_replicas_on_logical_devices(warm: Warm) -> None:
     said = alone(warm, EXAMPLES / "replicas.py")
     assert said[-2].endswith("global step 470, 15000 images seen")
@@ -64,6 +66,7 @@ def test_two_replicas_on_logical_devices(warm: Warm) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 @pytest.mark.parametrize("lane", ["", "auto", "tcp"])
 def test_tables_learn_from_rows_alone(warm: Warm, lane: str) -> None:
     example = EXAMPLES / "tables.py"
@@ -75,6 +78,7 @@ def test_tables_learn_from_rows_alone(warm: Warm, lane: str) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path, warm: Warm) -> None:
     last = alone(warm, EXAMPLES / "wide_and_deep.py", "--model-dir", tmp_path, "--epochs", "5")[-1]
     found = re.fullmatch(r"test accuracy (0\.\d+); who knows the odds has (0\.\d+)", last)
@@ -83,6 +87,7 @@ def test_wide_and_deep_comes_near_to_the_best_that_can_be_done(tmp_path: Path, w
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 @pytest.mark.parametrize("lane", ["", "auto", "tcp"])
 def test_dlrm_with_an_optimizer_for_its_tables_comes_near_to_the_best(tmp_path: Path, warm: Warm, lane: str) -> None:
     example, options = EXAMPLES / "dlrm.py", ["--model-dir", str(tmp_path), "--max-steps", "1500"]
@@ -102,6 +107,7 @@ def test_dlrm_with_an_optimizer_for_its_tables_comes_near_to_the_best(tmp_path: 
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 def test_recovery_alone(tmp_path: Path, warm: Warm) -> None:
     """And see test_recovery.py."""
     said = alone(warm, EXAMPLES / "recovery.py", "--model-dir", tmp_path, "--max-steps", "500")
@@ -109,6 +115,7 @@ def test_recovery_alone(tmp_path: Path, warm: Warm) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path, warm: Warm) -> None:
     last = alone(warm, EXAMPLES / "early_stopping.py", "--model-dir", tmp_path, "--patience", "400")[-1]
     found = re.fullmatch(r"test accuracy (0\.\d+) at step (\d+)", last)
@@ -120,6 +127,7 @@ def test_early_stopping_ends_early_and_exports_the_best(tmp_path: Path, warm: Wa
 
 
 @pytest.mark.multiprocess
+@pytest.mark.whole_program
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
 def test_own_loop_as_a_cluster(tmp_path: Path, warm: Warm, lane: str) -> None:
     """The chief evaluates and saves what both workers came to; then one process goes on from that (Z12)."""

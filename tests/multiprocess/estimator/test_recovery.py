@@ -23,7 +23,7 @@ from tests.patience import patience
 import paramserver as ps
 from paramserver.estimator.checkpoint import read_values
 
-pytestmark = [pytest.mark.multiprocess]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.whole_program]
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "recovery.py"
 SEED = 7
