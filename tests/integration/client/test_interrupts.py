@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn, optim
+from tests.integration.counting import CountingModel, CountingTrainer
+from torch import nn
 
 import paramserver as ps
 from paramserver.layout.blocks import BLOCK
@@ -71,43 +72,19 @@ def interrupted(act: Callable[[], object], every: int = 1) -> Iterator[str]:
         at += every
 
 
-class Model(nn.Module):
-    """Each step takes 1 from every parameter; each forward adds 1 to the buffers."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.features = features
-        self.large = nn.Linear(features, 700)
-        self.middle = nn.Parameter(torch.zeros(70, 70))
-        self.table = nn.Embedding(8, 4, sparse=True)
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("total", torch.zeros(3))
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self) -> Tensor:
-        self.count += 1
-        self.total += 1
-        return self.large(torch.ones(self.features)).sum() + self.middle.sum() + self.table(torch.arange(8)).sum()
+def model(features: int) -> CountingModel:
+    return CountingModel(large=nn.Linear(features, 700), middle=nn.Parameter(torch.zeros(70, 70)))
 
 
-class Trainer:
-    """A worker, what it has done, and what must be true of it."""
+class Trainer(CountingTrainer):
+    """Counts what it has done."""
 
     def __init__(self, cluster: LocalCluster, *, pipeline: bool = False, features: int = 3) -> None:
-        self.strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), pipeline=pipeline)
-        model = Model(features)
-        self.model, self.optimizer = self.strategy.prepare(model, optim.SGD(model.parameters(), lr=1.0))
-        self.forwards = self.steps = self.interrupts = 0
-
-    def backward(self) -> None:
-        self.optimizer.zero_grad()
-        self.forwards += 1
-        self.model().backward()
+        super().__init__(cluster, model(features), pipeline=pipeline)
+        self.steps = self.interrupts = 0
 
     def step(self) -> None:
-        self.backward()
-        self.optimizer.step()
+        super().step()
         self.steps += 1
 
     def check(self, where: str) -> None:
@@ -116,15 +93,7 @@ class Trainer:
         self.strategy.refresh()
         made = self.strategy.global_step
         assert self.steps <= made <= self.steps + self.interrupts, where
-        for name, value in self.model.state_dict().items():
-            expected = self.forwards if name in ("count", "total") else -made
-            assert (value == expected).all(), f"{name} after an interrupt at {where}: {value.unique()}, not {expected}"
-
-
-@pytest.fixture(params=["auto", "tcp"])
-def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("PARAMSERVER_LANE", request.param)
-    return str(request.param)
+        self.check_values(made, f"after an interrupt at {where}")
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.integration.counting import CountingModel, CountingTrainer
 from tests.patience import patience
-from torch import Tensor, nn, optim
+from torch import nn
 
-import paramserver as ps
 from paramserver.errors import LocalProtocolError, RefusedError, UnavailableError
 from paramserver.layout.blocks import BLOCK
 from paramserver.server.push_plans import PushPlans
@@ -29,50 +29,12 @@ PATIENCE = patience(60)
 WIDTH = BLOCK // 256 + 8
 
 
-class Model(nn.Module):
-    """Parameters of two blocks, a table, and buffers; a step takes 1 from every parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.large = nn.Parameter(torch.zeros(WIDTH, 256))
-        self.small = nn.Parameter(torch.zeros(5))
-        self.table = nn.Embedding(6, 4, sparse=True)
-        nn.init.zeros_(self.table.weight)
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("total", torch.zeros(3))
-
-    def forward(self) -> Tensor:
-        self.count += 1
-        self.total += 1
-        return self.large.sum() + self.small.sum() + self.table(torch.arange(6)).sum()
-
-
-class Trainer:
-    """The only worker of a cluster."""
+class Trainer(CountingTrainer):
+    """Of a model with a parameter of two blocks."""
 
     def __init__(self, cluster: LocalCluster) -> None:
-        self.strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
-        model = Model()
-        self.model, self.optimizer = self.strategy.prepare(model, optim.SGD(model.parameters(), lr=1.0))
-        self.forwards = 0
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        self.forwards += 1
-        self.model().backward()
-        self.optimizer.step()
-
-    def check(self, updates: int) -> None:
-        self.strategy.refresh()
-        for name, value in self.model.state_dict().items():
-            expected = self.forwards if name in ("count", "total") else -updates
-            assert (value == expected).all(), f"{name} is {value.unique().tolist()}, not {expected}"
-
-
-@pytest.fixture(params=["auto", "tcp"])
-def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("PARAMSERVER_LANE", request.param)
-    return str(request.param)
+        model = CountingModel(large=nn.Parameter(torch.zeros(WIDTH, 256)), small=nn.Parameter(torch.zeros(5)))
+        super().__init__(cluster, model)
 
 
 @pytest.fixture(params=[1, 2])
@@ -119,7 +81,7 @@ def test_h4_buffers_of_a_step_that_every_ps_refuses_are_pushed_with_the_next(
                 trainer.step()
     trainer.step()
     assert trainer.strategy.global_step == 2
-    trainer.check(updates=2)
+    trainer.check_values(updates=2)
 
 
 @pytest.mark.parametrize("cluster", [1], indirect=True)
@@ -188,7 +150,7 @@ def test_a_lost_connection_costs_no_update(trainer: Trainer) -> None:
         with pytest.raises(UnavailableError):
             trainer.optimizer.step()
         trainer.strategy.recover()
-        trainer.check(updates)
+        trainer.check_values(updates)
 
 
 # --- forks
@@ -231,7 +193,7 @@ def test_g4_a_forked_child_changes_nothing(trainer: Trainer) -> None:
         assert in_a_child(act) == ""
     trainer.optimizer.step()
     assert trainer.strategy.global_step == before + 1
-    trainer.check(updates=2)
+    trainer.check_values(updates=2)
 
 
 # --- a ps that is gone

@@ -90,12 +90,6 @@ def alone() -> Iterator[Callable[..., ps.ParameterServerStrategy]]:
     yield lambda **options: ps.ParameterServerStrategy(**options)
 
 
-@pytest.fixture(params=["auto", "tcp"])
-def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("PARAMSERVER_LANE", request.param)
-    return str(request.param)
-
-
 @pytest.fixture(params=["alone", "1 ps", "3 ps"])
 def run(request: pytest.FixtureRequest) -> Callable[[], Any]:
     return alone if request.param == "alone" else lambda: a_cluster(int(request.param[0]))

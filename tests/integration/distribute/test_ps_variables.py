@@ -30,13 +30,6 @@ PATIENCE = patience(60.0)
 Mode = ps.VariableAggregation
 
 
-@pytest.fixture(params=["auto", "tcp"])
-def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """For strategies, too, which find it in the environment."""
-    monkeypatch.setenv("PARAMSERVER_LANE", request.param)
-    return str(request.param)
-
-
 @pytest.fixture
 def cluster(lane: str) -> Iterator[LocalCluster]:
     with LocalCluster(ps=2, workers=3, lane=lane) as cluster:

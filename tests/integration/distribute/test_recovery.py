@@ -21,7 +21,7 @@ from paramserver.estimator import Estimator, EstimatorSpec, ModeKeys, RunConfig
 from paramserver.estimator.checkpoint import read_values
 from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession
 
-pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
+pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process", "lane")
 
 PATIENCE = patience(30.0)
 
@@ -68,11 +68,6 @@ def a_cluster(num_ps: int = 2, num_workers: int = 1) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.close()
-
-
-@pytest.fixture(params=["auto", "tcp"], autouse=True)
-def _lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARAMSERVER_LANE", request.param)
 
 
 def prepared(strategy: ps.ParameterServerStrategy) -> tuple[Any, Any]:
