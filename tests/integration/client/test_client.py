@@ -231,7 +231,7 @@ def test_a_client_that_is_dropped_says_goodbye():
         cluster.servers[0].join()
 
 
-def test_h5_who_waits_for_the_others_notices_the_loss_of_any_ps():
+def test_who_waits_for_the_others_notices_the_loss_of_any_ps():
     with LocalCluster(ps=2, workers=2) as cluster:
         chief, _ = start(cluster)
         worker = cluster.client("worker:0")

@@ -103,7 +103,7 @@ def cluster(lane: str) -> Iterator[LocalCluster]:
 
 
 @pytest.mark.parametrize("pipeline", [False, True], ids=["", "pipelined"])
-def test_g3_h3_h4_a_step(cluster: LocalCluster, lane: str, pipeline: bool) -> None:
+def test_a_step(cluster: LocalCluster, lane: str, pipeline: bool) -> None:
     # With a direct gradient, and where a frame can be cut in the middle, of two blocks.
     features = 3 if pipeline else 380 if lane == "auto" else 760
     trainer = Trainer(cluster, pipeline=pipeline, features=features)

@@ -76,7 +76,7 @@ def test_each_policy(
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a9_a_flag_and_a_pointer_that_one_worker_sets_are_set_for_all(
+def test_a_flag_and_a_pointer_that_one_worker_sets_are_set_for_all(
     lane: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with workers(lane, monkeypatch, "last") as ((strategy, one, one_optimizer), (_, other, other_optimizer)):
@@ -167,7 +167,7 @@ def test_replicas_of_one_worker(policy: str, expected: float | None) -> None:
     assert [flag.item() for flag in flags] == [True, True], "set by the second replica alone"
 
 
-def test_a8_channels_last_is_kept_on_every_replica() -> None:
+def test_channels_last_is_kept_on_every_replica() -> None:
     strategy, model, optimizer = in_replicas("sum")
 
     def step() -> bool:
@@ -186,7 +186,7 @@ def test_a8_channels_last_is_kept_on_every_replica() -> None:
         assert not torch.equal(one, before)
 
 
-def test_g9_parameters_that_are_taken_out_are_not_updated_on_any_replica() -> None:
+def test_parameters_that_are_taken_out_are_not_updated_on_any_replica() -> None:
     strategy, model, optimizer = in_replicas("sum")
     (group,) = optimizer.param_groups
 

@@ -68,7 +68,7 @@ def always(*_: object, **__: object) -> bool:
     return True
 
 
-def test_h4_buffers_of_a_step_that_every_ps_refuses_are_pushed_with_the_next(
+def test_buffers_of_a_step_that_every_ps_refuses_are_pushed_with_the_next(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -102,7 +102,7 @@ def test_an_update_that_fails_in_the_middle_says_so(trainer: Trainer, monkeypatc
 
 
 @pytest.mark.parametrize("cluster", [1], indirect=True)
-def test_h9_a_step_waits_until_the_ps_has_let_go_of_the_one_before(
+def test_a_step_waits_until_the_ps_has_let_go_of_the_one_before(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker was interrupted while it waited; its gradients must not change under the hands of the ps."""
@@ -176,7 +176,7 @@ def in_a_child(act: Callable[[], object]) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_g4_a_forked_child_changes_nothing(trainer: Trainer) -> None:
+def test_a_forked_child_changes_nothing(trainer: Trainer) -> None:
     before = trainer.strategy.global_step
 
     def look() -> None:

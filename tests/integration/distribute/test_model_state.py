@@ -63,21 +63,21 @@ def net(prepare: Prepare) -> Net:
     return net
 
 
-def test_a5_safetensors_save_and_load_a_model(net: Net, tmp_path: Path) -> None:
+def test_safetensors_save_and_load_a_model(net: Net, tmp_path: Path) -> None:
     safetensors.torch.save_model(net, str(tmp_path / "model.safetensors"))
     plain = Net(seed=2)
     safetensors.torch.load_model(plain, tmp_path / "model.safetensors")
     torch.testing.assert_close(plain.state_dict(), net.state_dict(), rtol=0, atol=0)
 
 
-def test_a5_safetensors_load_into_a_prepared_model(net: Net, tmp_path: Path) -> None:
+def test_safetensors_load_into_a_prepared_model(net: Net, tmp_path: Path) -> None:
     plain = Net(seed=2)
     safetensors.torch.save_model(plain, str(tmp_path / "model.safetensors"))
     safetensors.torch.load_model(net, tmp_path / "model.safetensors")
     torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def test_a5_a_part_takes_its_own_bytes(net: Net) -> None:
+def test_a_part_takes_its_own_bytes(net: Net) -> None:
     def written(state: Any) -> int:
         file = io.BytesIO()
         torch.save(state, file)
@@ -89,7 +89,7 @@ def test_a5_a_part_takes_its_own_bytes(net: Net) -> None:
     assert written(list(net.head.parameters())) == written(list(plain.head.parameters()))
 
 
-def test_a5_each_tensor_has_a_storage_of_its_own(net: Net) -> None:
+def test_each_tensor_has_a_storage_of_its_own(net: Net) -> None:
     storages = {}
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
@@ -97,7 +97,7 @@ def test_a5_each_tensor_has_a_storage_of_its_own(net: Net) -> None:
     assert len(storages) == len([*net.parameters(), *net.buffers()])
 
 
-def test_a5_a_state_dict_is_the_memory_of_the_model(net: Net) -> None:
+def test_a_state_dict_is_the_memory_of_the_model(net: Net) -> None:
     """As with a plain module: an average of weights is kept up by writing into it."""
     average = copy.deepcopy(net)
     for mean, value in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
@@ -107,7 +107,7 @@ def test_a5_a_state_dict_is_the_memory_of_the_model(net: Net) -> None:
     assert net.state_dict()["body.weight"].data_ptr() == net.body.weight.data_ptr()
 
 
-def test_a5_steps_change_what_it_was_bound_to(prepare: Prepare) -> None:
+def test_steps_change_what_it_was_bound_to(prepare: Prepare) -> None:
     net = Net()
     net, optimizer = prepare(net, optim.SGD(net.parameters(), lr=0.1))
     state = net.state_dict()

@@ -143,7 +143,7 @@ def check_same(one: Any, other: Any, where: str = "state") -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join([row[0].__name__, *map(str, row[1])]))
 @pytest.mark.parametrize("before", [True, False], ids=["before prepare", "after prepare"])
-def test_a1_from_torch_and_back(row: Any, before: bool, make: Make) -> None:
+def test_from_torch_and_back(row: Any, before: bool, make: Make) -> None:
     net, optimizer = built(row)
     train(net, optimizer, 0)
     weights, state = saved(net, optimizer)
@@ -193,7 +193,7 @@ def look_up(words: Words, optimizer: optim.Optimizer, first: int, count: int = S
 
 @pytest.mark.parametrize("row", TABLE_ROWS, ids=lambda row: row[0].__name__)
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a1_tables_from_torch_and_back(row: Any, parts: int, make: Make) -> None:
+def test_tables_from_torch_and_back(row: Any, parts: int, make: Make) -> None:
     kind, settings = row
 
     def new() -> tuple[Words, optim.Optimizer]:
@@ -231,7 +231,7 @@ def test_a1_tables_from_torch_and_back(row: Any, parts: int, make: Make) -> None
 
 
 @pytest.mark.parametrize("row", TABLE_ROWS, ids=lambda row: row[0].__name__)
-def test_a1_the_state_of_a_table_before_its_first_update(row: Any, make: Make) -> None:
+def test_the_state_of_a_table_before_its_first_update(row: Any, make: Make) -> None:
     words = Words()
     kind, settings = row
     fresh = saved(kind(words.parameters(), **settings))[0]
@@ -240,7 +240,7 @@ def test_a1_the_state_of_a_table_before_its_first_update(row: Any, make: Make) -
 
 
 @pytest.mark.parametrize("row", [ROWS[1], ROWS[2], ROWS[3], ROWS[11]], ids=lambda row: row[0].__name__)
-def test_a1_partitioned_variables_have_one_state(row: Any, make: Make) -> None:
+def test_partitioned_variables_have_one_state(row: Any, make: Make) -> None:
     net, optimizer = built(row)
     train(net, optimizer, 0)
     weights, state = saved(net, optimizer)
@@ -257,7 +257,7 @@ def test_a1_partitioned_variables_have_one_state(row: Any, make: Make) -> None:
 
 
 @pytest.mark.parametrize("row", [ROWS[1], ROWS[2], ROWS[3]], ids=lambda row: row[0].__name__)
-def test_a1_what_is_not_in_a_loaded_state_begins_anew(row: Any, make: Make) -> None:
+def test_what_is_not_in_a_loaded_state_begins_anew(row: Any, make: Make) -> None:
     net, optimizer = built(row)
     fresh = saved(optimizer)[0]
     net, prepared = make().prepare(net, optimizer)
@@ -273,7 +273,7 @@ def test_a1_what_is_not_in_a_loaded_state_begins_anew(row: Any, make: Make) -> N
     check_same(saved(net, prepared), saved(plain, optimizer))
 
 
-def test_a1_settings_are_loaded_with_the_state_that_they_made(make: Make) -> None:
+def test_settings_are_loaded_with_the_state_that_they_made(make: Make) -> None:
     """The state of momentum fits a rule only once it has momentum."""
     row = (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True})
     net, optimizer = built(row)
@@ -289,7 +289,7 @@ def test_a1_settings_are_loaded_with_the_state_that_they_made(make: Make) -> Non
     check_same(saved(ours, prepared), saved(net, optimizer))
 
 
-def test_a1_each_of_several_optimizers_has_its_own_state(make: Make) -> None:
+def test_each_of_several_optimizers_has_its_own_state(make: Make) -> None:
     net = Net()
     one, other = optim.Adam([net.large], lr=0.1, fused=True), optim.Adagrad([net.weight, net.seldom], lr=0.1)
     net, (one_, other_) = make().prepare(net, [one, other])
@@ -306,7 +306,7 @@ def test_a1_each_of_several_optimizers_has_its_own_state(make: Make) -> None:
     assert saved(one_)[0]["state"] == {}
 
 
-def test_a1_the_state_of_another_optimizer_is_refused_and_changes_nothing(make: Make) -> None:
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(make: Make) -> None:
     net, optimizer = built((optim.RMSprop, {"lr": 0.1}))
     train(net, optimizer, 0)
     (other,) = saved(optimizer)
@@ -318,7 +318,7 @@ def test_a1_the_state_of_another_optimizer_is_refused_and_changes_nothing(make: 
     check_same(saved(prepared)[0], before)
 
 
-def test_a1_a_gathered_state_is_not_changed_by_later_steps(make: Make) -> None:
+def test_a_gathered_state_is_not_changed_by_later_steps(make: Make) -> None:
     net, prepared = make().prepare(*built(ROWS[3]))
     train(net, prepared, 0)
     state = prepared.state_dict()
@@ -327,7 +327,7 @@ def test_a1_a_gathered_state_is_not_changed_by_later_steps(make: Make) -> None:
     check_same(state, before)
 
 
-def test_a1_hooks_of_all_optimizers_hear_nothing_of_it() -> None:
+def test_hooks_of_all_optimizers_hear_nothing_of_it() -> None:
     _, prepared = ps.ParameterServerStrategy().prepare(*built(ROWS[3]))
     calls: list[object] = []
     handle = register_optimizer_step_post_hook(lambda *args: calls.append(args))
@@ -337,7 +337,7 @@ def test_a1_hooks_of_all_optimizers_hear_nothing_of_it() -> None:
 
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_a1_the_chief_loads_for_all(
+def test_the_chief_loads_for_all(
     lane: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PARAMSERVER_LANE", lane)
@@ -369,7 +369,7 @@ def test_a1_the_chief_loads_for_all(
             strategy.close()
 
 
-def test_a1_several_replicas_have_one_state() -> None:
+def test_several_replicas_have_one_state() -> None:
     row = ROWS[3]
     strategy = ps.CentralStorageStrategy(["cpu:0", "cpu:1"])
     net, prepared = strategy.prepare(*built(row))
@@ -390,7 +390,7 @@ def test_a1_several_replicas_have_one_state() -> None:
     check_same(saved(prepared), saved(optimizer))
 
 
-def test_a1_a_chief_that_is_started_again_leaves_the_state_of_the_ps_tasks(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_chief_that_is_started_again_leaves_the_state_of_the_ps_tasks(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "paramserver")
     with LocalCluster(ps=2, workers=1) as cluster:
         first = ps.ParameterServerStrategy(cluster.resolver("chief:0"))
@@ -408,7 +408,7 @@ def test_a1_a_chief_that_is_started_again_leaves_the_state_of_the_ps_tasks(caplo
         again.close()
 
 
-def test_a1_torchs_own_checkpoints_make_no_step_to_have_a_state(make: Make) -> None:
+def test_torchs_own_checkpoints_make_no_step_to_have_a_state(make: Make) -> None:
     """They do where an optimizer has no state and its parameters have no gradients, and need one to load into."""
     net, prepared = make().prepare(*built(ROWS[3]))
     train(net, prepared, 0)

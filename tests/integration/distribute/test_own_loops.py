@@ -106,7 +106,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("again", [alone, lambda: a_cluster(2)], ids=["alone", "2 ps"])
 @pytest.mark.parametrize("when", ["before prepare", "after prepare"])
-def test_a1_a_loop_resumes_where_it_was_saved(run: Any, again: Any, when: str, place: str) -> None:
+def test_a_loop_resumes_where_it_was_saved(run: Any, again: Any, when: str, place: str) -> None:
     with run() as new:
         strategy = new(variable_partitioner=ps.placement.FixedShards(2))
         assert strategy.latest_checkpoint(place) is None
@@ -131,7 +131,7 @@ def test_a1_a_loop_resumes_where_it_was_saved(run: Any, again: Any, when: str, p
         check_same(contents(net, optimizers), expected)
 
 
-def test_a1_program_variables_are_saved_too(run: Any, tmp_path: Path) -> None:
+def test_program_variables_are_saved_too(run: Any, tmp_path: Path) -> None:
     for expected in (0, 7):
         with run() as new:
             strategy = new()
@@ -144,7 +144,7 @@ def test_a1_program_variables_are_saved_too(run: Any, tmp_path: Path) -> None:
             strategy.save(tmp_path)
 
 
-def test_a1_the_newest_are_kept(tmp_path: Path) -> None:
+def test_the_newest_are_kept(tmp_path: Path) -> None:
     strategy = ps.ParameterServerStrategy()
     net, optimizers = strategy.prepare(*built())
     for step in range(5):
@@ -157,7 +157,7 @@ def test_a1_the_newest_are_kept(tmp_path: Path) -> None:
         strategy.save(tmp_path, max_to_keep=-1)
 
 
-def test_a1_a_step_is_saved_anew_when_what_it_holds_has_changed(tmp_path: Path) -> None:
+def test_a_step_is_saved_anew_when_what_it_holds_has_changed(tmp_path: Path) -> None:
     strategy = ps.ParameterServerStrategy()
     with strategy.scope():
         seen = ps.Variable(1, name="seen")
@@ -169,7 +169,7 @@ def test_a1_a_step_is_saved_anew_when_what_it_holds_has_changed(tmp_path: Path) 
     assert read_values(path)["seen"] == 2
 
 
-def test_a1_one_checkpoint_of_several_can_be_restored(tmp_path: Path) -> None:
+def test_one_checkpoint_of_several_can_be_restored(tmp_path: Path) -> None:
     strategy = ps.ParameterServerStrategy()
     net, optimizers = strategy.prepare(*built())
     train(net, optimizers, 0)
@@ -183,7 +183,7 @@ def test_a1_one_checkpoint_of_several_can_be_restored(tmp_path: Path) -> None:
     check_same(contents(net, optimizers), expected)
 
 
-def test_a1_going_back_to_before_the_first_step_forgets_all_state(run: Any, tmp_path: Path) -> None:
+def test_going_back_to_before_the_first_step_forgets_all_state(run: Any, tmp_path: Path) -> None:
     with run() as new:
         strategy = new()
         net, optimizers = strategy.prepare(*built())
@@ -197,7 +197,7 @@ def test_a1_going_back_to_before_the_first_step_forgets_all_state(run: Any, tmp_
         check_same(contents(net, optimizers), expected)
 
 
-def test_a1_what_cannot_be_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     strategy = ps.ParameterServerStrategy()
     with pytest.raises(RuntimeError, match="save: .* has prepared no model"):
         strategy.save(tmp_path)
@@ -218,7 +218,7 @@ def test_a1_what_cannot_be_is_said(tmp_path: Path) -> None:
         strategy.restore(tmp_path)
 
 
-def test_a1_a_pipelined_model_is_saved_with_the_step_under_way(lane: str, tmp_path: Path) -> None:
+def test_a_pipelined_model_is_saved_with_the_step_under_way(lane: str, tmp_path: Path) -> None:
     with a_cluster(2) as new:
         strategy, net = new(pipeline=True), nn.Linear(32, 32)
         net, optimizer = strategy.prepare(net, optim.Adam(net.parameters(), lr=0.01))
@@ -262,7 +262,7 @@ def own_loop(strategy: ps.ParameterServerStrategy, model_dir: Path, steps: int) 
 
 
 @pytest.mark.parametrize("own_loop_first", [True, False])
-def test_a1_an_estimator_goes_on_from_a_loop_and_a_loop_from_an_estimator(
+def test_an_estimator_goes_on_from_a_loop_and_a_loop_from_an_estimator(
     run: Any, own_loop_first: bool, tmp_path: Path
 ) -> None:
     def estimator(steps: int, folder: Path, strategy: ps.ParameterServerStrategy) -> None:
@@ -282,7 +282,7 @@ def test_a1_an_estimator_goes_on_from_a_loop_and_a_loop_from_an_estimator(
     torch.testing.assert_close(found, whole, rtol=0, atol=0)
 
 
-def test_a1_a_checkpoint_of_a_loop_loads_into_plain_pytorch(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_loop_loads_into_plain_pytorch(tmp_path: Path) -> None:
     strategy = ps.ParameterServerStrategy()
     net, optimizers = strategy.prepare(*built())
     train(net, optimizers, 0)
@@ -296,7 +296,7 @@ def test_a1_a_checkpoint_of_a_loop_loads_into_plain_pytorch(tmp_path: Path) -> N
 # --- several workers
 
 
-def test_a1_only_the_chief_writes(lane: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_chief_writes(lane: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "paramserver")
     with a_cluster(2, workers=2) as new:
         chief, worker = new(), new("worker:0")
@@ -313,7 +313,7 @@ def test_a1_only_the_chief_writes(lane: str, tmp_path: Path, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["a checkpoint", "none"])
-def test_a1_other_workers_wait_for_a_restore_after_prepare(lane: str, is_there: bool, tmp_path: Path) -> None:
+def test_other_workers_wait_for_a_restore_after_prepare(lane: str, is_there: bool, tmp_path: Path) -> None:
     source = ps.ParameterServerStrategy()
     expected, optimizers = source.prepare(*built(seed=2 if is_there else 1))
     if is_there:
@@ -333,7 +333,7 @@ def test_a1_other_workers_wait_for_a_restore_after_prepare(lane: str, is_there: 
             torch.testing.assert_close(each.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
-def test_a1_a_worker_that_comes_late_waits_for_no_restore(lane: str, tmp_path: Path) -> None:
+def test_a_worker_that_comes_late_waits_for_no_restore(lane: str, tmp_path: Path) -> None:
     """The chief found no checkpoint and did not call restore, as a program may that asks for the latest one before."""
     with a_cluster(2, workers=2) as new:
         chief = new()
@@ -347,7 +347,7 @@ def test_a1_a_worker_that_comes_late_waits_for_no_restore(lane: str, tmp_path: P
 
 
 @pytest.mark.parametrize("when", ["before prepare", "after prepare"])
-def test_a1_a_chief_that_is_started_again_keeps_newer_values(lane: str, when: str, tmp_path: Path) -> None:
+def test_a_chief_that_is_started_again_keeps_newer_values(lane: str, when: str, tmp_path: Path) -> None:
     with a_cluster(2, workers=2) as new:
         strategy = new()
         net, optimizers = strategy.prepare(*built())
@@ -375,7 +375,7 @@ def test_a1_a_chief_that_is_started_again_keeps_newer_values(lane: str, when: st
 # --- the end of a loop
 
 
-def test_a6_the_chief_waits_for_the_updates_of_the_others(lane: str, tmp_path: Path) -> None:
+def test_the_chief_waits_for_the_updates_of_the_others(lane: str, tmp_path: Path) -> None:
     with a_cluster(2, workers=2) as new, ThreadPoolExecutor(1) as executor:
         chief, worker = new(), new("worker:0")
         net, optimizers = chief.prepare(*built())
@@ -393,7 +393,7 @@ def test_a6_the_chief_waits_for_the_updates_of_the_others(lane: str, tmp_path: P
         check_same(contents(net, optimizers), last)
 
 
-def test_a6_a_lost_worker_is_not_waited_for(lane: str) -> None:
+def test_a_lost_worker_is_not_waited_for(lane: str) -> None:
     with a_cluster(1, workers=2) as new:
         chief, worker = new(), new("worker:0")
         chief.prepare(*built())
@@ -403,7 +403,7 @@ def test_a6_a_lost_worker_is_not_waited_for(lane: str) -> None:
         chief.wait_for_workers()
 
 
-def test_a6_one_process_waits_for_nobody() -> None:
+def test_one_process_waits_for_nobody() -> None:
     strategy = ps.ParameterServerStrategy()
     strategy.prepare(*built())
     strategy.wait_for_workers()

@@ -193,7 +193,7 @@ def adam(model: nn.Module) -> optim.Optimizer:
     return optim.Adam(model.parameters(), lr=0.1)
 
 
-def test_a7_all_comes_back_from_what_was_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_comes_back_from_what_was_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Parameters, optimizer state and the program's own variables, also those of ps tasks that were not lost."""
     with a_cluster(num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
         chief, other = cluster.strategy(0), cluster.strategy(1)
@@ -232,7 +232,7 @@ def test_a7_all_comes_back_from_what_was_saved(tmp_path: Path, caplog: pytest.Lo
     assert "worker:1: 3 updates are lost (back from step 4 to 1)" in caplog.text
 
 
-def test_a7_without_a_checkpoint_it_is_said_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_checkpoint_it_is_said_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     with a_cluster(num_workers=2) as cluster, ThreadPoolExecutor(1) as pool:
         chief, other = cluster.strategy(0), cluster.strategy(1)
 
@@ -260,7 +260,7 @@ def test_a7_without_a_checkpoint_it_is_said_what_is_lost(caplog: pytest.LogCaptu
     assert "the optimizer state of 4 variables there begins anew" in caplog.text
 
 
-def test_a7_a_chief_that_has_restored_goes_back_to_that(tmp_path: Path) -> None:
+def test_a_chief_that_has_restored_goes_back_to_that(tmp_path: Path) -> None:
     source = ps.ParameterServerStrategy()
     model, optimizer = prepared(source)
     step(model, optimizer)
@@ -340,7 +340,7 @@ def test_a_connection_that_is_lost_loses_no_rows() -> None:
 
 
 @sparse
-def test_a7_a_table_comes_back_from_what_was_saved(tmp_path: Path) -> None:
+def test_a_table_comes_back_from_what_was_saved(tmp_path: Path) -> None:
     with a_cluster() as cluster:
         strategy, model = cluster.strategy(), Net()
         model, optimizer = strategy.prepare(model, adagrad(model))
@@ -357,7 +357,7 @@ def test_a7_a_table_comes_back_from_what_was_saved(tmp_path: Path) -> None:
 
 
 @sparse
-def test_a7_a_table_that_was_never_saved_is_refused_with_the_way() -> None:
+def test_a_table_that_was_never_saved_is_refused_with_the_way() -> None:
     with a_cluster() as cluster:
         strategy, model = cluster.strategy(), Net()
         kept = strategy.prepare(model, adagrad(model))
@@ -453,7 +453,7 @@ def two_fn(mode: ModeKeys) -> EstimatorSpec:
 
 
 @sparse
-def test_e1_tables_by_one_optimizer_and_layers_by_another_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+def test_tables_by_one_optimizer_and_layers_by_another_come_back_from_a_checkpoint(tmp_path: Path) -> None:
     """With the slots of both."""
     with a_cluster() as cluster:
         config = RunConfig(model_dir=str(tmp_path), save_checkpoints_steps=1, train_distribute=cluster.strategy())

@@ -570,7 +570,7 @@ def test_an_arena_of_several_blocks_and_many_gaps(prepare: Prepare) -> None:
     assert_equal_to_plain(program, prepare)
 
 
-def test_a2_values_that_a_program_assigns_are_trained(strategy: ps.ParameterServerStrategy) -> None:
+def test_values_that_a_program_assigns_are_trained(strategy: ps.ParameterServerStrategy) -> None:
     def program(prepare: Prepare) -> Iterator[nn.Module]:
         model = net()
         model, optimizer = prepare(model, optim.SGD(model.parameters(), lr=0.1))

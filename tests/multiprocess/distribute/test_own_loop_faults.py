@@ -67,7 +67,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_a7_a_loop_ends_as_if_nothing_had_been(tmp_path: Path, mark: dict[str, str], warm: Warm, lane: str) -> None:
+def test_a_loop_ends_as_if_nothing_had_been(tmp_path: Path, mark: dict[str, str], warm: Warm, lane: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(PROGRAM)
     done = warm.launch("--ps", "2", "--restarts", "2", "--lane", lane, script, env=mark, cwd=tmp_path)

@@ -73,7 +73,7 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize("request_", [PUSH, GetStatus()], ids=["with a number", "without"])
-def test_h3_a_lane_that_was_interrupted_is_made_anew_and_what_has_a_number_is_asked_again(request_: Request) -> None:
+def test_a_lane_that_was_interrupted_is_made_anew_and_what_has_a_number_is_asked_again(request_: Request) -> None:
     entries: list[str] = []
     lane = Diary("ps:0", entries)
     lanes = Exchange([lane], Dialer(entries))
@@ -85,7 +85,7 @@ def test_h3_a_lane_that_was_interrupted_is_made_anew_and_what_has_a_number_is_as
     assert lanes.mend() == []
 
 
-def test_h3_a_lane_that_cannot_be_made_anew_is_refused() -> None:
+def test_a_lane_that_cannot_be_made_anew_is_refused() -> None:
     lane = Diary("ps:0", [])
     lanes = Exchange([lane])
     with pytest.raises(KeyboardInterrupt):
@@ -105,7 +105,7 @@ def test_a_goodbye_does_not_follow_a_request_that_was_interrupted() -> None:
     assert entries == ["start ps:0", "close ps:0"]
 
 
-def test_h2_two_requests_to_one_ps_at_once_are_refused() -> None:
+def test_two_requests_to_one_ps_at_once_are_refused() -> None:
     """Z18: a worker cannot pile up requests on a ps."""
     entries: list[str] = []
     lane = Diary("ps:0", entries)
@@ -114,7 +114,7 @@ def test_h2_two_requests_to_one_ps_at_once_are_refused() -> None:
     assert entries == []
 
 
-def test_h3_what_is_asked_in_turn_is_asked_to_the_end() -> None:
+def test_what_is_asked_in_turn_is_asked_to_the_end() -> None:
     entries: list[str] = []
     lane = Diary("ps:0", entries)
     lanes = Exchange([lane], Dialer(entries))

@@ -13,7 +13,7 @@ from paramserver.errors import CheckpointError
 LOSS = Loss(tasks="ps:1", reached=500, variables=3, own=["seen", "best"])
 
 
-def test_a7_a_loss_with_a_checkpoint_names_what_is_not_in_it() -> None:
+def test_a_loss_with_a_checkpoint_names_what_is_not_in_it() -> None:
     said = LOSS.with_checkpoint("run/ckpt-401", 401, {"weight", "seen"})
     assert said == (
         "ps:1 came back empty; all ps tasks go back to run/ckpt-401: 99 updates are lost (back from step 500 to 401); "
@@ -21,14 +21,14 @@ def test_a7_a_loss_with_a_checkpoint_names_what_is_not_in_it() -> None:
     )
 
 
-def test_a7_a_loss_without_a_checkpoint_names_all_and_the_way() -> None:
+def test_a_loss_without_a_checkpoint_names_all_and_the_way() -> None:
     said = LOSS.without_checkpoint(498)
     assert "the chief's values of step 498, and 2 later updates are lost" in said
     assert "the optimizer state of 3 variables there begins anew; 2 ps.Variables" in said
     assert "seen, best. Call strategy.save(directory)" in said
 
 
-def test_a6_a_long_wait_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_wait_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     asked_at = iter([0.0, 1.0, SAY_EVERY, SAY_EVERY, SAY_EVERY + 1, 2 * SAY_EVERY, 2 * SAY_EVERY])
     waiting = Waiting("chief:0", clock=lambda: next(asked_at))
@@ -37,7 +37,7 @@ def test_a6_a_long_wait_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -
     assert caplog.messages == ["chief:0 waits for worker:0, worker:2 to finish"] * 2
 
 
-def test_a1_a_place_means_itself_or_its_latest_checkpoint(tmp_path: Path) -> None:
+def test_a_place_means_itself_or_its_latest_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(str(tmp_path)) is None
     assert find_checkpoint(str(tmp_path / "none")) is None
     with pytest.raises(CheckpointError, match="ckpt-3 is not there, or is cut short"):

@@ -96,7 +96,7 @@ def test_q03_a_batch_is_a_pair(data, got):
 
 
 @pytest.mark.parametrize("features", [torch.zeros(2), {"a": torch.zeros(2)}, np.zeros(2)])
-def test_e8_a_batch_may_be_features_alone(features):
+def test_a_batch_may_be_features_alone(features):
     ((found, labels), (listed, none)) = batches_of([features, [features]], "train_input")
     assert listed is features
     assert none is None

@@ -499,7 +499,7 @@ def test_an_estimator_shows_where_it_is(trained):
 # --- batches of features alone
 
 
-def test_e8_batches_of_features_alone_train_and_evaluate(tmp_path):
+def test_batches_of_features_alone_train_and_evaluate(tmp_path):
     """As an autoencoder has them; the loss_fn and the metrics get None for the labels."""
     seen = []
 

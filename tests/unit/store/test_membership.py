@@ -106,7 +106,7 @@ def test_stop_ends_every_wait():
     assert membership.await_alone(CHIEF, timeout=60) == (SECOND,)
 
 
-def test_h7_a_worker_has_left_when_all_its_incarnations_have():
+def test_a_worker_has_left_when_all_its_incarnations_have():
     """Two strategies of one process are two of them, each with connections of its own."""
     membership = Membership(CHIEF, [CHIEF])
     membership.join(CHIEF, "first")
@@ -137,7 +137,7 @@ def test_an_incarnation_that_is_lost_after_another_has_left_is_lost():
     assert membership.outlook is Outlook.ABSENT
 
 
-def test_a3_the_strategies_of_a_process_are_numbered():
+def test_the_strategies_of_a_process_are_numbered():
     membership = Membership(CHIEF, [CHIEF, FIRST])
     assert [membership.join(CHIEF, name) for name in ("p.1", "p.2", "p.1", "p.3")] == [0, 1, 0, 2]
     assert membership.join(FIRST, "q.1") == 0
@@ -147,7 +147,7 @@ def test_a3_the_strategies_of_a_process_are_numbered():
     assert membership.join(CHIEF, "p.5") == 2, "one that was lost is followed by the next one"
 
 
-def test_a3_a_process_that_was_started_again_begins_with_the_first_model():
+def test_a_process_that_was_started_again_begins_with_the_first_model():
     membership = Membership(CHIEF, [CHIEF])
     assert [membership.join(CHIEF, name) for name in ("p.1", "p.2")] == [0, 1]
     assert [membership.join(CHIEF, name) for name in ("q.1", "q.2")] == [0, 1]

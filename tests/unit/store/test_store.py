@@ -257,7 +257,7 @@ def test_a12_variables_are_held_beside_the_models_arenas_and_do_not_move_them(st
 
 
 @pytest.mark.parametrize("restored", [7, None])
-def test_a1_a_restore_lets_those_go_on_that_wait_for_it(restored):
+def test_a_restore_lets_those_go_on_that_wait_for_it(restored):
     store = Store("ps:0", private_store_memory)
     store.mark_ready(3)
     assert not store.await_restored(timeout=0)
@@ -266,14 +266,14 @@ def test_a1_a_restore_lets_those_go_on_that_wait_for_it(restored):
     assert store.global_step == (restored or 3)
 
 
-def test_a1_nobody_waits_for_a_restore_once_training_has_begun():
+def test_nobody_waits_for_a_restore_once_training_has_begun():
     store = Store("ps:0", private_store_memory)
     store.mark_ready(0)
     store.count_update(local_step=0)
     assert store.await_restored(timeout=60)
 
 
-def test_a1_who_waits_for_a_restore_hears_of_a_failure():
+def test_who_waits_for_a_restore_hears_of_a_failure():
     store = Store("ps:0", private_store_memory)
     store.fail("no data")
     with pytest.raises(RefusedError, match="no data"):

@@ -114,7 +114,7 @@ def test_one_number_is_a_float_in_whatever_it_comes(value):
         ((0.5, True), (0.5, 1.0)),
     ],
 )
-def test_e2_a_metric_may_compute_a_nest_of_numbers(value, expected):
+def test_a_metric_may_compute_a_nest_of_numbers(value, expected):
     np.testing.assert_equal(run(spec(eval_metrics={"seen": Seen(value)}))["seen"], expected)
 
 

@@ -353,7 +353,7 @@ def test_hooks_are_called_around_every_batch(trained: Estimator) -> None:
     assert hook.log == ["begin", (3, 3, 3, False), 3, 3, 3, "end"]
 
 
-def test_e9_hooks_of_the_spec_are_called_too_after_those_of_the_call(trained: Estimator) -> None:
+def test_hooks_of_the_spec_are_called_too_after_those_of_the_call(trained: Estimator) -> None:
     log: list[str] = []
 
     class Named(Note):

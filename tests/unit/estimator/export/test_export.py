@@ -324,7 +324,7 @@ def test_q19_an_estimator_exports_a_checkpoint_and_changes_no_random_state(estim
     assert json.loads(Path(exported, "signature.json").read_text())["global_step"] == 2
 
 
-def test_q19_e7_without_a_checkpoint_the_model_is_exported_as_it_is_warm_started(estimator, tmp_path):
+def test_q19_without_a_checkpoint_the_model_is_exported_as_it_is_warm_started(estimator, tmp_path):
     estimator.train(batches)
     fresh = Estimator(model_fn, str(tmp_path / "fresh"), RunConfig(), {"width": 3}, estimator.model_dir)
     exported = fresh.export_model(str(tmp_path / "export"), lambda: rows(2))

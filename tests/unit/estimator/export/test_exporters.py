@@ -243,7 +243,7 @@ def of_class(best_eval_result, current_eval_result):
     return current_eval_result["by"]["class"][1] > best_eval_result["by"]["class"][1]
 
 
-def test_e2_a_compare_fn_finds_nests_as_they_were_before_a_restart_too(estimator):
+def test_a_compare_fn_finds_nests_as_they_were_before_a_restart_too(estimator):
     """Evaluations are written as scalars, and read back with the structure of the present one."""
     writer = SummaryWriter(f"{estimator.model_dir}/eval")
     for step, accuracy in enumerate([0.5, 0.75, 0.25]):
@@ -258,7 +258,7 @@ def test_e2_a_compare_fn_finds_nests_as_they_were_before_a_restart_too(estimator
         assert (path is not None) == expected
 
 
-def test_e2_j04_nan_in_a_dict_is_never_the_best(estimator):
+def test_j04_nan_in_a_dict_is_never_the_best(estimator):
     exporter = BestExporter(compare_fn=lambda best_eval_result, current_eval_result: (
         current_eval_result["all"]["accuracy"] > best_eval_result["all"]["accuracy"]
     ))  # fmt: skip

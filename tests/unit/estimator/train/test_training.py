@@ -174,7 +174,7 @@ def plain_with_two(steps):
     return model.state_dict()
 
 
-def test_e1_several_optimizers_with_schedules_train_and_resume_as_plain_pytorch_does(tmp_path):
+def test_several_optimizers_with_schedules_train_and_resume_as_plain_pytorch_does(tmp_path):
     config = RunConfig(save_checkpoints_steps=100, log_step_count_steps=None)
     whole = Estimator(two_fn, str(tmp_path / "whole"), config).train(batches, max_steps=12)
     parts = Estimator(two_fn, str(tmp_path / "parts"), config)
@@ -198,7 +198,7 @@ def test_e1_several_optimizers_with_schedules_train_and_resume_as_plain_pytorch_
     assert not torch.equal(contents(warm.latest_checkpoint())["2.weight"], net()[2].weight)
 
 
-def test_e1_several_optimizers_make_one_step_of_all_replicas(tmp_path):
+def test_several_optimizers_make_one_step_of_all_replicas(tmp_path):
     def joined():
         each = batches()
         while group := list(itertools.islice(each, 2)):
