@@ -1,4 +1,4 @@
-"""A loop of one's own loses a ps, and then its chief, and ends as if nothing had been (A7)."""
+"""A loop of one's own loses a ps, and then its chief, and ends as if nothing had been."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_p34_random_takes_any_name_and_seed(name: str, seed: int, num_ps: int) -
 
 
 @given(partitioners, st.tuples(st.integers(0, 60), st.integers(0, 9)))
-def test_03_every_row_lies_in_one_part_and_parts_are_alike(partitioner: Partitioner, shape: tuple[int, int]) -> None:
+def test_v2_03_every_row_lies_in_one_part_and_parts_are_alike(partitioner: Partitioner, shape: tuple[int, int]) -> None:
     ranges = row_ranges(partitioner, VariableSpec("v", shape, "float32"))
     if not ranges:
         return
@@ -90,7 +90,7 @@ def test_03_every_row_lies_in_one_part_and_parts_are_alike(partitioner: Partitio
 
 
 @given(st.integers(1, 400), st.tuples(st.integers(1, 60), st.integers(1, 9)))
-def test_04_sizes_are_kept(size: int, shape: tuple[int, int]) -> None:
+def test_v2_04_sizes_are_kept(size: int, shape: tuple[int, int]) -> None:
     spec = VariableSpec("v", shape, "float32")
     row_bytes = 4 * shape[1]
     for start, stop in row_ranges(MinSize(size, max_shards=100), spec):

@@ -1,4 +1,4 @@
-"""Metrics that compute several numbers, from the evaluation to summaries, exporters and early stopping (E2)."""
+"""Metrics that compute several numbers, from the evaluation to summaries, exporters and early stopping."""
 
 import numpy as np
 import pytest

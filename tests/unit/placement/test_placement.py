@@ -191,11 +191,11 @@ def test_a_placement_must_say_where():
         pytest.param(MaxSize(8), (0, 1), [1, 1], id="max, without rows"),
     ],
 )
-def test_04_partitioners(partitioner, shape, expected):
+def test_v2_04_partitioners(partitioner, shape, expected):
     assert partitioner(shape, "float32") == expected
 
 
-def test_04_a_dtype_has_a_size():
+def test_v2_04_a_dtype_has_a_size():
     assert MaxSize(8)((6,), "float64") == [6]
     assert MaxSize(8)((6,), "bfloat16") == [2]
 
@@ -210,18 +210,18 @@ def test_04_a_dtype_has_a_size():
         (MaxSize, "max_shard_bytes"),
     ],
 )
-def test_04_sizes_and_counts_are_positive(make, argument, value):
+def test_v2_04_sizes_and_counts_are_positive(make, argument, value):
     with pytest.raises(ValueError, match=f"{argument}: expected a whole number above 0, got {value!r}"):
         make(value)
 
 
-def test_04_max_size_of_no_shards_is_refused():
+def test_v2_04_max_size_of_no_shards_is_refused():
     with pytest.raises(ValueError, match="max_shards: expected a whole number above 0, got 0"):
         MaxSize(4, max_shards=0)
 
 
 @pytest.mark.parametrize("partitioner", [FixedShards(2), MinSize(), MaxSize(4)])
-def test_04_a_scalar_has_no_axis_to_be_divided(partitioner):
+def test_v2_04_a_scalar_has_no_axis_to_be_divided(partitioner):
     with pytest.raises(ValueError, match="no first axis"):
         partitioner((), "float32")
 
@@ -237,7 +237,7 @@ def rows(ranges):
     ("num_rows", "num_shards", "expected"),
     [(10, 4, [3, 3, 2, 2]), (13, 5, [3, 3, 3, 2, 2]), (4, 2, [2, 2]), (3, 4, [1, 1, 1])],
 )
-def test_03_the_first_parts_get_one_row_more(num_rows, num_shards, expected):
+def test_v2_03_the_first_parts_get_one_row_more(num_rows, num_shards, expected):
     ranges = row_ranges(FixedShards(num_shards), spec(num_rows, 5))
     assert rows(ranges) == expected
     assert ranges[0][0] == 0
@@ -245,7 +245,7 @@ def test_03_the_first_parts_get_one_row_more(num_rows, num_shards, expected):
     assert all(one[1] == other[0] for one, other in itertools.pairwise(ranges))
 
 
-def test_02_a_partitioner_is_asked_with_shape_and_dtype():
+def test_v2_02_a_partitioner_is_asked_with_shape_and_dtype():
     asked = []
 
     def partitioner(shape, dtype):
@@ -256,24 +256,24 @@ def test_02_a_partitioner_is_asked_with_shape_and_dtype():
     assert asked == [((4, 6), "float64")]
 
 
-def test_02_there_are_no_more_parts_than_rows():
+def test_v2_02_there_are_no_more_parts_than_rows():
     assert rows(row_ranges(lambda shape, dtype: [4, 1], spec(3, 2))) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("variable", [spec(4, 2), spec(1, 2), spec(0, 2)])
-def test_02_one_part_is_none(variable):
+def test_v2_02_one_part_is_none(variable):
     assert row_ranges(lambda shape, dtype: [1, 1], variable) == []
     assert row_ranges(lambda shape, dtype: [5 if shape[0] < 2 else 1, 1], variable) == []
 
 
-def test_02_a_scalar_stays_whole_unasked():
+def test_v2_02_a_scalar_stays_whole_unasked():
     assert row_ranges(lambda shape, dtype: pytest.fail("asked"), spec()) == []
 
 
 @pytest.mark.parametrize(
     "answer", [None, [], (), [0, 1], [-1, 1], [1, 2], [2, 2], [2, 0], [2, 1, 1], [2.0, 1], ["2", "1"], 2, "21"]
 )
-def test_02_what_is_no_list_of_partitions_names_the_variable(answer):
+def test_v2_02_what_is_no_list_of_partitions_names_the_variable(answer):
     with pytest.raises(ValueError, match=r"variable 'emb' of shape \[4, 6\].*such as \[2, 1\]; .*returned") as caught:
         row_ranges(lambda shape, dtype: answer, spec(4, 6, name="emb"))
     assert str(caught.value).endswith(f"returned {answer!r}")

@@ -94,13 +94,13 @@ def test_a_colocated_variable_stays_whole() -> None:
 
 
 @pytest.mark.parametrize("variables", [[], [torch.zeros(2)], [None]])
-def test_05_parts_are_variables(variables: Any) -> None:
+def test_v2_05_parts_are_variables(variables: Any) -> None:
     with pytest.raises(TypeError, match="'whole': expected at least one part, and variables only"):
         ShardedVariable(variables, "whole")
 
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.float64), torch.zeros(())])
-def test_05_parts_are_alike(other: torch.Tensor) -> None:
+def test_v2_05_parts_are_alike(other: torch.Tensor) -> None:
     with ps.ParameterServerStrategy().scope():
         parts: list[Any] = [ps.Variable(torch.zeros(2, 2)), ps.Variable(other)]
     with pytest.raises(ValueError, match="'whole': its parts must be alike"):
@@ -110,7 +110,7 @@ def test_05_parts_are_alike(other: torch.Tensor) -> None:
 # --- assigning
 
 
-def test_05_it_is_assigned_by_rows() -> None:
+def test_v2_05_it_is_assigned_by_rows() -> None:
     table = create(3)
     assert torch.equal(table.assign_add(TABLE), 2 * TABLE)
     assert torch.equal(table.assign_sub(1), 2 * TABLE - 1)
@@ -149,7 +149,7 @@ SLICES = [
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 5, 10])
-def test_05_rows_are_those_of_an_array(shards: int) -> None:
+def test_v2_05_rows_are_those_of_an_array(shards: int) -> None:
     """V2-06: also the first row of every part; ints, negative ones, and slices of any step."""
     table, array = create(shards), TABLE.numpy()
     for row in ROWS:
@@ -170,7 +170,7 @@ def test_05_rows_are_those_of_an_array(shards: int) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_05_other_indexes_are_those_of_an_array(shards: int, key: Any) -> None:
+def test_v2_05_other_indexes_are_those_of_an_array(shards: int, key: Any) -> None:
     expected = TABLE.numpy()[key]
     found = create(shards)[key]
     assert found.tolist() == expected.tolist()
@@ -197,7 +197,7 @@ def test_05_other_indexes_are_those_of_an_array(shards: int, key: Any) -> None:
         ("0", TypeError, "got str"),
     ],
 )
-def test_05_an_index_that_is_none_is_refused(key: Any, error: type[Exception], message: str) -> None:
+def test_v2_05_an_index_that_is_none_is_refused(key: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         create(3)[key]
 
@@ -224,7 +224,7 @@ def test_only_the_rows_that_are_wanted_are_read(key: Any, rows: list[int], monke
     assert read == rows
 
 
-def test_05_sparse_read_takes_indices_of_one_dimension() -> None:
+def test_v2_05_sparse_read_takes_indices_of_one_dimension() -> None:
     table = create(3)
     assert table.sparse_read(torch.tensor([9, 0, 4])).tolist() == TABLE[[9, 0, 4]].tolist()
     with pytest.raises(ValueError, match="expected indices of 1 dimension"):

@@ -1,4 +1,4 @@
-"""Evaluations of a model while it is trained in the same process (E9)."""
+"""Evaluations of a model while it is trained in the same process."""
 
 import json
 

@@ -376,14 +376,14 @@ def test_a_part_reads_its_rows_only(tmp_path, monkeypatch):
     assert not [content for content in read if bytes(table[4].numpy()) in content]
 
 
-def test_05_a_variable_of_another_number_of_rows_is_refused(tmp_path):
+def test_v2_05_a_variable_of_another_number_of_rows_is_refused(tmp_path):
     before, after = divide(4, 2), divide(4, 1, shapes={"table": (12, 3), "other/table": (7,)})
     write(before, tmp_path)
     message = refusal(tmp_path, after)
     assert "variable 'table' is float32[10, 3], this model has float32[12, 3]" in message
 
 
-def test_05_slots_of_another_shape_are_refused(tmp_path):
+def test_v2_05_slots_of_another_shape_are_refused(tmp_path):
     before, after = divide(4, 2), divide(2, 1)
     train_rows(before, steps=1)
     write(before, tmp_path)
