@@ -15,7 +15,7 @@ class Assignment(msgspec.Struct, kw_only=True, frozen=True):
         index: Of the task among those of its role.
         tasks: All tasks of the peer, such as ``worker:0``, in an order that all of them agree on.
         workers: How many tasks compute gradients.
-        model: Its name; see `benchmarks.shapes`.
+        model: Its name; see `benchmarks.models.shapes`.
         threads: For each task's computations.
         folder: Empty and this measurement's own; all processes of the peer share it.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.shapes import MLPS, SPARSES
+from benchmarks.models.shapes import MLPS, SPARSES
 from paramserver.cluster.task import TaskId
 
 WORKERS = 2

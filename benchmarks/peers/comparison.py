@@ -1,4 +1,4 @@
-"""A peer beside paramserver: both stand ready at the same time and take turns, as in ``benchmarks.step``."""
+"""A peer beside paramserver: both stand ready at the same time and take turns, as in the case `step`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.figure import Figure
-from benchmarks.models import LANE_NAMES
+from benchmarks.cases.step import StepOptions, start_tasks
+from benchmarks.harness.cluster import threads_env
+from benchmarks.harness.crew import END_LIMIT, Child, Crew, crew, standing_by
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.figure import Figure, Pair
+from benchmarks.harness.options import LANE_NAMES
+from benchmarks.harness.window import rate, run_window, slowest_step
+from benchmarks.models.catalogue import MODELS
 from benchmarks.peers.assignment import Assignment
 from benchmarks.peers.catalogue import PEERS, TARGETS, Peer
-from benchmarks.peers.environments import interpreter, versions
-from benchmarks.processes import END_LIMIT, BenchmarkError, Child, Crew, crew, standing_by
-from benchmarks.step import StepOptions, await_ready, rate, run_window, start_cluster
+from benchmarks.peers.environments import as_text, interpreter, versions
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ParameterServerError
-from paramserver.launch.spec import HOST, THREAD_VARIABLES
+from paramserver.launch.spec import HOST
 
 
-class Comparison(msgspec.Struct, kw_only=True):
+class Comparison(StepOptions, kw_only=True, frozen=True):
     """What was measured, or why nothing was; rates are medians over the repeats, in steps per second.
 
     Attributes:
         peer: Its name in `PEERS`.
-        versions: Of the peer's packages that are installed.
-        model: As in `StepOptions`, like the next six.
+        versions: Installed versions of the peer's packages.
         steps_per_second: Global steps of paramserver, of all workers together.
         peer_steps_per_second: Global steps of the peer; worker-steps where all workers step together.
         ratio: The median of ``ratios``; more than 1 if paramserver is faster.
@@ -40,34 +43,24 @@ class Comparison(msgspec.Struct, kw_only=True):
 
     peer: str
     versions: dict[str, str]
-    model: str
-    lane: str
-    workers: int
-    ps: int
-    threads: int
-    seconds: float
-    repeats: int
     steps_per_second: float = 0.0
     peer_steps_per_second: float = 0.0
     ratio: float = 0.0
-    ratios: list[float] = []
+    ratios: list[float] = msgspec.field(default_factory=list)
     failure: str = ""
 
     def figure(self) -> Figure:
-        """What was measured as the other benchmarks tell it; there has to be something."""
-        installed = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        """Return the measurement, which there has to be, as other benchmarks do."""
         return Figure(
             benchmark="peers",
             case=f"{self.model}, {LANE_NAMES[self.lane]}, beside {self.peer}",
             size=self.workers,
             size_unit="workers",
             measured=self.steps_per_second,
-            beside=installed,
+            beside=as_text(self.versions),
             baseline=self.peer_steps_per_second,
-            unit="steps/s",
             ratio=self.ratio,
             ratios=self.ratios,
-            better="more",
             target=TARGETS.get((self.model, self.lane, self.peer)),
         )
 
@@ -75,10 +68,10 @@ class Comparison(msgspec.Struct, kw_only=True):
 def compare(name: str, options: StepOptions) -> Comparison:
     """Measure one peer beside paramserver. Blocks for about ``2 * repeats * seconds`` and the start, at most minutes.
 
-    A peer that cannot be installed or does not run is a result, too, which says so.
+    A peer that cannot be installed or does not run is a result with a `failure`.
     """
     peer = PEERS[name]
-    rates: list[tuple[float, float]] = []
+    rates: list[Pair] = []
     failure = ""
     try:
         rates = _measure(name, peer, options)
@@ -88,34 +81,29 @@ def compare(name: str, options: StepOptions) -> Comparison:
 
 
 def result(
-    name: str, installed: dict[str, str], options: StepOptions, rates: Sequence[tuple[float, float]], failure: str
+    name: str, installed: dict[str, str], options: StepOptions, rates: Sequence[Pair], failure: str
 ) -> Comparison:
-    """What pairs of rates, ours and the peer's, come to."""
-    comparison = Comparison(
-        peer=name,
-        versions=installed,
-        model=options.model,
-        lane=options.lane,
-        workers=options.workers,
-        ps=options.ps,
-        threads=options.threads,
-        seconds=options.seconds,
-        repeats=options.repeats,
-        failure=failure,
+    """Return the comparison of pairs of rates, ours and the peer's."""
+    comparison = Comparison(**msgspec.structs.asdict(options), peer=name, versions=installed, failure=failure)
+    if not rates:
+        return comparison
+    ours, theirs = zip(*rates, strict=True)
+    ratios = [one / other for one, other in rates]
+    return msgspec.structs.replace(
+        comparison,
+        steps_per_second=statistics.median(ours),
+        peer_steps_per_second=statistics.median(theirs),
+        ratio=statistics.median(ratios),
+        ratios=ratios,
     )
-    if rates:
-        comparison.steps_per_second, comparison.peer_steps_per_second = map(statistics.median, zip(*rates, strict=True))
-        comparison.ratios = [ours / theirs for ours, theirs in rates]
-        comparison.ratio = statistics.median(comparison.ratios)
-    return comparison
 
 
-def _measure(name: str, peer: Peer, options: StepOptions) -> list[tuple[float, float]]:
+def _measure(name: str, peer: Peer, options: StepOptions) -> list[Pair]:
     python = interpreter(peer.environment)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, crew() as its_crew:
-        ours = start_cluster(its_crew, options.model, options)
+        ours = start_tasks(its_crew, MODELS[options.model], options)
         helpers, theirs = _start_peer(its_crew, name, python, options, folder)
-        step_seconds = max(one.step_seconds for one in await_ready([*ours.workers, *theirs]))
+        step_seconds = slowest_step([*ours.workers, *theirs])
         rates = []
         for _ in range(options.repeats):
             with standing_by([*helpers, *theirs]):
@@ -149,7 +137,7 @@ def _start_peer(
     for task in tasks:
         assignment = _assignment(task, tasks, options, threads, folder)
         command = (str(python), "-m", f"benchmarks.peers.{peer.module}", msgspec.json.encode(assignment).decode())
-        env = {**peer.variables, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **tf_config(task, addresses)}
+        env = {**peer.variables, **threads_env(threads), **tf_config(task, addresses)}
         children.append(its_crew.start(f"{name} {task}", command, env))
     return children[: len(peer.helpers)], children[len(peer.helpers) :]
 

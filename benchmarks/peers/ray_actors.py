@@ -13,8 +13,8 @@ import ray  # type: ignore[import-not-found]  # installed for this peer only
 import torch
 from torch.nn import functional
 
-from benchmarks.models import MODELS
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
+from benchmarks.models.catalogue import MODELS
 from benchmarks.peers.assignment import Assignment, read_assignment
 
 STORE_BYTES = 4 << 30
@@ -97,7 +97,7 @@ def main(assignment: Assignment) -> None:
         _temp_dir=assignment.folder,
     )
     driver = Driver(assignment.model, assignment.workers)
-    take_part(driver.step, driver.loss, lambda: 0)
+    take_part(driver.step, driver.loss)
     ray.shutdown()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf  # type: ignore[import-untyped]  # installed for this peer only
 
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
 from benchmarks.peers.tf_models import MODELS
 
@@ -77,7 +77,7 @@ def main(assignment: Assignment) -> None:
         coordinator.train(steps)
         return 0
 
-    take_part(step, coordinator.loss, lambda: 0, stride=steps)
+    take_part(step, coordinator.loss, stride=steps)
 
 
 def _steps_together(coordinator: Coordinator) -> int:

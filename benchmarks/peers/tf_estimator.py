@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf  # type: ignore[import-untyped]  # installed for this peer only
 
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
 from benchmarks.peers.tf_models import MODELS, TfModel
 
@@ -46,7 +46,7 @@ class Turnstile(tf.compat.v1.train.SessionRunHook):  # type: ignore[misc]  # Ten
         return 0
 
     def _participate(self) -> None:
-        take_part(self.step, lambda: self._last_loss, lambda: 0)
+        take_part(self.step, lambda: self._last_loss)
         self._is_over = True
         self._wanted.release()  # one more step, after which the loop is told
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf  # type: ignore[import-untyped]  # installed for these peers only
 
-from benchmarks.shapes import BATCHES, MLPS, SPARSES, MlpShape, SparseShape
+from benchmarks.models.shapes import BATCHES, MLPS, SPARSES, MlpShape, SparseShape
 
 
 class TfModel(Protocol):

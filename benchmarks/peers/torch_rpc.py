@@ -17,8 +17,8 @@ import torch.distributed.rpc as rpc
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.models import MODELS
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
+from benchmarks.models.catalogue import MODELS
 from benchmarks.peers.assignment import Assignment, read_assignment
 
 SERVER = "ps:0"
@@ -88,7 +88,7 @@ def main(assignment: Assignment) -> None:
     )
     if assignment.task != SERVER:
         trainer = Trainer(assignment.model)
-        take_part(trainer.step, lambda: trainer.loss, lambda: 0)
+        take_part(trainer.step, lambda: trainer.loss)
     rpc.shutdown()
 
 
