@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.harness import memory
 from benchmarks.harness.arenas import create_arenas
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import start_servers
+from benchmarks.harness.cluster import start_cluster
 from benchmarks.harness.crew import Child, crew
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.figure import Figure, Subject, seconds_each
@@ -254,9 +254,9 @@ def _layout(options: CheckpointOptions) -> ArenaLayout:
 def _running(layout: ArenaLayout) -> Iterator[Run]:
     """Run a ps that holds random values, with its two clients."""
     with crew() as its_crew:
-        servers = start_servers(its_crew, workers=1, env={})
-        (server,) = servers.children
-        with servers.client("chief:0", "auto") as chief, servers.client("worker:0", "auto") as worker:
+        cluster = start_cluster(its_crew, workers=1, shared={})
+        (server,) = cluster.servers
+        with cluster.client("chief:0", "auto") as chief, cluster.client("worker:0", "auto") as worker:
             (chief_memory,) = create_arenas(chief, [[layout]])
             worker.join([[layout]])
             worker.open()

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import start_plain, start_servers, start_trainer
+from benchmarks.harness.cluster import start_cluster, start_plain, start_trainer
 from benchmarks.harness.crew import crew
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.figure import Figure, Subject
-from benchmarks.harness.job import Job
 from benchmarks.harness.options import Effort
+from benchmarks.harness.programs.trainer import Job
 from benchmarks.harness.window import sides, slowest_step
 from benchmarks.models.catalogue import AnyModel
 from benchmarks.models.mlp import Mlp
@@ -56,7 +56,7 @@ def measure(options: Effort) -> Iterator[Figure]:
 
 def _measure(case: str, job: Job, options: Effort) -> Figure:
     with crew() as its_crew:
-        worker = start_trainer(its_crew, "the worker", job, start_servers(its_crew).env("chief:0", "auto"))
+        worker = start_trainer(its_crew, "the worker", job, start_cluster(its_crew).env("chief:0", "auto"))
         plain = start_plain(its_crew, job)
         ours, other = sides(options, slowest_step([worker, plain]), [worker], [plain])
         return Subject(case=case, size_unit="GPU", beside="plain PyTorch").measure(ours, other, options.repeats)

@@ -24,14 +24,14 @@ import msgspec
 from benchmarks.harness import memory
 from benchmarks.harness.arenas import create_arenas
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import Servers, start_servers, start_trainer
+from benchmarks.harness.cluster import Cluster, start_cluster, start_trainer
 from benchmarks.harness.crew import Child, Crew, crew
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.figure import Figure, Subject, take_turns
-from benchmarks.harness.job import Job
 from benchmarks.harness.options import Effort
 from benchmarks.harness.programs.bare import BareServer
 from benchmarks.harness.programs.herd import Herd, layouts
+from benchmarks.harness.programs.trainer import Job
 from benchmarks.harness.window import seconds_per_step, slowest_step, steps_per_second
 from benchmarks.models.null import Parameters
 from paramserver.client.client import ParameterClient
@@ -63,7 +63,7 @@ def _variables(options: Effort) -> Iterator[Figure]:
                 its_crew,
                 f"the worker with {count} variables",
                 Job(model=Parameters(variables=count, nbytes=SHARED_BYTES)),
-                start_servers(its_crew).env("chief:0", "auto"),
+                start_cluster(its_crew).env("chief:0", "auto"),
             )
             for count in (1, *counts)
         }
@@ -87,10 +87,10 @@ def _variables(options: Effort) -> Iterator[Figure]:
 def _workers(its_crew: Crew, ps: int, options: Effort) -> Iterator[Figure]:
     counts = options.pick(WORKERS, FEW_WORKERS)
     totals = sorted({*counts, BESIDE})
-    servers = start_servers(its_crew, ps=ps, workers=totals[-1])
-    with servers.client("chief:0", "auto") as chief:
+    cluster = start_cluster(its_crew, ps=ps, workers=totals[-1])
+    with cluster.client("chief:0", "auto") as chief:
         create_arenas(chief, layouts(ps))
-        herds = Herds(servers, chief, options.seconds)
+        herds = Herds(cluster, chief, options.seconds)
         held = [herds.grow(its_crew, total) for total in totals]
         if ps == 1:
             more = totals[-1] - totals[0]
@@ -127,13 +127,13 @@ class Herds:
     """Ever more workers on some ps tasks.
 
     Args:
-        servers: The ps tasks.
+        cluster: The ps tasks.
         chief: Their chief.
         seconds: Length of a turn.
     """
 
-    def __init__(self, servers: Servers, chief: ParameterClient, seconds: float) -> None:
-        self._servers = servers
+    def __init__(self, cluster: Cluster, chief: ParameterClient, seconds: float) -> None:
+        self._cluster = cluster
         self._chief = chief
         self._seconds = seconds
         self._herds: dict[int, Child] = {}
@@ -142,17 +142,17 @@ class Herds:
     def grow(self, its_crew: Crew, total: int) -> int:
         """Add workers until there are ``total``, and return the bytes that ps:0 then holds."""
         first = max(self._herds, default=0)
-        jobs = {role: list(addresses) for role, addresses in self._servers.jobs.items()}
+        jobs = {role: list(addresses) for role, addresses in self._cluster.jobs.items()}
         spec = msgspec.json.encode(Herd(jobs=jobs, first=first, count=total - first)).decode()
         herd = its_crew.start_module(
             f"a herd of {total - first}",
             "benchmarks.harness.programs.herd",
             spec,
-            self._servers.env(f"worker:{first}", "auto"),
+            self._cluster.env(f"worker:{first}", "auto"),
         )
         self._step_seconds = max(self._step_seconds, slowest_step([herd]))
         self._herds[total] = herd
-        return _memory(self._servers.children[0])
+        return _memory(self._cluster.servers[0])
 
     def run(self, workers: int) -> tuple[float, float]:
         """Have the first ``workers`` workers take a turn.
@@ -161,9 +161,9 @@ class Herds:
             Updates per second, and the seconds of CPU time of all ps tasks for an update.
         """
         children = [herd for total, herd in self._herds.items() if total <= workers]
-        cpu, updates = _cpu_seconds(self._servers.children), self._chief.read_global_step()
+        cpu, updates = _cpu_seconds(self._cluster.servers), self._chief.read_global_step()
         measured = steps_per_second(children, self._seconds, self._step_seconds)
-        cpu = _cpu_seconds(self._servers.children) - cpu
+        cpu = _cpu_seconds(self._cluster.servers) - cpu
         return measured, cpu / (self._chief.read_global_step() - updates)
 
 

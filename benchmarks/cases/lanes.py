@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.harness.arenas import create_arenas, sgd_arena
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import start_servers
+from benchmarks.harness.cluster import start_cluster
 from benchmarks.harness.crew import crew
 from benchmarks.harness.figure import Figure, Subject, seconds_each
 from benchmarks.harness.options import LANE_NAMES, Effort
@@ -80,9 +80,9 @@ def measure(options: Effort) -> Iterator[Figure]:
 def _measure(kind: Kind, options: Effort) -> Iterator[Figure]:
     sizes = options.pick(SIZES, FEW)
     with crew() as its_crew:
-        servers = start_servers(its_crew)
+        cluster = start_cluster(its_crew)
         bare_server = BareServer(its_crew, kind.family, sizes[-1] if kind.lane == "tcp" else 0)
-        with servers.client("chief:0", kind.lane) as client, bare_server.client() as bare:
+        with cluster.client("chief:0", kind.lane) as client, bare_server.client() as bare:
             create_arenas(client, [[sgd_arena(f"of {nbytes} bytes", nbytes) for nbytes in sizes]])
             ours = partial(seconds_each, client.read_global_step, options.seconds)
             yield _round_trip(kind).measure(ours, partial(seconds_each, bare.echo, options.seconds), options.repeats)

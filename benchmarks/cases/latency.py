@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import start_servers, start_trainer
+from benchmarks.harness.cluster import start_cluster, start_trainer
 from benchmarks.harness.crew import Child, crew
 from benchmarks.harness.figure import Figure, Subject
-from benchmarks.harness.job import Job
 from benchmarks.harness.options import Effort
+from benchmarks.harness.programs.trainer import Job
 from benchmarks.harness.proxy import Proxy
 from benchmarks.harness.window import slowest_step, steps_per_second
 from benchmarks.models.mlp import Mlp
@@ -36,9 +36,9 @@ def measure(options: Effort) -> Iterator[Figure]:
     """Measure both kinds of steps with each delay. Blocks for about a minute for each kind."""
     for pipeline in (False, True):
         with Proxy() as proxy, crew() as its_crew:
-            servers = start_servers(its_crew, address=proxy.toward)
+            cluster = start_cluster(its_crew, address=proxy.toward)
             job = Job(model=MODEL, pipeline=pipeline)
-            worker = start_trainer(its_crew, "the worker", job, servers.env("chief:0", "tcp"))
+            worker = start_trainer(its_crew, "the worker", job, cluster.env("chief:0", "tcp"))
             yield from _measure(worker, proxy, pipeline, options)
 
 

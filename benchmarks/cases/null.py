@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import start_plain, start_servers, start_trainer
+from benchmarks.harness.cluster import start_cluster, start_plain, start_trainer
 from benchmarks.harness.crew import Child, Crew, crew
 from benchmarks.harness.figure import Figure, Subject, amount
-from benchmarks.harness.job import Job
 from benchmarks.harness.options import LANE_NAMES, LANES, Effort
+from benchmarks.harness.programs.trainer import Job
 from benchmarks.harness.window import seconds_per_step, sides, slowest_step
 from benchmarks.models.null import Parameters, Rows
 
@@ -83,7 +83,7 @@ def _beside_table(lane: str, workers: Mapping[int, Child], step_seconds: float, 
 
 def _start_worker(its_crew: Crew, lane: str, job: Job) -> Child:
     """Start a ps and the one worker that trains with it."""
-    return start_trainer(its_crew, f"the worker on {lane}", job, start_servers(its_crew).env("chief:0", lane))
+    return start_trainer(its_crew, f"the worker on {lane}", job, start_cluster(its_crew).env("chief:0", lane))
 
 
 def _beside_plain(step: str, lane: str, nbytes: int) -> Subject:

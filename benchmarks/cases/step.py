@@ -12,26 +12,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 import typer
 from rich.table import Table
 
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import Cluster, start_cluster, start_plain
+from benchmarks.harness.cluster import Cluster, start_plain, start_training
 from benchmarks.harness.crew import Crew, crew
 from benchmarks.harness.errors import BenchmarkError
-from benchmarks.harness.figure import spread, table
+from benchmarks.harness.figure import Figure, Subject
 from benchmarks.harness.footprint import Footprint, Holding, beyond, total
-from benchmarks.harness.job import Job
 from benchmarks.harness.options import LANES, Options, check_choice, check_least
 from benchmarks.harness.participant import Measured
+from benchmarks.harness.programs.trainer import Job
 from benchmarks.harness.window import await_ready, rate, run_window
 from benchmarks.models.catalogue import IDLE, MODELS, AnyModel
 
 IDLE_SECONDS = 0.5
-MIB = 1 << 20
 
 TARGET_RATIOS = {("small", "auto"): 1.25, ("large", "auto"): 0.95, ("small", "tcp"): 1.0, ("large", "tcp"): 0.6}
 """The promised ratios to the steps/s of plain PyTorch, for two cores."""
@@ -97,18 +96,45 @@ class Result(StepOptions, kw_only=True, frozen=True):
 
     @classmethod
     def tables(cls, title: str, lines: Sequence[Result]) -> list[Table]:
-        """Return tables of speed, of memory, and of the promises about them."""
-        verdicts = [verdict for result in lines for verdict in judge(result)]
-        return [_speed_table(title, lines), _memory_table(lines), *([_verdict_table(verdicts)] if verdicts else [])]
+        """Return a table of the results as figures, with the promises about them."""
+        (shown,) = Figure.tables(title, [figure for result in lines for figure in result.figures()])
+        staleness = (f"{one.model}, {one.lane} {one.staleness_mean:.1f} (max {one.staleness_max})" for one in lines)
+        shown.caption = f"staleness: {'; '.join(staleness)}"
+        return [shown]
+
+    def figures(self) -> Iterator[Figure]:
+        """Yield the ratio to plain PyTorch, and the memory of workers and ps tasks in copies of their values."""
+        is_promised = (self.workers, self.ps, self.threads) == (2, 1, 2)
+        where = f"{self.model}, {self.lane}"
+        yield Figure(
+            case=f"{where}: times plain PyTorch",
+            size=self.workers,
+            size_unit=f"workers, {self.ps} ps",
+            measured=self.steps_per_second,
+            beside=f"plain PyTorch, threads: {self.threads}",
+            baseline=self.plain_steps_per_second,
+            ratio=self.ratio,
+            ratios=self.ratios,
+            target=TARGET_RATIOS.get((self.model, self.lane)) if is_promised else None,
+        )
+        judges_memory = is_promised and self.model == MEMORY_MODEL
+        for what, holding, limit in (
+            ("copies of the model on a worker", self.worker_memory, WORKER_COPIES),
+            ("copies of values and slots on a ps", self.ps_memory, PS_COPIES),
+        ):
+            if holding is not None:
+                yield from _memory_figures(f"{where}: {what}", holding, limit if judges_memory else None)
 
 
-class Verdict(NamedTuple):
-    """A promise, and whether it is kept."""
-
-    promise: str
-    limit: str
-    measured: str
-    is_kept: bool
+def _memory_figures(what: str, holding: Holding, limit: float | None) -> Iterator[Figure]:
+    for when, copies, target in (
+        ("between steps", holding.steady, limit),
+        ("at the peak of training", holding.peak, limit),
+        ("at the peak of the start", holding.start_peak, None),
+    ):
+        yield Subject(
+            case=f"{what}, {when}", size_unit="task", beside="a copy", unit="B", better="less", target=target
+        ).figure([(copies * holding.copy_bytes, holding.copy_bytes)])
 
 
 def measure(options: StepOptions) -> Iterator[Result]:
@@ -126,7 +152,7 @@ def measure(options: StepOptions) -> Iterator[Result]:
 def start_tasks(its_crew: Crew, model: AnyModel, options: StepOptions) -> Cluster:
     """Start a cluster that trains ``model``, with the threads of all workers shared among them."""
     threads = options.threads // options.workers
-    return start_cluster(
+    return start_training(
         its_crew, Job(model=model), workers=options.workers, ps=options.ps, lane=options.lane, threads=threads
     )
 
@@ -170,73 +196,6 @@ def _measure_full(its_crew: Crew, options: StepOptions, idle: tuple[Footprint, F
         worker_memory=beyond(workers, idle[0], model.nbytes, max),
         ps_memory=beyond(servers, idle[1], ready[0].store_bytes, total),
     )
-
-
-def judge(result: Result) -> Iterator[Verdict]:
-    """Yield the promises for a model on a lane with two workers and one ps, and whether they are kept."""
-    where = f"{result.model}, {result.lane}"
-    if (result.workers, result.ps, result.threads) != (2, 1, 2):
-        return
-    if (target := TARGET_RATIOS.get((result.model, result.lane))) is not None:
-        is_kept = result.ratio >= target
-        yield Verdict(f"{where}: times plain PyTorch", f">= {target:.2f}", f"{result.ratio:.2f}", is_kept)
-    if result.model == MEMORY_MODEL:
-        yield from _judge_memory(f"{where}: copies of the model on a worker", result.worker_memory, WORKER_COPIES)
-        yield from _judge_memory(f"{where}: copies of values and slots on a ps", result.ps_memory, PS_COPIES)
-
-
-def _judge_memory(promise: str, holding: Holding | None, limit: float) -> Iterator[Verdict]:
-    if holding is not None:
-        for when, copies in (("between steps", holding.steady), ("at the peak of training", holding.peak)):
-            yield Verdict(f"{promise}, {when}", f"<= {limit:.2f}", f"{copies:.2f}", copies <= limit)
-
-
-def _speed_table(title: str, results: Sequence[Result]) -> Table:
-    numbers = ("steps/s", "plain", "ratio", "ratios", "staleness")
-    rows = (
-        (
-            result.model,
-            result.lane,
-            f"{result.workers}+{result.ps}",
-            f"{result.steps_per_second:,.4g}",
-            f"{result.plain_steps_per_second:,.4g}",
-            f"{result.ratio:.2f}",
-            spread(result.ratios),
-            f"{result.staleness_mean:.1f} (max {result.staleness_max})",
-        )
-        for result in results
-    )
-    caption = "tasks: workers + ps; plain PyTorch has as many threads as all workers together"
-    return table(title, ("model", "lane", "tasks", *numbers), rows, right=numbers, caption=caption)
-
-
-def _memory_table(results: Sequence[Result]) -> Table:
-    numbers = ("a copy, MiB", "between steps", "peak of training", "peak of start")
-    rows = (
-        (result.model, result.lane, task, *_holding_cells(holding))
-        for result in results
-        for task, holding in (("worker", result.worker_memory), ("ps", result.ps_memory))
-    )
-    return table(
-        "memory beyond an idle task, in copies",
-        ("model", "lane", "task", *numbers),
-        rows,
-        right=numbers,
-        caption="a copy: the model's parameters on a worker, values and slots on the ps tasks",
-    )
-
-
-def _holding_cells(holding: Holding | None) -> tuple[str, ...]:
-    if holding is None:
-        return ("?", "?", "?", "?")
-    copies = (holding.steady, holding.peak, holding.start_peak)
-    return (f"{holding.copy_bytes / MIB:.1f}", *(f"{count:.2f}" for count in copies))
-
-
-def _verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    numbers = ("limit", "measured")
-    rows = ((one.promise, one.limit, one.measured, "yes" if one.is_kept else "NO") for one in verdicts)
-    return table("what was promised, for two cores", ("promise", *numbers, "reached"), rows, right=numbers)
 
 
 CASE = Case(

@@ -14,11 +14,11 @@ import os
 from collections.abc import Iterator
 
 from benchmarks.harness.case import Case
-from benchmarks.harness.cluster import start_cluster, start_plain
+from benchmarks.harness.cluster import start_plain, start_training
 from benchmarks.harness.crew import Crew, crew
 from benchmarks.harness.figure import Figure, Subject
-from benchmarks.harness.job import Job
 from benchmarks.harness.options import LANE_NAMES, LANES, Effort
+from benchmarks.harness.programs.trainer import Job
 from benchmarks.harness.window import sides, slowest_step
 from benchmarks.models.catalogue import MODELS
 
@@ -41,7 +41,7 @@ def measure(options: Effort) -> Iterator[Figure]:
 def _measure(its_crew: Crew, model: str, lane: str, ps: int, options: Effort) -> Iterator[Figure]:
     counts = options.pick(WORKERS, FEW_WORKERS)
     job = Job(model=MODELS[model])
-    cluster = start_cluster(its_crew, job, workers=counts[-1], ps=ps, lane=lane, threads=1)
+    cluster = start_training(its_crew, job, workers=counts[-1], ps=ps, lane=lane, threads=1)
     step_seconds = slowest_step(cluster.workers)
     plain = {threads: start_plain(its_crew, job, threads) for threads in sorted(set(map(_threads, counts)))}
     step_seconds = max(step_seconds, slowest_step(list(plain.values())))

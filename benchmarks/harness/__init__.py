@@ -1,1 +1,1 @@
-"""What runs and measures a case. No module of it knows a case or a peer."""
+"""What runs and measures a case. None of its modules imports a case by name."""

@@ -158,10 +158,6 @@ class Crew:
         self._modules = inherited_fork_server() or self._programs
         self._children: list[Child] = []
 
-    def start_server(self, name: str, env: Mapping[str, str], listener: socket.socket) -> Child:
-        """Start a ps that accepts connections at ``listener``."""
-        return self.start_module(name, "paramserver", "server", env, listener)
-
     def start_module(
         self, name: str, module: str, argument: str, env: Mapping[str, str], listener: socket.socket | None = None
     ) -> Child:

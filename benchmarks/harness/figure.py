@@ -110,7 +110,7 @@ class Figure(Subject, kw_only=True, frozen=True):
     @classmethod
     def tables(cls, title: str, lines: Sequence[Figure]) -> list[Table]:
         """Return a table of figures."""
-        return [table(title, COLUMNS, (figure.cells() for figure in lines), right=("of", "measured", "ratio"))]
+        return [table(title, COLUMNS, (figure.cells() for figure in lines), ("of", "measured", "ratio"))]
 
 
 def take_turns(ours: Side, other: Side, repeats: int) -> list[Pair]:
@@ -155,18 +155,11 @@ def read(lines: Iterable[bytes | str]) -> Iterator[Figure]:
     return (msgspec.json.decode(line, type=Figure) for line in lines if line.strip())
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), caption: str = ""
-) -> Table:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
     """Return a table for people; the columns in ``right`` are aligned to the right."""
-    shown = Table(title=title, caption=caption or None)
+    shown = Table(title=title)
     for column in columns:
         shown.add_column(column, justify="right" if column in right else "left")
     for row in rows:
         shown.add_row(*row)
     return shown
-
-
-def spread(ratios: Sequence[float]) -> str:
-    """Return the range of some ratios, for people."""
-    return f"{min(ratios):.2f}-{max(ratios):.2f}"

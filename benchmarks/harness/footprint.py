@@ -35,7 +35,7 @@ class Holding(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Usage(NamedTuple):
-    """Bytes of a task; the attributes are those of `Holding`."""
+    """Bytes of a task, as in `Holding`."""
 
     steady: int
     peak: int
@@ -51,8 +51,7 @@ class Footprint:
 
     def __init__(self, children: Sequence[Child]) -> None:
         self._children = children
-        self._start = self._read()
-        self._seen: list[list[Memory | None]] = []
+        self._seen = [self._read()]
         for child in children:
             memory.reset_peak(child.pid)
 
@@ -62,17 +61,14 @@ class Footprint:
 
     def usages(self) -> list[Usage]:
         """Return the usage of each task; an empty list where the system does not tell."""
-        found = []
-        for start, *moments in zip(self._start, *self._seen, strict=True):
-            known = [moment for moment in moments if moment is not None]
-            if start is None or not known:
-                return []
-            steady = int(statistics.median(moment.now for moment in known))
-            found.append(Usage(steady, max(moment.peak for moment in known), start.peak))
-        return found
+        return [
+            Usage(int(statistics.median(one.now for one in seen)), max(one.peak for one in seen), start.peak)
+            for start, *seen in zip(*self._seen, strict=True)
+        ]
 
-    def _read(self) -> list[Memory | None]:
-        return [memory.read(child.pid) for child in self._children]
+    def _read(self) -> list[Memory]:
+        found = [memory.read(child.pid) for child in self._children]
+        return [one for one in found if one is not None]
 
 
 def beyond(

@@ -16,7 +16,6 @@ from benchmarks import ROOT
 from benchmarks.harness.case import find_cases
 from benchmarks.harness.errors import BenchmarkError, errors_for_people
 from benchmarks.harness.figure import COLUMNS, Figure, read
-from benchmarks.peers import TITLE
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -24,7 +23,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 def results(figures: Sequence[Figure], pictures: str) -> str:
     """Return the Markdown of all figures: promises, then each case with its picture in folder ``pictures``."""
-    titles = {name: case.title for name, case in find_cases().items()} | {"peers": TITLE}
+    titles = {name: case.title for name, case in find_cases().items()}
     promised = [figure for figure in figures if figure.target is not None]
     parts = ["## What was promised", markdown_table(promised)]
     for benchmark, group in by_benchmark(figures).items():

@@ -1,4 +1,4 @@
-"""Other ways to train, measured beside paramserver: ``python -m benchmarks.peers``.
+"""Other ways to train, measured beside paramserver: ``python -m benchmarks peers``.
 
 Rules
     * A peer trains the models of `benchmarks.models.shapes` with one ps and two workers, one thread for each task, as
@@ -7,5 +7,3 @@ Rules
       modules that need no other package.
     * Steps are counted as ours are: those of all workers together in a window, by `benchmarks.harness.participant`.
 """
-
-TITLE = "Beside other ways to train"

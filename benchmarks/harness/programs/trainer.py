@@ -15,13 +15,31 @@ import torch
 from torch import nn
 
 import paramserver as ps
-from benchmarks.harness.job import Job
 from benchmarks.harness.participant import take_part
+from benchmarks.models.catalogue import AnyModel
 from benchmarks.models.model import Training
 from benchmarks.models.null import Parameters, set_gradients
 from paramserver.distribute.bound.optimizer import PreparedOptimizer
 
 START_LIMIT = 120.0
+
+
+class Job(msgspec.Struct, kw_only=True, frozen=True):
+    """What a trainer does.
+
+    Attributes:
+        model: The model.
+        device: A GPU that it is trained on; "" for the CPU.
+        pipeline: Whether a step does not wait for its own values.
+    """
+
+    model: AnyModel
+    device: str = ""
+    pipeline: bool = False
+
+    def to_argument(self) -> str:
+        """Return the job as an argument of a command line."""
+        return msgspec.json.encode(self).decode()
 
 
 def main(job: Job, strategy: ps.ParameterServerStrategy | None) -> None:

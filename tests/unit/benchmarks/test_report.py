@@ -8,17 +8,26 @@ from pathlib import Path
 import msgspec
 import pytest
 import typer
-from benchmarks import check, figure, herd, report
-from benchmarks.figure import Figure, compared, take_turns
-from benchmarks.participant import Measured
-from benchmarks.processes import BenchmarkError
+from benchmarks.harness import check, figure, report
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.figure import Figure, Subject, take_turns
+from benchmarks.harness.participant import Measured
+from benchmarks.harness.programs import herd
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def of(ratio: float, *, better: str = "more", target: float | None = None, case: str = "pull", size: int = 4) -> Figure:
-    described = {"size": size, "size_unit": "B", "beside": "memcpy", "unit": "s", "better": better, "target": target}
-    return compared([(ratio, 1.0)], "lanes", case, **described)
+    return Subject(
+        benchmark="lanes",
+        case=case,
+        size=size,
+        size_unit="B",
+        beside="memcpy",
+        unit="s",
+        better=better,
+        target=target,
+    ).figure([(ratio, 1.0)])
 
 
 def write(file: Path, *figures: Figure) -> Path:
@@ -28,7 +37,7 @@ def write(file: Path, *figures: Figure) -> Path:
 
 def test_the_ratio_is_the_median_of_the_turns_and_not_that_of_the_medians() -> None:
     pairs = [(1.0, 2.0), (10.0, 10.0), (4.0, 1.0)]
-    found = compared(pairs, "null", "step", size=1, size_unit="B", beside="plain", unit="s", better="less")
+    found = Subject(case="step", size_unit="B", beside="plain", unit="s", better="less").figure(pairs)
     assert found.ratios == [0.5, 1.0, 4.0]
     assert found.ratio == 1.0
     assert (found.measured, found.baseline) == (4.0, 2.0)
@@ -76,7 +85,7 @@ def test_a_herd_is_as_fast_as_its_workers_together() -> None:
         Measured(steps=steps, seconds=seconds, staleness=steps, largest_staleness=steps, loss=0.0)
         for steps, seconds in ((100, 1.0), (30, 0.5))
     ]
-    together = herd._together(parts)
+    together = herd.together(parts)
     assert together.steps == 130
     assert together.steps / together.seconds == pytest.approx(100 + 60)
     assert (together.staleness, together.largest_staleness) == (130, 100)
@@ -114,7 +123,7 @@ def test_the_page_shows_the_committed_results() -> None:
 
 def test_a_report_has_a_picture_of_each_benchmark_and_is_the_same_every_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    startup = compared([(1, 1)], "startup", "launch", size=1, size_unit="run", beside="x", unit="s", better="less")
+    startup = Subject(benchmark="startup", case="launch", size_unit="run", beside="x").figure([(1, 1)])
     file = write(tmp_path / "results.jsonl", of(0.9, target=0.85), of(0.8, size=8), startup)
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}{report.END}")
