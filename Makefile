@@ -39,17 +39,17 @@ types: $(INSTALLED) ## mypy
 
 check: lint types test ## what CI runs
 
-bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with what was promised
-	@$(BIN)/python -m benchmarks
+bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with the promises about them
+	@$(BIN)/python -m benchmarks promises
 
 bench-report: $(PLOTTING) ## docs/performance.md from benchmarks/results.jsonl
-	@$(BIN)/python -m benchmarks.report benchmarks/results.jsonl
+	@$(BIN)/python -m benchmarks report benchmarks/results.jsonl
 
-bench-check: $(INSTALLED) ## measures anew, and fails where a ratio is worse than the committed one
-	@$(BIN)/python -m benchmarks.check
+bench-check: $(INSTALLED) ## measure again, and fail where a ratio is worse than the committed one
+	@$(BIN)/python -m benchmarks check
 
 bench-peers: $(INSTALLED) ## other ways to train, each in a virtual environment of its own, beside this one
-	@$(BIN)/python -m benchmarks.peers
+	@$(BIN)/python -m benchmarks peers
 
 $(PLOTTING): $(INSTALLED) requirements-bench.lock
 	@$(PIP) install -r requirements-bench.lock

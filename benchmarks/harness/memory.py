@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 SHARED_FILE = "/memfd:paramserver"
 
-_MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ (?P<access>\S{4}) \S+ \S+ (?P<inode>\d+)\s*(?P<path>.*)")
-_FIELD = re.compile(r"(?P<name>\w+):\s+(?P<kib>\d+) kB")
+_MAPPING = re.compile(
+    r"^[0-9a-f]+-[0-9a-f]+ (?P<access>\S{4}) \S+ \S+ (?P<inode>\d+) *(?P<path>.*)\n(?P<fields>(?:\w+:.*\n?)*)",
+    re.MULTILINE,
+)
+_FIELD = re.compile(r"(\w+): +(\d+) kB")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5)
 
 
@@ -81,27 +84,15 @@ def high_water_mark(status: str) -> int:
 
 def parse(smaps: str) -> Iterator[Mapping]:
     """Yield the mappings in the text of /proc/PID/smaps."""
-    header: re.Match[str] | None = None
-    fields: dict[str, int] = {}
-    for line in smaps.splitlines():
-        if field := _FIELD.match(line):
-            fields[field["name"]] = int(field["kib"]) * 1024
-        elif match := _MAPPING.match(line):
-            if header:
-                yield _mapping(header, fields)
-            header, fields = match, {}
-    if header:
-        yield _mapping(header, fields)
-
-
-def _mapping(header: re.Match[str], fields: dict[str, int]) -> Mapping:
-    return Mapping(
-        path=header["path"],
-        inode=int(header["inode"]),
-        is_writable="w" in header["access"],
-        resident=fields.get("Rss", 0),
-        anonymous=fields.get("Anonymous", 0),
-    )
+    for match in _MAPPING.finditer(smaps):
+        fields = {name: int(kib) * 1024 for name, kib in _FIELD.findall(match["fields"])}
+        yield Mapping(
+            path=match["path"],
+            inode=int(match["inode"]),
+            is_writable="w" in match["access"],
+            resident=fields.get("Rss", 0),
+            anonymous=fields.get("Anonymous", 0),
+        )
 
 
 def _is_shared(mapping: Mapping) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import benchmarks.cases
 import pytest
+from benchmarks import ROOT
 from benchmarks.cases.step import Result
 from benchmarks.harness import report
 from benchmarks.harness.case import find_cases, measure_suite
@@ -58,6 +60,13 @@ def test_a_case_is_one_file(plug: Path, monkeypatch: pytest.MonkeyPatch) -> None
     toy = find_cases()["toy"]
     monkeypatch.setattr("benchmarks.harness.case.find_cases", lambda: {"toy": toy})
     assert [figure.benchmark for figure in measure_suite(Effort(**SMOKE))] == ["toy"]
+
+
+def test_the_example_of_a_new_case_works(plug: Path) -> None:
+    (example,) = re.findall(r"```python\n(\"\"\"Copies.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    plug.joinpath("toy.py").write_text(example)
+    shown = CliRunner().invoke(app(), ["toy", "--smoke", "--json"])
+    assert [figure.key for figure in read(shown.stdout.splitlines())] == [("toy", "copy", 4000)]
 
 
 def test_options_of_a_case_are_those_of_its_command(plug: Path) -> None:
