@@ -21,6 +21,7 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import statistics
@@ -49,6 +50,7 @@ from paramserver.checkpoint.model_dir import CheckpointManager
 from paramserver.client.client import ParameterClient
 from paramserver.distribute.checkpoints import write_checkpoint
 from paramserver.layout.arena import ArenaLayout
+from paramserver.layout.blocks import Range
 from paramserver.layout.variables import Shard, VariableSpec
 from paramserver.wire.messages import Part, Saved
 
@@ -118,7 +120,7 @@ class Pusher(contextlib.AbstractContextManager["Pusher"]):
         self.slowest = 0.0
         self._run = run
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._push)
+        self._thread = threading.Thread(target=self._push_all)
 
     def __enter__(self) -> Pusher:
         self._thread.start()
@@ -128,13 +130,15 @@ class Pusher(contextlib.AbstractContextManager["Pusher"]):
         self._over.set()
         self._thread.join()
 
-    def _push(self) -> None:
-        pieces, count, worker = self._run.layout.pieces, 0, self._run.worker
-        while not self._over.wait(PUSH_INTERVAL):
-            part = Part(0, "add", (pieces[count % len(pieces)],))
-            push = partial(worker.push_pull, worker.plan([[part]], [()]), counts=False)
-            self.slowest = max(self.slowest, seconds_each(push))
-            count += 1
+    def _push_all(self) -> None:
+        for piece in itertools.cycle(self._run.layout.pieces):
+            self.slowest = max(self.slowest, seconds_each(partial(self._push, piece)))
+            if self._over.wait(PUSH_INTERVAL):
+                return
+
+    def _push(self, piece: Range) -> None:
+        worker = self._run.worker
+        worker.push_pull(worker.plan([[Part(0, "add", (piece,))]], [()]), counts=False)
 
 
 def measure(options: CheckpointOptions) -> Iterator[Figure]:

@@ -20,7 +20,7 @@ def measure(options: Options) -> Iterator[step.Result]:
 
 
 CASE = Case(
-    title="steps/s of all workers and of plain PyTorch, for all models",
+    title="The promises about training speed and memory",
     options=Options,
     measure=measure,
     is_in_suite=False,

@@ -149,7 +149,7 @@ def measure(options: StepOptions) -> Iterator[Result]:
         yield _measure_full(full_crew, options, idle)
 
 
-def start_tasks(its_crew: Crew, model: AnyModel, options: StepOptions) -> Cluster:
+def _start_tasks(its_crew: Crew, model: AnyModel, options: StepOptions) -> Cluster:
     """Start a cluster that trains ``model``, with the threads of all workers shared among them."""
     threads = options.threads // options.workers
     return start_training(
@@ -158,7 +158,7 @@ def start_tasks(its_crew: Crew, model: AnyModel, options: StepOptions) -> Cluste
 
 
 def _measure_idle(its_crew: Crew, options: StepOptions) -> tuple[Footprint, Footprint]:
-    cluster = start_tasks(its_crew, IDLE, options)
+    cluster = _start_tasks(its_crew, IDLE, options)
     await_ready(cluster.workers)
     footprints = Footprint(cluster.workers), Footprint(cluster.servers)
     run_window(cluster.workers, IDLE_SECONDS, step_seconds=0.0)
@@ -170,7 +170,7 @@ def _measure_idle(its_crew: Crew, options: StepOptions) -> tuple[Footprint, Foot
 
 def _measure_full(its_crew: Crew, options: StepOptions, idle: tuple[Footprint, Footprint]) -> Result:
     model = MODELS[options.model]
-    cluster = start_tasks(its_crew, model, options)
+    cluster = _start_tasks(its_crew, model, options)
     plain = start_plain(its_crew, Job(model=model), options.threads)
     ready = await_ready([*cluster.workers, plain])
     step_seconds = max(one.step_seconds for one in ready)
@@ -199,5 +199,8 @@ def _measure_full(its_crew: Crew, options: StepOptions, idle: tuple[Footprint, F
 
 
 CASE = Case(
-    title="steps/s of all workers and of plain PyTorch", options=StepOptions, measure=measure, is_in_suite=False
+    title="A training step and its memory, beside plain PyTorch",
+    options=StepOptions,
+    measure=measure,
+    is_in_suite=False,
 )

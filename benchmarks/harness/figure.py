@@ -109,8 +109,13 @@ class Figure(Subject, kw_only=True, frozen=True):
 
     @classmethod
     def tables(cls, title: str, lines: Sequence[Figure]) -> list[Table]:
-        """Return a table of figures."""
-        return [table(title, COLUMNS, (figure.cells() for figure in lines), ("of", "measured", "ratio"))]
+        """Return a table of figures, which is narrower than `cells`."""
+        rows = []
+        for figure in lines:
+            *texts, turns, target, reached = figure.cells()
+            ratios = f"{texts.pop()}\n({turns})" if len(figure.ratios) > 1 else texts.pop()
+            rows.append((*texts, ratios, f"{target} {reached}".strip()))
+        return [table(title, (*COLUMNS[:5], "target"), rows, ("of", "measured", "ratio"))]
 
 
 def take_turns(ours: Side, other: Side, repeats: int) -> list[Pair]:
@@ -139,10 +144,13 @@ def amount(value: float, unit: str) -> str:
 
     >>> amount(4000, "B"), amount(2.5e-5, "s"), amount(2000, "variables"), amount(0, "ms"), amount(0.25, "s")
     ('4 kB', '25 us', '2,000 variables', '0 ms', '250 ms')
+    >>> amount(0, "B"), amount(-4000, "B")  # memory beyond that of an idle task may be less than none
+    ('0 B', '-4 kB')
     """
     if unit not in ("B", "B/s", "s"):
         return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
-    factor, prefix = next(((factor, prefix) for factor, prefix in PREFIXES if value >= factor), PREFIXES[-1])
+    fitting = (prefix for prefix in PREFIXES if abs(value) >= prefix[0])
+    factor, prefix = next(fitting, PREFIXES[-1]) if value else (1.0, "")
     return f"{value / factor:.3g} {prefix}{unit}"
 
 
