@@ -61,7 +61,7 @@ PUSH_INTERVAL = 0.002
 
 
 class CheckpointOptions(Options, kw_only=True, frozen=True):
-    """What is saved, and where.
+    """The values that are saved, and the place where.
 
     Attributes:
         megabytes: Size of the values that the ps holds.

@@ -72,7 +72,7 @@ class StepOptions(Options, kw_only=True, frozen=True):
 
 
 class Result(StepOptions, kw_only=True, frozen=True):
-    """What was measured; rates are medians over the repeats, in steps per second.
+    """The result for a combination; rates are medians over the repeats, in steps per second.
 
     Attributes:
         steps_per_second: Global steps, of all workers together.

@@ -1,1 +1,1 @@
-"""What runs and measures a case. None of its modules imports a case by name."""
+"""The machinery that runs and measures cases. None of its modules imports a case by name."""

@@ -67,7 +67,7 @@ class Subject(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Figure(Subject, kw_only=True, frozen=True):
-    """What was measured of a `Subject`.
+    """The measurement of a `Subject`.
 
     Attributes:
         measured: Our result, the median of the turns.
@@ -103,7 +103,7 @@ class Figure(Subject, kw_only=True, frozen=True):
             f"{self.beside}: {amount(self.baseline, self.unit)}",
             f"{self.ratio:.3g}",
             f"{min(self.ratios):.3g} to {max(self.ratios):.3g}",
-            "" if self.target is None else f"{sign} {self.target:g}",
+            "" if self.target is None else f"{sign} {self.target:.3g}",
             {None: "", True: "yes", False: "NO"}[self.is_reached],
         )
 

@@ -1,4 +1,4 @@
-"""What a model is, and its training step, the same in all processes."""
+"""The contract of a model, and its training step, the same in all processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Batch = tuple[Tensor, ...]
 
 
 class Model(Protocol):
-    """What is trained, and how: a frozen struct, which processes send each other."""
+    """A model and its way to be trained: a frozen struct, which processes send each other."""
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from benchmarks.peers.assignment import Assignment, read_assignment
 from benchmarks.peers.tf_models import MODELS
 
 JOIN_SECONDS = 0.5
-"""About how long the steps take that are joined together: long enough for what the workers idle at a join."""
+"""Approximate duration of steps that are joined together; it is long beside the workers' idle time at a join."""
 
 
 class Coordinator:
@@ -39,7 +39,7 @@ class Coordinator:
         self._coordinator.join()
 
     def loss(self) -> float:
-        """Of the last step."""
+        """Return the loss of the last step."""
         return float(self._last.fetch())
 
     def _train(self, batches: Any) -> Any:

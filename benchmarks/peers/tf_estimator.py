@@ -1,4 +1,4 @@
-"""A task of TensorFlow's Estimator with ParameterServerStrategyV1: what paramserver stands in the place of.
+"""A task of TensorFlow's Estimator with ParameterServerStrategyV1: the original of paramserver.
 
 The Estimator's loop is its own: a hook holds each step until the participant, on a thread, asks for it.
 """
@@ -40,7 +40,7 @@ class Turnstile(tf.compat.v1.train.SessionRunHook):  # type: ignore[misc]  # Ten
         self._done.release()
 
     def step(self) -> int:
-        """Have one step taken. Blocks until it is."""
+        """Let the loop take one step. Blocks until it is done."""
         self._wanted.release()
         self._done.acquire()
         return 0
@@ -52,7 +52,7 @@ class Turnstile(tf.compat.v1.train.SessionRunHook):  # type: ignore[misc]  # Ten
 
 
 def model_fn(features: Any, labels: Any, params: TfModel) -> Any:
-    """The model as an Estimator has it."""
+    """Return the model as an Estimator needs it."""
     values = params.initial_values()
     variables = [tf.compat.v1.get_variable(f"value_{index}", initializer=make) for index, make in enumerate(values)]
     loss = params.mean_loss(variables, features, labels)

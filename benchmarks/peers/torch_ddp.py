@@ -1,4 +1,4 @@
-"""A worker of DistributedDataParallel over Gloo: synchronous, without a ps; what people pick instead of one.
+"""A worker of DistributedDataParallel over Gloo: synchronous, without a ps.
 
 All workers take every step together, so that of one of them are those of all: worker 0 measures, and the others step
 whenever it does.

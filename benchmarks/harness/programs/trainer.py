@@ -25,7 +25,7 @@ START_LIMIT = 120.0
 
 
 class Job(msgspec.Struct, kw_only=True, frozen=True):
-    """What a trainer does.
+    """The task of a trainer.
 
     Attributes:
         model: The model.
