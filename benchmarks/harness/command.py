@@ -18,7 +18,6 @@ from benchmarks.harness.errors import errors_for_people
 from benchmarks.harness.options import QUICK, SMOKE, Effort, Options
 
 O = TypeVar("O", bound=Options)  # noqa: E741  # the options of a command
-L = TypeVar("L")  # its results
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print a line of JSON for each result instead of tables.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Measure fewer sizes, in shorter and fewer turns.")]
@@ -33,43 +32,26 @@ def app() -> typer.Typer:
         help="Measure speed and memory, each figure beside something plain in the same session.",
     )
     for name, case in find_cases().items():
-        tables = partial(print_tables, case.title)
-        made.command(name, help=f"{case.title}.")(
-            command(case.options, partial(measure_case, name, case), print_json, tables)
-        )
-    made.command("suite", help="All cases of the suite, one after the other.")(
-        command(Effort, measure_suite, print_json, partial(print_tables, "Every figure, each beside something plain"))
-    )
+        add(made, name, case.title, case.options, partial(measure_case, name, case))
+    add(made, "suite", "All cases of the suite, one after the other", Effort, measure_suite)
     made.command("check")(check.main)
     made.command("report")(report.main)
     return made
 
 
-def command(
-    options: type[O],
-    measure: Callable[[O], Iterable[L]],
-    as_lines: Callable[[Iterable[L]], None],
-    as_tables: Callable[[Iterable[L]], None],
-) -> Callable[..., None]:
-    """Return a command for typer that measures and prints, with an option for each field of ``options``."""
-    presets = {"quick": (Quick, QUICK), "smoke": (Smoke, SMOKE)} if issubclass(options, Effort) else {}
+def add(to: typer.Typer, name: str, title: str, options: type[O], measure: Callable[[O], Iterable[Line]]) -> None:
+    """Add a command that measures and prints, with an option for each field of ``options``."""
 
     @errors_for_people()
-    def run(*, as_json: bool, **given: Any) -> None:
-        for preset, (_, values) in presets.items():
-            given |= values if given.pop(preset) else {}
-        (as_lines if as_json else as_tables)(measure(options(**given)))
+    def run(*, as_json: bool, quick: bool = False, smoke: bool = False, **given: Any) -> None:
+        measured = measure(options(**{**given, **(SMOKE if smoke else QUICK if quick else {})}))
+        if as_json:
+            print_json(measured)
+        else:
+            print_tables(title, measured)
 
-    hints = get_type_hints(options, include_extras=True)
-    parameters = {field.name: (hints[field.name], _default(field)) for field in msgspec.structs.fields(options)}
-    parameters |= {preset: (hint, False) for preset, (hint, _) in presets.items()}
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads the options from it
-        [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-            for name, (hint, default) in {**parameters, "as_json": (AsJson, False)}.items()
-        ]
-    )
-    return run
+    run.__signature__ = _signature(options)  # type: ignore[attr-defined]  # typer reads the options from it
+    to.command(name, help=f"{title}.")(run)
 
 
 def print_json(lines: Iterable[Line]) -> None:
@@ -85,6 +67,18 @@ def print_tables(title: str, lines: Iterable[Line]) -> None:
         measured = list(lines)
     if measured:
         Console().print(*measured[0].tables(title, measured))
+
+
+def _signature(options: type[Options]) -> inspect.Signature:
+    """Return the parameters of a command: the fields of ``options``, and flags."""
+    hints = get_type_hints(options, include_extras=True)
+    parameters = [(field.name, hints[field.name], _default(field)) for field in msgspec.structs.fields(options)]
+    flags = {"quick": Quick, "smoke": Smoke} if issubclass(options, Effort) else {}
+    parameters += [(flag, hint, False) for flag, hint in {**flags, "as_json": AsJson}.items()]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [inspect.Parameter(name, keyword, default=default, annotation=hint) for name, hint, default in parameters]
+    )
 
 
 def _default(field: msgspec.structs.FieldInfo) -> object:
