@@ -49,17 +49,17 @@ docs: $(DOCS) ## the pages of docs/ and a reference of all public names, in site
 	@$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --conf-dir docs --doctree-dir build/docs . site
 	@echo "site/index.html"
 
-bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with what was promised
-	@$(BIN)/python -m benchmarks
+bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with the promises about them
+	@$(BIN)/python -m benchmarks promises
 
 bench-report: $(PLOTTING) ## docs/performance.md from benchmarks/results.jsonl
-	@$(BIN)/python -m benchmarks.report benchmarks/results.jsonl
+	@$(BIN)/python -m benchmarks report benchmarks/results.jsonl
 
-bench-check: $(INSTALLED) ## measures anew, and fails where a ratio is worse than the committed one
-	@$(BIN)/python -m benchmarks.check
+bench-check: $(INSTALLED) ## measure again, and fail where a ratio is worse than the committed one
+	@$(BIN)/python -m benchmarks check
 
 bench-peers: $(INSTALLED) ## other ways to train, each in a virtual environment of its own, beside this one
-	@$(BIN)/python -m benchmarks.peers
+	@$(BIN)/python -m benchmarks peers
 
 $(PLOTTING): $(INSTALLED) requirements-bench.lock
 	@$(PIP) install -r requirements-bench.lock

@@ -1,9 +1,9 @@
-"""What people use in the place of paramserver, measured beside it: ``python -m benchmarks.peers``.
+"""Other ways to train, measured beside paramserver: ``python -m benchmarks peers``.
 
 Rules
-    * A peer trains the models of ``benchmarks.models`` with one ps and two workers, one thread for each task, as far as
-      it knows such tasks, and is written as its own documentation writes it.
-    * Its processes run in an environment of its own, made from pinned requirements. They import that, and of the
-      benchmarks only what that environment can import.
-    * Steps are counted as ours are: those of all workers together in a window of time, by `benchmarks.participant`.
+    * A peer trains the models of `benchmarks.models.shapes` with one ps and two workers, one thread for each task, as
+      far as it has such tasks, and is written as its own documentation shows.
+    * Its processes run in an environment of its own, made from pinned requirements. Of the benchmarks they import only
+      modules that need no other package.
+    * Steps are counted as ours are: those of all workers together in a window, by `benchmarks.harness.participant`.
 """

@@ -1,4 +1,4 @@
-"""What a process of a peer is told when it starts, as JSON in its one argument."""
+"""The orders of a process of a peer, as JSON in its one argument."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import msgspec
 
 
 class Assignment(msgspec.Struct, kw_only=True, frozen=True):
-    """Who a process is, and what it trains.
+    """The identity of a process, and what it trains.
 
     Attributes:
         role: ``chief``, ``worker`` or ``ps``, as the peer means it.
-        index: Of the task among those of its role.
+        index: Index of the task among those of its role.
         tasks: All tasks of the peer, such as ``worker:0``, in an order that all of them agree on.
-        workers: How many tasks compute gradients.
-        model: Its name; see `benchmarks.shapes`.
-        threads: For each task's computations.
-        folder: Empty and this measurement's own; all processes of the peer share it.
+        workers: Number of tasks that compute gradients.
+        model: Name of the model; see `benchmarks.models.shapes`.
+        threads: Threads of each task's computations.
+        folder: An empty folder of this measurement, which all processes of the peer share.
     """
 
     role: str
@@ -30,10 +30,10 @@ class Assignment(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def task(self) -> str:
-        """Its own name among ``tasks``."""
+        """Its name among ``tasks``."""
         return f"{self.role}:{self.index}"
 
 
 def read_assignment() -> Assignment:
-    """This process's own."""
+    """Return the assignment of this process."""
     return msgspec.json.decode(sys.argv[1], type=Assignment)

@@ -1,30 +1,33 @@
-"""The peers, as data. A new one is a module and a row here, and its requirements."""
+"""The peers, as data. A new peer is a module, a row here, and its requirements."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.shapes import MLPS, SPARSES
+from benchmarks.models.shapes import MLPS, SPARSES
 from paramserver.cluster.task import TaskId
 
 WORKERS = 2
-"""How many tasks train, of a peer and of ours."""
+"""Number of tasks that train, of a peer and of ours."""
+
+THREADS = 1
+"""Threads of each of these tasks, and of the ps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A way to train that is not ours.
+    """Another way to train.
 
     Attributes:
-        title: What it is, for people.
-        module: Of this package; each of the tasks runs it.
-        participants: The tasks that are told when to measure, and tell how far they came.
+        title: Its description, for people.
+        module: The module of this package that each of its tasks runs.
+        participants: The tasks that get orders to measure, and report their progress.
         helpers: The tasks that run until the participants are done, and are killed then.
-        packages: Whose versions a result names.
+        packages: The packages whose versions a result names.
         environment: The name of its requirements and of its virtual environment; "" for the one that runs this.
         has_addresses: Whether its tasks find each other by the addresses in TF_CONFIG.
-        models: The names of those that it trains.
+        models: The names of the models that it trains.
         variables: Environment variables of its processes.
     """
 
@@ -46,7 +49,7 @@ TARGETS = {
     ("small", "tcp", "tf-estimator"): 4.0,
     ("small", "tcp", "torch-rpc"): 5.0,
 }
-"""How many times as fast as a peer we are to be at least: by model, lane and peer."""
+"""The promised ratios of our speed to a peer's: by model, lane and peer."""
 
 
 def _tasks(*texts: str) -> tuple[TaskId, ...]:

@@ -1,131 +1,70 @@
-"""A peer beside paramserver: both stand ready at the same time and take turns, as in ``benchmarks.step``."""
+"""A peer beside paramserver: both stand ready at the same time and take turns; the other side is stopped meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import socket
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.figure import Figure
-from benchmarks.models import LANE_NAMES
+from benchmarks.harness.cluster import start_training, threads_env
+from benchmarks.harness.crew import END_LIMIT, Child, Crew, crew, standing_by
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.figure import Figure, Subject
+from benchmarks.harness.options import LANE_NAMES, Options
+from benchmarks.harness.programs.trainer import Job
+from benchmarks.harness.window import sides, slowest_step
+from benchmarks.models.catalogue import MODELS
 from benchmarks.peers.assignment import Assignment
-from benchmarks.peers.catalogue import PEERS, TARGETS, Peer
-from benchmarks.peers.environments import interpreter, versions
-from benchmarks.processes import END_LIMIT, BenchmarkError, Child, Crew, crew, standing_by
-from benchmarks.step import StepOptions, await_ready, rate, run_window, start_cluster
+from benchmarks.peers.catalogue import PEERS, TARGETS, THREADS, WORKERS, Peer
+from benchmarks.peers.environments import as_text, interpreter, versions
 from paramserver.cluster.task import Role, TaskId
-from paramserver.errors import ParameterServerError
-from paramserver.launch.spec import HOST, THREAD_VARIABLES
+from paramserver.launch.spec import HOST
 
 
-class Comparison(msgspec.Struct, kw_only=True):
-    """What was measured, or why nothing was; rates are medians over the repeats, in steps per second.
-
-    Attributes:
-        peer: Its name in `PEERS`.
-        versions: Of the peer's packages that are installed.
-        model: As in `StepOptions`, like the next six.
-        steps_per_second: Global steps of paramserver, of all workers together.
-        peer_steps_per_second: Global steps of the peer; worker-steps where all workers step together.
-        ratio: The median of ``ratios``; more than 1 if paramserver is faster.
-        ratios: Ours to the peer's, of each pair of windows.
-        failure: Why there is no measurement; "" if there is one.
-    """
-
-    peer: str
-    versions: dict[str, str]
-    model: str
-    lane: str
-    workers: int
-    ps: int
-    threads: int
-    seconds: float
-    repeats: int
-    steps_per_second: float = 0.0
-    peer_steps_per_second: float = 0.0
-    ratio: float = 0.0
-    ratios: list[float] = []
-    failure: str = ""
-
-    def figure(self) -> Figure:
-        """What was measured as the other benchmarks tell it; there has to be something."""
-        installed = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return Figure(
-            benchmark="peers",
-            case=f"{self.model}, {LANE_NAMES[self.lane]}, beside {self.peer}",
-            size=self.workers,
-            size_unit="workers",
-            measured=self.steps_per_second,
-            beside=installed,
-            baseline=self.peer_steps_per_second,
-            unit="steps/s",
-            ratio=self.ratio,
-            ratios=self.ratios,
-            better="more",
-            target=TARGETS.get((self.model, self.lane, self.peer)),
-        )
-
-
-def compare(name: str, options: StepOptions) -> Comparison:
+def compare(name: str, model: str, lane: str, options: Options) -> Figure:
     """Measure one peer beside paramserver. Blocks for about ``2 * repeats * seconds`` and the start, at most minutes.
 
-    A peer that cannot be installed or does not run is a result, too, which says so.
+    Raises:
+        BenchmarkError: If the peer cannot be installed or does not run.
+        ParameterServerError: If a ps refuses.
     """
     peer = PEERS[name]
-    rates: list[tuple[float, float]] = []
-    failure = ""
-    try:
-        rates = _measure(name, peer, options)
-    except (BenchmarkError, ParameterServerError) as error:
-        failure = str(error)
-    return result(name, versions(peer.environment, peer.packages), options, rates, failure)
-
-
-def result(
-    name: str, installed: dict[str, str], options: StepOptions, rates: Sequence[tuple[float, float]], failure: str
-) -> Comparison:
-    """What pairs of rates, ours and the peer's, come to."""
-    comparison = Comparison(
-        peer=name,
-        versions=installed,
-        model=options.model,
-        lane=options.lane,
-        workers=options.workers,
-        ps=options.ps,
-        threads=options.threads,
-        seconds=options.seconds,
-        repeats=options.repeats,
-        failure=failure,
-    )
-    if rates:
-        comparison.steps_per_second, comparison.peer_steps_per_second = map(statistics.median, zip(*rates, strict=True))
-        comparison.ratios = [ours / theirs for ours, theirs in rates]
-        comparison.ratio = statistics.median(comparison.ratios)
-    return comparison
-
-
-def _measure(name: str, peer: Peer, options: StepOptions) -> list[tuple[float, float]]:
     python = interpreter(peer.environment)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, crew() as its_crew:
-        ours = start_cluster(its_crew, options.model, options)
-        helpers, theirs = _start_peer(its_crew, name, python, options, folder)
-        step_seconds = max(one.step_seconds for one in await_ready([*ours.workers, *theirs]))
-        rates = []
-        for _ in range(options.repeats):
+        job = Job(model=MODELS[model])
+        ours = start_training(its_crew, job, workers=WORKERS, ps=1, lane=lane, threads=THREADS)
+        helpers, theirs = _start_peer(its_crew, peer, python, model, folder)
+        our_side, their_side = sides(options, slowest_step([*ours.workers, *theirs]), ours.workers, theirs)
+
+        def take_ours() -> float:
             with standing_by([*helpers, *theirs]):
-                our_window = run_window(ours.workers, options.seconds, step_seconds)
+                return our_side()
+
+        def take_theirs() -> float:
             with standing_by([*ours.workers, *ours.servers]):
-                their_window = run_window(theirs, options.seconds, step_seconds)
-            rates.append((rate(our_window), rate(their_window)))
+                return their_side()
+
+        figure = subject(name, model, lane).measure(take_ours, take_theirs, options.repeats)
         ours.end()
         _end_peer(theirs)
-    return rates
+    return figure
+
+
+def subject(name: str, model: str, lane: str) -> Subject:
+    """Return the subject of a figure; a peer's steps are worker-steps where all workers step together."""
+    peer = PEERS[name]
+    return Subject(
+        case=f"{model}, {LANE_NAMES[lane]}, beside {name}",
+        size=WORKERS,
+        size_unit="workers",
+        beside=as_text(versions(peer.environment, peer.packages)),
+        target=TARGETS.get((model, lane, name)),
+    )
 
 
 def _end_peer(participants: Sequence[Child]) -> None:
@@ -137,44 +76,36 @@ def _end_peer(participants: Sequence[Child]) -> None:
             child.await_end(END_LIMIT)
 
 
-def _start_peer(
-    its_crew: Crew, name: str, python: Path, options: StepOptions, folder: str
-) -> tuple[list[Child], list[Child]]:
-    """Start all tasks of a peer: those that help, and those that take part."""
-    peer = PEERS[name]
+def _start_peer(its_crew: Crew, peer: Peer, python: Path, model: str, folder: str) -> tuple[list[Child], list[Child]]:
+    """Start all tasks of a peer, and return those that help and those that take part."""
     tasks = (*peer.helpers, *peer.participants)
     addresses = _addresses(tasks) if peer.has_addresses else {}
-    threads = options.threads // options.workers
     children = []
     for task in tasks:
-        assignment = _assignment(task, tasks, options, threads, folder)
+        assignment = Assignment(
+            role=task.role,
+            index=task.index,
+            tasks=tuple(map(str, tasks)),
+            workers=WORKERS,
+            model=model,
+            threads=THREADS,
+            folder=folder,
+        )
         command = (str(python), "-m", f"benchmarks.peers.{peer.module}", msgspec.json.encode(assignment).decode())
-        env = {**peer.variables, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **tf_config(task, addresses)}
-        children.append(its_crew.start(f"{name} {task}", command, env))
+        env = {**peer.variables, **threads_env(THREADS), **tf_config(task, addresses)}
+        children.append(its_crew.start(f"{peer.module} {task}", command, env))
     return children[: len(peer.helpers)], children[len(peer.helpers) :]
 
 
-def _assignment(task: TaskId, tasks: Sequence[TaskId], options: StepOptions, threads: int, folder: str) -> Assignment:
-    return Assignment(
-        role=task.role,
-        index=task.index,
-        tasks=tuple(map(str, tasks)),
-        workers=options.workers,
-        model=options.model,
-        threads=threads,
-        folder=folder,
-    )
-
-
 def _addresses(tasks: Sequence[TaskId]) -> dict[TaskId, str]:
-    """An address for each task, free at the moment; TensorFlow cannot be handed a socket."""
+    """Return an address for each task, free at the moment; TensorFlow cannot be handed a socket."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server((HOST, 0))) for _ in tasks]
         return {task: f"{HOST}:{one.getsockname()[1]}" for task, one in zip(tasks, sockets, strict=True)}
 
 
 def tf_config(task: TaskId, addresses: dict[TaskId, str]) -> dict[str, str]:
-    """The variable that tells a TensorFlow process its cluster; none if there are no addresses."""
+    """Return the variable that tells a TensorFlow process its cluster; none without addresses."""
     if not addresses:
         return {}
     cluster: dict[Role, list[str]] = {}

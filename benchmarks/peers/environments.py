@@ -1,6 +1,7 @@
 """The virtual environments of the peers: each in ``.venv-peers/NAME``, made from ``requirements/NAME.txt`` when needed.
 
-An environment that was made from other requirements than those of now is made again.
+An environment that was made from other requirements is made again.
+``python -m benchmarks.peers.environments`` makes all of them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks.processes import ROOT, BenchmarkError
+from rich.console import Console
+
+from benchmarks import ROOT
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.peers.catalogue import PEERS
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
 ENVIRONMENTS = ROOT / ".venv-peers"
@@ -27,7 +32,7 @@ class NotInstalledError(BenchmarkError):
 
 
 def parse_pins(text: str) -> dict[str, str]:
-    r"""The versions that a requirements file pins, package -> version.
+    r"""Return the versions that a requirements file pins, package -> version.
 
     Raises:
         ValueError: If a line pins nothing.
@@ -46,7 +51,7 @@ def parse_pins(text: str) -> dict[str, str]:
 
 
 def interpreter(environment: str) -> Path:
-    """The Python of an environment, which is made if need be; of "", the one that runs this. Blocks, for minutes.
+    """Return the Python of an environment, made if need be, or for "" the one that runs this. Blocks, for minutes.
 
     Raises:
         NotInstalledError: If the environment cannot be made; nothing is left of it.
@@ -62,11 +67,31 @@ def interpreter(environment: str) -> Path:
 
 
 def versions(environment: str, packages: Iterable[str]) -> dict[str, str]:
-    """What is installed of some packages, package -> version."""
+    """Return the installed versions of some packages, package -> version."""
     folder = ENVIRONMENTS / environment if environment else Path(sys.prefix)
     path = [str(found) for found in folder.glob("lib/python*/site-packages")]
     found = {one.name.replace("_", "-"): one.version for one in importlib.metadata.distributions(path=path)}
     return {name: found[name] for name in packages if name in found}
+
+
+def as_text(installed: Mapping[str, str]) -> str:
+    """Return what `versions` has found, for people."""
+    return ", ".join(f"{name} {version}" for name, version in installed.items()) or "not installed"
+
+
+def install_all() -> int:
+    """Make the environments of all peers, and return 1 if one of them could not be made, else 0."""
+    code = 0
+    console = Console()
+    for name, peer in PEERS.items():
+        try:
+            with console.status(f"installing {name}"):
+                interpreter(peer.environment)
+            console.print(f"{name}: {as_text(versions(peer.environment, peer.packages))}", markup=False)
+        except NotInstalledError as error:
+            code = 1
+            console.print(f"error: {error}", markup=False)
+    return code
 
 
 def _python(folder: Path) -> Path:
@@ -95,3 +120,7 @@ def _run(environment: str, *command: str) -> None:
         raise NotInstalledError(
             f"{environment} could not be installed with Python {sys.version.split()[0]}: {complaints[-1]}"
         )
+
+
+if __name__ == "__main__":
+    sys.exit(install_all())

@@ -13,12 +13,12 @@ import ray  # type: ignore[import-not-found]  # installed for this peer only
 import torch
 from torch.nn import functional
 
-from benchmarks.models import MODELS
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
+from benchmarks.models.catalogue import MODELS
 from benchmarks.peers.assignment import Assignment, read_assignment
 
 STORE_BYTES = 4 << 30
-"""Of the store that weights and gradients go through."""
+"""Size of the store that weights and gradients go through."""
 
 
 class ParameterServer:
@@ -29,7 +29,7 @@ class ParameterServer:
         self._optimizer = MODELS[model].optimizer(self._model)
 
     def apply_gradients(self, *gradients: list[Any]) -> dict[str, torch.Tensor]:
-        """One step with the sum of gradients; the weights after it."""
+        """Take a step with the sum of gradients, and return the weights after it."""
         summed = [np.stack(gradient).sum(axis=0) for gradient in zip(*gradients, strict=True)]
         self._optimizer.zero_grad()
         for parameter, gradient in zip(self._model.parameters(), summed, strict=True):
@@ -38,7 +38,7 @@ class ParameterServer:
         return self.get_weights()
 
     def get_weights(self) -> dict[str, torch.Tensor]:
-        """The weights of now."""
+        """Return the present weights."""
         return self._model.state_dict()
 
 
@@ -51,7 +51,7 @@ class DataWorker:
         self._loss = 0.0
 
     def compute_gradients(self, weights: dict[str, torch.Tensor]) -> list[Any]:
-        """Those of the next batch, in the order of the parameters."""
+        """Return the gradients of the next batch, in the order of the parameters."""
         self._model.load_state_dict(weights)
         features, labels = next(self._batches)
         self._model.zero_grad()
@@ -61,7 +61,7 @@ class DataWorker:
         return [parameter.grad.numpy() for parameter in self._model.parameters() if parameter.grad is not None]
 
     def loss(self) -> float:
-        """Of the last batch."""
+        """Return the loss of the last batch."""
         return self._loss
 
 
@@ -83,7 +83,7 @@ class Driver:
         return 0
 
     def loss(self) -> float:
-        """Of the last step of one of the workers."""
+        """Return the loss of the last step of one of the workers."""
         return float(ray.get(self._workers[0].loss.remote()))
 
 
@@ -97,7 +97,7 @@ def main(assignment: Assignment) -> None:
         _temp_dir=assignment.folder,
     )
     driver = Driver(assignment.model, assignment.workers)
-    take_part(driver.step, driver.loss, lambda: 0)
+    take_part(driver.step, driver.loss)
     ray.shutdown()
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import tensorflow as tf  # type: ignore[import-untyped]  # installed for this peer only
 
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
 from benchmarks.peers.tf_models import MODELS
 
 JOIN_SECONDS = 0.5
-"""About how long the steps take that are joined together: long enough for what the workers idle at a join."""
+"""Approximate duration of steps that are joined together; it is long beside the workers' idle time at a join."""
 
 
 class Coordinator:
@@ -39,7 +39,7 @@ class Coordinator:
         self._coordinator.join()
 
     def loss(self) -> float:
-        """Of the last step."""
+        """Return the loss of the last step."""
         return float(self._last.fetch())
 
     def _train(self, batches: Any) -> Any:
@@ -77,7 +77,7 @@ def main(assignment: Assignment) -> None:
         coordinator.train(steps)
         return 0
 
-    take_part(step, coordinator.loss, lambda: 0, stride=steps)
+    take_part(step, coordinator.loss, stride=steps)
 
 
 def _steps_together(coordinator: Coordinator) -> int:

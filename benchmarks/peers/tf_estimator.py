@@ -1,4 +1,4 @@
-"""A task of TensorFlow's Estimator with ParameterServerStrategyV1: what paramserver stands in the place of.
+"""A task of TensorFlow's Estimator with ParameterServerStrategyV1: the original of paramserver.
 
 The Estimator's loop is its own: a hook holds each step until the participant, on a thread, asks for it.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf  # type: ignore[import-untyped]  # installed for this peer only
 
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
 from benchmarks.peers.assignment import Assignment, read_assignment
 from benchmarks.peers.tf_models import MODELS, TfModel
 
@@ -40,19 +40,19 @@ class Turnstile(tf.compat.v1.train.SessionRunHook):  # type: ignore[misc]  # Ten
         self._done.release()
 
     def step(self) -> int:
-        """Have one step taken. Blocks until it is."""
+        """Let the loop take one step. Blocks until it is done."""
         self._wanted.release()
         self._done.acquire()
         return 0
 
     def _participate(self) -> None:
-        take_part(self.step, lambda: self._last_loss, lambda: 0)
+        take_part(self.step, lambda: self._last_loss)
         self._is_over = True
         self._wanted.release()  # one more step, after which the loop is told
 
 
 def model_fn(features: Any, labels: Any, params: TfModel) -> Any:
-    """The model as an Estimator has it."""
+    """Return the model as an Estimator needs it."""
     values = params.initial_values()
     variables = [tf.compat.v1.get_variable(f"value_{index}", initializer=make) for index, make in enumerate(values)]
     loss = params.mean_loss(variables, features, labels)

@@ -1,4 +1,4 @@
-"""The models of `benchmarks.models` in TensorFlow, of either version."""
+"""The models of `benchmarks.models.shapes` in TensorFlow, of either version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf  # type: ignore[import-untyped]  # installed for these peers only
 
-from benchmarks.shapes import BATCHES, MLPS, SPARSES, MlpShape, SparseShape
+from benchmarks.models.shapes import BATCHES, MLPS, SPARSES, MlpShape, SparseShape
 
 
 class TfModel(Protocol):
@@ -18,19 +18,19 @@ class TfModel(Protocol):
 
     @property
     def num_tables(self) -> int:
-        """How many of the variables have a gradient of the rows that a batch has looked up, and of no others."""
+        """Number of variables that have a gradient of the looked-up rows alone."""
 
     def dataset(self) -> Any:
-        """Random ``(features, labels)``, over and over; a ``tf.data.Dataset``."""
+        """Return a ``tf.data.Dataset`` of random ``(features, labels)``, repeated without end."""
 
     def initial_values(self) -> list[Any]:
-        """Functions that make the variables' values, in the order in which `mean_loss` takes the variables."""
+        """Return functions that make the variables' values, in the order of the variables in `mean_loss`."""
 
     def mean_loss(self, variables: list[Any], features: Any, labels: Any) -> Any:
-        """The loss of a batch, its mean."""
+        """Return the loss of a batch, its mean."""
 
     def optimizer(self) -> Any:
-        """A new one."""
+        """Return a new optimizer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class TfMlp:
     num_tables: int = 0
 
     def dataset(self) -> Any:
-        """Random batches, over and over."""
         generator = np.random.default_rng(1)
         shape = (BATCHES, self.shape.batch)
         features = generator.standard_normal((*shape, self.shape.sizes[0]), np.float32)
@@ -49,16 +48,13 @@ class TfMlp:
         return tf.data.Dataset.from_tensor_slices((features, labels)).repeat()
 
     def initial_values(self) -> list[Any]:
-        """Those of each layer."""
         return layer_values(self.shape.sizes)
 
     def mean_loss(self, variables: list[Any], features: Any, labels: Any) -> Any:
-        """The cross entropy."""
         logits = apply_layers(variables, features)
         return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
 
     def optimizer(self) -> Any:
-        """SGD."""
         return tf.compat.v1.train.GradientDescentOptimizer(self.shape.learning_rate)
 
 
@@ -73,7 +69,6 @@ class TfSparse:
     num_tables: int = 1
 
     def dataset(self) -> Any:
-        """Random batches, over and over."""
         generator = np.random.default_rng(1)
         shape = (BATCHES, self.shape.batch)
         ids = generator.integers(self.shape.rows, size=(*shape, self.shape.ids))
@@ -82,19 +77,16 @@ class TfSparse:
         return tf.data.Dataset.from_tensor_slices(((ids, numbers), labels)).repeat()
 
     def initial_values(self) -> list[Any]:
-        """Those of the table, then of each layer."""
         table = (self.shape.rows, self.shape.width)
         return [lambda: tf.random.normal(table, seed=0), *layer_values(self.shape.sizes)]
 
     def mean_loss(self, variables: list[Any], features: Any, labels: Any) -> Any:
-        """The binary cross entropy."""
         (ids, numbers), (table, *layers) = features, variables
         rows = tf.reshape(tf.nn.embedding_lookup(table, ids), (-1, self.shape.ids * self.shape.width))
         logits = tf.squeeze(apply_layers(layers, tf.concat((rows, numbers), axis=1)), axis=1)
         return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits))
 
     def optimizer(self) -> Any:
-        """Adagrad, for the table and for the rest."""
         return tf.compat.v1.train.AdagradOptimizer(self.shape.learning_rate)
 
 
@@ -105,7 +97,7 @@ MODELS: dict[str, TfModel] = {
 
 
 def layer_values(sizes: tuple[int, ...]) -> list[Any]:
-    """Functions that make the values of each layer's weight ``[inputs, outputs]`` and bias ``[outputs]``, in turns."""
+    """Return functions that make each layer's weight ``[inputs, outputs]`` and bias ``[outputs]``, in turns."""
     values = []
     for inputs, outputs in itertools.pairwise(sizes):
         bound = 1 / math.sqrt(inputs)
@@ -115,7 +107,7 @@ def layer_values(sizes: tuple[int, ...]) -> list[Any]:
 
 
 def apply_layers(variables: list[Any], features: Any) -> Any:
-    """What layers with these weights and biases make of ``features [batch, inputs]``: ``[batch, outputs]``."""
+    """Return the outputs ``[batch, outputs]`` of layers with these values for ``features [batch, inputs]``."""
     *hidden, (weight, bias) = zip(variables[::2], variables[1::2], strict=True)
     for its_weight, its_bias in hidden:
         features = tf.nn.relu(tf.matmul(features, its_weight) + its_bias)

@@ -1,4 +1,4 @@
-"""A worker of DistributedDataParallel over Gloo: synchronous, without a ps; what people pick instead of one.
+"""A worker of DistributedDataParallel over Gloo: synchronous, without a ps.
 
 All workers take every step together, so that of one of them are those of all: worker 0 measures, and the others step
 whenever it does.
@@ -11,8 +11,9 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.models import MODELS, Training
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
+from benchmarks.models.catalogue import MODELS
+from benchmarks.models.model import Training
 from benchmarks.peers.assignment import Assignment, read_assignment
 
 
@@ -30,7 +31,7 @@ def main(assignment: Assignment) -> None:
         training.step()
         return 0
 
-    take_part(step, lambda: training.loss, lambda: 0, stride=assignment.workers)
+    take_part(step, lambda: training.loss, stride=assignment.workers)
 
 
 def follow(training: Training) -> NoReturn:

@@ -1,7 +1,7 @@
 """A task of torch.distributed.rpc, as in a tutorial of PyTorch.
 
-In "Implementing Batch RPC Processing Using Asynchronous Executions", too, a trainer sends its gradients to the ps and
-gets the updated model. A batch of updates is of one trainer's gradients here, so that nobody waits for anybody.
+As in "Implementing Batch RPC Processing Using Asynchronous Executions", a trainer sends its gradients to the ps and
+gets the updated model. A batch of updates here has the gradients of one trainer, so that no trainer waits for another.
 
 PyTorch's older tutorial of a parameter server has the model compute on the ps. With two trainers at once that fails:
 "one of the variables needed for gradient computation has been modified by an inplace operation".
@@ -17,8 +17,8 @@ import torch.distributed.rpc as rpc
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.models import MODELS
-from benchmarks.participant import take_part
+from benchmarks.harness.participant import take_part
+from benchmarks.models.catalogue import MODELS
 from benchmarks.peers.assignment import Assignment, read_assignment
 
 SERVER = "ps:0"
@@ -42,23 +42,23 @@ class ParameterServer:
 
 @functools.cache
 def parameter_server(model: str) -> ParameterServer:
-    """The one of this process, which all trainers share."""
+    """Return the parameter server of this process, which all trainers share."""
     return ParameterServer(model)
 
 
 def fetch_model(model: str) -> nn.Module:
-    """On the ps: the model of now, of which the caller gets a copy."""
+    """Run on the ps: return the present model, of which the caller gets a copy."""
     return parameter_server(model).model
 
 
 def update_and_fetch_model(model: str, gradients: list[Tensor]) -> nn.Module:
-    """On the ps: `ParameterServer.update`, then `fetch_model`."""
+    """Run on the ps: apply gradients, then return the model as `fetch_model` does."""
     parameter_server(model).update(gradients)
     return fetch_model(model)
 
 
 class Trainer:
-    """A worker: its loop is the tutorial's."""
+    """A worker, with the loop of the tutorial."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -67,7 +67,7 @@ class Trainer:
         self.loss = 0.0
 
     def step(self) -> int:
-        """One step."""
+        """Take a step."""
         features, labels = next(self._batches)
         loss = functional.cross_entropy(self._model(features), labels)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -78,7 +78,7 @@ class Trainer:
 
 
 def main(assignment: Assignment) -> None:
-    """A trainer takes part until the input ends; the ps serves until all trainers are done."""
+    """Take part as a trainer until the input ends, or serve as the ps until all trainers are done."""
     if assignment.task == SERVER:
         parameter_server(assignment.model)  # before two trainers ask for it at once
     options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{assignment.folder}/meeting")
@@ -88,7 +88,7 @@ def main(assignment: Assignment) -> None:
     )
     if assignment.task != SERVER:
         trainer = Trainer(assignment.model)
-        take_part(trainer.step, lambda: trainer.loss, lambda: 0)
+        take_part(trainer.step, lambda: trainer.loss)
     rpc.shutdown()
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 import time
 
 import pytest
 import torch
-from benchmarks.figure import read
-from benchmarks.participant import Window
-from benchmarks.processes import BenchmarkError, crew, standing_by
-from benchmarks.proxy import Proxy
+from benchmarks.harness.crew import crew, standing_by
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.figure import read
+from benchmarks.harness.participant import Window
+from benchmarks.harness.proxy import Proxy
 from tests.multiprocess.warm import Warm
 
 pytestmark = pytest.mark.multiprocess
@@ -29,7 +31,7 @@ CASES = {
     },
     "growth": {"null step of 16 MB", "memory of a connection to a ps", "updates/s, 1 ps"},
     "gpu": {"MLP of 100 M parameters, the CPU in its place"},
-    "latency": {"step"},
+    "latency": {"step", "pipelined step"},
     "startup": {
         "launch to first step", "import paramserver", "from paramserver import ParameterServerStrategy"
     },
@@ -38,7 +40,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_benchmark_measures_both_sides(name: str, warm: Warm) -> None:
-    done = warm.run(f"benchmarks.{name}", "--smoke", "--json")
+    done = warm.run("benchmarks", name, "--smoke", "--json")
     assert done.returncode == 0, done.stderr
     figures = list(read(done.stdout.splitlines()))
     assert {figure.case for figure in figures} >= CASES[name]
@@ -46,9 +48,20 @@ def test_a_benchmark_measures_both_sides(name: str, warm: Warm) -> None:
     assert all(figure.ratio > 0 and figure.measured > 0 and figure.baseline > 0 for figure in figures)
 
 
+def test_a_step_is_measured_under_its_short_name(warm: Warm) -> None:
+    options = ["--model", "small", "--lane", "auto", "--seconds", "0.02", "--repeats", "1", "--json"]
+    done = warm.run("benchmarks.step", *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["model"], result["lane"], result["workers"], result["ps"]) == ("small", "auto", 2, 1)
+    assert [result["ratio"]] == result["ratios"] == [result["steps_per_second"] / result["plain_steps_per_second"]]
+    assert result["worker_memory"]["copy_bytes"] == 4 * 101_770
+    assert result["ps_memory"]["copy_bytes"] == 4 * 101_770
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_its_benchmark_says_so(warm: Warm) -> None:
-    done = warm.run("benchmarks.gpu")
+    done = warm.run("benchmarks", "gpu")
     assert (done.returncode, done.stdout) == (1, "")
     assert "there is no GPU that torch can use here, and nothing was measured" in " ".join(done.stderr.split())
 

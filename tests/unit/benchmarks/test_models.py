@@ -43,7 +43,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_shared_page_counts_for_the_creator_of_its_file_and_once(benchmark) -> None:
-    memory = benchmark("memory")
+    memory = benchmark("harness.memory")
     mappings = list(memory.parse(SMAPS))
     assert len(mappings) == 5
     assert memory.own(mappings) == (10 + 200 + 4000) * KIB
@@ -51,7 +51,7 @@ def test_a_shared_page_counts_for_the_creator_of_its_file_and_once(benchmark) ->
 
 
 def test_the_peak_is_read_from_the_status(benchmark) -> None:
-    assert benchmark("memory").high_water_mark("VmPeak:\t 99 kB\nVmHWM:\t   123 kB\n") == 123 * KIB
+    assert benchmark("harness.memory").high_water_mark("VmPeak:\t 99 kB\nVmHWM:\t   123 kB\n") == 123 * KIB
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_peak_is_read_from_the_status(benchmark) -> None:
     [("small", 101_770, 32), ("large", 36_818_954, 32), ("sparse", 32_000_000 + 143_105, 1024)],
 )
 def test_the_models_are_as_large_as_documented(benchmark, name: str, parameters: int, batch: int) -> None:
-    model = benchmark("models").MODELS[name]
+    model = benchmark("models.catalogue").MODELS[name]
     assert model.nbytes == 4 * parameters
     assert model.shape.batch == batch
 
@@ -67,9 +67,10 @@ def test_the_models_are_as_large_as_documented(benchmark, name: str, parameters:
 @pytest.fixture
 def tiny(benchmark):
     """Models of both kinds, as small as they can be told apart."""
-    models, shapes = benchmark("models"), benchmark("shapes")
+    shapes = benchmark("models.shapes")
     sparse = shapes.SparseShape(rows=50, width=2, ids=3, numbers=4, hidden=(5,), batch=6, learning_rate=0.1)
-    return [models.Mlp(shapes.MlpShape(sizes=(4, 3, 2), batch=6)), models.Sparse(sparse)]
+    mlp = shapes.MlpShape(sizes=(4, 3, 2), batch=6)
+    return [benchmark("models.mlp").Mlp(mlp), benchmark("models.sparse").Sparse(sparse)]
 
 
 def test_a_built_model_has_the_bytes_that_its_shape_says(tiny) -> None:
@@ -79,13 +80,12 @@ def test_a_built_model_has_the_bytes_that_its_shape_says(tiny) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 def test_what_is_trained_on_a_gpu_learns(benchmark) -> None:
-    worker = benchmark("gpu_worker")
-    assert worker.TINY.keys() == worker.MODELS.keys()
-    for tiny in worker.TINY.values():
-        model = worker.OnDevice(tiny, torch.device("cpu"))
+    gpu = benchmark("cases.gpu")
+    assert gpu.TINY.keys() == gpu.MODELS.keys()
+    for model in gpu.TINY.values():
         module = model.build()
         assert sum(parameter.nbytes for parameter in module.parameters()) == model.nbytes
-        training = benchmark("models").Training(model, module, model.optimizer(module))
+        training = benchmark("models.model").Training(model, module, model.optimizer(module), torch.device("cpu"))
         training.step()
         first = training.loss
         for _ in range(16 * 30):
@@ -97,20 +97,20 @@ def test_what_is_trained_on_a_gpu_learns(benchmark) -> None:
 def test_models_learn_from_their_batches_as_any_program_would(benchmark, tiny) -> None:
     for model in tiny:
         module = model.build()
-        training = benchmark("models").Training(model, module, model.optimizer(module))
+        training = benchmark("models.model").Training(model, module, model.optimizer(module))
         losses = []
         for _ in range(30 * len(model.batches())):
             training.step()
             losses.append(training.loss)
         assert sum(losses[-16:]) < sum(losses[:16])
         assert [each.is_sparse for each in (p.grad for p in module.parameters())] == [
-            isinstance(model, benchmark("models").Sparse),
+            isinstance(model, benchmark("models.sparse").Sparse),
             *[False] * (len(list(module.parameters())) - 1),
         ]
 
 
 def test_a_window_counts_whole_steps_within_it_and_trains_beyond_it(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
-    participant = benchmark("participant")
+    participant = benchmark("harness.participant")
     clock = [0.0]
     monkeypatch.setattr(participant.time, "monotonic", lambda: clock[0])
 
@@ -126,7 +126,7 @@ def test_a_window_counts_whole_steps_within_it_and_trains_beyond_it(benchmark, m
 
 
 def test_a_loss_that_is_no_number_is_no_result(benchmark) -> None:
-    participant = benchmark("participant")
+    participant = benchmark("harness.participant")
     window = participant.Window(begin=0.0, end=0.0, stop=0.0)
     with pytest.raises(ValueError, match="the loss became nan"):
         participant.measure(lambda: 0, lambda: float("nan"), window)
@@ -140,9 +140,10 @@ def test_a_loss_that_is_no_number_is_no_result(benchmark) -> None:
         ({"workers": 0}, "workers: expected 1 or more, got 0"),
         ({"workers": 3, "threads": 2}, "threads: expected 3 or more"),
         ({"seconds": 0.0}, "seconds: expected more than 0"),
+        ({"repeats": 0}, "repeats: expected 1 or more, got 0"),
     ],
 )
 def test_options_that_cannot_be_measured_are_refused(benchmark, options: dict[str, object], message: str) -> None:
-    error = benchmark("processes").BenchmarkError
+    error = benchmark("harness.errors").BenchmarkError
     with pytest.raises(error, match=message):
-        benchmark("step").StepOptions(**options)
+        benchmark("cases.step").StepOptions(**options)

@@ -2,45 +2,64 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
-from benchmarks.figure import read
-from benchmarks.models import LANE_NAMES
-from benchmarks.participant import Window, measure
-from benchmarks.peers import environments
-from benchmarks.peers.__main__ import print_json, print_results, table
+from benchmarks.cases import peers
+from benchmarks.cases.peers import PeerOptions, pairs
+from benchmarks.harness.case import measure_case
+from benchmarks.harness.command import print_json, print_tables
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.figure import read
+from benchmarks.harness.options import LANE_NAMES
+from benchmarks.harness.participant import Window, measure
+from benchmarks.peers import comparison, environments
 from benchmarks.peers.catalogue import PEERS, TARGETS, WORKERS
-from benchmarks.peers.comparison import Comparison, compare, result, tf_config
+from benchmarks.peers.comparison import subject, tf_config
 from benchmarks.peers.environments import NotInstalledError, parse_pins
-from benchmarks.step import StepOptions
-from rich.console import Console
 
 from paramserver.cluster.task import Role, TaskId
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENTS = sorted({peer.environment for peer in PEERS.values() if peer.environment})
-OPTIONS = StepOptions(model="small", workers=WORKERS, threads=WORKERS, seconds=1.0, repeats=3)
+OPTIONS = PeerOptions(model=["small"], peer=["ray", "torch-ddp"], seconds=1.0, repeats=3)
 
 
-def test_the_ratio_is_the_median_of_pairs_in_time_and_not_the_ratio_of_medians() -> None:
-    found = result("ray", {"ray": "2.0"}, OPTIONS, [(100.0, 10.0), (40.0, 20.0), (90.0, 30.0)], "")
-    assert found.steps_per_second == 90.0
-    assert found.peer_steps_per_second == 20.0
-    assert found.ratios == [10.0, 2.0, 3.0]
-    assert found.ratio == 3.0
-
-
-def test_a_peer_that_cannot_be_installed_is_a_result_that_says_so(monkeypatch, tmp_path) -> None:
+def test_a_peer_that_cannot_be_installed_has_no_figure_and_the_next_one_is_measured(
+    monkeypatch, tmp_path, capsys
+) -> None:
     def fail(environment: str, folder: Path) -> None:
         raise NotInstalledError(f"{environment} could not be installed: no such version")
 
+    def compare(peer: str, *of: object) -> object:
+        return comparison.compare(peer, *of) if peer == "ray" else measured
+
+    measured = subject("torch-ddp", "small", "auto").figure([(40.0, 20.0), (90.0, 30.0)])
     monkeypatch.setattr(environments, "ENVIRONMENTS", tmp_path)
     monkeypatch.setattr(environments, "_make", fail)
-    found = compare("ray", OPTIONS)
-    assert found.failure == "ray could not be installed: no such version"
-    assert found.versions == {}
-    assert found.ratios == []
+    monkeypatch.setattr(peers, "compare", compare)
+    assert list(peers.measure(OPTIONS)) == [measured]
+    assert capsys.readouterr().err == "ray, small: NOT MEASURED: ray could not be installed: no such version\n"
+
+
+def test_pairs_are_those_of_models_with_peers_that_train_them() -> None:
+    assert pairs(["small", "sparse"], ["ray", "tf-estimator"]) == [
+        ("small", "ray"), ("small", "tf-estimator"), ("sparse", "tf-estimator")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("models", "names", "message"),
+    [
+        (["huge"], ["ray"], "model: expected one of small, large, sparse, got 'huge'"),
+        (["small"], ["mpi"], "peer: expected one of tf-estimator"),
+        (["sparse"], ["ray"], "model: expected one that ray trains (large, small), got ['sparse']"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused(models: list[str], names: list[str], message: str) -> None:
+    with pytest.raises(BenchmarkError, match=re.escape(message)):
+        pairs(models, names)
 
 
 def test_an_environment_of_the_requirements_of_now_is_not_made_again(monkeypatch, tmp_path) -> None:
@@ -82,14 +101,14 @@ def test_a_line_that_pins_nothing_is_refused(line: str) -> None:
 @pytest.mark.parametrize("peer", [name for name, peer in PEERS.items() if peer.environment])
 def test_what_a_peer_imports_of_the_house_needs_no_package_of_the_house(peer: str) -> None:
     imported = _imports(ROOT / "benchmarks" / "peers" / f"{PEERS[peer].module}.py")
-    assert "benchmarks.participant" in imported
+    assert "benchmarks.harness.participant" in imported
     assert "paramserver" not in {name.partition(".")[0] for name in imported}
     if "torch" not in PEERS[peer].packages:
         assert "torch" not in {name.partition(".")[0] for name in imported}
 
 
 def _imports(path: Path) -> set[str]:
-    """What a file imports, and what the modules of the benchmarks that it imports do."""
+    """What a file imports, and what the modules of the benchmarks that it imports do, with their packages."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -98,7 +117,10 @@ def _imports(path: Path) -> set[str]:
         for name in names:
             found.add(name)
             if name.startswith("benchmarks."):
-                found |= _imports(ROOT.joinpath(*name.split(".")).with_suffix(".py"))
+                module = ROOT.joinpath(*name.split("."))
+                packages = [folder for folder in module.parents if folder.is_relative_to(ROOT / "benchmarks")]
+                for file in (module.with_suffix(".py"), *(folder / "__init__.py" for folder in packages)):
+                    found |= _imports(file)
     return found
 
 
@@ -124,37 +146,29 @@ def test_a_call_that_takes_the_steps_of_several_workers_counts_them_all() -> Non
     assert measured.steps == 2
 
 
-def test_a_peer_without_a_measurement_is_told_beside_the_table(capsys) -> None:
-    failed = result("ray", {}, OPTIONS, [], "ray could not be installed: no such version")
-    measured = result("torch-ddp", {"torch": "2.0"}, OPTIONS, [(40.0, 20.0)], "")
-    print_results([failed, measured])
-    shown = capsys.readouterr().out
-    assert "ray, small: NOT MEASURED: ray could not be installed: no such version" in shown.replace("\n", " ")
-    assert shown.count("ray") == 2
-
-
-def test_a_line_of_json_is_a_figure_with_its_target_and_a_failure_is_none(capsysbinary) -> None:
-    print_json(result("torch-rpc", {}, OPTIONS, [], "it does not run"))
-    told = capsysbinary.readouterr()
-    assert (told.out, told.err) == (b"", b"torch-rpc, small: NOT MEASURED: it does not run\n")
-
-    options = StepOptions(model="small", lane="tcp")
-    print_json(result("torch-rpc", {"torch": "2.0"}, options, [(40.0, 20.0), (90.0, 10.0)], ""))
-    [figure] = read(capsysbinary.readouterr().out.splitlines())
-    assert figure.key == ("peers", "small, TCP, beside torch-rpc", 2)
-    assert (figure.ratio, figure.target, figure.is_reached, figure.beside) == (5.5, 5.0, True, "torch 2.0")
+def test_a_line_of_json_is_a_figure_with_its_target(capsysbinary, monkeypatch) -> None:
+    figure = subject("torch-rpc", "small", "tcp").figure([(40.0, 20.0), (90.0, 10.0)])
+    monkeypatch.setattr(peers, "compare", lambda *_: figure)
+    options = PeerOptions(model=["small"], peer=["torch-rpc"], lane="tcp")
+    print_json(measure_case("peers", peers.CASE, options))
+    [found] = read(capsysbinary.readouterr().out.splitlines())
+    assert found.key == ("peers", "small, TCP, beside torch-rpc", 2)
+    assert (found.ratio, found.target, found.is_reached) == (5.5, 5.0, True)
+    assert found.beside.startswith("torch 2.")
 
 
 def test_each_target_is_beside_a_peer_that_trains_the_model() -> None:
     assert all(model in PEERS[peer].models and lane in LANE_NAMES for model, lane, peer in TARGETS)
 
 
-def test_the_table_has_the_ratio_and_the_versions() -> None:
-    console = Console(width=140)
-    measured: Comparison = result("torch-ddp", {"torch": "2.0"}, OPTIONS, [(40.0, 20.0), (90.0, 30.0)], "")
-    with console.capture() as captured:
-        console.print(table([measured]))
-    [row] = [line for line in captured.get().splitlines() if "torch-ddp" in line]
-    assert [cell.strip() for cell in row.strip("│").split("│")] == [
-        "small", "auto", "torch-ddp", "torch 2.0", "65", "25", "2.50", "2.00-3.00",
-    ]  # fmt: skip
+def test_the_table_has_the_ratio_and_the_versions(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    print_tables("beside others", [subject("torch-ddp", "small", "auto").figure([(40.0, 20.0), (90.0, 30.0)])])
+    lines = capsys.readouterr().out.splitlines()
+    [row] = [index for index, line in enumerate(lines) if "torch-ddp" in line]
+    case, size, ours, beside, ratio, _ = (cell.strip() for cell in lines[row].strip("│").split("│"))
+    assert (case, size) == ("small, shared memory, beside torch-ddp", f"{WORKERS} workers")
+    assert (ours, ratio) == ("65 steps/s", "2.5")
+    assert "(2 to 3)" in lines[row + 1]
+    assert beside.startswith("torch 2.")
+    assert beside.endswith(": 25 steps/s")

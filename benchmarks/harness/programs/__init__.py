@@ -1,0 +1,1 @@
+"""Programs of the processes that take part in a measurement."""

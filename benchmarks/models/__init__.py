@@ -1,0 +1,1 @@
+"""The models that are measured. Importing this package alone imports no training library."""
