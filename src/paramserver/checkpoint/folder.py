@@ -182,7 +182,9 @@ class CheckpointFolder:
 
     def _checked(self, name: str) -> Path:
         if Path(name).name != name or name in ("", ".."):
-            raise CheckpointError(f"{name!r} is no name of a file in checkpoint {self.path}", str(self.path / name))
+            raise CheckpointError(
+                f"{name!r} is not the name of a file in checkpoint {self.path}", str(self.path / name)
+            )
         return self.path / name
 
     def _opened(self, files: dict[_Opening, int], opening: _Opening) -> int:

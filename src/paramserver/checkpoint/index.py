@@ -79,7 +79,7 @@ def _decoded(path: Path) -> _Index:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Index)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint: {error}", str(path)) from error
+        raise CheckpointError(f"{path} is not an index of a checkpoint: {error}", str(path)) from error
 
 
 def write_index(path: Path, weight_map: Mapping[str, str], **metadata: object) -> None:

@@ -54,7 +54,7 @@ class CheckpointState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_state(model_dir: str) -> CheckpointState | None:
-    """Return the state of a model_dir; None if there is none or, with a warning, if it cannot be read."""
+    """Return the state of a model_dir; None if there is no state file or, with a warning, if it cannot be read."""
     storage = storage_of(model_dir)
     path = storage.path(STATE_FILE)
     try:
@@ -72,7 +72,7 @@ def read_state(model_dir: str) -> CheckpointState | None:
 
 
 def latest_checkpoint(model_dir: str) -> str | None:
-    """Return the path of the newest checkpoint; None if there is none, or its files are gone."""
+    """Return the path of the newest checkpoint; None if there is no checkpoint, or its files are gone."""
     state = read_state(model_dir)
     if state is None or state.latest is None:
         return None

@@ -122,7 +122,7 @@ def _aliases(index: Path) -> dict[str, str]:
     try:
         return msgspec.json.decode(index.read_bytes(), type=_Index).metadata.aliases
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{index} is no index of a checkpoint: {error}", str(index)) from error
+        raise CheckpointError(f"{index} is not an index of a checkpoint: {error}", str(index)) from error
 
 
 def _contents(file: Path) -> tuple[list[str], dict[str, str]]:

@@ -165,7 +165,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def delete(self, name: str, first: str = "") -> None:
-        """Delete a file or folder; of a folder, delete ``first`` before the rest. Does nothing if there is none."""
+        """Delete a file or folder; of a folder, delete ``first`` before the rest. Does nothing if it does not exist."""
 
     @abc.abstractmethod
     def fetched(self, pattern: str) -> contextlib.AbstractContextManager[Path]:

@@ -136,7 +136,7 @@ def parse_header(text: bytes | bytearray, path: str) -> dict[str, FileTensor]:
             for name, raw in entries.items()
         }
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, ValueError) as error:
-        raise unreadable(path, f"its header is none: {error}") from error
+        raise unreadable(path, f"its header is malformed: {error}") from error
 
 
 def unreadable(path: str, reason: object) -> CheckpointError:

@@ -373,7 +373,7 @@ class Exchange:
                     lane.start(messages.Goodbye(failure))
                     lane.finish()
                 except ParameterServerError as error:
-                    logger.debug("%s was told goodbye in vain: %s", lane.task, str(error))
+                    logger.debug("%s did not receive the goodbye: %s", lane.task, str(error))
         self.close()
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ class TFConfigClusterResolver(ClusterResolver):
         task_id: Overrides the environment's, even with 0.
         rpc_layer: Overrides the environment's.
         environment: The name of the environment in which the cluster runs.
-        count_devices: Counts the devices of a task; by default there are none.
+        count_devices: Counts the devices of a task; by default a task has no devices.
 
     Every method and property that reads the environment raises ConfigError if TF_CONFIG is malformed.
     """
@@ -53,7 +53,7 @@ class TFConfigClusterResolver(ClusterResolver):
         self._count_devices = count_devices
 
     def cluster_spec(self) -> ClusterSpec:
-        """Return the cluster in TF_CONFIG; an empty one if there is none."""
+        """Return the cluster in TF_CONFIG; an empty one if it describes no cluster."""
         return _cluster(load_tf_config())
 
     def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:

@@ -170,7 +170,7 @@ def describe_row_rule(optimizer: optim.Optimizer, group: int, table: str) -> Rul
 
 
 def row_fault(numbers: Mapping[str, Setting]) -> str:
-    """Return the description of a setting that would change rows without a gradient; empty if there is none.
+    """Return the description of a setting that would change rows without a gradient; empty without such a setting.
 
     >>> row_fault({"lr": 0.1, "momentum": 0.9})
     'momentum=0.9 would move rows that have no gradient'

@@ -86,4 +86,4 @@ def number(value: object) -> Setting:
     try:
         return float(value)  # type: ignore[arg-type]  # refused below where it has no __float__
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"an optimizer's setting must be a number or a tuple of them, got {value!r}") from error
+        raise ConfigError(f"an optimizer's setting must be a number or a tuple of numbers, got {value!r}") from error

@@ -84,7 +84,7 @@ class SharedFile:
                 _check_sealed(descriptor, nbytes, owner)
                 data = huge_pages.map_file(descriptor, _mapped_bytes(nbytes), mmap.PROT_READ)
             except OSError as error:
-                raise RemoteProtocolError(f"{owner} passed a file that is no shared memory: {error}") from error
+                raise RemoteProtocolError(f"{owner} passed a file that is not a shared memory: {error}") from error
         return cls(descriptor, data)
 
     def fileno(self) -> int:

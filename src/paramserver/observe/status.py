@@ -123,7 +123,7 @@ def as_table(statuses: Sequence[Status]) -> Table:
 def _checked(address: str) -> str:
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) <= LAST_PORT:
-        raise ConfigError(f"status: {address!r} is no address; expected one such as localhost:2222")
+        raise ConfigError(f"status: {address!r} is not an address; expected one such as localhost:2222")
     return address
 
 

@@ -92,7 +92,7 @@ class RequestHandler:
         """
         handler = self._handlers.get(type(request))
         if handler is None:
-            raise RemoteProtocolError(f"{session.task} sent {type(request).__name__}, which is no request")
+            raise RemoteProtocolError(f"{session.task} sent {type(request).__name__}, which is not a request")
         try:
             handler(session, request)
         except (UnavailableError, RemoteProtocolError):
@@ -175,7 +175,7 @@ class RequestHandler:
         table = self._store.arena(index)
         if not isinstance(table, StoredTable):
             task = self._store.task
-            raise RefusedError(f"rows of arena {index} of {task}: it is no table, and has no rows", task)
+            raise RefusedError(f"rows of arena {index} of {task}: it is not a table, and has no rows", task)
         return table
 
     def _refused_rows(self, index: int, error: ValueError) -> RefusedError:

@@ -52,7 +52,7 @@ class StoredArena(StoredBlocks):
             self.check_settings(settings or {})
         for start, stop in ranges or ():
             if not 0 <= start < stop <= self.layout.size:
-                raise ValueError(f"[{start}, {stop}) is no range of its {self.layout.size} elements")
+                raise ValueError(f"[{start}, {stop}) is not a range of its {self.layout.size} elements")
 
     def apply(
         self,

@@ -214,7 +214,7 @@ class BlockRule:
     def _cut(self, start: int, stop: int) -> tuple[int, int]:
         """Split runs so that whole runs make up `[start, stop)`, and return their range of indices."""
         if not 0 <= start < stop <= self._size:
-            raise ValueError(f"[{start}, {stop}) is no range of a block of {self._size}")
+            raise ValueError(f"[{start}, {stop}) is not a range of a block of {self._size}")
         first = self._index(start)
         return first, self._index(stop)
 

@@ -141,7 +141,7 @@ class StoredBlocks:
         """
         start, stop = piece
         if not 0 <= start < stop <= self.layout.size or start // BLOCK != (stop - 1) // BLOCK:
-            raise ValueError(f"[{start}, {stop}) is no piece of one block of its {self.layout.size} elements")
+            raise ValueError(f"[{start}, {stop}) is not within one block of its {self.layout.size} elements")
 
     def lock(self, element: int) -> contextlib.AbstractContextManager[object]:
         """Return the lock of an element's block; while a reader holds it, the block does not change."""

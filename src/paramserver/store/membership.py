@@ -161,7 +161,7 @@ class Membership:
 
     @property
     def outlook(self) -> Outlook:
-        """What is missing until the run is over."""
+        """State of the run at this moment."""
         chief = self._presence.get(self.chief)
         if self.joined() or chief not in (Presence.LEFT, Presence.LOST):
             return Outlook.GOING_ON

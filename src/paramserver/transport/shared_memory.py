@@ -189,7 +189,7 @@ class _RowsCopy:
     def run(self, rows: TableRows) -> bool:
         """Copy rows, and return whether each of them is whole.
 
-        Rows that others write to all the time may never be met whole.
+        A copy of rows that others write to all the time may never be whole.
         """
         ids, out = rows
         torn = self._copy(ids, out)

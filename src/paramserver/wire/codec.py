@@ -45,7 +45,7 @@ def check_preamble(data: bytes, peer: str) -> None:
     """
     magic, version = _PREAMBLE.unpack(data)
     if magic != MAGIC:
-        raise RemoteProtocolError(f"{peer} is no paramserver task: expected {preamble()!r} first, got {data!r}")
+        raise RemoteProtocolError(f"{peer} is not a paramserver task: expected {preamble()!r} first, got {data!r}")
     if version != VERSION:
         raise RemoteProtocolError(
             f"{peer} speaks protocol version {version}, this task speaks {VERSION}; "
@@ -96,4 +96,4 @@ def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:
     try:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RemoteProtocolError(f"{peer} sent bytes that are no message: {error}") from error
+        raise RemoteProtocolError(f"{peer} sent bytes that are not a message: {error}") from error

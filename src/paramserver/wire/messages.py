@@ -286,7 +286,7 @@ class Applied(Message, frozen=True):
 
 
 class State(Message, frozen=True):
-    """Whether the variables are initialized, and the global step."""
+    """Says whether the asked or awaited state is there (``ready``), and the global step."""
 
     ready: bool
     global_step: int

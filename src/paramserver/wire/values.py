@@ -26,5 +26,5 @@ def unpacked(data: bytes, dtype: torch.dtype) -> torch.Tensor:
         ValueError: If the bytes are not a whole number of elements.
     """
     if len(data) % dtype.itemsize:
-        raise ValueError(f"{len(data)} bytes are no whole number of elements of {dtype.itemsize} bytes")
+        raise ValueError(f"{len(data)} bytes are not a whole number of elements of {dtype.itemsize} bytes")
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
