@@ -78,7 +78,7 @@ class Transfer:
 
         Raises:
             CheckpointError: If a step cannot be carried out.
-            RemoteProtocolError: If the content has not the size that was asked for.
+            RemoteProtocolError: If the content does not have the requested size.
         """
         give_up = time.monotonic() + timeout
         self.is_over = True  # unless there is another round

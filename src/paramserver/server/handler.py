@@ -207,7 +207,7 @@ class RequestHandler:
     def _declare(self, session: Session, declare: messages.Declare) -> None:
         self._store.check_alive()
         with self._store.progress(session.incarnation).lock:
-            pass  # wait for a thread that still reads this worker's memory for a lost connection
+            pass  # wait for a thread of a lost connection that still reads the memory that this worker will write to
         store_memory = (self._store.create if declare.create else self._store.compare)(declare.arenas)
         session.open(declare.arenas, store_memory)
         session.reply(messages.Declared(self._store.is_ready, self._store.epoch))

@@ -39,7 +39,7 @@ class Models:
         self.handler(0)
 
     def handler(self, number: int) -> RequestHandler:
-        """Return the handler of requests about a model; create the model if there is none of that number."""
+        """Return the handler of requests about a model; create the model if no model has this number."""
         with self._lock:
             if number not in self._handlers:
                 store = self._stores[number] = Store(self._task, self._allocate)
