@@ -81,7 +81,7 @@ def latest_checkpoint(model_dir: str) -> str | None:
 
 
 def checkpoint_to_restore(model_dir: str) -> str | None:
-    """Return the checkpoint that a training starts from: `latest_checkpoint`, but never silently without a damaged one.
+    """Return the checkpoint that a training starts from, as `latest_checkpoint` does, but refuse a damaged one.
 
     Raises:
         CheckpointError: If the latest checkpoint exists, but has lost its index.

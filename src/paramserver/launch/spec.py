@@ -25,8 +25,9 @@ WAIT_VARIABLES = (SPIN_VARIABLE, "OMP_WAIT_POLICY")
 
 MALLOC_VARIABLE = "GLIBC_TUNABLES"
 MALLOC_TUNABLES = "glibc.malloc.tcache_count=0"
-"""glibc caches small freed blocks for each thread, even between two activations; these blocks then never merge, and
-never fit others of their size. Without this cache, a worker holds half as much freed memory, and is as fast."""
+"""glibc caches small freed blocks for each thread, even those between two activations. The freed memory around a cached
+block then never merges, nor fits other activations of its size. Without this cache, a worker holds half as much freed
+memory, and is as fast."""
 
 LEFT_ALONE = (*THREAD_VARIABLES, *WAIT_VARIABLES, MALLOC_VARIABLE)
 """Environment variables that keep the value of the user, if there is one."""

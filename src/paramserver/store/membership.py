@@ -31,7 +31,7 @@ class Presence(enum.Enum):
 
 
 class Outlook(enum.Enum):
-    """State of the run: what is missing until it is over."""
+    """State of a run: whether it goes on, waits for absent tasks, or is over."""
 
     GOING_ON = "going on"
     ABSENT = "waiting for the absent"
