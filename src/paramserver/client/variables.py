@@ -151,7 +151,7 @@ class OwnVariables:
     ) -> torch.Tensor:
         """Assign or add to a whole variable exactly once, and return the flat values that this very update produced.
 
-        Atomic for each block of elements: updates of a variable larger than `arena.BLOCK` may interleave with those of
+        Atomic for each block of elements: updates of a variable larger than `blocks.BLOCK` may interleave with those of
         other workers.
         """
         lane, blocks = self._lanes.each()[ps], list(pieces([(0, variable.size)]))
