@@ -1,7 +1,7 @@
 """Parameter-server training for PyTorch.
 
-The public names, and nothing else. They are imported when they are first used, so that the launcher and the command
-line do not wait for torch.
+This file holds the public names only. Each is imported on its first use, so that the launcher and the command line need
+not wait for torch.
 """
 
 from __future__ import annotations

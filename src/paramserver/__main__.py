@@ -1,4 +1,4 @@
-"""``python -m paramserver``: the command line, where the ``paramserver`` program is not on the path."""
+"""``python -m paramserver``: the command line, for environments without the ``paramserver`` program on the path."""
 
 from paramserver.cli import main
 

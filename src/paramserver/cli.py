@@ -1,7 +1,7 @@
 """The command line: options in, one call, exit code out.
 
-Commands import what they run inside themselves: torch takes seconds to import, and ``launch`` and ``--help``
-do without it.
+Commands import their modules inside the function, because importing torch takes seconds, and ``launch`` and ``--help``
+do not need it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # it keeps the line ends of docstrings, so long texts look wrong
+    rich_markup_mode=None,  # rich would keep the line ends of docstrings, so that long texts look wrong
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -32,7 +32,7 @@ Lane = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="How bytes go: auto (shared memory on one host, else TCP), shared-memory, tcp, or an installed lane.",
+        help="Lane: auto (shared memory on one host, else TCP), shared-memory, tcp, or an installed one.",
     ),
 ]
 
@@ -65,18 +65,18 @@ def _common(
     pass
 
 
-# What follows SCRIPT is the script's, also where it looks like an option of ours.
+# Arguments after SCRIPT belong to the script, even if they look like options of the launcher.
 @app.command(context_settings={"allow_interspersed_args": False})
 def launch(
     script: Annotated[str, typer.Argument(help="The program to train with.")],
-    args: Annotated[list[str] | None, typer.Argument(help="Its arguments.")] = None,
+    args: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
     ps: Annotated[int, typer.Option(metavar="N", help="Parameter servers.")] = 1,
-    workers: Annotated[int, typer.Option(metavar="N", help="Tasks that train, the chief included.")] = 1,
+    workers: Annotated[int, typer.Option(metavar="N", help="Tasks that train, including the chief.")] = 1,
     evaluator: Annotated[bool, typer.Option("--evaluator", help="Start an evaluator, too.")] = False,
     lane: Lane = "auto",
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Threads of each task; else the workers share the cores."),
+        typer.Option(metavar="N", help="CPU threads per task (default: cores / workers)."),
     ] = None,
     restarts: Annotated[int, typer.Option(metavar="N", help="Start each task that fails again, up to N times.")] = 0,
     start_method: Annotated[
@@ -91,8 +91,8 @@ def launch(
     """Run SCRIPT as a cluster of processes on this machine.
 
     Chief, workers and evaluator run the script; parameter servers run the standard server. Every line of
-    output is marked with the task that it comes from; on a terminal, a display below them shows how far the
-    run is. Ctrl-C stops all. The exit code is that of the first task that failed.
+    output begins with the name of its task; on a terminal, a display below the lines shows the progress.
+    Ctrl-C stops all tasks. The exit code is that of the first task that failed.
     """
     from paramserver.launch import local
     from paramserver.launch.display import launch_displayed
@@ -124,14 +124,14 @@ def server() -> None:
     """
     from paramserver.cluster import server_task
 
-    server_task()  # what is wrong with it shows at once, and not after torch is imported
+    server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
     from paramserver.server.server import run_standard_server
 
     run_standard_server()
 
 
 @app.command()
-def inspect(checkpoint: Annotated[str, typer.Argument(help="Its path.")]) -> None:
+def inspect(checkpoint: Annotated[str, typer.Argument(help="Path or URL of the checkpoint.")]) -> None:
     """Show the variables of a checkpoint.
 
     Prints its global step and each variable's type, shape and size.
@@ -144,7 +144,7 @@ def inspect(checkpoint: Annotated[str, typer.Argument(help="Its path.")]) -> Non
     for name, dtype, shape, num_bytes in found.variables:
         extent = " x ".join(map(str, shape)) or "scalar"
         table.add_row(name, str(dtype).removeprefix("torch."), extent, decimal(num_bytes))
-    table.columns[0].overflow = "fold"  # a name that is cut is a name that cannot be used
+    table.columns[0].overflow = "fold"  # a cut name could not be used
     console = Console(highlight=False, markup=False)
     console.print(f"{found.path}: step {found.step}", soft_wrap=True)
     console.print(table)
@@ -154,17 +154,15 @@ def inspect(checkpoint: Annotated[str, typer.Argument(help="Its path.")]) -> Non
 @app.command()
 def status(
     addresses: Annotated[
-        list[str] | None, typer.Argument(help="host:port of each; else the ps tasks of TF_CONFIG.")
+        list[str] | None, typer.Argument(help="host:port of each ps (default: the ps tasks in TF_CONFIG).")
     ] = None,
-    timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long to try to reach them, in all.")
-    ] = 5.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time to try to reach all of them.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what parameter servers hold and do.
+    """Show the contents and counters of parameter servers.
 
-    Asks those of a run that is going on, whose PARAMSERVER_TOKEN must be set. Load is the size of the values,
-    relative to the mean of the tasks shown; staleness counts updates of others.
+    Asks the ps tasks of a running run, whose PARAMSERVER_TOKEN must be set. Load is the size of the values,
+    relative to the mean of the tasks shown; staleness counts updates by other workers.
     """
     from paramserver.observe import status as run_status
 
@@ -181,7 +179,7 @@ def status(
 def demo(
     steps: Annotated[int, typer.Option(metavar="N", help="Global steps to train.")] = 10_000,
     model_dir: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Where to keep results; else a new directory.")
+        str | None, typer.Option(metavar="PATH", help="Folder for results (default: a new temporary one).")
     ] = None,
     lane: Lane = "auto",
 ) -> None:

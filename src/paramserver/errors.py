@@ -1,8 +1,8 @@
-"""Every error that paramserver raises on purpose: one tree, with fields to act on.
+"""The errors that paramserver raises on purpose: one tree, with fields to act on.
 
-A message says what was tried, on which task or variable, what was expected, what was got and what to do.
-Errors about arguments are ``ValueError`` or ``TypeError`` as well, errors about peers ``ConnectionError`` or
-``TimeoutError``, so that code which knows nothing of paramserver can still catch them.
+A message says what was tried, on which task or variable, what was expected, what was got and what to do. Errors about
+arguments are also ``ValueError`` or ``TypeError``, errors about peers also ``ConnectionError`` or ``TimeoutError``, so
+that code which does not know paramserver can catch them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 
 class ParameterServerError(Exception):
-    """The root of the tree. Catch it to catch whatever paramserver raises on purpose."""
+    """The base of all errors. Catch it to catch every error that paramserver raises on purpose."""
 
 
 class ConfigError(ParameterServerError, ValueError):
-    """What the caller or the environment passed in cannot work (a cluster, a field, an option).
+    """A value from the caller or the environment is invalid: a cluster, a field, an option.
 
     Raised before anything is started; nothing has to be cleaned up.
     """
@@ -50,7 +50,7 @@ class UnavailableError(ParameterServerError, ConnectionError):
     """A task cannot be reached, or the connection to it was lost.
 
     Attributes:
-        task: The task that was being talked to, such as ``ps:1``.
+        task: The unreachable task, such as ``ps:1``.
     """
 
     def __init__(self, message: str, task: str) -> None:
@@ -59,10 +59,10 @@ class UnavailableError(ParameterServerError, ConnectionError):
 
 
 class DeadlineError(ParameterServerError, TimeoutError):
-    """Something that was waited for did not happen in time.
+    """An awaited event did not happen in time.
 
     Attributes:
-        timeout: How long was waited, in seconds.
+        timeout: Seconds that were waited.
     """
 
     def __init__(self, message: str, timeout: float) -> None:
@@ -71,15 +71,15 @@ class DeadlineError(ParameterServerError, TimeoutError):
 
 
 class LocalProtocolError(ParameterServerError):
-    """This process broke the protocol: a message that may not be sent now, or is too large to be sent."""
+    """This process broke the protocol: it sent a message at the wrong time, or one that is too large."""
 
 
 class RemoteProtocolError(ParameterServerError):
-    """The peer broke the protocol: it is no paramserver task, has another version, or sent nonsense."""
+    """The peer broke the protocol: it is not a paramserver task, has another version, or sent nonsense."""
 
 
 class RefusedError(ParameterServerError):
-    """A task understood a request and refused it. The message is the refusing task's own.
+    """A task understood a request and refused it. The message comes from the refusing task.
 
     Attributes:
         task: The task that refused.
@@ -91,14 +91,14 @@ class RefusedError(ParameterServerError):
 
 
 class TokenError(RefusedError):
-    """The peer does not hold this run's token: it belongs to another run, or to nobody."""
+    """The peer does not hold the token of this run: it belongs to another run, or to none."""
 
 
 class ModelMismatchError(RefusedError):
     """The model that a worker declares differs from the one that the chief created.
 
     Attributes:
-        variable: The first variable that differs, ``""`` where it is not about one variable.
+        variable: The first variable that differs; ``""`` if the difference is not about one variable.
     """
 
     def __init__(self, message: str, task: str, variable: str = "") -> None:
@@ -110,7 +110,7 @@ class CheckpointError(ParameterServerError):
     """A checkpoint that cannot be written, is cut short, or belongs to another model.
 
     Attributes:
-        path: The file or directory it is about.
+        path: The file or directory of the error.
     """
 
     def __init__(self, message: str, path: str) -> None:
@@ -119,10 +119,10 @@ class CheckpointError(ParameterServerError):
 
 
 class NotFiniteError(CheckpointError):
-    """A trained variable holds NaN or infinity, and is not checkpointed: no restart would get out of it.
+    """A trained variable holds NaN or infinity and is not checkpointed, because no restart would recover from that.
 
     Attributes:
-        variable: The first one that was found; ``path`` is the checkpoint that was not written, where it is known.
+        variable: The first such variable; ``path`` is the checkpoint that was not written, if it is known.
     """
 
     def __init__(self, message: str, path: str, variable: str) -> None:
@@ -131,11 +131,11 @@ class NotFiniteError(CheckpointError):
 
 
 class RunOverError(ParameterServerError):
-    """The run that a task wanted to join has ended already. Not a fault: the task can leave with code 0."""
+    """The run that a task wanted to join is over already. Not a fault: the task can exit with code 0."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message about a name that is not known: the nearest one of ``names``, if any is near.
+    """Return the end of a message about an unknown name: the nearest one of ``names``, if one is near.
 
     >>> did_you_mean("wroker", ["worker", "ps"])
     "; did you mean 'worker'?"

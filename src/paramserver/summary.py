@@ -1,14 +1,13 @@
-"""Summaries: points for TensorBoard, recorded from where the model is called.
+"""Summaries: points for TensorBoard, recorded where the model is called.
 
-Rules:
+Rules
+    * A call records only if its points are wanted: in the steps that an Estimator's `SummarySaverHook` writes, or
+      inside a program's own ``with recording(writer, step):``. Everywhere else it returns at once.
+    * Of all workers only the chief records, and of its replicas only the first: a step gives one point, however many
+      replicas compute it.
+    * The recorded value is a copy, made at the call; parameters may change before it is written.
 
-1. A call records where somebody wants it: in the steps that an Estimator's `SummarySaverHook` writes, or inside a
-   program's own ``with recording(writer, step):``. Everywhere else it returns at once.
-2. Of all workers the chief records, of its replicas the first one: however many compute a step, it gives one
-   point.
-3. What is recorded is a copy, made at the call; parameters may change before it is written.
-
-Who records is a context variable: replicas inherit it from the thread that runs them, and nothing is global.
+The recording function is a context variable: replicas inherit it from the thread that runs them, and nothing is global.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = ["SummaryWriter", "Writer", "histogram", "image", "recording", "scalar", "text"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 IMAGE_LAYOUTS = {2: "HW", 3: "CHW", 4: "NCHW"}
 CHANNELS = {3: (1, 3, 4), 4: (1, 3)}
-"""What may be shown, by the axes of an image."""
+"""Accepted numbers of channels, by the number of axes of an image."""
 HISTOGRAM_LIMIT = 1e20
-"""TensorBoard's buckets end there."""
+"""Limit of TensorBoard's histogram buckets."""
 
 
 class Writer(Protocol):
-    """Where summaries go; `SummaryWriter` is one. It has copies, on the CPU, that nobody else changes."""
+    """A destination of summaries, such as `SummaryWriter`. It receives CPU copies that never change afterwards."""
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Add one point to a curve."""
@@ -59,7 +58,7 @@ class Writer(Protocol):
 
 
 class Point(NamedTuple):
-    """Something recorded, to be written when its step is known."""
+    """A recorded point, to be written when its step is known."""
 
     name: str
     write: Callable[[Writer, int], None]
@@ -73,16 +72,16 @@ _record: ContextVar[Record | None] = ContextVar("paramserver.summary", default=N
 def scalar(name: str, value: float | torch.Tensor) -> None:
     """Record a number.
 
-    Waits for the value's device where it is recorded, and costs less than a microsecond where it is not.
+    Waits for the value's device if the call records, and takes less than a microsecond if it does not.
 
     Args:
-        name: Of the curve. What stands before a ``/`` groups curves in TensorBoard.
+        name: Name of the curve. The part before a ``/`` groups curves in TensorBoard.
         value: A number, or a tensor of one element.
 
     Raises:
-        ConfigError: If it is no single number.
+        ConfigError: If the value is not a single number.
 
-    >>> scalar("loss/regularisation", 0.25)  # nobody records here, so this does nothing
+    >>> scalar("loss/regularisation", 0.25)  # no block records here, so this does nothing
     """
     if record := _wanted():
         number = _as_number(name, value)
@@ -90,14 +89,15 @@ def scalar(name: str, value: float | torch.Tensor) -> None:
 
 
 def histogram(name: str, values: torch.Tensor) -> None:
-    """Record how the elements of a tensor are distributed. Costs as `scalar`, and a copy where it is recorded.
+    """Record the distribution of a tensor's elements. Costs as much as `scalar`, and a copy if the call records.
 
     Args:
-        name: Of the distribution.
-        values: Of any shape and dtype; of a sparse tensor the elements that it holds. NaN and infinity do not count.
+        name: Name of the distribution.
+        values: A tensor of any shape and dtype; of a sparse tensor, only the stored elements count. NaN and infinity do
+            not count.
 
     Raises:
-        ConfigError: If it is no tensor.
+        ConfigError: If ``values`` is not a tensor.
     """
     if record := _wanted():
         _check_tensor("histogram", name, values)
@@ -107,15 +107,15 @@ def histogram(name: str, values: torch.Tensor) -> None:
 
 
 def image(name: str, pixels: torch.Tensor) -> None:
-    """Record an image. Costs as `histogram`.
+    """Record an image. Costs as much as `histogram`.
 
     Args:
-        name: Of the image.
+        name: Name of the image.
         pixels: ``[height, width]``, ``[channels, height, width]`` with 1, 3 or 4 channels, or a batch
-            ``[n, channels, height, width]`` with 1 or 3, which is shown as one; uint8, or floats from 0 to 1.
+            ``[n, channels, height, width]`` with 1 or 3, which is shown as one image; uint8, or floats from 0 to 1.
 
     Raises:
-        ConfigError: If it is no tensor of such a shape.
+        ConfigError: If ``pixels`` is not a tensor of such a shape.
     """
     if record := _wanted():
         _check_tensor("image", name, pixels)
@@ -125,10 +125,10 @@ def image(name: str, pixels: torch.Tensor) -> None:
 
 
 def text(name: str, text: str) -> None:
-    """Record a text, such as a sample of what a model writes; TensorBoard shows it as Markdown. Costs as `scalar`.
+    """Record a text, such as a sample of a model's output, which TensorBoard shows as Markdown. Costs as `scalar`.
 
     Raises:
-        ConfigError: If it is no text.
+        ConfigError: If ``text`` is not a str.
     """
     if record := _wanted():
         if not isinstance(text, str):
@@ -138,13 +138,13 @@ def text(name: str, text: str) -> None:
 
 @contextlib.contextmanager
 def recording(writer: Writer | None, step: int) -> Iterator[None]:
-    """Write what is recorded inside the block, for a loop of one's own. Closes nothing.
+    """Write the points that are recorded inside the block, in a loop of your own. Closes nothing.
 
     Every worker may enter it: inside the strategy's scope, and inside the functions that it runs, only the chief's
-    first replica records. Inside another one, the inner one records.
+    first replica records. Of nested blocks, the innermost one records.
 
     Args:
-        writer: Where it goes at once; None records nothing, for the steps that are not to be seen.
+        writer: Receives the points at once; None records nothing, for steps without summaries.
         step: The global step of the points.
 
     >>> import tempfile
@@ -159,7 +159,7 @@ def recording(writer: Writer | None, step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def collecting(record: Record | None) -> Iterator[None]:
-    """Give what is recorded inside the block to a function, for who learns its step only afterwards."""
+    """Pass the points that are recorded inside the block to a function, which may learn their step only afterwards."""
     token = _record.set(record)
     try:
         yield
@@ -168,12 +168,12 @@ def collecting(record: Record | None) -> Iterator[None]:
 
 
 class SummaryWriter:
-    """Adds points to what TensorBoard shows for one folder.
+    """Adds points to a folder of TensorBoard.
 
-    The file and its writing thread are made by the first point, so a writer that is never used leaves no file behind,
-    and a task that writes no summaries never pays for importing tensorboard. Points are written in the background,
-    `flush` waits for that. Every method that adds one raises RuntimeError if the writer is closed, and OSError if the
-    file cannot be made. Not thread-safe.
+    The first point makes the file and its writing thread, so a writer that is never used leaves no file behind, and a
+    task that writes no summaries never imports tensorboard. Points are written in the background; `flush` waits for
+    that. Every method that adds a point raises RuntimeError if the writer is closed, and OSError if the file cannot be
+    made. Not thread-safe.
 
     Args:
         log_dir: The folder; it is made when needed.
@@ -206,7 +206,7 @@ class SummaryWriter:
         if counted.numel():
             self._open().add_histogram(name, counted, global_step=step)
         else:
-            _log.warning("summary %r of step %d is not written: it has no finite element", name, step)
+            logger.warning("summary %r of step %d is not written: it has no finite element", name, step)
 
     def image(self, name: str, pixels: torch.Tensor, step: int) -> None:
         """Add one image; NaN is shown as 0."""
@@ -233,7 +233,7 @@ class SummaryWriter:
         if self._closed:
             raise RuntimeError(f"a summary was written to {self.log_dir} after its writer was closed")
         if self._writer is None:
-            # Imported here because it takes a second that most tasks need not spend.
+            # Imported here because it takes a second, which most tasks need not spend.
             from torch.utils.tensorboard import SummaryWriter as EventWriter
 
             self._writer = EventWriter(self.log_dir)
@@ -241,7 +241,7 @@ class SummaryWriter:
 
 
 def _wanted() -> Record | None:
-    """Takes what is recorded; None where nothing is."""
+    """Return the function that takes points; None if none are recorded here."""
     record = _record.get()
     return record if record is not None and _is_recorded_here() else None
 

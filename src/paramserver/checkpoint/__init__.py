@@ -1,1 +1,1 @@
-"""Checkpoints as folders of a model_dir, wherever that lies: nothing here talks to a ps."""
+"""Checkpoints as folders of a model_dir in any storage: no file here talks to a ps."""

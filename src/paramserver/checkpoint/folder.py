@@ -1,11 +1,11 @@
-"""The folder of a checkpoint: what is read from it and written into it, and how.
+"""The folder of a checkpoint: reading from it and writing into it.
 
 Rules
-    * Who saves or restores says what to read and write, as `Read` and `Write`, and does neither. So the same steps run
-      where the folder is, or on a ps that does not see it, through a task that does.
-    * Every write says where it goes: several tasks write into one folder, and into one file, in any order.
-    * What was written is on the disk when the folder is closed. It goes there while more is written, and never are more
-      than twice `FLUSH_BYTES` left for the end.
+    * Code that saves or restores yields `Read` and `Write` steps and does neither itself. So the same steps run where
+      the folder is, or on a ps that does not see it, through a task that does.
+    * Every write states its place: several tasks write into one folder, and into one file, in any order.
+    * When the folder is closed, all written bytes are on the disk. They go there while more is written, so that at most
+      twice `FLUSH_BYTES` are left for the end.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from paramserver.errors import CheckpointError
 FLUSH_BYTES = 64 << 20
 MAX_OPEN_FILES = 16
 THREADS = 2
-"""Threads that share a large read: two copy faster from the page cache than one, and more no faster than two."""
+"""Number of threads that share a large read: two copy faster from the page cache than one, and more are no faster."""
 SHARE_BYTES = 8 << 20
-"""What one of them reads in one go."""
+"""Number of bytes that such a thread reads at once."""
 
 R = TypeVar("R")
 
@@ -42,7 +42,7 @@ class Read(NamedTuple):
 class Write(NamedTuple):
     """Write ``content`` at ``offset`` into a file that will have ``size`` bytes.
 
-    ``is_shared``: other tasks may write into the same pages of it. The content is valid until the next step.
+    ``is_shared``: other tasks may write into the same pages of the file. The content is valid until the next step.
     """
 
     file: str
@@ -53,10 +53,10 @@ class Write(NamedTuple):
 
 
 _Opening = tuple[str, int]
-"""A file, and the flags with which it is open."""
+"""The name of a file, and the flags with which it is open."""
 
 Steps = Generator[Read | Write, None, R]
-"""Says step by step what to read and write, and returns what came of it."""
+"""Generator that yields what to read and write, step by step, and returns a result."""
 
 
 class CheckpointFolder:
@@ -88,7 +88,7 @@ class CheckpointFolder:
         """Read or write. Blocks.
 
         Raises:
-            CheckpointError: If it cannot be done, naming the file.
+            CheckpointError: If the step fails; the message names the file.
         """
         if isinstance(step, Read):
             self._read(step)
@@ -96,31 +96,31 @@ class CheckpointFolder:
             self._write(step)
 
     def run(self, steps: Steps[R]) -> R:
-        """Carry out all steps; what they return. Blocks.
+        """Carry out all steps, and return their result. Blocks.
 
         Raises:
-            CheckpointError: If one of them cannot be done.
+            CheckpointError: If a step fails.
         """
         with contextlib.closing(steps):
             while True:
                 try:
                     step = next(steps)
                 except StopIteration as end:
-                    return end.value  # type: ignore[no-any-return]  # typeshed does not know of what
+                    return end.value  # type: ignore[no-any-return]  # typeshed types the value as Any
                 self.carry_out(step)
 
     def flush(self) -> None:
-        """Have all that was written on the disk. Blocks.
+        """Bring all written bytes to the disk. Blocks.
 
         Raises:
-            CheckpointError: If it cannot be.
+            CheckpointError: If that fails.
         """
         self._await_flush()
         self._sync(self._writing)
         self._unflushed = 0
 
     def close(self) -> None:
-        """Let go of all files. Idempotent."""
+        """Close all files. Idempotent."""
         self._threads.shutdown()
         for files in (self._reading, self._writing):
             while files:
@@ -143,14 +143,14 @@ class CheckpointFolder:
             self._threads.submit(_fill, file, step.offset + begin, step.out[begin : begin + SHARE_BYTES])
             for begin in range(0, step.out.nbytes, SHARE_BYTES)
         ]
-        wait(shares)  # for all of them, also after an error: nobody writes into this memory once the step is over
+        wait(shares)  # for all of them, even after an error: no thread may write into this memory after the step
         for share in shares:
             share.result()
 
     def _write(self, step: Write) -> None:
         path = self._checked(step.file)
         with _writing(path):
-            # O_DSYNC, because an NFS client may else write whole pages, and with them zeros over another task's rows.
+            # O_DSYNC, or else an NFS client may write whole pages, with zeros over another task's rows.
             opening = step.file, os.O_RDWR | os.O_CREAT | os.O_DSYNC * step.is_shared
             is_new = opening not in self._writing
             file = self._opened(self._writing, opening)
@@ -158,14 +158,14 @@ class CheckpointFolder:
                 os.ftruncate(file, step.size)
             content, offset = step.content, step.offset
             while content:
-                count = os.pwrite(file, content, offset)  # no more than 2 GiB at once
+                count = os.pwrite(file, content, offset)  # writes at most 2 GiB at once
                 content, offset = content[count:], offset + count
         self._unflushed += step.content.nbytes
         if self._unflushed > FLUSH_BYTES:
             self._begin_flush()
 
     def _begin_flush(self) -> None:
-        """Have a thread bring to the disk what was written so far, once it is through with what it has."""
+        """Have a thread bring the bytes written so far to the disk, after it has finished the previous flush."""
         self._await_flush()
         self._unflushed = 0
         self._flushing = self._threads.submit(self._sync, dict(self._writing))
@@ -182,7 +182,9 @@ class CheckpointFolder:
 
     def _checked(self, name: str) -> Path:
         if Path(name).name != name or name in ("", ".."):
-            raise CheckpointError(f"{name!r} is no name of a file in checkpoint {self.path}", str(self.path / name))
+            raise CheckpointError(
+                f"{name!r} is not the name of a file in checkpoint {self.path}", str(self.path / name)
+            )
         return self.path / name
 
     def _opened(self, files: dict[_Opening, int], opening: _Opening) -> int:
@@ -198,10 +200,14 @@ class CheckpointFolder:
 
 
 def read_header(directory: str, file: str) -> Steps[dict[str, FileTensor]]:
-    """Read what a file holds; the directory is for messages.
+    """Read the header of a file, and return the tensors in the file.
+
+    Args:
+        directory: The folder of the file, for messages.
+        file: The name of the file.
 
     Raises:
-        CheckpointError: If it is no safetensors file.
+        CheckpointError: If the file is not a safetensors file.
     """
     path = str(Path(directory, file))
     first = bytearray(LENGTH_BYTES)
@@ -211,7 +217,7 @@ def read_header(directory: str, file: str) -> Steps[dict[str, FileTensor]]:
     tensors = parse_header(text, path)
     end = max((tensor.begin + tensor.spec.nbytes for tensor in tensors.values()), default=0)
     if end:
-        yield Read(file, end - 1, memoryview(bytearray(1)))  # so that a file that is cut short is found out at once
+        yield Read(file, end - 1, memoryview(bytearray(1)))  # finds out at once if the file was cut short
     return tensors
 
 

@@ -1,13 +1,13 @@
-"""The indexes of a checkpoint, which say in which file each tensor stands, and the names of those files.
+"""The indexes of a checkpoint, which name the file of each tensor, and the names of these files.
 
-Both sides of a run know them: the ps tasks write and read shards, the chief writes the indexes, and everyone else
-only reads.
+Both sides of a run use them: the ps tasks write and read shards, the chief writes the indexes, and all other tasks only
+read.
 
 Rules
-    * Every tensor stands in one file, whole, also one whose rows lie on several ps tasks. So a checkpoint loads into
-      any number of ps tasks and any partitioning, and what reads safetensors reads all of it.
-    * The rows of such a tensor lie one after the other in its file, whose header follows from its name, dtype and
-      shape. So each ps writes the header and its own rows, and none waits for another.
+    * Every tensor is in one file, whole, even if its rows come from several ps tasks. So a checkpoint loads into any
+      number of ps tasks with any partitioning, and any reader of safetensors can read all of it.
+    * The rows of such a tensor follow one another in its file, whose header depends only on its name, dtype and shape.
+      So each ps writes the header and its own rows, and none waits for another.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from paramserver.errors import CheckpointError
 VALUES_INDEX = "model.safetensors.index.json"
 SLOTS_INDEX = "optimizer.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-"""The only file of values of an exported model."""
+"""The only file of values in an exported model."""
 VALUES_PREFIX = "model"
-"""What the names of all files of values begin with, and of no others."""
+"""Prefix of the names of all files of values, and of no other files."""
 LONGEST_NAME = 200
-"""Characters of a file's name that tell the variable: a file system takes names of 255 bytes in all."""
+"""Characters of a file name that identify the variable: file systems limit names to 255 bytes in all."""
 
-# Without a hyphen it cannot be the name of a shard's file, such as model-00001-of-00002. Without capital letters names
-# that differ in those alone are two files also where a file system does not tell them apart.
+# Without a hyphen, the name of a variable cannot give the name of a shard's file, such as model-00001-of-00002. Without
+# capital letters, names that differ only in those give two files even on a file system that ignores case.
 _PLAIN = frozenset(string.ascii_lowercase + string.digits + "_.~")
 
 
@@ -52,23 +52,23 @@ class _Index(msgspec.Struct):
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, by an index.
+    """Return the file of each tensor from an index.
 
     Raises:
-        CheckpointError: If the index is missing or is none.
+        CheckpointError: If the index is missing or malformed.
     """
     return _decoded(path).weight_map
 
 
 def unclaimed(path: Path, known: Collection[str]) -> list[str]:
-    """The variables of an index that a model does not have, sorted; a program's own variables are not among them.
+    """Return the variables of an index that a model does not have, sorted, without the program's own variables.
 
     Args:
         path: The index of values.
         known: The names that the model has.
 
     Raises:
-        CheckpointError: If the index is missing or is none.
+        CheckpointError: If the index is missing or malformed.
     """
     index = _decoded(path)
     own = index.metadata.program_variables if index.metadata else ()
@@ -79,14 +79,14 @@ def _decoded(path: Path) -> _Index:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Index)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint: {error}", str(path)) from error
+        raise CheckpointError(f"{path} is not an index of a checkpoint: {error}", str(path)) from error
 
 
 def write_index(path: Path, weight_map: Mapping[str, str], **metadata: object) -> None:
     """Write an index as Hugging Face's tools read it.
 
     Raises:
-        CheckpointError: If it cannot be written.
+        CheckpointError: If the index cannot be written.
     """
     text = json.dumps({"metadata": metadata, "weight_map": dict(weight_map)}, indent=2)
     try:
@@ -99,9 +99,9 @@ def write_index(path: Path, weight_map: Mapping[str, str], **metadata: object) -
 
 
 def digest(directory: Path) -> str:
-    """What tells a checkpoint from others that may lie in a folder of the same name; "" where there is none.
+    """Return a digest that tells a checkpoint from others in a folder of the same name; "" if there is no checkpoint.
 
-    The ``id`` that the chief writes into the index of values differs for each checkpoint.
+    The ``id`` that the chief writes into the index of values is different for each checkpoint.
     """
     try:
         return hashlib.sha256((directory / VALUES_INDEX).read_bytes()).hexdigest()
@@ -110,21 +110,21 @@ def digest(directory: Path) -> str:
 
 
 class Maps(NamedTuple):
-    """What was written: the file of each variable, and of each slot, such as ``fc.weight/exp_avg``."""
+    """The files written: that of each variable, and that of each slot, such as ``fc.weight/exp_avg``."""
 
     weight_map: dict[str, str]
     slot_map: dict[str, str]
 
 
 def merge_maps(written: Iterable[Maps]) -> Maps:
-    """What several have written, as one.
+    """Merge the maps of several writers.
 
-    Of a variable whose rows several wrote, the slots count only where all of them wrote the same ones. They do, but
-    while the first update of the variable is under way: then some have no slots yet, and what is not written reads as
-    zeros, which is not where every optimizer begins. Without any it begins by itself.
+    For a variable whose rows come from several writers, slots count only if all writers wrote the same ones. That is
+    the case, except during the first update of the variable: then some writers have no slots yet, and unwritten rows
+    read as zeros, which is not the initial state of every optimizer. Without any slots, the variable begins anew.
 
     Raises:
-        CheckpointError: If two variables of one name were written, of which a reader would find one.
+        CheckpointError: If two variables of the same name were written, because a reader would find only one.
 
     >>> some = Maps({"table": "a", "bias": "b"}, {"table/exp_avg": "c", "bias/exp_avg": "d"})
     >>> merge_maps([some, Maps({"table": "a"}, {})]).slot_map
@@ -147,7 +147,7 @@ def merge_maps(written: Iterable[Maps]) -> Maps:
 
 
 def name_clash(variable: str, file: str) -> CheckpointError:
-    """Two variables of a run have one name, and a checkpoint knows them by their names."""
+    """Return the error for two variables with the same name, as a checkpoint identifies variables by name."""
     return CheckpointError(
         f"writing a checkpoint: there are two variables called {variable!r}, as may be of a model and of a program; "
         "give one of them another name",
@@ -156,7 +156,7 @@ def name_clash(variable: str, file: str) -> CheckpointError:
 
 
 def variable_of(key: str) -> str:
-    """The variable that a slot belongs to.
+    """Return the variable that a slot belongs to.
 
     >>> variable_of("fc.weight/exp_avg")
     'fc.weight'
@@ -165,7 +165,7 @@ def variable_of(key: str) -> str:
 
 
 def rows_files(variable: str) -> tuple[str, str]:
-    """The names of the files for the values and the slots of a variable whose rows several write.
+    """Return the names of the files for the values and the slots of a variable whose rows several tasks write.
 
     >>> rows_files("tables/users-00001")
     ('model-tables%2Fusers%2D00001.safetensors', 'optimizer-tables%2Fusers%2D00001.safetensors')
@@ -173,7 +173,7 @@ def rows_files(variable: str) -> tuple[str, str]:
     quoted = "".join(each if each in _PLAIN else "".join(f"%{byte:02X}" for byte in each.encode()) for each in variable)
     if len(quoted) > LONGEST_NAME:
         known_by = hashlib.sha256(variable.encode()).hexdigest()[:32]
-        quoted = f"{quoted[: LONGEST_NAME - len(known_by) - 1]}={known_by}"  # what is quoted has no such sign
+        quoted = f"{quoted[: LONGEST_NAME - len(known_by) - 1]}={known_by}"  # "=" is never in a quoted name
     return f"model-{quoted}.safetensors", f"optimizer-{quoted}.safetensors"
 
 

@@ -1,9 +1,10 @@
-"""Safetensors files in memory: what ps tasks send of their slots, or fetch, without a folder.
+"""Safetensors files in memory: slots that ps tasks send or fetch without a folder.
 
 Rules
-    * A file that is written takes its tensors' memory as soon as its header is there, each tensor its own, and no more.
-    * Several may write one file, each the header first. The headers are the same.
-    * A file that is read is never made: it consists of its header and the memory of the tensors.
+    * A file that is written takes the memory of its tensors as soon as its header is complete: each tensor its own, and
+      no more.
+    * Several tasks may write one file, each beginning with the header. The headers are equal.
+    * A file that is read is never assembled: it consists of its header and the memory of the tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from paramserver.memory.arena_memory import tensor_bytes
 
 
 class _Segment(NamedTuple):
-    """Memory that stands for the bytes of a file from ``begin`` on."""
+    """The memory of the bytes of a file from ``begin`` on."""
 
     begin: int
     content: memoryview
@@ -35,14 +36,14 @@ class MemoryFiles:
         self._files: dict[str, _File] = {}
 
     def add(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Hold a file of these tensors, which are contiguous and on the CPU; their memory is used, not copied."""
+        """Add a file of these tensors, which must be contiguous and on the CPU; their memory is used, not copied."""
         self._files[file] = _File.of(tensors)
 
     def tensor(self, file: str, name: str) -> torch.Tensor:
-        """A tensor of a file that was written, in memory of its own.
+        """Return a tensor of a file that was written, in its own memory.
 
         Raises:
-            CheckpointError: If the file has none of this name.
+            CheckpointError: If the file has no tensor of this name.
         """
         tensors = self._files[file].tensors if file in self._files else {}
         if name not in tensors:
@@ -53,7 +54,7 @@ class MemoryFiles:
         """Read or write.
 
         Raises:
-            CheckpointError: If there is no such file to read, or what is written is no safetensors file.
+            CheckpointError: If the file to read does not exist, or the written bytes are not a safetensors file.
         """
         if isinstance(step, Write):
             self._files.setdefault(step.file, _File()).write(step.file, step.offset, step.content)
@@ -67,7 +68,7 @@ class MemoryFiles:
 
 
 class _File:
-    """One file: its header, and its tensors once the header is whole."""
+    """One file: its header, and its tensors once the header is complete."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -76,7 +77,7 @@ class _File:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> _File:
-        """A file of tensors that there are."""
+        """Make a file of existing tensors."""
         specs = {name: TensorSpec(str(each.dtype).removeprefix("torch."), each.shape) for name, each in tensors.items()}
         layout, file = lay_out(specs), cls()
         file.tensors, file._header = dict(tensors), bytearray(layout.header)
@@ -89,7 +90,7 @@ class _File:
             self._make_tensors(file)
             return
         for part, at in self._parts(offset, content.nbytes):
-            if at.begin:  # else the header, which another ps has sent already
+            if at.begin:  # else it is the header, which another ps has sent already
                 part[:] = content[: len(part)]
             content = content[len(part) :]
 
@@ -99,7 +100,7 @@ class _File:
             out = out[len(part) :]
 
     def _make_tensors(self, file: str) -> None:
-        """Take the memory of the tensors, if the header is whole."""
+        """Take the memory of the tensors, if the header is complete."""
         if len(self._header) < LENGTH_BYTES:
             return
         end = LENGTH_BYTES + header_length(self._header[:LENGTH_BYTES], file)
@@ -117,7 +118,7 @@ class _File:
         self._segments = sorted([_Segment(0, memoryview(self._header)), *tensors], key=lambda segment: segment.begin)
 
     def _parts(self, offset: int, count: int) -> Iterator[tuple[memoryview, _Segment]]:
-        """The memory of bytes ``[offset, offset + count)``, piece by piece."""
+        """Yield the memory of bytes ``[offset, offset + count)``, piece by piece."""
         at = bisect.bisect_right(self._segments, offset, key=lambda segment: segment.begin) - 1
         while count > 0:
             segment = self._segments[at]

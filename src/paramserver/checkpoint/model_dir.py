@@ -1,14 +1,13 @@
-"""Which checkpoints a model_dir holds: the file ``checkpoint``, and the folders that it lists.
+"""The checkpoints of a model_dir: the file ``checkpoint``, and the folders that it lists.
 
-Rules:
-
-1. A checkpoint is a folder ``ckpt-STEP`` with an index in it. It is written as ``ckpt-STEP.tmp-XXXX`` and
-   renamed, so a folder of the final name is whole. Where model_dir is no folder but a URL, it is uploaded, and the
-   index comes last; `storage` knows how.
-2. The state file names a checkpoint only when it is whole, and stops naming it before it is deleted.
-3. The state file is replaced in one move: a reader sees the old or the new one, never a part.
-4. One process writes (the chief), any may read. Names in the file are relative: a model_dir can be moved.
-5. A checkpoint that cannot be deleted is no reason to end a training.
+Rules
+    * A checkpoint is a folder ``ckpt-STEP`` with an index in it. It is written as ``ckpt-STEP.tmp-XXXX`` and then
+      renamed, so a folder of the final name is whole. If model_dir is a URL, the folder is uploaded, and its index
+      comes last; see `storage`.
+    * The state file names a checkpoint only when it is whole, and stops naming it before it is deleted.
+    * The state file is replaced in one move: a reader sees the old or the new one, never a part.
+    * One process writes (the chief), any process may read. Names in the file are relative: a model_dir can be moved.
+    * A checkpoint that cannot be deleted does not end a training.
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ INDEX_FILE = VALUES_INDEX
 
 _NAME = re.compile(r"ckpt-(\d+)")
 _LEFTOVER = re.compile(rf"(ckpt-\d+|{STATE_FILE}){re.escape(ASIDE)}.*")
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CheckpointState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the state file says. Names are folders in model_dir."""
+    """The content of the state file. Names are folders in model_dir."""
 
     latest: str | None = None
     retained: tuple[str, ...] = ()
-    """Oldest first; the last is ``latest``. Checkpoints that are spared for good are not in it."""
+    """Checkpoints, oldest first; the last is ``latest``. Checkpoints that are kept forever are not in it."""
     saved_at: dict[str, float] = {}
-    """When each retained checkpoint was recorded, in seconds since 1970."""
+    """Time when each retained checkpoint was recorded, in seconds since 1970."""
     spare_after: float | None = None
-    """Of the checkpoints after this time one more will be spared."""
+    """Time in seconds since 1970 after which one more checkpoint will be kept forever."""
     run_id: str = ""
     """The run that trains, or trained last, in this model_dir."""
     finished: bool = False
-    """Whether that run has ended by itself: no newer checkpoint will come of it."""
+    """Whether that run has ended by itself, so that it will write no newer checkpoint."""
     finished_at: float | None = None
-    """When it ended, in seconds since 1970."""
+    """Time when that run ended, in seconds since 1970."""
 
 
 def read_state(model_dir: str) -> CheckpointState | None:
-    """The state of a model_dir; None where there is none, or, with a warning, where it cannot be read."""
+    """Return the state of a model_dir; None if there is no state file or, with a warning, if it cannot be read."""
     storage = storage_of(model_dir)
     path = storage.path(STATE_FILE)
     try:
@@ -63,17 +62,17 @@ def read_state(model_dir: str) -> CheckpointState | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        _log.warning("%s: cannot be read (%s); taken as if there were no checkpoint", path, error)
+        logger.warning("%s: cannot be read (%s); taken as if there were no checkpoint", path, error)
         return None
     names = (*state.retained, *([] if state.latest is None else [state.latest]))
     if strange := [name for name in names if not _NAME.fullmatch(name)]:
-        _log.warning("%s: names %r, expected ckpt-STEP; taken as if there were no checkpoint", path, strange[0])
+        logger.warning("%s: names %r, expected ckpt-STEP; taken as if there were no checkpoint", path, strange[0])
         return None
     return state
 
 
 def latest_checkpoint(model_dir: str) -> str | None:
-    """The path of the newest checkpoint, None where there is none or its files are gone."""
+    """Return the path of the newest checkpoint; None if there is no checkpoint, or its files are gone."""
     state = read_state(model_dir)
     if state is None or state.latest is None:
         return None
@@ -82,10 +81,10 @@ def latest_checkpoint(model_dir: str) -> str | None:
 
 
 def checkpoint_to_restore(model_dir: str) -> str | None:
-    """What a training starts from: `latest_checkpoint`, but one that was damaged is not passed over in silence.
+    """Return the checkpoint that a training starts from, as `latest_checkpoint` does, but refuse a damaged one.
 
     Raises:
-        CheckpointError: If the latest checkpoint is there, and has lost its index.
+        CheckpointError: If the latest checkpoint exists, but has lost its index.
     """
     state = read_state(model_dir)
     if state is None or state.latest is None:
@@ -100,30 +99,32 @@ def checkpoint_to_restore(model_dir: str) -> str | None:
             f"{storage.path(STATE_FILE)} to train from the beginning",
             path,
         )
-    _log.warning("checkpoint %s is gone; training starts from the beginning", path)
+    logger.warning("checkpoint %s is gone; training starts from the beginning", path)
     return None
 
 
 def is_whole(checkpoint_path: str) -> bool:
-    """Whether a path holds a checkpoint that was written to its end."""
+    """Return whether a path holds a checkpoint that was written completely."""
     return storage_of(checkpoint_path).has(INDEX_FILE)
 
 
 def exists(checkpoint_path: str) -> bool:
-    """Whether there is anything at a path; a checkpoint may be deleted while it is read."""
+    """Return whether there is anything at a path; a checkpoint may be deleted while it is read."""
     return bool(storage_of(checkpoint_path).names())
 
 
 @contextmanager
 def readable(place: str, pattern: str = "*") -> Iterator[Path]:
-    """A folder of saved values, or a copy of it; what is wrong with a copy is said of the folder. Blocks.
+    """Provide a folder of saved values, or a local copy of it. Blocks.
+
+    Errors about the copy name the folder instead.
 
     Args:
         place: A checkpoint, or another folder that holds values: a path or URL.
-        pattern: Of the files that are needed.
+        pattern: Pattern for the names of the files that are needed.
 
     Raises:
-        CheckpointError: If it cannot be fetched; and in the place of one that the context raises of a copy.
+        CheckpointError: If the folder cannot be fetched, or in place of one that the context raises about the copy.
     """
     try:
         if is_remote(place) and not exists(place):
@@ -139,12 +140,16 @@ def readable(place: str, pattern: str = "*") -> Iterator[Path]:
 
 
 def is_name(checkpoint_path: str) -> bool:
-    """Whether a path has the name of a checkpoint, such as ``run/ckpt-100``."""
+    """Return whether a path has the name of a checkpoint, such as ``run/ckpt-100``."""
     return _NAME.fullmatch(Path(checkpoint_path).name) is not None
 
 
 def checkpoint_step(checkpoint_path: str) -> int:
-    """The global step in a checkpoint's name. Raises CheckpointError where it is no checkpoint's name."""
+    """Return the global step in the name of a checkpoint.
+
+    Raises:
+        CheckpointError: If the path does not have the name of a checkpoint.
+    """
     match = _NAME.fullmatch(Path(checkpoint_path).name)
     if match is None:
         raise CheckpointError(f"{checkpoint_path}: expected a folder named ckpt-STEP", checkpoint_path)
@@ -152,13 +157,14 @@ def checkpoint_step(checkpoint_path: str) -> int:
 
 
 class CheckpointManager:
-    """Keeps the state file and deletes what is too old. For the chief; not thread-safe.
+    """Maintains the state file and deletes old checkpoints. For the chief; not thread-safe.
 
     Args:
-        model_dir: Made by the first write.
-        keep_max: How many of the newest checkpoints are kept; None or 0 keeps all.
-        keep_every_n_hours: Of each such period one checkpoint is spared when it would be deleted; None spares none.
-        clock: Returns seconds since 1970, because they must still hold after a restart.
+        model_dir: A path or URL, made by the first write.
+        keep_max: Number of newest checkpoints to keep; None or 0 keeps all.
+        keep_every_n_hours: One checkpoint of each such period is kept forever instead of being deleted; None keeps
+            none.
+        clock: Returns seconds since 1970, because they must still be valid after a restart.
 
     Raises:
         ConfigError: If ``keep_max`` is negative or ``keep_every_n_hours`` not positive.
@@ -189,30 +195,30 @@ class CheckpointManager:
 
     @property
     def state(self) -> CheckpointState:
-        """What the state file says, or will say after the first write."""
+        """The content of the state file, now or after the first write."""
         return self._state
 
     def save_path(self, step: int) -> str:
-        """Where the checkpoint of a step lies, or will lie."""
+        """Return the path of the checkpoint of a step, which need not exist yet."""
         return self._storage.path(_name(step))
 
     def temporary_path(self, step: int) -> str:
         """Make a new folder to write the checkpoint of a step into; `publish` puts it in place.
 
-        Its path is absolute, and it is always a folder that this task sees.
+        The path is absolute, and always in a file system that this task sees.
 
         Raises:
-            CheckpointError: If it cannot be made.
+            CheckpointError: If the folder cannot be made.
         """
         with _as_checkpoint_error(self.model_dir, "cannot be written"):
             return str(self._storage.new_folder(_name(step)))
 
     def is_saved(self, step: int) -> bool:
-        """Whether the checkpoint of a step is recorded and whole, so that it need not be written again."""
+        """Return whether the checkpoint of a step is recorded and whole, so that it need not be written again."""
         return _name(step) in self._state.retained and is_whole(self.save_path(step))
 
     def publish(self, temporary_path: str, step: int) -> str:
-        """Put a whole checkpoint in place and record it; its path.
+        """Put a whole checkpoint in place, record it, and return its path.
 
         Raises:
             CheckpointError: If it has no index, or cannot be renamed or uploaded.
@@ -222,23 +228,23 @@ class CheckpointManager:
             raise CheckpointError(f"{temporary_path}: is cut short: it has no {INDEX_FILE}", temporary_path)
         with _as_checkpoint_error(path, "cannot be put in place"):
             self._forget(_name(step))
-            self._remove(_name(step))  # one of the same step, or of an earlier run whose state file was lost
+            self._remove(_name(step))  # a checkpoint of the same step, or of an earlier run with a lost state file
             self._storage.publish(Path(temporary_path), _name(step), INDEX_FILE)
         self.record(step)
         return path
 
     def discard(self, temporary_path: str) -> None:
-        """Delete what was not written to its end; a failure is no more than a warning."""
+        """Delete a checkpoint that was not written completely; a failure only gives a warning."""
         try:
             shutil.rmtree(temporary_path)
         except FileNotFoundError:
-            pass  # it was put in place already, or is gone
+            pass  # put in place already, or gone
         except OSError as error:
             # As text: a kept record must not keep what the error's frames hold.
-            _log.warning("%s: cannot be deleted (%s); delete it by hand", temporary_path, str(error))
+            logger.warning("%s: cannot be deleted (%s); delete it by hand", temporary_path, str(error))
 
     def record(self, step: int) -> None:
-        """The checkpoint of ``step`` is whole: name it the latest, and delete what is too old.
+        """Name the checkpoint of ``step``, which is whole, the latest, and delete old checkpoints.
 
         Raises:
             CheckpointError: If the state file cannot be written.
@@ -265,11 +271,15 @@ class CheckpointManager:
             self._remove(oldest)
 
     def mark_started(self, run_id: str) -> None:
-        """A run begins to train here. Raises CheckpointError if the state file cannot be written."""
+        """Record that a run begins to train here.
+
+        Raises:
+            CheckpointError: If the state file cannot be written.
+        """
         self._write(run_id=run_id, finished=False, finished_at=None)
 
     def mark_finished(self, run_id: str) -> None:
-        """A run has ended by itself, all its checkpoints are recorded. Tells an evaluator to finish, too.
+        """Record that a run has ended by itself, after its last checkpoint. Tells an evaluator to finish, too.
 
         Raises:
             CheckpointError: If the state file cannot be written.
@@ -277,7 +287,7 @@ class CheckpointManager:
         self._write(run_id=run_id, finished=True, finished_at=self._clock())
 
     def remove_leftovers(self) -> None:
-        """Delete what an earlier run began to write and did not finish. Only while no other run writes."""
+        """Delete unfinished files of an earlier run. Call this only while no other run writes."""
         for name in self._storage.names():
             if _LEFTOVER.fullmatch(name) or self._is_half_uploaded(name):
                 self._remove(name)
@@ -285,7 +295,7 @@ class CheckpointManager:
     def _is_half_uploaded(self, name: str) -> bool:
         state = read_state(self.model_dir) or CheckpointState()
         if not is_remote(self.model_dir) or not _NAME.fullmatch(name) or name in (state.latest, *state.retained):
-            return False  # one that is named was whole once, and it is not for us to delete what is left of it
+            return False  # a named checkpoint was whole once; the user decides about its remains
         return not is_whole(self._storage.path(name))
 
     def _forget(self, name: str) -> None:
@@ -306,11 +316,11 @@ class CheckpointManager:
             self._storage.replace(STATE_FILE, text)
 
     def _remove(self, name: str) -> None:
-        """Delete something; a failure is no more than a warning."""
+        """Delete a file or folder; a failure only gives a warning."""
         try:
             self._storage.delete(name, INDEX_FILE if _NAME.fullmatch(name) else "")
         except OSError as error:
-            _log.warning("%s: cannot be deleted (%s); delete it by hand", self._storage.path(name), str(error))
+            logger.warning("%s: cannot be deleted (%s); delete it by hand", self._storage.path(name), str(error))
 
 
 def _name(step: int) -> str:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, read by their names: whole, or some rows at a time."""
+"""Reading the tensors of a checkpoint by name: whole, or some rows at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StoredTensor:
     Attributes:
         name: Its name.
         dtype: The name of its dtype.
-        shape: The shape of all of it.
+        shape: The shape of the whole tensor.
     """
 
     def __init__(self, folder: CheckpointFolder, file: str, tensor: FileTensor) -> None:
@@ -30,10 +30,10 @@ class StoredTensor:
         self.dtype, self.shape = tensor.spec
 
     def read(self, rows: Range | None = None) -> torch.Tensor:
-        """The rows ``[start, stop)`` of it; all of it without them, and where it is a scalar.
+        """Read the rows ``[start, stop)``, or the whole tensor without ``rows`` or if it is a scalar.
 
         Raises:
-            CheckpointError: If they cannot be read.
+            CheckpointError: If the rows cannot be read.
         """
         start, stop = rows if rows is not None and self.shape else (0, self.shape[0] if self.shape else 1)
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
@@ -45,10 +45,10 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path, weight_map: Mapping[str, str]) -> Iterator[StoredTensor]:
-    """The named tensors, one after the other, file by file. Each can be read until the next one is asked for.
+    """Yield the named tensors one after the other, file by file. Each can be read until the next one is asked for.
 
     Raises:
-        CheckpointError: If a file is missing or cut short, or does not hold what its index says.
+        CheckpointError: If a file is missing or cut short, or does not hold a tensor that its index names.
     """
     with CheckpointFolder(directory) as folder:
         for file, names in by_file(weight_map).items():
@@ -58,7 +58,7 @@ def stored_tensors(directory: Path, weight_map: Mapping[str, str]) -> Iterator[S
 
 
 def by_file(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
-    """The tensors of each file.
+    """Group the names of tensors by file.
 
     >>> by_file({"w": "one", "n": "two", "b": "one"})
     {'one': ['w', 'b'], 'two': ['n']}
@@ -70,7 +70,7 @@ def by_file(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def held_tensor(held: Mapping[str, FileTensor], name: str, path: str) -> FileTensor:
-    """A tensor that an index promises.
+    """Return a tensor that an index names.
 
     Raises:
         CheckpointError: If the file does not hold it.
@@ -81,12 +81,12 @@ def held_tensor(held: Mapping[str, FileTensor], name: str, path: str) -> FileTen
 
 
 def read_tensors(directory: Path, weight_map: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named tensors, one after the other, file by file; raises as `stored_tensors`."""
+    """Yield the named tensors one after the other, file by file; raises as `stored_tensors`."""
     for tensor in stored_tensors(directory, weight_map):
         yield tensor.name, tensor.read()
 
 
 def read_shapes(directory: Path, weight_map: Mapping[str, str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor, without reading it; raises as `stored_tensors`."""
+    """Yield name, dtype and shape of each tensor without reading it; raises as `stored_tensors`."""
     for tensor in stored_tensors(directory, weight_map):
         yield tensor.name, tensor.dtype, tensor.shape

@@ -1,6 +1,6 @@
-"""Saved values by name, wherever they lie: a checkpoint, a model_dir, an exported model, a safetensors file.
+"""Saved values by name, from a checkpoint, a model_dir, an exported model, or a safetensors file.
 
-Where that is a URL, an index is fetched when it is opened, and a file of values when one of them is read.
+If the place is a URL, an index is fetched when it is opened, and a file of values when one of its values is read.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from paramserver.errors import CheckpointError, did_you_mean
 
 @dataclass(frozen=True)
 class SavedValues:
-    """Which values are saved in a place. Immutable; nothing stays open.
+    """The values that are saved in a place. Immutable; nothing stays open.
 
     Attributes:
-        folder: Where the files are, a path or URL.
+        folder: The folder of the files, a path or URL.
         files: The file of each variable.
-        aliases: Other names of tied weights, and the variable that each one means.
+        aliases: Other names of tied weights, and the variable that each name stands for.
     """
 
     folder: str
@@ -37,11 +37,11 @@ class SavedValues:
 
     @classmethod
     def at(cls, path: str) -> SavedValues:
-        """What lies at a path or URL. Blocks.
+        """Return the saved values at a path or URL. Blocks.
 
         Raises:
-            CheckpointError: If there is nothing that can be read.
-            ConfigError: If fsspec knows no such URL.
+            CheckpointError: If there are no values that can be read.
+            ConfigError: If fsspec does not support the URL.
         """
         folder, name = split(path)
         storage = storage_of(folder)
@@ -75,14 +75,14 @@ class SavedValues:
 
     @property
     def names(self) -> list[str]:
-        """All names, those of tied weights included, sorted."""
+        """All names, including those of tied weights, sorted."""
         return sorted({*self.files, *self.aliases})
 
     def variable(self, name: str) -> str:
-        """The name that a value is saved by.
+        """Return the name by which a value is saved.
 
         Raises:
-            CheckpointError: If there is none of this name.
+            CheckpointError: If there is no value of this name.
         """
         found = self.aliases.get(name, name)
         if found not in self.files:
@@ -91,7 +91,7 @@ class SavedValues:
         return found
 
     def stored(self, variables: Iterable[str]) -> Iterator[StoredTensor]:
-        """Variables, file by file; each can be read until the next one is asked for.
+        """Yield variables file by file; each can be read until the next one is asked for.
 
         Raises:
             CheckpointError: If a file is missing or cut short.
@@ -101,10 +101,10 @@ class SavedValues:
                 yield from stored_tensors(local, dict.fromkeys(names, file))
 
     def read(self, name: str) -> torch.Tensor:
-        """The value of a name, on the CPU.
+        """Read the value of a name, to the CPU.
 
         Raises:
-            CheckpointError: If there is none, or its file is missing or cut short.
+            CheckpointError: If there is no such value, or its file is missing or cut short.
         """
         (value,) = (stored.read() for stored in self.stored([self.variable(name)]))
         return value
@@ -122,11 +122,11 @@ def _aliases(index: Path) -> dict[str, str]:
     try:
         return msgspec.json.decode(index.read_bytes(), type=_Index).metadata.aliases
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{index} is no index of a checkpoint: {error}", str(index)) from error
+        raise CheckpointError(f"{index} is not an index of a checkpoint: {error}", str(index)) from error
 
 
 def _contents(file: Path) -> tuple[list[str], dict[str, str]]:
-    """The names in a file, and other names of tied weights, as ``safetensors.torch.save_model`` writes them down."""
+    """Return the names in a file, and other names of tied weights, as ``safetensors.torch.save_model`` records them."""
     try:
         with safe_open(file, "pt") as opened:
             names = list(opened.keys())

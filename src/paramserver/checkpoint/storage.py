@@ -1,10 +1,10 @@
-"""Where a model_dir lies: on a file system that this task sees, or anywhere that fsspec reaches.
+"""Storage for a model_dir: a file system that this task sees, or any other that fsspec reaches.
 
 Rules
-    * A place is a path, or an fsspec URL such as ``s3://bucket/run``. ``file://`` is a path in other words.
-    * A folder is written locally, by whoever sees it, and then put in place: renamed, or uploaded. ``last``, one of its
-      files, comes into place last, so that it is there only when the folder is whole.
-    * A folder is read locally, too: what lies elsewhere is downloaded first, and only what is needed of it.
+    * A place is a path, or an fsspec URL such as ``s3://bucket/run``. ``file://`` stands for a path.
+    * A folder is written locally, by a task that sees it, and then put in place: renamed, or uploaded. One of its
+      files, ``last``, comes into place last, so that it is there only when the folder is whole.
+    * A folder is read locally, too: a remote folder is downloaded first, but only the files that are needed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from paramserver.errors import ConfigError
 
 _FILE = "file://"
 ASIDE = ".tmp-"
-"""Part of the names of what is not in place yet."""
+"""Part of the names of files and folders that are not in place yet."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL of something other than files.
+    """Return whether a path is a URL of something other than local files.
 
     >>> is_remote("s3://bucket/run"), is_remote("/run"), is_remote("file:///run")
     (True, False, False)
@@ -38,7 +38,7 @@ def is_remote(path: str) -> bool:
 
 
 def join(place: str, *names: str) -> str:
-    """The path or URL of something in a place.
+    """Return the path or URL of a file or folder in a place.
 
     >>> join("s3://bucket/run/", "eval"), join("run", "export", "best")
     ('s3://bucket/run/eval', 'run/export/best')
@@ -49,7 +49,7 @@ def join(place: str, *names: str) -> str:
 
 
 def split(path: str) -> tuple[str, str]:
-    """The folder that something lies in, and its name there.
+    """Return the parent folder of a path or URL, and the name in this folder.
 
     >>> split("s3://bucket/run/model.safetensors"), split("run/export/")
     (('s3://bucket/run/', 'model.safetensors'), ('run', 'export'))
@@ -62,7 +62,7 @@ def split(path: str) -> tuple[str, str]:
 
 
 def absolute(place: str) -> str:
-    """A place as another process finds it, whatever folder that runs in.
+    """Return a place in a form that another process finds from any working directory.
 
     >>> absolute("s3://bucket/run"), absolute("file:///run")
     ('s3://bucket/run', '/run')
@@ -71,10 +71,10 @@ def absolute(place: str) -> str:
 
 
 def storage_of(place: str) -> Storage:
-    """What reads and writes in a place. Does not block.
+    """Return the storage of a place. Does not block.
 
     Raises:
-        ConfigError: If fsspec knows no such URL, or needs a package for it that is not installed.
+        ConfigError: If fsspec does not support the URL, or needs a package for it that is not installed.
     """
     if not is_remote(place):
         return LocalStorage(place.removeprefix(_FILE))
@@ -86,14 +86,14 @@ def storage_of(place: str) -> Storage:
 
 @contextlib.contextmanager
 def local_copy(folder: str, pattern: str = "*") -> Iterator[Path]:
-    """A folder as one that this task sees: itself, or a copy that lives as long as the context. Blocks.
+    """Provide a folder locally: the folder itself, or a copy that lives as long as the context. Blocks.
 
     Args:
-        folder: A path or URL. Where there is nothing, a copy is empty.
-        pattern: Of the files that are needed, such as ``"eval/*.tfevents.*"``; a copy holds no others.
+        folder: A path or URL. The copy is empty if there is nothing.
+        pattern: Pattern for the files that are needed, such as ``"eval/*.tfevents.*"``; a copy holds no others.
 
     Raises:
-        OSError: If it cannot be read.
+        OSError: If the folder cannot be read.
     """
     with storage_of(folder).fetched(pattern) as local:
         yield local
@@ -101,77 +101,82 @@ def local_copy(folder: str, pattern: str = "*") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def local_file(folder: str, name: str) -> Iterator[Path]:
-    """One file of a folder; see `local_copy`."""
+    """Provide one file of a folder locally; see `local_copy`."""
     with local_copy(folder, glob.escape(name)) as local:
         yield local / name
 
 
 class Storage(abc.ABC):
-    """A folder, and what lies in it by its name there. Every method blocks, and raises OSError if it cannot be done.
+    """A folder and its content by name. Every method blocks, and raises OSError if it fails.
 
     Attributes:
-        place: Its path or URL.
+        place: The path or URL of the folder.
     """
 
     def __init__(self, place: str) -> None:
         self.place = place
 
     def path(self, name: str) -> str:
-        """The path or URL of something in it. Does not block."""
+        """Return the path or URL of a name in the folder. Does not block."""
         return join(self.place, name)
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
-        """A file. Raises FileNotFoundError if there is none."""
+        """Read a file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
 
     @abc.abstractmethod
     def replace(self, name: str, content: bytes) -> None:
-        """Write a file, and the folder if need be; a reader sees the old one or the new one."""
+        """Write a file, and make the folder if needed; a reader sees the old file or the new one."""
 
     @abc.abstractmethod
     def new_file(self, name: str) -> contextlib.AbstractContextManager[Path]:
-        """The path of a new file that this task sees; what is written there comes into place when the context ends.
+        """Provide a local path for a new file, which comes into place when the context ends.
 
-        So does the folder, if need be; if the context fails, nothing does. A reader sees the old file or the new one.
+        The folder is made then, too, if needed. If the context fails, nothing changes. A reader sees the old file or
+        the new one.
         """
 
     @abc.abstractmethod
     def has(self, name: str) -> bool:
-        """Whether there is a file or a folder of this name."""
+        """Return whether there is a file or a folder of this name."""
 
     @abc.abstractmethod
     def is_file(self, name: str) -> bool:
-        """Whether there is a file of this name."""
+        """Return whether there is a file of this name."""
 
     @abc.abstractmethod
     def names(self) -> list[str]:
-        """What lies in it; nothing if there is no such folder."""
+        """Return the names in the folder; an empty list if there is no such folder."""
 
     @abc.abstractmethod
     def new_folder(self, name: str) -> Path:
-        """A new folder that this task sees, to be written and then put in place by `publish`, or to be deleted."""
+        """Make a new local folder, to be written and then put in place by `publish`, or to be deleted."""
 
     @abc.abstractmethod
     def publish(self, folder: Path, name: str, last: str) -> None:
-        """Put a folder of `new_folder` in place, where there is nothing; then it is on the disk. ``last`` is last.
+        """Put a folder from `new_folder` in place, under a free name, and bring it to the disk; ``last`` comes last.
 
-        If that fails, there is nothing in place of what can be deleted.
+        If that fails, everything in place that can be deleted is deleted.
         """
 
     @abc.abstractmethod
     def delete(self, name: str, first: str = "") -> None:
-        """Delete a file or folder, and of a folder ``first`` before anything else. Does nothing if it is not there."""
+        """Delete a file or folder; of a folder, delete ``first`` before the rest. Does nothing if it does not exist."""
 
     @abc.abstractmethod
     def fetched(self, pattern: str) -> contextlib.AbstractContextManager[Path]:
-        """The folder as one that this task sees; see `local_copy`."""
+        """Provide the folder locally; see `local_copy`."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.place!r})"
 
 
 class LocalStorage(Storage):
-    """A folder that this task sees; see `Storage`."""
+    """A local folder; see `Storage`."""
 
     def read(self, name: str) -> bytes:
         return self._at(name).read_bytes()
@@ -214,7 +219,7 @@ class LocalStorage(Storage):
 
     def delete(self, name: str, first: str = "") -> None:
         path = self._at(name)
-        if ASIDE not in name:  # renamed, so that nobody takes the half of it for a whole
+        if ASIDE not in name:  # renamed first, so that no reader takes a half-deleted folder for a whole one
             aside = self._aside(name)
             with contextlib.suppress(FileNotFoundError):
                 path.rename(aside)
@@ -235,11 +240,11 @@ class LocalStorage(Storage):
 
 
 class RemoteStorage(Storage):
-    """A folder that fsspec reaches; see `Storage`. Local copies lie in the folder for temporary files.
+    """A folder that fsspec reaches; see `Storage`. Local copies are made in the folder for temporary files.
 
     Raises:
-        ValueError: If fsspec does not know such a URL.
-        ImportError: If it needs a package for it that is not installed.
+        ValueError: If fsspec does not support the URL.
+        ImportError: If fsspec needs a package that is not installed.
     """
 
     def __init__(self, place: str) -> None:
@@ -283,7 +288,7 @@ class RemoteStorage(Storage):
             for file in sorted(files, key=lambda file: file == last):
                 self._upload(folder / file, f"{name}/{file}")
         except BaseException:
-            with contextlib.suppress(OSError):  # what has failed is said already, and without ``last`` it is not whole
+            with contextlib.suppress(OSError):  # the first error counts, and without ``last`` nothing is whole
                 self.delete(name, last)
             raise
         shutil.rmtree(folder)
@@ -314,7 +319,7 @@ class RemoteStorage(Storage):
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or what was renamed or made in a folder, last through a power failure."""
+    """Make the content of a file, or the changes in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

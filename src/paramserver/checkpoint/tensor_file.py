@@ -1,10 +1,10 @@
-"""The safetensors format: what stands where in a file of whole tensors. No I/O.
+"""The safetensors format: the layout of a file of whole tensors. No I/O.
 
 Rules
     * A file is the length of its header (u64, little endian), the header (JSON), and the tensors one after the other.
-    * The header follows from names, dtypes and shapes. So several tasks that each hold some rows of a tensor agree on
-      every byte of the file without a word.
-    * Wider dtypes come first, so that each tensor is aligned for its own: readers want no gaps between tensors.
+    * The header depends only on names, dtypes and shapes. So several tasks that each hold some rows of a tensor agree
+      on every byte of the file without any message.
+    * Wider dtypes come first, so that each tensor is aligned for its dtype: readers allow no gaps between tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paramserver.layout.variables import DTYPES
 METADATA = {"format": "pt"}
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-"""What safetensors itself takes."""
+"""Limit for the size of a header in bytes, as in safetensors itself."""
 
 _CODES = {
     "float64": "F64",
@@ -40,29 +40,29 @@ _NAMES = {code: name for name, code in _CODES.items()}
 
 
 class TensorSpec(NamedTuple):
-    """A whole tensor: its dtype, as in ``arena.DTYPES``, and its shape."""
+    """A whole tensor: its dtype, as in ``variables.DTYPES``, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Size of one element in bytes."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all elements."""
+        """Size of all elements in bytes."""
         return math.prod(self.shape) * self.itemsize
 
 
 class FileLayout(NamedTuple):
-    """A file that is to be written.
+    """The layout of a file to be written.
 
     Attributes:
-        header: What it begins with.
-        begins: The byte at which each tensor begins.
-        size: Its bytes.
+        header: Bytes at the beginning of the file, including the length.
+        begins: Byte at which each tensor begins.
+        size: Size of the file in bytes.
     """
 
     header: bytes
@@ -71,7 +71,7 @@ class FileLayout(NamedTuple):
 
 
 def lay_out(tensors: Mapping[str, TensorSpec]) -> FileLayout:
-    """Where each tensor lies, in the given order but for their widths.
+    """Return the layout of a file with these tensors, in the given order within each element size.
 
     >>> layout = lay_out({"flags": TensorSpec("bool", (3,)), "w": TensorSpec("float32", (2, 2))})
     >>> layout.begins["flags"] - layout.begins["w"], layout.size - layout.begins["flags"]
@@ -96,7 +96,7 @@ class FileTensor(NamedTuple):
     Attributes:
         name: Its name.
         spec: Its dtype and shape.
-        begin: The byte of the file at which it begins.
+        begin: Byte of the file at which it begins.
     """
 
     name: str
@@ -111,10 +111,10 @@ class _Entry(msgspec.Struct):
 
 
 def header_length(first: bytes | bytearray, path: str) -> int:
-    """The bytes of the header that follows the first `LENGTH_BYTES` of a file at ``path``.
+    """Return the size in bytes of the header that follows the first `LENGTH_BYTES` of a file at ``path``.
 
     Raises:
-        CheckpointError: If no header is as long.
+        CheckpointError: If no header has this size.
     """
     length = int.from_bytes(first, "little")
     if not 0 < length <= MAX_HEADER_BYTES:
@@ -123,10 +123,10 @@ def header_length(first: bytes | bytearray, path: str) -> int:
 
 
 def parse_header(text: bytes | bytearray, path: str) -> dict[str, FileTensor]:
-    """The tensors of a file at ``path``, by its header without the length.
+    """Return the tensors of a file at ``path`` from its header without the length.
 
     Raises:
-        CheckpointError: If it is no header, or promises tensors of no such size.
+        CheckpointError: If the header is malformed, or the size of a tensor does not match its dtype and shape.
     """
     try:
         entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
@@ -136,11 +136,11 @@ def parse_header(text: bytes | bytearray, path: str) -> dict[str, FileTensor]:
             for name, raw in entries.items()
         }
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, ValueError) as error:
-        raise unreadable(path, f"its header is none: {error}") from error
+        raise unreadable(path, f"its header is malformed: {error}") from error
 
 
 def unreadable(path: str, reason: object) -> CheckpointError:
-    """A file that does not hold what it should."""
+    """Return the error for a file with unexpected content."""
     return CheckpointError(f"checkpoint file {path} cannot be read: {reason}; was it cut short?", path)
 
 

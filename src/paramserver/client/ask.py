@@ -1,4 +1,4 @@
-"""Questions to ps tasks, each with the kind of reply that it expects: any other is an error."""
+"""Questions to ps tasks, each with its expected kind of reply; any other reply is an error."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from paramserver.wire import messages
 from paramserver.wire.refusals import expect
 
 WAIT_INTERVAL = 1.0
-"""Seconds after which a ps answers a wait, so that a connection never looks dead while it waits."""
+"""Seconds after which a ps answers a waiting request, so that a connection never looks dead during a wait."""
 
 R = TypeVar("R", bound=messages.Message)
 OnWait = Callable[[float], None]
 
 
 class Patience:
-    """How long to wait for the chief, from now on and for everything together.
+    """A time limit for waiting for the chief, which starts now and covers all waits together.
 
     Args:
         timeout: Seconds.
-        on_wait: Called about every second with the seconds that were waited so far.
+        on_wait: Called about every second with the seconds waited so far.
     """
 
     def __init__(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
@@ -33,11 +33,14 @@ class Patience:
         self._begun = time.monotonic()
 
     def interval(self) -> float:
-        """Seconds for which a ps may be asked to wait."""
+        """Return the seconds for which a ps may be asked to wait."""
         return min(WAIT_INTERVAL, max(self._timeout - self._waited(), 0.0))
 
     def wait_on(self, failing: str) -> None:
-        """What was waited for is not there yet; `failing` says so.
+        """Check the time limit and call ``on_wait`` after a wait in vain.
+
+        Args:
+            failing: The message about the missing thing, without the time.
 
         Raises:
             DeadlineError: If the time is over.
@@ -54,26 +57,26 @@ class Patience:
 
 
 def ask(lanes: Exchange, lane: Lane, request: messages.Request, kind: type[R]) -> R:
-    """Ask one ps, and wait for its reply."""
+    """Ask one ps, and return its reply."""
     return ask_each(lanes, [Call(lane, request)], kind)[0]
 
 
 def ask_all(lanes: Exchange, request: messages.Request, kind: type[R]) -> list[R]:
-    """Ask every ps the same; their replies, by the index of the ps."""
+    """Ask every ps the same, and return the replies by the index of the ps."""
     return ask_each(lanes, [Call(lane, request) for lane in lanes.each()], kind)
 
 
 def ask_each(lanes: Exchange, calls: Sequence[Call], kind: type[R]) -> list[R]:
-    """Ask several ps tasks at once; their replies, in the order of the calls."""
+    """Ask several ps tasks at once, and return the replies in the order of the calls."""
     return expected(calls, lanes.run(calls).replies, kind)
 
 
 def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: type[R]) -> list[R]:
-    """The replies to these calls, all of which are of a kind.
+    """Return the replies to these calls, after a check that all are of the expected kind.
 
     Raises:
-        ParameterServerError: What a ps has refused with; the first one that did.
-        RemoteProtocolError: If a ps has answered something else.
+        ParameterServerError: If a ps refused; the error of the first one.
+        RemoteProtocolError: If a ps sent another kind of reply.
     """
     return [expect(reply, kind, call.lane.task) for call, reply in zip(calls, replies, strict=True)]
 
@@ -81,17 +84,17 @@ def expected(calls: Sequence[Call], replies: Sequence[messages.Reply], kind: typ
 def ask_until_ready(
     lanes: Exchange, lane: Lane, request: Callable[[float], messages.Request], patience: Patience, failing: str
 ) -> None:
-    """Ask a ps again and again until it says that what was asked for is there.
+    """Ask a ps again and again until it answers that it is ready.
 
     Args:
-        lanes: To all ps tasks.
-        lane: To this one.
-        request: From the seconds after which it is to be answered in any case.
-        patience: How long to go on.
-        failing: What is the matter as long as it is not there, for the message.
+        lanes: The lanes to all ps tasks.
+        lane: The lane to this ps.
+        request: Makes the request from the seconds within which the ps has to answer.
+        patience: The time limit.
+        failing: The message about the missing thing, for the error.
 
     Raises:
-        DeadlineError: If it is not there in time.
+        DeadlineError: If the ps is not ready in time.
         RefusedError: If the chief failed.
     """
     while not ask(lanes, lane, request(patience.interval()), messages.State).ready:

@@ -1,7 +1,7 @@
-"""The worker's half of what takes a ps long: asks it to go on until it is done, and lends it a folder meanwhile.
+"""The worker's half of long requests to a ps: keeps them going until they are done, and lends a folder meanwhile.
 
-The other half is `jobs`. A ps that sees the folder reads and writes there by itself and says no more than that it is
-still at it; one that does not see it says what to read or write next.
+The other half is `server.checkpoints`. A ps that sees the folder reads and writes there itself and only reports that it
+is still at work; a ps that does not see the folder asks this task to read or write for it.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from paramserver.wire.refusals import raised
 
 
 class Files(Protocol):
-    """Carries out what ps tasks ask for: a folder, or files in memory."""
+    """Carries out reads and writes for ps tasks: a folder, or files in memory."""
 
     def carry_out(self, step: Read | Write) -> None:
-        """Read or write."""
+        """Carry out one read or write."""
 
 
 def ask_at_length(lanes: Exchange, calls: Sequence[Call], directory: Path, interval: float) -> list[messages.Reply]:
-    """Ask several ps tasks at once; their last answers. Blocks for as long as it takes.
+    """Ask several ps tasks at once, and return their last answers. Blocks until all are done.
 
     Args:
-        lanes: To all ps tasks.
-        calls: What to ask, one for each ps.
-        directory: Where those that do not see it have this task read and write.
-        interval: Seconds after which each ps is to be heard of.
+        lanes: The lanes to all ps tasks.
+        calls: The calls, one for each ps.
+        directory: Folder in which this task reads and writes for ps tasks that do not see it.
+        interval: Seconds after which each ps has to report.
 
     Raises:
         UnavailableError: If a ps is lost.
-        ParameterServerError: If a ps refuses; the first one that does.
-        CheckpointError: If something cannot be read or written.
+        ParameterServerError: If a ps refuses; the error of the first one.
+        CheckpointError: If a file cannot be read or written.
     """
     with CheckpointFolder(directory) as folder:
         return ask_with_files(lanes, calls, folder, interval)
 
 
 def ask_with_files(lanes: Exchange, calls: Sequence[Call], files: Files, interval: float) -> list[messages.Reply]:
-    """`ask_at_length` with files of any kind, which this task reads and writes for the ps tasks."""
+    """Do `ask_at_length` with any kind of files, which this task reads and writes for the ps tasks."""
     last: dict[Lane, messages.Reply] = {}
     going_on = list(calls)
     while going_on:
         replies = lanes.run(going_on).replies
-        timeout = 0.0 if _asks_for_more(replies) else interval  # let nobody wait for the disk of another
+        timeout = 0.0 if _asks_for_more(replies) else interval  # no ps waits for the disk of another
         asked, going_on = going_on, []
         for (lane, *_), reply in zip(asked, replies, strict=True):
             if isinstance(reply, messages.Refused):
@@ -64,7 +64,7 @@ def _asks_for_more(replies: Iterable[messages.Reply]) -> bool:
 
 
 def _content(files: Files, reply: messages.Underway | messages.FilePiece | messages.Wanted) -> bytes:
-    """Read or write for a ps; what it asked for."""
+    """Read or write for a ps, and return the bytes it asked for."""
     match reply:
         case messages.FilePiece(file, size, is_shared, offset, content):
             files.carry_out(Write(file, size, is_shared, offset, memoryview(content)))

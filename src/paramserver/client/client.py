@@ -1,4 +1,4 @@
-"""The worker's view of all parameter servers: splits a request by ps, joins the replies."""
+"""The worker's view of all parameter servers: splits a request by ps and joins the replies."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from paramserver.wire.messages import Part
 from paramserver.wire.payload import dense_pieces
 
 SLOTS_FILE = "slots"
-"""What ps tasks call the file of slots that this task holds in memory for them."""
+"""File name under which the ps tasks refer to the slots that this task holds in memory for them."""
 
 RETURN_TIME = 60.0
-"""Seconds that a chief whose connection to a ps was made anew waits for workers that may be about to do the same."""
+"""Seconds that a chief with a renewed connection waits for workers that may be about to renew theirs."""
 
 
 class PushResult(NamedTuple):
-    """What came of a push.
+    """Result of a push.
 
     Attributes:
-        global_step: Updates of the model after it.
-        staleness: Updates by others between the pull of the values that its gradients were computed from, and it.
+        global_step: Updates of the model after the push.
+        staleness: Updates by other workers since the pull of the values that the gradients were computed from.
     """
 
     global_step: int
@@ -45,13 +45,13 @@ class PushResult(NamedTuple):
 
 
 class PushTemplate(NamedTuple):
-    """What a push to one ps is about, apart from its number and its rows of tables; the same in most steps.
+    """Content of a push to one ps, without its number and its table rows; the same in most steps.
 
     Attributes:
-        parts: What it does.
-        pull: The arenas whose values come back.
-        outgoing: The pieces of gradients that it sends.
-        incoming: The pieces of values that come back.
+        parts: Operations on the arenas of the ps.
+        pull: Arenas whose values come back.
+        outgoing: Pieces of gradients to send.
+        incoming: Pieces of values to receive.
     """
 
     parts: tuple[Part, ...]
@@ -62,13 +62,13 @@ class PushTemplate(NamedTuple):
 
 @dataclass
 class PushTimes:
-    """Seconds that all pushes to one ps have taken.
+    """Seconds spent on all pushes to one ps.
 
     Attributes:
         task: The ps.
-        sending: Until they were handed over.
-        waiting: In which the answer was then waited for, one ps after the other.
-        applying: In which the ps applied them meanwhile, as it says itself.
+        sending: Until the pushes were handed over to the lane.
+        waiting: Waiting for the answers after that, one ps after the other.
+        applying: Applying the pushes meanwhile, as reported by the ps.
     """
 
     task: str
@@ -88,11 +88,11 @@ class ParameterClient:
         dialer: As for `Exchange`.
 
     Attributes:
-        lanes: The lanes.
-        variables: Those of the program's own.
-        global_step: Updates of the model, as the ps tasks last told it, and one that is on its way.
-        local_step: The global step of the values that are here, from which staleness is counted.
-        push_times: For each ps.
+        lanes: The `Exchange` over the lanes.
+        variables: The program's own variables.
+        global_step: Updates of the model as last reported by the ps tasks, plus one that is under way.
+        local_step: The global step of the values held here, from which staleness is counted.
+        push_times: Times of all pushes, for each ps.
         emptied: The ps tasks, by index, that had lost their values when the chief came back by `resume`.
     """
 
@@ -109,76 +109,87 @@ class ParameterClient:
     # --- start
 
     def create(self, layouts: Sequence[Sequence[ArenaLayout]]) -> bool:
-        """The chief creates the arenas, one list of layouts for each ps; whether all of them are ready already."""
+        """Create the arenas, as the chief, and return whether all of them are ready already.
+
+        Args:
+            layouts: One list of layouts for each ps.
+        """
         return all(self._declare(layouts, create=True))
 
     def await_ready(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
         """Wait until the chief has initialized the variables on every ps.
 
         Args:
-            timeout: Seconds to wait for, in all.
-            on_wait: Called about every second with the seconds that were waited so far.
+            timeout: Seconds to wait in total.
+            on_wait: Called about every second with the seconds waited so far.
 
         Raises:
-            DeadlineError: If it has not by then.
+            DeadlineError: If the chief has not initialized the variables by then.
             RefusedError: If the chief failed.
         """
         self._await_ready(Patience(timeout, on_wait))
 
     def join(self, layouts: Sequence[Sequence[ArenaLayout]]) -> None:
-        """Every other worker declares the arenas it expects.
+        """Declare the arenas that this worker expects, as every worker but the chief does.
 
         Raises:
-            ModelMismatchError: If a ps holds others, naming the first variable that differs.
+            ModelMismatchError: If a ps holds other arenas; the message names the first variable that differs.
         """
         self._declare(layouts, create=False)
 
     def open(self) -> list[WorkerMemory]:
-        """Make the memory for the declared arenas, for each ps."""
+        """Make the memory for the declared arenas, and return it for each ps."""
         lanes = self.lanes
         lanes.memories = [lane.open(layouts) for lane, layouts in zip(lanes.each(), lanes.layouts, strict=True)]
         return lanes.memories
 
     def renew_gradients(self, ps: int) -> WorkerMemory:
-        """Go on with new, zeroed memory for the gradients of a ps: a program still refers to the present one."""
+        """Replace the gradient memory of a ps by new, zeroed memory, and return the memory for the ps.
+
+        The program may go on referring to the old gradient memory.
+        """
         self.lanes.mend()
         memory = self.lanes.memories[ps] = self.lanes.each()[ps].renew()
         return memory
 
     def mark_ready(self, global_step: int) -> None:
-        """The chief has initialized the variables: let the others begin."""
+        """Announce, as the chief, that the variables are initialized, so that the other workers begin."""
         epoch = secrets.token_hex(8)
         ask_all(self.lanes, messages.MarkReady(global_step, epoch), messages.Done)
         self.lanes.epochs = [epoch] * len(self.push_times)
         self._arrived(global_step)
 
     def mark_restored(self, global_step: int | None) -> None:
-        """The chief has restored a checkpoint after `mark_ready`, or found none (None): let those that wait go on."""
+        """Announce, as the chief, that a checkpoint was restored after `mark_ready`, so that waiting workers go on.
+
+        Args:
+            global_step: The step of the checkpoint; None if there was no checkpoint.
+        """
         ask_all(self.lanes, messages.MarkRestored(global_step), messages.Done)
         if global_step is not None:
             self._arrived(global_step)
 
     def await_restored(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
-        """Wait for the chief's `mark_restored`, or until somebody has made an update, as `await_ready` does."""
+        """Wait, as `await_ready` does, until the chief has called `mark_restored` or any worker has made an update."""
         lane = self.lanes.each()[0]
         failing = "the chief has not restored a checkpoint, as this worker was told that it does"
         ask_until_ready(self.lanes, lane, messages.AwaitRestored, Patience(timeout, on_wait), failing)
 
     def is_beyond_restoring(self) -> bool:
-        """Whether the ps tasks hold values that a checkpoint was restored into, or that were trained."""
+        """Return whether the ps tasks hold values that were restored from a checkpoint or trained."""
         return ask(self.lanes, self.lanes.each()[0], messages.AwaitRestored(0.0), messages.State).ready
 
     def resume(self, timeout: float, on_wait: OnWait = lambda _: None, *, is_chief: bool) -> bool:
-        """Connect to all ps tasks anew, after one was lost, and go on.
+        """Connect to all ps tasks anew after one was lost, and go on.
 
-        The memory stays the same; what was under way is not made up for. What a ps does not hold any more, the chief
-        makes anew, without values: unless this returns True, it has to initialize the variables and `mark_ready`.
-        Everyone else waits for that here.
+        The memory stays the same, and interrupted requests are not repeated. The chief creates again, without values,
+        the arenas that a ps has lost: unless this returns True, the chief has to initialize the variables and call
+        `mark_ready`. All other workers wait here for that.
 
         Args:
-            timeout: Seconds to wait for the ps tasks, and again for the chief, in all.
+            timeout: Seconds to wait for the ps tasks in total, and then as long again for the chief.
             on_wait: As for `await_ready`.
-            is_chief: Whether this task initializes.
+            is_chief: Whether this task initializes the variables.
 
         Returns:
             Whether all ps tasks hold values.
@@ -198,16 +209,16 @@ class ParameterClient:
         return is_ready
 
     def num_variables(self, ps: int) -> int:
-        """How many variables of the model, or parts of them, lie on a ps."""
+        """Return the number of model variables, or parts of partitioned ones, on a ps."""
         return sum(len(layout.variables) for layout in self.lanes.layouts[ps])
 
     # --- steps
 
     def plan(self, parts: Sequence[Sequence[Part]], pull: Sequence[Sequence[int]]) -> list[PushTemplate]:
-        """What `push_pull` is to do, worked out once for all steps that do the same.
+        """Return the push templates for `push_pull`, computed once for all steps that do the same.
 
         Args:
-            parts: For each ps, what to do to its arenas.
+            parts: For each ps, the operations on its arenas.
             pull: For each ps, the arenas to pull.
         """
         return [
@@ -216,16 +227,16 @@ class ParameterClient:
         ]
 
     def next_number(self) -> int:
-        """A number for one push to all ps tasks."""
+        """Return a new number for one push to all ps tasks."""
         return next(self._sequence)
 
     def has_begun(self, number: int) -> bool:
-        """Whether a push was begun, and so is applied by every ps by now, or after `finish_push`."""
+        """Return whether a push was begun, and so is applied by every ps by now or after `finish_push`."""
         return self.lanes.begun >= number
 
     @property
     def refusing(self) -> Collection[int]:
-        """The ps tasks, by index, that have refused the last push; no values of theirs have come."""
+        """The ps tasks, by index, that refused the last push; their values were not received."""
         return self.lanes.refusing
 
     def push_pull(
@@ -237,16 +248,16 @@ class ParameterClient:
         meanwhile: Meanwhile = nothing,
         number: int | None = None,
     ) -> PushResult:
-        """Push what lies in the gradient memory, and bring the value memory up to date. The hot path.
+        """Push the content of the gradient memory, and bring the value memory up to date. The hot path.
 
-        If it is interrupted, the memory of both must stay as it is until `finish_push` has returned.
+        After an interrupt, the gradient and value memory must stay unchanged until `finish_push` has returned.
 
         Args:
-            plans: What to do, for each ps; see `plan`.
-            counts: Whether this is an update of the model, which the global step counts.
-            rows: For each ps, what the parts that are about tables push, in their order; None if there is none.
-            meanwhile: Called once all is pushed, before values come; see `Exchange.exchange`.
-            number: Of `next_number`, for `has_begun`.
+            plans: The push templates, for each ps; see `plan`.
+            counts: Whether the global step counts this push as an update of the model.
+            rows: For each ps, the rows for the parts that concern tables, in the order of these parts; None for none.
+            meanwhile: Called after everything is pushed and before values arrive; see `Exchange.exchange`.
+            number: The number from `next_number`, for `has_begun`.
         """
         calls = self._push(number or self.next_number(), plans, counts, self.local_step, rows)
         return self._pushed(calls, self.lanes.run(calls, meanwhile))
@@ -260,7 +271,7 @@ class ParameterClient:
         rows: Sequence[Sequence[TableRows]] | None = None,
         number: int | None = None,
     ) -> None:
-        """`push_pull` on a thread: until `finish_push` has returned, nobody else may touch the memory of both.
+        """Run `push_pull` on a thread; until `finish_push` returns, only that thread may touch gradients and values.
 
         Args:
             plans: As for `push_pull`.
@@ -274,14 +285,14 @@ class ParameterClient:
         self.global_step += counts
 
     def finish_push(self) -> PushResult | None:
-        """Wait for `begin_push_pull`, or make up for a push that was interrupted; None if there is neither. Blocks.
+        """Wait for `begin_push_pull`, or complete an interrupted push; return None if there was neither. Blocks.
 
         Raises:
-            ParameterServerError: What `push_pull` would.
+            ParameterServerError: Any error that `push_pull` raises.
         """
         if self._aside is not None:
             calls, replies = self._aside
-            wait([replies])  # an interrupt leaves it under way
+            wait([replies])  # an interrupt here leaves the push under way
             self._aside = None
             answers = replies.result()
             if answers.replies:
@@ -293,7 +304,7 @@ class ParameterClient:
         return PushResult(applied[0].global_step, applied[0].staleness)
 
     def pull(self, arenas: Sequence[Sequence[int]]) -> int:
-        """Bring the value memory of these arenas of each ps up to date; the global step."""
+        """Bring the value memory of these arenas of each ps up to date, and return the global step."""
         calls = [
             Call(lane, messages.Pull(tuple(wanted)), (), _whole(layouts, wanted))
             for lane, layouts, wanted in zip(self.lanes.each(), self.lanes.layouts, arenas, strict=True)
@@ -302,14 +313,14 @@ class ParameterClient:
         return self.global_step
 
     def copy_rows(self, ps: int, arena: int, rows: TableRows) -> bool:
-        """Copy rows of a table if that takes no request; whether it did. See `Lane.copy_rows`."""
+        """Copy rows of a table if that needs no request, and return whether they were copied. See `Lane.copy_rows`."""
         return self.lanes.each()[ps].copy_rows(arena, rows)
 
     def pull_rows(self, wanted: Sequence[tuple[int, int, TableRows]]) -> None:
-        """Fetch rows of tables, by one request to each ps.
+        """Fetch rows of tables with one request to each ps.
 
         Args:
-            wanted: The ps, the arena of the table there, and the rows, whose values are filled.
+            wanted: The ps, the arena of the table on that ps, and the rows, whose values are filled in.
         """
         lanes = self.lanes.each()
         missing: dict[int, list[tuple[int, TableRows]]] = {}
@@ -320,22 +331,22 @@ class ParameterClient:
             ask_each(self.lanes, [_pull_rows(lanes[ps], tables) for ps, tables in missing.items()], messages.State)
 
     def read_global_step(self) -> int:
-        """Ask ps:0 for the global step."""
+        """Ask ps:0 for the global step and return it."""
         self.global_step = ask(self.lanes, self.lanes.each()[0], messages.Pull(()), messages.State).global_step
         return self.global_step
 
     # --- the chief's duties
 
     def save(self, directory: str) -> list[messages.Saved]:
-        """Have every ps write its shard into ``directory``, all at once; this task writes for those that do not see it.
+        """Have all ps tasks write their shards into ``directory`` at once; this task writes where a ps does not see it.
 
-        Blocks for as long as it takes; a ps that is lost meanwhile is noticed.
+        Blocks until all shards are written; the loss of a ps is noticed meanwhile.
 
         Args:
-            directory: An absolute path of a folder that is there, of a name that no other folder has.
+            directory: The absolute path of an existing folder, whose name no other folder has.
 
         Raises:
-            CheckpointError: If it cannot be written.
+            CheckpointError: If the shards cannot be written.
             NotFiniteError: If a trained variable is not finite.
         """
         lanes = self.lanes.each()
@@ -351,7 +362,7 @@ class ParameterClient:
             directory: An absolute path.
 
         Raises:
-            CheckpointError: If it is cut short or belongs to another model.
+            CheckpointError: If the checkpoint is truncated or belongs to another model.
         """
         folder = Path(directory)
         weight_map, slot_map = read_index(folder / VALUES_INDEX), read_index(folder / SLOTS_INDEX)
@@ -362,8 +373,8 @@ class ParameterClient:
     def read_slots(self, variables: Sequence[str]) -> dict[str, torch.Tensor]:
         """Fetch the slots of variables from the ps tasks, by names such as ``fc.weight/exp_avg``.
 
-        Each is of the shape of its whole variable (of a scalar, ``[1]``), or a scalar. The values and slots of a block
-        of elements are of one moment; pushes go on meanwhile. Blocks as `save` does.
+        Each slot has the shape of its whole variable (``[1]`` for a scalar variable) or is a scalar. The values and
+        slots of a block of elements belong to one moment; pushes go on meanwhile. Blocks as `save` does.
         """
         files, lanes = MemoryFiles(), self.lanes.each()
         names = tuple(variables)
@@ -376,11 +387,11 @@ class ParameterClient:
         """Replace the slots of variables on the ps tasks. Blocks as `save` does.
 
         Args:
-            groups: The variables, which begin anew where ``slots`` has none, and the settings of their rules.
+            groups: The variables, with the settings of their rules. A variable without slots in ``slots`` begins anew.
             slots: As `read_slots` returns them; contiguous, on the CPU.
 
         Raises:
-            CheckpointError: If they are not the slots of the rule with these settings.
+            CheckpointError: If ``slots`` are not the slots of the rule with these settings.
         """
         files = MemoryFiles()
         files.add(SLOTS_FILE, slots)
@@ -391,11 +402,11 @@ class ParameterClient:
     def await_workers(self, on_wait: Callable[[tuple[str, ...]], None] = lambda _: None) -> None:
         """Wait until this task is the only one that still trains. Blocks for as long as the others take.
 
-        All ps tasks are asked at once, so that the loss of any of them is noticed. After this task has lost one, those
+        All ps tasks are asked at once, so that the loss of any ps is noticed. After this task has lost a ps, workers
         that have lost it too get `RETURN_TIME` to come back.
 
         Args:
-            on_wait: Called about every second with the tasks that are waited for.
+            on_wait: Called about every second with the tasks that are still training.
         """
         while tasks := self._who_trains():
             on_wait(tuple(sorted(tasks)))
@@ -403,16 +414,16 @@ class ParameterClient:
     # --- any time
 
     def status(self) -> list[messages.Status]:
-        """What each ps holds and has done."""
+        """Ask each ps for its contents and counters, and return them by the index of the ps."""
         return ask_all(self.lanes, messages.GetStatus(), messages.Status)
 
     def goodbye(self, failure: str = "") -> None:
-        """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent."""
+        """Tell every ps that this task has finished, or why it cannot go on, then close. Idempotent."""
         self.lanes.goodbye(failure)
         self.lanes.memories = []  # their files are closed with them
 
     def close(self) -> None:
-        """Close the connections without a word. Idempotent."""
+        """Close the connections without a goodbye. Idempotent."""
         self.lanes.close()
         self.lanes.memories = []
 
@@ -420,7 +431,7 @@ class ParameterClient:
         return f"<ParameterClient of {self.lanes} at global step {self.global_step}>"
 
     def _arrived(self, global_step: int) -> None:
-        """Values of this step are here."""
+        """Note that the values of this step are here."""
         self.global_step = self.local_step = global_step
 
     def _push(
@@ -458,13 +469,13 @@ class ParameterClient:
             times.applying += each.seconds
         first = applied[0]
         self.local_step = first.global_step
-        self.global_step = max(self.global_step, first.global_step)  # it may have been asked for meanwhile
+        self.global_step = max(self.global_step, first.global_step)  # a newer one may have been read meanwhile
         return PushResult(first.global_step, first.staleness)
 
     def _who_trains(self) -> set[str]:
         may_return = time.monotonic() < self.lanes.renewed_at + RETURN_TIME
         replies = ask_all(self.lanes, messages.AwaitWorkers(WAIT_INTERVAL, may_return), messages.Remaining)
-        absent = set.intersection(*(set(each.absent) for each in replies))  # no ps has had their goodbye
+        absent = set.intersection(*(set(each.absent) for each in replies))  # no ps has received their goodbye
         return absent.union(*(each.tasks for each in replies))
 
     def _await_ready(self, patience: Patience) -> None:
@@ -513,7 +524,7 @@ def _whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> tuple[Piece
 
 
 def _names(layouts: Sequence[Sequence[ArenaLayout]]) -> set[str]:
-    """The variables of a model, those that are partitioned by the name of the whole."""
+    """Return the names of a model's variables; a partitioned variable is named as a whole."""
     return {
         variable.shard.variable if variable.shard else variable.name
         for ps_layouts in layouts

@@ -1,4 +1,4 @@
-"""The lanes to all parameter servers of a run, asked and answered together."""
+"""The lanes to all parameter servers of a run, used together."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ logger = logging.getLogger(__name__)
 Meanwhile = Callable[[], None]
 
 NUMBERED = (messages.Push, messages.UpdateVariable)
-"""Requests that a ps carries out once, however often they are made."""
+"""Requests that a ps carries out once, however often they arrive."""
 
 
 def nothing() -> None:
-    """What is done meanwhile, by default."""
+    """Do nothing; the default for `Meanwhile`."""
 
 
 class Dialer(Protocol):
-    """Connects this task to the ps tasks of its run, as often as it takes, as the same incarnation."""
+    """Connects this task to the ps tasks of its run, any number of times, always as the same incarnation."""
 
     def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
-        """Connect to every ps within so many seconds in all, by lanes that can go on with the memory that is kept.
+        """Connect to every ps within ``timeout`` seconds in total, by lanes that can go on with the ``kept`` memory.
 
         Raises:
-            ParameterServerError: If that fails.
+            ParameterServerError: If a connection fails.
         """
 
     def redial(self, ps: int, kept: WorkerMemory | None) -> Lane:
-        """Connect to one that was there a moment ago, by a lane that can go on with the memory that is kept.
+        """Connect to a ps that was there a moment ago, by a lane that can go on with the ``kept`` memory.
 
         Raises:
-            UnavailableError: If it is not any more.
+            UnavailableError: If the ps is not there any more.
         """
 
 
 class Call(NamedTuple):
-    """A request to one ps, and the pieces and the rows of tables that go and come with it."""
+    """A request to one ps, with the pieces and table rows that are sent and received with it."""
 
     lane: Lane
     request: messages.Request
@@ -59,12 +59,12 @@ class Call(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The answers to several calls, in their order.
+    """Answers to several calls, in the order of the calls.
 
     Attributes:
         replies: The replies.
         sending: Seconds until each call was handed over.
-        waiting: Seconds in which each answer was then waited for, one after the other.
+        waiting: Seconds spent waiting for each answer after that, one after the other.
     """
 
     replies: list[messages.Reply]
@@ -73,12 +73,12 @@ class Answers(NamedTuple):
 
 
 class _Outstanding(NamedTuple):
-    """What was begun, and is not answered yet.
+    """Calls that were begun and are not answered yet.
 
     Attributes:
         calls: By the index of the ps.
         number: The highest number of a request that was ever begun.
-        aside: If a thread of its own is to ask.
+        aside: Set if a thread of its own carries out the calls.
     """
 
     calls: dict[int, Call]
@@ -87,9 +87,9 @@ class _Outstanding(NamedTuple):
 
 
 class _Aside:
-    """An exchange on a thread of its own, which the thread that asked may take back, as long as it has not begun.
+    """An exchange on a thread of its own, which the asking thread may take back as long as it has not begun.
 
-    No lock: an interrupt may come between the end of a ``with`` statement and the release of its lock.
+    Uses no lock: an interrupt may come between the end of a ``with`` statement and the release of its lock.
     """
 
     def __init__(self) -> None:
@@ -97,44 +97,44 @@ class _Aside:
         self._is_over = threading.Event()
 
     def take(self) -> bool:
-        """Whether this thread is the one to ask; once it is, it stays so."""
+        """Return whether this thread carries out the exchange; the answer for a thread never changes."""
         mine = threading.get_ident()
-        return self._owner.setdefault("thread", mine) == mine  # one of the threads is first
+        return self._owner.setdefault("thread", mine) == mine  # atomic: the first thread wins
 
     def end(self) -> None:
-        """The thread of its own has asked, and has all answers that there will be."""
+        """Note that the thread of its own is done and has received all answers that will come."""
         self._is_over.set()
 
     def wait(self) -> None:
-        """Wait until it has ended."""
+        """Wait until `end` is called."""
         self._is_over.wait()
 
 
 class Exchange:
-    """The lanes to every ps, kept in step: what was asked is answered before anything else is asked.
+    """The lanes to every ps, kept in step: each request is answered before the next one is sent.
 
-    Apart from the client, so that what ends the connections when the client is collected need not hold the client.
+    Separate from the client, so that the finalizer that closes the connections does not hold the client.
 
     Rules
-        * An exchange may end at any point by an exception of any kind: an interrupt, a time limit that a program sets,
-          a lost connection. A lane on which an answer is outstanding then is of no use any more: its next bytes belong
-          to that answer. It is made anew before anything else is asked.
-        * Requests that have a number are asked once more then, with the same number: a ps carries out a number once,
-          and goes on where it stopped. So an update that was begun is made whole, on every ps.
-        * A forked child inherits the connections, and asks nothing.
+        * Any exception may end an exchange at any point: an interrupt, a program's own time limit, a lost connection. A
+          lane with an outstanding answer is then unusable, because its next bytes belong to that answer. It is replaced
+          before anything else is asked.
+        * Numbered requests are then sent once more with the same number: a ps carries out each number once, and goes on
+          where it stopped. So an update that was begun is completed on every ps.
+        * A forked child inherits the connections, and must not use them.
 
     Args:
-        lanes: By the ps's index. Owned by this object from now on.
-        dialer: Connects once more; None if nothing does.
+        lanes: By the index of the ps. Owned by this object from now on.
+        dialer: Makes new connections; None if lost connections stay lost.
 
     Attributes:
         dialer: See above.
-        layouts: What was declared to each ps.
-        memories: The memory for it, once it is made.
-        epochs: The name of its values; see `wire.messages.MarkReady`.
-        renewed_at: When a lane was last made anew, by the monotonic clock.
+        layouts: The declared layouts, for each ps.
+        memories: The memory for the layouts, for each ps; empty until it is made.
+        epochs: The epoch of the values of each ps; see `wire.messages.MarkReady`.
+        renewed_at: When a lane was last replaced, by the monotonic clock.
         has_updated: Whether an update of the model was pushed.
-        refusing: The ps tasks, by index, that have refused the last push.
+        refusing: The ps tasks, by index, that refused the last push.
     """
 
     def __init__(self, lanes: Sequence[Lane], dialer: Dialer | None = None) -> None:
@@ -154,7 +154,7 @@ class Exchange:
         self._aside: Future[Answers] | None = None
 
     def each(self) -> list[Lane]:
-        """The lanes, by index.
+        """Return the lanes, by index.
 
         Raises:
             LocalProtocolError: After `goodbye` or `close`, and in a forked child.
@@ -170,22 +170,22 @@ class Exchange:
         return self._lanes
 
     def run(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
-        """Ask several ps tasks at once. The answers of all are taken in, also if one is lost.
+        """Ask several ps tasks at once. All answers are received, even if a ps is lost.
 
         Args:
-            calls: What to ask; one for each ps at most.
-            meanwhile: Called while the ps tasks are at work, before the first answer is taken in.
+            calls: The calls, at most one for each ps.
+            meanwhile: Called while the ps tasks are at work, before the first answer is received.
 
         Raises:
-            UnavailableError: If one of them is lost; the first one that is.
-            LocalProtocolError: If two calls are for one ps.
+            UnavailableError: If a ps is lost; the error of the first lost ps.
+            LocalProtocolError: If two calls are for the same ps.
         """
         if self._later:
             self.mend()
         return self._run(self._begin(calls), meanwhile)
 
     def run_in_turn(self, calls: Sequence[Call]) -> list[messages.Reply]:
-        """Ask one thing after another, all of which have numbers; if that is interrupted, `mend` asks the rest."""
+        """Carry out numbered calls one after another; if this is interrupted, `mend` carries out the rest."""
         tasks = [self._numbers[call.lane.task] for call in calls]
         self._mend(tasks)
         self._later = list(zip(tasks, calls, strict=True))
@@ -196,9 +196,9 @@ class Exchange:
         return replies
 
     def run_aside(self, calls: Sequence[Call]) -> Future[Answers]:
-        """`run` on a thread of its own; whatever is asked next waits until it is over. Does not block for long.
+        """Do `run` on a thread of its own; the next request waits until that is over. Does not block for long.
 
-        Until then the memory that the pieces lie in belongs to that thread.
+        Until then the memory of the pieces belongs to that thread.
         """
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange")
@@ -209,7 +209,7 @@ class Exchange:
         return self._aside
 
     def mend(self) -> list[messages.Reply]:
-        """Wait for what is under way, and make up for what was interrupted; the answers to that. Blocks.
+        """Wait for calls under way, complete interrupted ones, and return the answers to the latter. Blocks.
 
         Raises:
             UnavailableError: If a ps cannot be reached any more, or holds nothing of this run.
@@ -217,7 +217,7 @@ class Exchange:
         return self._mend(range(len(self._lanes)))
 
     def _mend(self, tasks: Container[int]) -> list[messages.Reply]:
-        """`mend` for some of the ps tasks; another one may be lost."""
+        """Do `mend` for some of the ps tasks only; the others may be lost."""
         if self._aside is not None:
             wait([self._aside])
             self._aside = None
@@ -231,11 +231,11 @@ class Exchange:
 
     @property
     def begun(self) -> int:
-        """The highest number of a request that was begun: it was carried out by now, or `mend` asks it once more."""
+        """The highest number of a request that was begun: it is carried out by now, or `mend` sends it once more."""
         return self._outstanding.number
 
     def _begin(self, calls: Sequence[Call], aside: _Aside | None = None) -> Sequence[Call]:
-        """Begin to ask, by lanes that are of use; the calls with the lanes that there are by then."""
+        """Register calls as begun, on usable lanes, and return the calls with the lanes to use for them."""
         self.each()
         unanswered = {self._numbers[call.lane.task]: call for call in calls}
         if len(unanswered) < len(calls):
@@ -247,7 +247,7 @@ class Exchange:
         if any(call.lane is not self._lanes[ps] for ps, call in unanswered.items()):
             calls = [call._replace(lane=self._lanes[self._numbers[call.lane.task]]) for call in calls]
         number = max(map(_number_of, calls), default=0)
-        # In one go, so that an interrupt finds that all of it has begun, or nothing.
+        # One assignment, so that after an interrupt either all calls have begun or none.
         self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number), aside)
         return calls
 
@@ -259,7 +259,7 @@ class Exchange:
         for call in calls:
             try:
                 call.lane.start(call.request, call.outgoing, call.rows_out)
-            except LocalProtocolError as error:  # before anything was sent
+            except LocalProtocolError as error:  # raised before anything is sent
                 failures.append(error)
                 del self._outstanding.calls[self._numbers[call.lane.task]]
             except ParameterServerError as error:
@@ -284,7 +284,7 @@ class Exchange:
 
     def _run_aside(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
         assert begun.aside is not None  # noqa: S101  # it was begun so
-        if not begun.aside.take():  # the thread that asked was interrupted, and has made up for it
+        if not begun.aside.take():  # the asking thread was interrupted, and has made up for this exchange
             return Answers([], [], [])
         try:
             return self._run(calls)
@@ -314,7 +314,7 @@ class Exchange:
         return replies
 
     def _made_anew(self, ps: int) -> Lane:
-        """A new lane to a ps, in the place of the one that is of no use any more."""
+        """Replace the unusable lane to a ps by a new one, and return it."""
         old = self._lanes[ps]
         old.close()
         if self.dialer is None:
@@ -344,19 +344,19 @@ class Exchange:
             )
 
     def replace(self, lanes: Sequence[Lane]) -> None:
-        """Go on with other lanes to the same ps tasks; the present ones are closed without a word.
+        """Go on with other lanes to the same ps tasks, and close the present ones without a goodbye.
 
-        What was interrupted is not made up for.
+        Interrupted requests are not repeated.
         """
         self.close()
         self._lanes = list(lanes)
         self.renewed_at = time.monotonic()
 
     def goodbye(self, failure: str = "") -> None:
-        """Tell every ps that this task has finished, or why it cannot go on; then close. Idempotent.
+        """Tell every ps that this task has finished, or why it cannot go on, then close. Idempotent.
 
-        A lane that was left in the middle of a request, by an interrupt perhaps, is closed without a word: the peer
-        would take the word for the rest of that request.
+        A lane left in the middle of a request, perhaps by an interrupt, is closed without a goodbye: the peer would
+        read the goodbye as the rest of that request.
         """
         if self._pid != os.getpid():
             return
@@ -373,15 +373,15 @@ class Exchange:
                     lane.start(messages.Goodbye(failure))
                     lane.finish()
                 except ParameterServerError as error:
-                    logger.debug("%s was told goodbye in vain: %s", lane.task, str(error))
+                    logger.debug("%s did not receive the goodbye: %s", lane.task, str(error))
         self.close()
 
     def close(self) -> None:
-        """Close the connections without a word. Idempotent."""
+        """Close the connections without a goodbye. Idempotent."""
         if self._pid != os.getpid():
-            return  # that would end them for the parent
+            return  # closing would end the connections of the parent
         for lane in self._lanes:
-            lane.close()  # which wakes a thread that waits for it
+            lane.close()  # also wakes a thread that waits on this lane
         self._lanes, self._later = [], []
         self._outstanding = _Outstanding({}, self._outstanding.number)
         if self._executor is not None:

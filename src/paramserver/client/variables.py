@@ -1,6 +1,6 @@
-"""Variables of the program's own, as a worker sees them: made by the chief, read and updated by everyone.
+"""The program's own variables, as a worker sees them: created by the chief, read and updated by every worker.
 
-Their values stand in the messages, block by block.
+Their values travel inside the messages, block by block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paramserver.wire.values import packed, unpacked
 
 
 class _Made(NamedTuple):
-    """Where a variable is, and the values that it was made with, None if others made it."""
+    """A variable, its ps, and the values it was created with; the values are None if another task created it."""
 
     ps: int
     variable: VariableSpec
@@ -31,11 +31,11 @@ class _Made(NamedTuple):
 
 
 class OwnVariables:
-    """The variables of the program's own on all ps tasks. Not thread-safe; errors are those of `ParameterClient`.
+    """The program's own variables on all ps tasks. Not thread-safe; errors are those of `ParameterClient`.
 
     Args:
-        lanes: To all ps tasks.
-        sequence: Numbers for updates, ascending; shared with what else is pushed.
+        lanes: The lanes to all ps tasks.
+        sequence: Ascending numbers for updates, shared with all other pushes.
     """
 
     def __init__(self, lanes: Exchange, sequence: Iterator[int]) -> None:
@@ -47,42 +47,42 @@ class OwnVariables:
         self._made: list[_Made] = []
 
     def unique_name(self, name: str) -> str:
-        """A name that no variable has: ``name``, or else ``name_1``, ``name_2`` and so on.
+        """Return a name that no variable has: ``name``, or else ``name_1``, ``name_2`` and so on.
 
-        It counts as taken once `finish` was told of it: a variable whose creation was interrupted is created again
-        under the same name. The same calls in the same order give the same names on every worker.
+        The name counts as taken after `finish` was called with it, so a variable whose creation was interrupted is
+        created again under the same name. The same calls in the same order give the same names on every worker.
         """
         taken = self._names | self._model_names
         numbered = (f"{name}_{number}" for number in itertools.count(1))
         return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
     def ps_of(self, name: str, place: Callable[[], int]) -> int:
-        """The ps for a variable, or a part of one: by ``place``, or where its creation was begun before."""
+        """Return the ps for a variable or a part of one: where its creation was begun before, or else ``place()``."""
         if name not in self._begun:
             self._begun[name] = place()
         return self._begun[name]
 
     def finish(self, name: str, parts: Iterable[str]) -> None:
-        """A variable is created, which has these parts."""
+        """Note that a variable with these parts is created."""
         self._names.add(name)
         for part in parts:
             self._begun.pop(part, None)
 
     @property
     def names(self) -> frozenset[str]:
-        """The names that are taken by the program's own variables."""
+        """Names taken by the program's own variables."""
         return frozenset(self._names)
 
     @property
     def known(self) -> frozenset[str]:
-        """The names of all variables, the model's too."""
+        """Names of all variables, including the model's."""
         return frozenset(self._names | self._model_names)
 
     def leave_to_model(self, names: set[str]) -> None:
-        """A model has variables of these names.
+        """Reserve these names for the variables of a model.
 
         Raises:
-            ConfigError: If one of them is taken.
+            ConfigError: If one of the names is taken.
         """
         for name in sorted(self._names & names):
             raise ConfigError(
@@ -92,33 +92,33 @@ class OwnVariables:
         self._model_names = names
 
     def create(self, ps: int, variable: VariableSpec, values: torch.Tensor) -> None:
-        """The chief makes a variable on a ps, with its first values; one that is there already keeps what it has.
+        """Create a variable with its first values on a ps, as the chief; an existing variable keeps its values.
 
-        Nobody else sees it before it has all of them.
+        Other tasks see the variable only when it has all of its values.
 
         Args:
             ps: The index of the ps.
-            variable: What to make; its name is one of `unique_name`.
+            variable: The variable to create, with a name from `unique_name`.
             values: Its values, flat.
 
         Raises:
-            ModelMismatchError: If it is there already, with another shape or dtype.
+            ModelMismatchError: If the variable exists with another shape or dtype.
         """
         self._create(ps, variable, values)
         self._made.append(_Made(ps, variable, values))
 
     def find(self, ps: int, variable: VariableSpec, timeout: float, on_wait: OnWait = lambda _: None) -> None:
-        """Every other worker waits until the chief has made a variable.
+        """Wait until the chief has created a variable, as every worker but the chief does.
 
         Args:
             ps: The index of the ps.
-            variable: What is expected there.
-            timeout: Seconds to wait for.
-            on_wait: Called about every second with the seconds that were waited so far.
+            variable: The expected variable.
+            timeout: Seconds to wait.
+            on_wait: Called about every second with the seconds waited so far.
 
         Raises:
-            DeadlineError: If it is not there by then.
-            ModelMismatchError: If it has another shape or dtype.
+            DeadlineError: If the variable is not there by then.
+            ModelMismatchError: If the variable has another shape or dtype.
             RefusedError: If the chief failed.
             RunOverError: If the chief has finished without making it.
         """
@@ -126,7 +126,7 @@ class OwnVariables:
         self._made.append(_Made(ps, variable, None))
 
     def find_again(self, patience: Patience) -> None:
-        """After a ps was lost: each variable is made or waited for anew, by whom it was at first."""
+        """Create or await each variable again after a ps was lost, in the way this task did at first."""
         for ps, variable, values in self._made:
             if values is not None:
                 self._create(ps, variable, values)
@@ -134,11 +134,11 @@ class OwnVariables:
                 self._find(ps, variable, patience)
 
     def made_on(self, ps: int) -> list[str]:
-        """The names of the variables that this program has made or found on a ps."""
+        """Return the names of the variables that this program has created or found on a ps."""
         return [each.variable.name for each in self._made if each.ps == ps]
 
     def read(self, ps: int, variable: VariableSpec, span: Range) -> torch.Tensor:
-        """Elements ``[start, stop)`` of a variable, flat. What lies in one block is of one version."""
+        """Read elements ``[start, stop)`` of a variable, flat. The elements of one block are of one version."""
         lane = self._lanes.each()[ps]
         values = torch.empty(span[1] - span[0], dtype=DTYPES[variable.dtype], device="cpu")
         for start, stop in pieces([span]):
@@ -149,9 +149,10 @@ class OwnVariables:
     def update(
         self, ps: int, variable: VariableSpec, operation: Literal["assign", "add"], values: torch.Tensor
     ) -> torch.Tensor:
-        """Assign or add to a whole variable, once; what this very update has made of it, flat.
+        """Assign or add to a whole variable exactly once, and return the flat values that this very update produced.
 
-        Atomic for each block of elements: a variable of more than `arena.BLOCK` may meet another worker's in between.
+        Atomic for each block of elements: updates of a variable larger than `blocks.BLOCK` may interleave with those of
+        other workers.
         """
         lane, blocks = self._lanes.each()[ps], list(pieces([(0, variable.size)]))
         calls = [

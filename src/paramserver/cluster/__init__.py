@@ -1,4 +1,4 @@
-"""Who is where: the tasks of a run, their addresses, and which of them this process is. No torch here."""
+"""The cluster of a run: its tasks, their addresses, and the task of this process. No torch here."""
 
 from paramserver.cluster.resolver import (
     ClusterResolver,

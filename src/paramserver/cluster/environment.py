@@ -1,26 +1,26 @@
-"""The one place that reads the environment.
+"""The only file that reads the environment.
 
-Everything that a launcher tells a task goes through these variables:
+A launcher configures a task through these variables:
 
 TF_CONFIG
-    JSON, as TensorFlow's: the cluster, and which task of it this process is.
+    JSON, as TensorFlow's: the cluster, and the task of this process.
 PARAMSERVER_TOKEN
     The secret of the run. Tasks that do not hold it are refused.
 PARAMSERVER_RUN_ID
-    Which run this is; tells an evaluator a new run from an old one in the same model_dir.
+    The id of the run; with it an evaluator distinguishes a new run from an old one in the same model_dir.
 PARAMSERVER_LANE
-    How bytes go: ``auto`` (the default: shared memory on one host, else TCP), ``shared-memory``, ``tcp``, or the name
-    of a lane that an installed package brings (``layout/lanes.py``).
+    The lane for all bytes: ``auto`` (the default: shared memory on one host, else TCP), ``shared-memory``, ``tcp``, or
+    the name of a lane from an installed package (``layout/lanes.py``).
 PARAMSERVER_LISTEN_FD
     A listening socket that a ps task inherits instead of binding its address.
 PARAMSERVER_PS_LISTEN
-    ``1`` where the addresses of the ps tasks are listened on before any task is started, and until the run is over: a
-    connection that is refused has come too late then, instead of too early.
+    ``1`` if the addresses of the ps tasks are listened on before any task starts and until the run is over: a refused
+    connection has then come too late, not too early.
 PARAMSERVER_REPORT_FD
     A pipe that a task inherits and writes its reports to (``cluster/report.py``).
 PARAMSERVER_FORK_SERVER_FD
-    A connection to a fork server that a launcher inherits and uses (``launch/fork_server.py``), so that who starts many
-    runs imports torch once.
+    A connection to a fork server, which a launcher inherits and uses (``launch/fork_server.py``). With it, a program
+    that starts many runs imports torch only once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from paramserver.layout.lanes import check_lane
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What the environment says at one moment. Nothing is cached: `read` looks every time."""
+    """The environment at one moment. Not cached: `read` reads it again every time."""
 
     tf_config: str = ""
     token: str = ""
@@ -51,10 +51,10 @@ class Environment:
 
 
 def read() -> Environment:
-    """What the environment says now.
+    """Read the environment as it is now.
 
     Raises:
-        ConfigError: If a variable has a value that it cannot have.
+        ConfigError: If a variable has an invalid value.
     """
     return Environment(
         tf_config=os.environ.get("TF_CONFIG", ""),
@@ -69,17 +69,17 @@ def read() -> Environment:
 
 
 def for_child(additions: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with ``additions``: what a process that we start gets."""
+    """Return the environment for a child process: that of this process with ``additions``."""
     return {**os.environ, **additions}
 
 
 def extend(additions: Mapping[str, str]) -> None:
-    """Add to this process's own environment, as if it had been started with it."""
+    """Add variables to the environment of this process, as if it had been started with them."""
     os.environ.update(additions)
 
 
 def is_set(name: str) -> bool:
-    """Whether the user has set a variable, so that a default of ours must give way."""
+    """Return whether the user has set a variable, so that it must not get a default."""
     return name in os.environ
 
 

@@ -1,7 +1,7 @@
-"""What a task tells the launcher that started it: one JSON line a report, over an inherited pipe.
+"""The reports of a task to the launcher that started it: one line of JSON each, over an inherited pipe.
 
-A pipe and not a connection: nobody has to listen, the evaluator stays connected to nobody, and a task that
-dies says so by closing it.
+A pipe and not a connection: no task has to listen, the evaluator needs no connection, and a task that dies closes its
+end.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     task: str
     state: str | None = None
-    """What the task does, in words: ``training``, ``waiting for the chief``, ``done``."""
+    """State of the task in words: ``training``, ``waiting for the chief``, ``done``."""
     global_step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
     updates: int | None = None
-    """Pushes that a ps task has applied."""
+    """Number of pushes that a ps task has applied."""
     mean_staleness: float | None = None
     largest_staleness: int | None = None
     evaluation: dict[str, float] | None = None
-    """Metrics of one finished evaluation, ``global_step`` among them."""
+    """Metrics of one finished evaluation, including ``global_step``."""
     step_seconds: dict[str, float] | None = None
-    """Where the time of a step of this task has gone, in seconds: as ``StepTimes.per_step`` has it."""
+    """Time that the parts of a step of this task take, in seconds, as in ``StepTimes.per_step``."""
     paths: dict[str, str] | None = None
-    """Where results lie, by what they are: ``checkpoint``, ``summaries``, ``export``."""
+    """Paths of results by kind: ``checkpoint``, ``summaries``, ``export``."""
 
 
 class Reporter:
-    """Writes reports. Without a descriptor it does nothing, so callers need not ask.
+    """Writes reports. Without a descriptor it does nothing, so callers need no check.
 
-    Not thread-safe for one reporter; every line is one ``write`` of less than PIPE_BUF bytes, so several
-    reporters of one process do not mix their lines. A launcher that has gone away ends the reports, not
-    the task.
+    One reporter is not thread-safe. Every line is one ``write`` of less than PIPE_BUF bytes, so several reporters of a
+    process do not mix their lines. A launcher that has gone away ends the reports, not the task.
     """
 
     def __init__(self, task: str, descriptor: int | None) -> None:
@@ -46,11 +45,15 @@ class Reporter:
 
     @property
     def is_on(self) -> bool:
-        """Whether anyone listens; lets a caller skip work that only serves a report."""
+        """Whether a launcher receives the reports; lets a caller skip work that only serves them."""
         return self._descriptor is not None
 
     def tell(self, **fields: object) -> None:
-        """Send one report; the fields are those of `Report` without ``task``. Does not block for long."""
+        """Send one report. Does not block for long.
+
+        Args:
+            **fields: The fields of `Report` without ``task``.
+        """
         if self._descriptor is None:
             return
         line = msgspec.json.encode(Report(task=self.task, **fields)) + b"\n"  # type: ignore[arg-type]  # checked by Report's readers
@@ -61,5 +64,9 @@ class Reporter:
 
 
 def decode(line: bytes) -> Report:
-    """One line as a report. Raises msgspec.DecodeError where it is none."""
+    """Decode one line.
+
+    Raises:
+        msgspec.DecodeError: If the line is not a report.
+    """
     return msgspec.json.decode(line, type=Report)

@@ -1,4 +1,4 @@
-"""Resolvers: where a cluster description comes from, and which of its tasks this process is."""
+"""Resolvers: sources of cluster descriptions, which also know the task of this process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from paramserver.errors import ConfigError
 
 
 class DuplicateTaskError(ConfigError, KeyError):
-    """Two resolvers of a union describe the same task. A KeyError as well, as for any key given twice."""
+    """Raised if two resolvers of a union describe the same task. Also a KeyError, as for any key given twice."""
 
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
 
 class DescribedTask(NamedTuple):
-    """What a resolver finds out about this process; None is what it does not know."""
+    """The description of this process by a resolver; None stands for unknown."""
 
     task_type: str | None = None
     task_id: int | None = None
@@ -27,11 +27,11 @@ class DescribedTask(NamedTuple):
 
 
 class ClusterResolver(ABC):
-    """Answers which cluster there is and which task this process is.
+    """Describes the cluster and the task of this process in it.
 
-    A new source of clusters implements `cluster_spec` and `master`, and `_identify` where it knows who this
-    process is. ``task_type``, ``task_id`` and ``rpc_layer`` can be set; a value that was set wins over one
-    that was found, and None gives the found one back.
+    A new source of clusters implements `cluster_spec` and `master`, and `_identify` if it knows the task of this
+    process. ``task_type``, ``task_id`` and ``rpc_layer`` can be set; a value that was set takes precedence over one
+    that was found, and setting None restores the latter.
     """
 
     _task_type: str | None = None
@@ -41,23 +41,23 @@ class ClusterResolver(ABC):
 
     @abstractmethod
     def cluster_spec(self) -> ClusterSpec:
-        """The cluster as it is now; an empty one for a process that is alone."""
+        """Return the cluster as it is now; an empty one for a process without a cluster."""
 
     @abstractmethod
     def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
-        """A task's address, this one's where none is named; ``""`` for a process that is alone.
+        """Return the address of a task, by default of this one; ``""`` for a process without a cluster.
 
         Raises:
-            ConfigError: If the cluster lacks the task.
+            ConfigError: If the task is not in the cluster.
         """
 
     def num_accelerators(self, task_type: str | None = None, task_id: int | None = None) -> Mapping[str, int]:
-        """A task's accelerators by kind, such as ``{"GPU": 2}``; empty where none is known."""
+        """Return the accelerators of a task by kind, such as ``{"GPU": 2}``; empty if none is known."""
         return {}
 
     @property
     def task_type(self) -> str | None:
-        """The role of this process as text, None where it is not known."""
+        """The role of this process as text; None if it is not known."""
         if self._task_type is not None:
             return self._task_type
         found = self._identify().task_type
@@ -69,7 +69,7 @@ class ClusterResolver(ABC):
 
     @property
     def task_id(self) -> int | None:
-        """The index of this process among the tasks of its role, None where it is not known."""
+        """The index of this process among the tasks of its role; None if it is not known."""
         return self._identify().task_id if self._task_id is None else self._task_id
 
     @task_id.setter
@@ -78,7 +78,7 @@ class ClusterResolver(ABC):
 
     @property
     def rpc_layer(self) -> str | None:
-        """What `master` puts before an address, None for nothing."""
+        """The protocol that `master` puts before an address; None for no protocol."""
         return self._identify().rpc_layer if self._rpc_layer is None else self._rpc_layer
 
     @rpc_layer.setter
@@ -87,7 +87,7 @@ class ClusterResolver(ABC):
 
     @property
     def environment(self) -> str:
-        """The name of the place where the cluster runs, ``""`` where nobody named it."""
+        """The name of the environment in which the cluster runs; ``""`` if it has none."""
         return self._environment
 
     def _identify(self) -> DescribedTask:
@@ -95,19 +95,19 @@ class ClusterResolver(ABC):
 
 
 class SimpleClusterResolver(ClusterResolver):
-    """Answers what it was given.
+    """A resolver with fixed answers.
 
     Args:
         cluster_spec: The cluster.
-        master: What `master` answers where no task is named.
+        master: The result of `master` if no task is named.
         task_type: The role of this process.
-        task_id: Its index.
-        environment: The name of the place where the cluster runs.
-        num_accelerators: What `num_accelerators` answers, for every task.
-        rpc_layer: What `master` puts before an address.
+        task_id: The index of this process.
+        environment: The name of the environment in which the cluster runs.
+        num_accelerators: The result of `num_accelerators` for every task.
+        rpc_layer: The protocol that `master` puts before an address.
 
     Raises:
-        TypeError: If ``cluster_spec`` is no ClusterSpec, or ``master`` no string.
+        TypeError: If ``cluster_spec`` is not a ClusterSpec, or ``master`` is not a string.
 
     >>> cluster = ClusterSpec({"ps": ["a:1"], "worker": ["b:1"]})
     >>> SimpleClusterResolver(cluster, rpc_layer="grpc").master("worker", 0)
@@ -133,37 +133,37 @@ class SimpleClusterResolver(ClusterResolver):
         self.task_type, self.task_id, self.rpc_layer = task_type, task_id, rpc_layer
 
     def cluster_spec(self) -> ClusterSpec:
-        """The cluster that was given."""
+        """Return the given cluster."""
         return self._cluster_spec
 
     def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
-        """The given master, or the address of the task where both type and id name one."""
+        """Return the given master, or the address of a task if both type and id are given."""
         address = self._master
         if task_type is not None and task_id is not None:
             address = self._cluster_spec.task_address(task_type, task_id)
         return format_master_url(address, rpc_layer or self.rpc_layer)
 
     def num_accelerators(self, task_type: str | None = None, task_id: int | None = None) -> Mapping[str, int]:
-        """The accelerators that were given, whatever the task."""
+        """Return the given accelerators, the same for every task."""
         return self._num_accelerators
 
 
 class UnionClusterResolver(ClusterResolver):
-    """Several resolvers as one: their clusters merged, everything else from the first.
+    """Several resolvers as one: their clusters are merged, everything else comes from the first.
 
-    The lists of a job are joined in order. Where one resolver gives a job by index (with holes),
-    all are merged by index, lists counting from 0.
+    The lists of a job are joined in order. If one resolver gives a job by index (with holes), all are merged by index,
+    where lists count from 0.
 
     Args:
         *resolvers: The resolvers, at least one.
-        task_type: Overrides the first resolver's.
-        task_id: Overrides the first resolver's; 0 does too.
-        rpc_layer: Overrides the first resolver's.
+        task_type: Overrides that of the first resolver.
+        task_id: Overrides that of the first resolver, even with 0.
+        rpc_layer: Overrides that of the first resolver.
         **unexpected: Refused.
 
     Raises:
         ConfigError: If there is no resolver, or another keyword.
-        TypeError: If an argument is no resolver.
+        TypeError: If an argument is not a resolver.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class UnionClusterResolver(ClusterResolver):
         self.task_type, self.task_id, self.rpc_layer = task_type, task_id, rpc_layer
 
     def cluster_spec(self) -> ClusterSpec:
-        """The merged cluster.
+        """Return the merged cluster.
 
         Raises:
             DuplicateTaskError: If two resolvers give the same index of a job that is merged by index.
@@ -196,19 +196,19 @@ class UnionClusterResolver(ClusterResolver):
         return ClusterSpec({job: _merge(job, tasks) for job, tasks in parts.items()})
 
     def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
-        """The first resolver's, or the address of the task where both type and id name one."""
+        """Return the master of the first resolver, or the address of a task if both type and id are given."""
         layer = rpc_layer or self.rpc_layer
         if task_type is None or task_id is None:
             return self._resolvers[0].master(rpc_layer=layer)
         return format_master_url(self.cluster_spec().task_address(task_type, task_id), layer)
 
     def num_accelerators(self, task_type: str | None = None, task_id: int | None = None) -> Mapping[str, int]:
-        """The first resolver's."""
+        """Return the accelerators that the first resolver knows."""
         return self._resolvers[0].num_accelerators(task_type, task_id)
 
     @property
     def environment(self) -> str:
-        """The first resolver's."""
+        """The environment of the first resolver."""
         return self._resolvers[0].environment
 
     def _identify(self) -> DescribedTask:
@@ -217,7 +217,7 @@ class UnionClusterResolver(ClusterResolver):
 
 
 def format_master_url(address: str, rpc_layer: str | None = None) -> str:
-    """An address with its protocol in front, where there is one.
+    """Return an address with its protocol, if any, in front.
 
     >>> format_master_url("a:1"), format_master_url("a:1", "grpc")
     ('a:1', 'grpc://a:1')

@@ -1,11 +1,11 @@
-"""Who is who in a cluster: checks, counts and ids, as functions of the cluster and of one task.
+"""The roles of tasks in a cluster: checks, counts and ids, as functions of the cluster and of one task.
 
-Rules:
-    1. The jobs are roles: chief, worker, ps, evaluator. At most one chief and one evaluator.
-    2. Chief and workers are one family: the chief, if there is one, is number 0 of it, the workers follow.
-    3. Without a chief, worker:0 has its duties.
-    4. The evaluator stands outside: it may be absent from the cluster, and is a family of its own.
-    5. A parameter server is nobody's chief and has no number among the workers.
+Rules
+    * The jobs are roles: chief, worker, ps, evaluator. There is at most one chief and one evaluator.
+    * Chief and workers are one family: the chief, if there is one, has number 0, and the workers follow.
+    * Without a chief, worker:0 has its duties.
+    * The evaluator stands outside: it may be absent from the cluster, and is a family of its own.
+    * A parameter server is never a chief, and has no number among the workers.
 
 A job that is listed without tasks counts as absent.
 """
@@ -20,10 +20,10 @@ from paramserver.errors import ConfigError
 
 
 def normalize_cluster_spec(value: ClusterLike) -> ClusterSpec:
-    """A cluster in any accepted form as a `ClusterSpec`; one that is a ClusterSpec is returned as it is.
+    """Return a cluster in any accepted form as a `ClusterSpec`; a ClusterSpec is returned unchanged.
 
     Raises:
-        ConfigError: If the value is no cluster at all.
+        ConfigError: If the value is not a cluster in any of these forms.
         TypeError: If something in the cluster has a wrong type.
     """
     if isinstance(value, ClusterSpec):
@@ -37,7 +37,7 @@ def normalize_cluster_spec(value: ClusterLike) -> ClusterSpec:
 
 
 def parse_role(task_type: str) -> Role:
-    """The role that a task type names; ``master`` is the chief, with a DeprecationWarning.
+    """Return the role that a task type names; ``master`` means chief, with a DeprecationWarning.
 
     Raises:
         ConfigError: If there is no such role.
@@ -49,14 +49,14 @@ def parse_role(task_type: str) -> Role:
 
 
 def validate_cluster(cluster: ClusterLike, task_type: str | None, task_id: int | None) -> TaskId:
-    """Check a cluster for parameter server training, and which of its tasks this process is.
+    """Check a cluster for parameter server training, and find the task of this process in it.
 
     Returns:
         The task. An evaluator need not be in the cluster.
 
     Raises:
-        ConfigError: If the task is not given or not in the cluster, or the cluster has no ps task, a job that
-            is no role, or more than one chief or evaluator.
+        ConfigError: If the task is not given or not in the cluster, or the cluster has no ps task, a job that is not a
+            role, or more than one chief or evaluator.
 
     >>> str(validate_cluster({"ps": ["a:1"], "worker": ["b:1", "c:1"]}, "worker", 1))
     'worker:1'
@@ -72,10 +72,10 @@ def validate_cluster(cluster: ClusterLike, task_type: str | None, task_id: int |
 
 
 def find_task(cluster: ClusterLike, task_type: str | None, task_id: int | None) -> TaskId:
-    """The task that type and id name, in a cluster that need not have ps tasks.
+    """Return the task with this type and id, in a cluster that need not have ps tasks.
 
     Raises:
-        ConfigError: As `validate_cluster`, but for the rule about ps tasks.
+        ConfigError: As for `validate_cluster`, except that ps tasks are not needed.
     """
     spec = normalize_cluster_spec(cluster)
     if not task_type or task_id is None:
@@ -96,10 +96,10 @@ def find_task(cluster: ClusterLike, task_type: str | None, task_id: int | None) 
 
 
 def is_chief(cluster: ClusterLike, task_type: str, task_id: int) -> bool:
-    """Whether a task has the chief's duties. The evaluator is its own chief.
+    """Return whether a task has the chief's duties. The evaluator is its own chief.
 
     Raises:
-        ConfigError: As `find_task`.
+        ConfigError: As for `find_task`.
     """
     spec = normalize_cluster_spec(cluster)
     task = find_task(spec, task_type, task_id)
@@ -109,10 +109,10 @@ def is_chief(cluster: ClusterLike, task_type: str, task_id: int) -> bool:
 
 
 def worker_count(cluster: ClusterLike, task_type: str) -> int:
-    """How many tasks divide the work with a task of this type: chief and workers, or the one evaluator.
+    """Return the number of tasks that share the work of this task type: chief and workers, or the one evaluator.
 
     Raises:
-        ConfigError: If the type is ``ps``, or as `find_task`.
+        ConfigError: If the type is ``ps``, or as for `find_task`.
 
     >>> worker_count({"chief": ["a:1"], "worker": ["b:1", "c:1"], "ps": ["d:1"]}, "chief")
     3
@@ -127,10 +127,10 @@ def worker_count(cluster: ClusterLike, task_type: str) -> int:
 
 
 def id_in_cluster(cluster: ClusterLike, task_type: str, task_id: int) -> int:
-    """The number of a task among those that `worker_count` counts: 0 for the chief, then the workers.
+    """Return the number of a task among those that `worker_count` counts: 0 for the chief, then the workers.
 
     Raises:
-        ConfigError: If the type is ``ps``, or as `find_task`.
+        ConfigError: If the type is ``ps``, or as for `find_task`.
 
     >>> id_in_cluster({"chief": ["a:1"], "worker": ["b:1", "c:1"], "ps": ["d:1"]}, "worker", 1)
     2
@@ -143,26 +143,26 @@ def id_in_cluster(cluster: ClusterLike, task_type: str, task_id: int) -> int:
 
 
 def coordination_leader(cluster: ClusterLike) -> TaskId | None:
-    """The task that keeps what the run shares: the first ps, else the chief, else the first worker.
+    """Return the task that keeps the shared state of the run: the first ps, else the chief, else the first worker.
 
     Returns:
-        The task; None where there is no cluster, so that this process is alone.
+        The task; None if there is no cluster.
 
     Raises:
-        ConfigError: If the cluster has none of them.
+        ConfigError: If the cluster has no such task.
     """
     spec = normalize_cluster_spec(cluster)
     return _first_task(spec, Role.PS, Role.CHIEF, Role.WORKER) if spec else None
 
 
 def collective_leader(cluster: ClusterLike, task_type: str | None, task_id: int | None) -> TaskId | None:
-    """The task that leads those that train: the chief, else the first worker.
+    """Return the leader of the tasks that train: the chief, else the first worker.
 
     Returns:
-        The task; None where there is no cluster, and for an evaluator, which nobody leads.
+        The task; None if there is no cluster, and for an evaluator, which has no leader.
 
     Raises:
-        ConfigError: As `find_task`, or if the cluster has neither a chief nor a worker.
+        ConfigError: As for `find_task`, or if the cluster has neither a chief nor a worker.
     """
     spec = normalize_cluster_spec(cluster)
     if not spec:

@@ -1,4 +1,4 @@
-"""Which tasks a run has and where they listen: the one value that every task of a run agrees on."""
+"""The tasks of a run and their addresses: the one value that every task of a run agrees on."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class JobDef(Protocol):
 
     @property
     def name(self) -> str:
-        """The job's name."""
+        """The name of the job."""
 
     @property
     def tasks(self) -> Mapping[int, str]:
-        """Addresses by task index."""
+        """Addresses of the tasks by index."""
 
 
 @runtime_checkable
 class ClusterDef(Protocol):
-    """What TensorFlow's protobuf of a cluster looks like, so that one is accepted without TensorFlow."""
+    """The attributes of TensorFlow's protobuf of a cluster, so that one is accepted without TensorFlow."""
 
     @property
     def job(self) -> Iterable[JobDef]:
-        """The jobs of the cluster."""
+        """Jobs of the cluster."""
 
 
 Tasks: TypeAlias = list[str] | tuple[str, ...] | Mapping[int, str] | Mapping[str, str]
@@ -41,15 +41,15 @@ ClusterLike: TypeAlias = "ClusterSpec | ClusterDef | Mapping[str, Tasks]"
 class ClusterSpec:
     """Jobs, their tasks and the tasks' addresses. Immutable, hashable, equal by content.
 
-    Any job name is taken here; `paramserver.cluster.validate_cluster` checks that the names are roles.
+    Any job name is accepted; `paramserver.cluster.validate_cluster` checks that the names are roles.
 
     Args:
-        cluster: Addresses by job: a list (the index is the position) or a dict from index to address (which
-            may have holes), another ClusterSpec, or a `ClusterDef`. The job ``master`` becomes ``chief``.
+        cluster: Addresses by job: a list (the index is the position) or a dict from index to address (which may have
+            holes), another ClusterSpec, or a `ClusterDef`. The job ``master`` becomes ``chief``.
 
     Raises:
         TypeError: If the cluster, a job's tasks, a job name or an address has another type.
-        ConfigError: If a job is named twice (``master`` is ``chief``), or an index is no index.
+        ConfigError: If a job is named twice (``master`` means ``chief``), or an index is malformed.
 
     >>> cluster = ClusterSpec({"worker": ["a:1", "b:1"], "ps": {"0": "c:1", "2": "d:1"}})
     >>> cluster
@@ -72,19 +72,31 @@ class ClusterSpec:
 
     @property
     def jobs(self) -> list[str]:
-        """The names of the jobs, in the order in which they were given."""
+        """Names of the jobs, in the given order."""
         return list(self._jobs)
 
     def num_tasks(self, job: str) -> int:
-        """How many tasks a job has. Raises ConfigError where there is no such job."""
+        """Return the number of tasks of a job.
+
+        Raises:
+            ConfigError: If there is no such job.
+        """
         return len(self._job(job))
 
     def task_indices(self, job: str) -> list[int]:
-        """The indices of a job's tasks, ascending. Raises ConfigError where there is no such job."""
+        """Return the indices of a job's tasks, ascending.
+
+        Raises:
+            ConfigError: If there is no such job.
+        """
         return list(self._job(job))
 
     def task_address(self, job: str, index: int) -> str:
-        """Where one task listens. Raises ConfigError where there is no such job or index."""
+        """Return the address of one task.
+
+        Raises:
+            ConfigError: If there is no such job or index.
+        """
         tasks = self._job(job)
         if index not in tasks:
             known = ", ".join(map(str, tasks)) or "none"
@@ -95,23 +107,31 @@ class ClusterSpec:
         return tasks[index]
 
     def job_tasks(self, job: str) -> list[str | None]:
-        """A job's addresses by position, None for a hole. Raises ConfigError where there is no such job."""
+        """Return the addresses of a job by position, None for a hole.
+
+        Raises:
+            ConfigError: If there is no such job.
+        """
         tasks = self._job(job)
         return [tasks.get(index) for index in range(max(tasks, default=-1) + 1)]
 
     def as_dict(self) -> dict[str, list[str] | dict[int, str]]:
-        """A new dict of the form that the constructor takes.
+        """Return a new dict in the form that the constructor takes.
 
-        A job without holes is a list, one with holes a dict by index, and one without tasks ``{}``.
+        A job without holes is a list, a job with holes is a dict by index, and a job without tasks is ``{}``.
         """
         return {job: _list_if_dense(tasks) for job, tasks in self._jobs.items()}
 
     def tasks(self, role: Role) -> list[TaskId]:
-        """The tasks of a role by ascending index; none where the cluster lacks the role."""
+        """Return the tasks of a role by ascending index; an empty list if the cluster lacks the role."""
         return [TaskId(role, index) for index in self._jobs.get(role, ())]
 
     def address(self, task: TaskId) -> str:
-        """Where a task listens. Raises ConfigError where the cluster lacks the task."""
+        """Return the address of a task.
+
+        Raises:
+            ConfigError: If the cluster lacks the task.
+        """
         return self.task_address(task.role, task.index)
 
     def _job(self, job: str) -> dict[int, str]:
@@ -134,7 +154,7 @@ class ClusterSpec:
 
 
 def canonical_job(job: str) -> str:
-    """A job's name as this package spells it: ``chief`` for ``master``, with a DeprecationWarning."""
+    """Return the name of a job as this package spells it: ``chief`` for ``master``, with a DeprecationWarning."""
     if job != "master":
         return str(job)
     warnings.warn(MASTER_MESSAGE, DeprecationWarning, stacklevel=_levels_to_user())
@@ -142,7 +162,7 @@ def canonical_job(job: str) -> str:
 
 
 def expected_one_of(known: Iterable[str], got: object) -> str:
-    """The part of a message that says which names there are, and which of them was probably meant.
+    """Return the part of a message that lists the known names, and the one that was probably meant.
 
     >>> expected_one_of(["worker", "ps"], "workers")
     "expected one of 'worker', 'ps', got 'workers'; did you mean 'worker'?"
@@ -152,11 +172,15 @@ def expected_one_of(known: Iterable[str], got: object) -> str:
 
 
 def parse_index(value: object, what: str) -> int:
-    """A task index from a number or from its digits; ``what`` names the value in messages.
+    """Return a task index from a number or from its digits.
+
+    Args:
+        value: The value to parse.
+        what: The name of the value, for messages.
 
     Raises:
         TypeError: If the value is neither an int nor a string.
-        ConfigError: If it is negative, or a string that is not all digits.
+        ConfigError: If the value is negative, or a string that is not all digits.
     """
     message = f"{what}: expected a task index (0, 1, ...), got {value!r} of type {type(value).__name__}"
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -207,7 +231,7 @@ def _list_if_dense(tasks: Mapping[int, str]) -> list[str] | dict[int, str]:
 
 
 def _levels_to_user() -> int:
-    """The stack level of the first caller outside this package, which is where Python shows deprecations."""
+    """Return the stack level of the first caller outside this package, where Python shows deprecations."""
     package = __name__.partition(".")[0]
     frame, level = sys._getframe(1), 1
     while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == package:

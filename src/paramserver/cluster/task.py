@@ -1,4 +1,4 @@
-"""The words for who is who: a role is a kind of process, a task is one process of a role."""
+"""Roles and tasks: a role is a kind of process, a task is one process of a role."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Role(enum.StrEnum):
-    """The kinds of tasks of a run. The values are what TF_CONFIG calls job names."""
+    """The roles of the tasks of a run. The values are the job names in TF_CONFIG."""
 
     CHIEF = "chief"
     WORKER = "worker"
@@ -16,7 +16,7 @@ class Role(enum.StrEnum):
 
     @property
     def trains(self) -> bool:
-        """Whether a task of this role computes gradients: chief and worker are one family."""
+        """Whether a task of this role computes gradients, as the chief and workers do."""
         return self in (Role.CHIEF, Role.WORKER)
 
 
@@ -37,10 +37,14 @@ class TaskId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> TaskId:
-        """The inverse of ``str``. Raises ValueError where the text names no task."""
+        """Return the task for a text such as ``ps:1``, the inverse of ``str``.
+
+        Raises:
+            ValueError: If the text does not name a task.
+        """
         role, _, index = text.partition(":")
         return cls(Role(role), int(index))
 
 
 ALONE = TaskId(Role.CHIEF, 0)
-"""The name of a process that has no cluster: it does what a chief does."""
+"""The name of a process without a cluster, which has the duties of a chief."""

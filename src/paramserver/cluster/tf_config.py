@@ -1,7 +1,7 @@
 """The cluster in the environment variable TF_CONFIG, as launchers of TensorFlow jobs write it: JSON.
 
 ``{"cluster": {"chief": [...], "worker": [...], "ps": [...]}, "task": {"type": "worker", "index": 0}}``; also
-``rpc_layer`` and ``session_master``. What is not there is None or empty; what is there and wrong is an error.
+``rpc_layer`` and ``session_master``. A missing value is None or empty; a wrong value is an error.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
 
 CountDevices: TypeAlias = Callable[[str | None, int | None], Mapping[str, int]]
-"""From a task's type and id to its devices by kind, such as ``{"CPU": 1, "GPU": 2}``."""
+"""Function from a task's type and id to its devices by kind, such as ``{"CPU": 1, "GPU": 2}``."""
 
 
 def no_devices(task_type: str | None, task_id: int | None) -> Mapping[str, int]:
-    """Counts none: this package does not know what a device is."""
+    """Return no devices, because this package knows nothing about devices."""
     return {}
 
 
@@ -31,12 +31,12 @@ class TFConfigClusterResolver(ClusterResolver):
 
     Args:
         task_type: Overrides the environment's.
-        task_id: Overrides the environment's; 0 does too.
+        task_id: Overrides the environment's, even with 0.
         rpc_layer: Overrides the environment's.
-        environment: The name of the place where the cluster runs.
-        count_devices: Counts the devices of a task; by default there are none.
+        environment: The name of the environment in which the cluster runs.
+        count_devices: Counts the devices of a task; by default a task has no devices.
 
-    Every method and property that reads the environment raises ConfigError where TF_CONFIG is malformed.
+    Every method and property that reads the environment raises ConfigError if TF_CONFIG is malformed.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class TFConfigClusterResolver(ClusterResolver):
         self._count_devices = count_devices
 
     def cluster_spec(self) -> ClusterSpec:
-        """The cluster in TF_CONFIG, an empty one where there is none."""
+        """Return the cluster in TF_CONFIG; an empty one if it describes no cluster."""
         return _cluster(load_tf_config())
 
     def master(self, task_type: str | None = None, task_id: int | None = None, rpc_layer: str | None = None) -> str:
-        """TF_CONFIG's ``session_master`` as it stands, else a task's address, this one's where none is named.
+        """Return TF_CONFIG's ``session_master`` unchanged, or else the address of a task, by default of this one.
 
         Returns:
-            The address; ``""`` where the cluster has one task at most.
+            The address; ``""`` if the cluster has at most one task.
 
         Raises:
-            ConfigError: If TF_CONFIG is malformed, or the task not known or not in the cluster.
+            ConfigError: If TF_CONFIG is malformed, or the task is unknown or not in the cluster.
         """
         session_master = _text(load_tf_config(), "session_master")
         if session_master is not None:
@@ -75,7 +75,7 @@ class TFConfigClusterResolver(ClusterResolver):
         return format_master_url(address, self.rpc_layer if rpc_layer is None else rpc_layer)
 
     def num_accelerators(self, task_type: str | None = None, task_id: int | None = None) -> Mapping[str, int]:
-        """The devices of a task, this one where none is named, by kind and without CPUs."""
+        """Return the devices of a task, by default of this one, by kind and without CPUs."""
         devices = self._count_devices(
             self.task_type if task_type is None else task_type, self.task_id if task_id is None else task_id
         )
@@ -98,10 +98,10 @@ class TFConfigClusterResolver(ClusterResolver):
 
 
 def load_tf_config() -> dict[str, object]:
-    """The object in TF_CONFIG, unchecked but for its outermost form; ``{}`` where the variable is not set.
+    """Return the object in TF_CONFIG, with only its outermost form checked; ``{}`` if the variable is not set.
 
     Raises:
-        ConfigError: If the variable holds no JSON object.
+        ConfigError: If the variable does not hold a JSON object.
     """
     text = process_environment.read().tf_config
     try:
@@ -117,13 +117,13 @@ def load_tf_config() -> dict[str, object]:
 
 
 def server_task() -> tuple[ClusterSpec, TaskId]:
-    """The cluster and the task in it that TF_CONFIG names, for a process that serves what it is told.
+    """Return the cluster and the task that TF_CONFIG names, for a process that serves.
 
-    The index of the task is 0 where it is not given.
+    The index of the task is 0 if it is not given.
 
     Raises:
-        ConfigError: If TF_CONFIG is malformed, lacks the cluster, the task or its type, or the cluster lacks
-            the task or anybody who trains.
+        ConfigError: If TF_CONFIG is malformed, lacks the cluster, the task or its type, or the cluster lacks the task,
+            or both chief and workers.
     """
     config = load_tf_config()
     cluster, task = _cluster(config), _object(config, "task")

@@ -1,1 +1,1 @@
-"""A run to look at: the main job on bundled data."""
+"""A run for a first look: the main job on bundled data."""

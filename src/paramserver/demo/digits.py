@@ -1,6 +1,6 @@
 """The demo's program, run by its chief, worker and evaluator: a classifier of handwritten digits.
 
-The data are the 1,797 images of 8 x 8 pixels that scikit-learn brings along, split once and for all.
+The data are the 1,797 images of 8 x 8 pixels that come with scikit-learn, in a fixed split.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F  # as everybody calls it
+import torch.nn.functional as F  # the usual name
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -24,7 +24,7 @@ CHECKPOINTS = 10
 
 
 def datasets() -> tuple[TensorDataset, TensorDataset]:
-    """The training and the test images, the same in every process."""
+    """Return the training and the test images, the same in every process."""
     digits = load_digits()
     data = TensorDataset(torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target))
     train, test = random_split(data, [len(data) - TEST_IMAGES, TEST_IMAGES], torch.Generator().manual_seed(0))
@@ -32,19 +32,19 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
 
 
 def train_input() -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end, in an order of this worker's own."""
+    """Yield batches without end, in an order of this worker's own."""
     loader = DataLoader(datasets()[0], batch_size=BATCH_SIZE, shuffle=True)
     while True:
         yield from loader
 
 
 def eval_input() -> DataLoader[tuple[Tensor, ...]]:
-    """Every test image once."""
+    """Return a loader that yields every test image once."""
     return DataLoader(datasets()[1], batch_size=TEST_IMAGES)
 
 
 def model_fn(mode: str) -> ps.estimator.EstimatorSpec:
-    """A perceptron with one hidden layer."""
+    """Build a perceptron with one hidden layer."""
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, CLASSES))
     return ps.estimator.EstimatorSpec(
         ps.estimator.ModeKeys(mode),
@@ -56,7 +56,7 @@ def model_fn(mode: str) -> ps.estimator.EstimatorSpec:
 
 
 def main(model_dir: str, max_steps: int) -> None:
-    """Play this task's part of the run."""
+    """Do this task's part of the run."""
     config = ps.estimator.RunConfig(
         model_dir=model_dir,
         seed=1,

@@ -1,4 +1,4 @@
-"""What came of a run of the demo, from the reports of its tasks."""
+"""The results of a run of the demo, from the reports of its tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN_PATHS = {"checkpoint": "last checkpoint", "summaries": "TensorBoard files"
 
 
 def evaluations(progress: RunProgress) -> Table:
-    """A line for each evaluation."""
+    """Return a table with a line for each evaluation."""
     table = Table("step", "accuracy", "loss")
     for column in table.columns:
         column.justify = "right"
@@ -22,7 +22,7 @@ def evaluations(progress: RunProgress) -> Table:
 
 
 def times(progress: RunProgress) -> Table:
-    """Where the time of a step has gone: a line for each worker and ps, in milliseconds."""
+    """Return the parts of a step in milliseconds: a line for each worker and ps."""
     table = Table("task", *OF_A_WORKER, "ps", *OF_A_PS, box=None, padding=(0, 2, 0, 0))
     for column in table.columns:
         column.justify = "left" if column.header in ("task", "ps") else "right"
@@ -37,7 +37,7 @@ def times(progress: RunProgress) -> Table:
 
 
 def results(progress: RunProgress) -> list[tuple[str, str]]:
-    """Title and text of each result. In no table, because a path must not be cut to fit one."""
+    """Return title and text of each result. Not as a table, because a path must not be cut to fit into one."""
     updates = [f"{name} {task.updates}" for name, task in progress.tasks.items() if task.updates is not None]
     found = [("global steps/s", f"{progress.pace.overall:,.0f}"), ("updates applied", ", ".join(updates))]
     if progress.evaluations:

@@ -21,7 +21,7 @@ from paramserver.launch.spec import PRELOADED, LaunchOptions, task_ids
 
 SCRIPT = Path(__file__).with_name("digits.py")
 IMPORTED = ("sklearn.datasets", "torchmetrics.classification")
-"""What the script imports, and takes seconds."""
+"""Modules that the script imports, which takes seconds."""
 
 KEPT_LINES = 200
 INTERRUPTED = 128 + signal.SIGINT
@@ -32,7 +32,7 @@ def run_demo(steps: int, model_dir: str | None = None, lane: str = "auto") -> in
 
     Args:
         steps: Global steps to train.
-        model_dir: Where results are kept; a new temporary folder by default.
+        model_dir: Folder for results; a new temporary folder by default.
         lane: ``auto`` or ``tcp``.
 
     Returns:
@@ -85,7 +85,7 @@ def _tell_results(progress: RunProgress, console: Console) -> None:
 
 
 def _tell_failure(options: LaunchOptions, lines: Iterable[OutputLine], by_user: bool) -> None:
-    """What the tasks have printed; where the user has ended the run, only what the launcher has."""
+    """Print the output of the tasks or, if the user has ended the run, only that of the launcher."""
     show = Printer(task_ids(options))
     for line in lines:
         if line.task is None or not by_user:

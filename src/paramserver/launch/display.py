@@ -1,4 +1,4 @@
-"""A launched run on a terminal: the lines of its tasks, and below them how far it is."""
+"""A launched run on a terminal: the lines of its tasks, and below them the progress of the run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from paramserver.launch.progress import RunProgress
 from paramserver.launch.spec import LaunchOptions, task_ids
 
 INTERVAL = 0.25
-"""Seconds between two drawings, each of which takes milliseconds. Lines wait for the next one: to draw with every line
-would slow a task that prints many."""
+"""Seconds between two drawings, each of which takes milliseconds. Lines wait for the next drawing: drawing after each
+line would slow down a task that prints many."""
 
 LINES_AT_ONCE = 1000
-"""Lines that may wait; more are drawn at once, so that a task cannot fill our memory."""
+"""Limit for waiting lines; more are drawn at once, so that a task cannot fill the launcher's memory."""
 
 
 def launch_displayed(options: LaunchOptions) -> int:
-    """`launch`, with a display where there is a terminal for one; elsewhere the lines of the tasks alone."""
+    """Do `launch` with a display if there is a terminal; otherwise with the lines of the tasks alone."""
     console = find_terminal()
     if console is None:
         return local.launch(options)
@@ -37,20 +37,20 @@ def launch_displayed(options: LaunchOptions) -> int:
 
 
 def find_terminal() -> Console | None:
-    """The terminal that stdout and stderr are; None if one of them is none, or it cannot be drawn on."""
+    """Return the terminal of stdout and stderr; None if one of them is not a terminal, or it cannot be drawn on."""
     console = Console()
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # the console could take a file for one, by FORCE_COLOR
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # with FORCE_COLOR, the console takes a file for a terminal
         return None
     return console if console.is_interactive and console.encoding.startswith("utf") else None
 
 
 class Display:
-    """Draws while it is entered, on a thread of its own, and is gone afterwards; what was printed stays.
+    """A display that draws on a thread of its own while it is entered; afterwards only the printed lines remain.
 
     Args:
-        progress: What is drawn, at the bottom.
+        progress: The content of the display, at the bottom of the terminal.
         console: The terminal.
-        tasks: Those that print lines.
+        tasks: The tasks that print lines.
     """
 
     def __init__(self, progress: RunProgress, console: Console, tasks: Iterable[TaskId] = ()) -> None:
@@ -76,7 +76,7 @@ class Display:
             self._live.stop()
 
     def show(self, line: OutputLine) -> None:
-        """Print one line above what is drawn, soon. For one thread."""
+        """Print one line above the display, soon. For one thread."""
         self._lines.append(line)
         if len(self._lines) >= LINES_AT_ONCE:
             self._draw()
@@ -86,7 +86,7 @@ class Display:
             self._draw()
 
     def _draw(self) -> None:
-        with self._drawing:  # or else lines could change their order
+        with self._drawing:  # keeps the lines in their order
             count = len(self._lines)
             lines = self._lines[:count]
             del self._lines[:count]
@@ -96,6 +96,6 @@ class Display:
                 self._live.refresh()
 
     def _text(self, line: OutputLine) -> Text:
-        # What would move the cursor is left out, colours stay.
+        # Control codes that would move the cursor are left out, colours stay.
         text = Text.from_ansi(line.text)
         return Text.assemble((f"{line.task} | ", self._colours[line.task]), text) if line.task else text

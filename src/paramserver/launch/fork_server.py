@@ -1,17 +1,17 @@
-"""Tasks as forks of one process that has imported torch, as multiprocessing's ``forkserver`` has its children.
+"""Tasks as forks of one process that has imported torch, like the children of multiprocessing's ``forkserver``.
 
-To import torch takes a core for seconds. The tasks of a run would do so all at once, and one that is started again
-while the others wait for it; a fork takes milliseconds, and shares the memory of what was imported.
+Importing torch takes a core for seconds: for all tasks of a run at once, and for a restarted task while the others wait
+for it. A fork takes milliseconds, and shares the memory of all that was imported.
 
-The process that forks is a child of the launcher, or one that the launcher has inherited a connection to. It gets
+The forking process is a child of the launcher, or one to which the launcher has inherited a connection. It receives
 orders through a socket, one at a time, and ends when the launcher is gone:
 
-    Fork    become a task, with the descriptors that come along     -> the id of its process, or -errno
-    Await   tell how a process ended, which is not reaped            -> its exit code or signal
+    Fork    become a task, with the descriptors in the same message    -> the id of the new process, or -errno
+    Await   wait for the end of a process, which is not reaped         -> its exit code or signal
 
-It has no thread of its own when it forks, but for those of libraries that know how to be forked (OpenBLAS).
+It has no thread of its own when it forks, except for those of libraries that handle forks (OpenBLAS).
 
-The launcher's side is here, and it imports no torch; the other is the function `main`.
+The launcher's side is in this file, and imports no torch; the other side is the function `main`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ STDIN, STDOUT, STDERR = range(3)
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
-    """Become a task. With it come descriptors: for stdin, stdout, stderr, the guard's, and those of ``inherited``.
+    """Order to become a task. Comes with descriptors for stdin, stdout, stderr, the guard, and those of ``inherited``.
 
     Attributes:
-        name: What the process is called in lists of processes.
-        module: Run as by ``python -m``.
-        arguments: The module's.
-        folder: Where it works.
-        env: What is added to the environment.
-        inherited: The variables that tell where the other descriptors are.
+        name: The name of the process in lists of processes.
+        module: The module to run as with ``python -m``.
+        arguments: The arguments of the module.
+        folder: The working directory.
+        env: Additions to the environment.
+        inherited: Names of the environment variables for the numbers of the other descriptors.
     """
 
     name: str
@@ -67,16 +67,16 @@ class Fork(msgspec.Struct, frozen=True, tag=True):
 
 
 class Await(msgspec.Struct, frozen=True, tag=True):
-    """Tell how the process ``pid`` ended, once it has."""
+    """Order to report the end of the process ``pid``, once it has ended."""
 
     pid: int
 
 
 class ForkServer(StartMethod):
-    """Starts each process as a fork of one that is there already.
+    """Starts each process as a fork of an existing one.
 
     Args:
-        connection: To that one, which must be ready; owned by this object from now on.
+        connection: A connection to that process, which must be ready; owned by this object from now on.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -100,7 +100,7 @@ class ForkServer(StartMethod):
 
     def _reap(self) -> None:
         os.close(self._nothing)
-        self._connection.close()  # which ends it; what it has forked is the system's from there on, which reaps it
+        self._connection.close()  # ends the server; the system then reaps the processes that it has forked
 
     def _ask(self, order: Fork | Await, descriptors: Sequence[int], kind: type[Answer]) -> Answer:
         try:
@@ -121,8 +121,8 @@ class OwnForkServer(ForkServer):
 
     Args:
         python: The interpreter.
-        env: What all tasks have in their environment. What is read when a program starts has to be in here.
-        preload: The modules that it imports before it forks.
+        env: The common environment of all tasks, including all variables that are read when a program starts.
+        preload: The modules to import before forking.
 
     Raises:
         ConfigError: If the interpreter cannot be started.
@@ -165,34 +165,34 @@ class OwnForkServer(ForkServer):
 
 
 def inherited_fork_server() -> ForkServer | None:
-    """The fork server that the environment names, if it names one."""
+    """Return the fork server that the environment names; None if it names none."""
     descriptor = environment.read().fork_server_fd
     return None if descriptor is None else ForkServer(socket.socket(fileno=os.dup(descriptor)))
 
 
 def main(preload: Sequence[str]) -> None:
-    """The other side: obey orders, which come through stdout, until the launcher is gone, or become a task."""
+    """Obey orders, which come through stdout, until the launcher is gone, or become a task."""
     with socket.socket(fileno=os.dup(STDOUT)) as launcher:
-        os.dup2(STDIN, STDOUT)  # what is printed when modules are imported is nobody's
+        os.dup2(STDIN, STDOUT)  # the output of imported modules is dropped
         _preload(preload)
         launcher.send(READY)
         task = _obey(launcher)
     if task is None:
-        os._exit(0)  # there is nothing to tidy up, which would take longer than most tasks take to begin
+        os._exit(0)  # without exit handlers, which would take longer than most tasks take to begin
     runpy.run_module(task, run_name="__main__", alter_sys=True)
 
 
 def _preload(names: Sequence[str]) -> None:
     for name in names:
-        # A task imports it again, and says what is wrong with it.
+        # Errors are suppressed because a task that imports the module again gets and reports them.
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # collections of the tasks need not look at it, and so not copy it
+    gc.freeze()  # the tasks' garbage collections then skip these objects, and do not copy their memory
 
 
 def _obey(launcher: socket.socket) -> str | None:
-    """Obey orders; the module of a task to go on with in a process that has been forked, else None."""
+    """Obey orders; return the module of a task to go on with in a forked process, and None otherwise."""
     while True:
         data, descriptors, _, _ = socket.recv_fds(launcher, ORDER_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if not data:
@@ -212,17 +212,17 @@ def _obey(launcher: socket.socket) -> str | None:
 
 
 def _fork() -> int:
-    """As ``os.fork``, but -errno where the system refuses."""
+    """Fork as ``os.fork`` does, but return -errno if the system refuses."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads, see the top of the file
+            warnings.simplefilter("ignore", DeprecationWarning)  # about threads; see the top of the file
             return os.fork()
     except OSError as error:
         return -(error.errno or 1)
 
 
 def _become(order: Fork, descriptors: Sequence[int]) -> None:
-    """Make this process, just forked, what it would be if it had been started as a program."""
+    """Turn this process, which was just forked, into one that seems to have been started as a program."""
     stdin, stdout, stderr, guard, *inherited = descriptors
     os.setsid()
     announce(guard)
@@ -238,7 +238,7 @@ def _become(order: Fork, descriptors: Sequence[int]) -> None:
 
 
 def _reseed() -> None:
-    """Random numbers that no other task draws, as when each imports the libraries itself."""
+    """Seed the random number generators anew, so that tasks differ as if each had imported the libraries itself."""
     random.seed()
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()

@@ -1,10 +1,10 @@
-"""A process that outlives the launcher by one moment, to kill what a launcher that was killed leaves behind.
+"""A process that outlives the launcher by a moment, to kill the tasks of a launcher that was killed.
 
-Each task is the leader of a process group of its own, and so belongs to nobody once the launcher is gone. The
-guard holds the reading end of a pipe whose other end only the launcher has. It learns the groups through it,
-and when the pipe ends it kills them.
+Each task is the leader of a process group of its own, so no process is responsible for it once the launcher is gone.
+The guard holds the reading end of a pipe whose other end only the launcher has. It learns the groups through this pipe,
+and kills them when the pipe ends.
 
-The kernel's own signal on the death of a parent would reach the tasks but not what they have started.
+The kernel's own signal on the death of a parent would reach the tasks, but not the processes that they have started.
 
 This file is run as a program without site packages, so it imports the standard library only.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 class Guard:
-    """The launcher's side: starts the guard, tells it of groups, and ends it."""
+    """The launcher's side: starts the guard, tells it the groups, and ends it."""
 
     def __init__(self) -> None:
         reader, self._writer = os.pipe()
@@ -41,16 +41,16 @@ class Guard:
     def enter(self) -> None:
         """Announce the calling process's group. Called in a child that is about to become a task.
 
-        It takes no lock and only writes a few bytes: that is all that is safe between fork and exec.
+        Takes no lock and only writes a few bytes, because nothing else is safe between fork and exec.
         """
         announce(self._writer)
 
     def fileno(self) -> int:
-        """What `announce` is called with where it is a descendant that becomes a task."""
+        """Return the descriptor for `announce` in a descendant that becomes a task."""
         return self._writer
 
     def close(self) -> None:
-        """End the guard without it killing anything. The groups must be gone. Idempotent."""
+        """End the guard before it kills anything. The groups must be gone. Idempotent."""
         if self._process.returncode is None:
             self._process.kill()
             self._process.wait()
@@ -58,12 +58,12 @@ class Guard:
 
 
 def announce(descriptor: int) -> None:
-    """As `Guard.enter`, in a process that has got the guard's descriptor."""
+    """Do `Guard.enter` in a process that has the guard's descriptor."""
     os.write(descriptor, b"%d\n" % os.getpid())
 
 
 def main() -> None:
-    """The guard's side: read group ids until the launcher is gone, then kill the groups."""
+    """Read group ids until the launcher is gone, and then kill the groups; the guard's side."""
     groups = [int(line) for line in sys.stdin]
     for group in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,15 +1,15 @@
-"""What the end of one task means for the others. No process or clock: it is told, and says what is due.
+"""The consequences of the end of one task for the others. No process or clock: it receives events and returns actions.
 
-Rules:
-1. The exit code of the run is that of the first task that failed; a task that was told to end cannot fail.
-2. A chief that fails takes the whole run with it, and so does a ps while anybody trains. A worker or an
-   evaluator disturbs nobody.
-3. When chief and workers have ended, ps tasks end by themselves; after the grace they are told to. They get a second
-   only if one of those has failed: it may be one that they wait for.
-4. An evaluator gets the time that it needs.
-5. An interrupt ends all tasks, and its exit code is the run's; a second one kills.
-6. Who is told to end and has not ended `KILL_AFTER` seconds later is killed.
-7. Where restarts are allowed, a task that fails is started again and has not failed, until it has used them up.
+Rules
+    * The exit code of the run is that of the first task that failed; a task that was told to end cannot fail.
+    * A chief that fails ends the whole run, and so does a ps while any task trains. A worker or an evaluator that fails
+      affects no other task.
+    * When chief and workers have ended, ps tasks end by themselves; after the grace period they are told to. The grace
+      is only `AFTER_FAILURE` if a chief or worker has failed: the ps tasks may be waiting for it.
+    * An evaluator gets all the time that it needs.
+    * An interrupt ends all tasks, and determines the exit code of the run; a second one kills.
+    * A task that was told to end and has not ended `KILL_AFTER` seconds later is killed.
+    * With restarts, a task that fails is started again, and counts as failed only after it has used them up.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from paramserver.cluster.task import Role, TaskId
 KILL_AFTER = 3.0
 """Seconds between asking a task to end and killing it."""
 AFTER_FAILURE = 1.0
-"""The most that the grace is when a chief or worker has failed."""
+"""Limit for the grace period in seconds, if a chief or worker has failed."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a task ended.
+    """The end of a task.
 
     Attributes:
-        code: Its exit code as a shell has it, 128 + N for a death by signal N.
-        signal: The signal that it died of.
+        code: Its exit code as a shell reports it, 128 + N after a death by signal N.
+        signal: The signal that killed it, if any.
     """
 
     code: int
@@ -45,14 +45,14 @@ class Ending:
 
 
 class Lifecycle:
-    """The state of a run's end. Times are seconds of any one clock that does not go back."""
+    """The state of a run's end. Times are seconds of any one monotonic clock."""
 
     def __init__(self, tasks: Iterable[TaskId], grace: float, restarts: int = 0) -> None:
         self.running = set(tasks)
         self.restarts_left = dict.fromkeys(self.running, restarts)
         self.failures: list[tuple[TaskId, Ending]] = []
         self.interrupt: int | None = None
-        """The signal that the user ended the run with."""
+        """The signal by which the user ended the run."""
         self._grace = grace
         self._due: dict[TaskId, tuple[float, signal.Signals]] = {}
         self._told: set[TaskId] = set()
@@ -71,21 +71,21 @@ class Lifecycle:
 
     @property
     def exit_code(self) -> int:
-        """What the run's exit code is, as far as it is known."""
+        """The run's exit code, as far as it is known."""
         if self.interrupt is not None:
             return 128 + self.interrupt
         return self.failures[0][1].code if self.failures else 0
 
     @property
     def summary(self) -> str:
-        """What failed, in one line; empty if nothing did."""
+        """One line about the tasks that failed; empty if none did."""
         if not self.failures:
             return ""
         endings = "; ".join(f"{task} {ending}" for task, ending in self.failures)
         return f"error: {endings}" + ("; the run was stopped" if self.is_stopping else "")
 
     def ended(self, task: TaskId, ending: Ending, now: float) -> bool:
-        """A task has ended; whether it is to be started again."""
+        """Note that a task has ended, and return whether to start it again."""
         if ending.code and task not in self._told and self.restarts_left[task] and self._is_of_use(task):
             self.restarts_left[task] -= 1
             return True
@@ -105,7 +105,7 @@ class Lifecycle:
         return False
 
     def interrupted(self, number: int, now: float) -> None:
-        """The user, or whoever runs the launcher, wants the run to end."""
+        """Note a signal by which the user, or the process that runs the launcher, wants to end the run."""
         again = self.interrupt is not None
         self.interrupt = number if self.interrupt is None else self.interrupt
         self._stop(now)
@@ -113,7 +113,7 @@ class Lifecycle:
             self._due = dict.fromkeys(self.running, (now, signal.SIGKILL))
 
     def take_due(self, now: float) -> list[tuple[TaskId, signal.Signals]]:
-        """The signals to send now. Each is given out once."""
+        """Return the signals to send now. Each is returned once."""
         due = [(task, number) for task, (when, number) in self._due.items() if when <= now]
         for task, number in due:
             del self._due[task]
@@ -123,11 +123,11 @@ class Lifecycle:
         return due
 
     def next_due(self) -> float | None:
-        """When `take_due` will next have something, unless something else happens before."""
+        """Return the time when `take_due` will next return a signal, unless something else happens before."""
         return min((when for when, _ in self._due.values()), default=None)
 
     def _is_of_use(self, task: TaskId) -> bool:
-        """Whether there is something left to do for a task; a ps is of none when its chief has finished."""
+        """Return whether a task still has work to do; a ps has none after its chief has finished."""
         return not self.is_stopping and not (self._chief_has_finished and task.role is Role.PS)
 
     def _stop(self, now: float) -> None:

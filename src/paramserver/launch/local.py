@@ -1,4 +1,4 @@
-"""A run as processes of this machine, watched by one loop that waits for whatever happens next."""
+"""A run as processes on this machine, watched by one loop that waits for the next event."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from paramserver.launch.spec import HOST, LEFT_ALONE, LaunchOptions, LaunchSpec,
 from paramserver.launch.start_methods import Spawn, StartMethod
 
 LINGER = 1.0
-"""Seconds that helpers, such as multiprocessing's resource tracker, get when all tasks have ended."""
+"""Seconds that helper processes, such as multiprocessing's resource tracker, get after all tasks have ended."""
 
 BACKLOG = 128
-"""Connections that may wait for a ps that is still starting."""
+"""Number of connections that may wait for a ps that is still starting."""
 
 READ_BYTES = 65536
 
@@ -45,7 +45,9 @@ def launch(
     on_output: OnOutput | None = None,
     on_end: OnEnd | None = None,
 ) -> int:
-    """Run what ``options`` ask for on this machine and wait for its end; the arguments are those of `run`.
+    """Run what ``options`` ask for on this machine, wait for its end, and return the exit code.
+
+    The other arguments are those of `run`.
 
     Raises:
         ConfigError: If a task cannot be started.
@@ -59,7 +61,7 @@ def launch(
 
 
 def dry_run(options: LaunchOptions) -> str:
-    """What `launch` would start. Binds and starts nothing."""
+    """Return a description of what `launch` would start. Binds and starts nothing."""
     return describe(_plan(options, [None] * options.ps, "***", "<run id>"))
 
 
@@ -75,11 +77,11 @@ def run(
     Runs in the main thread only, because it takes over SIGINT and SIGTERM while it runs.
 
     Args:
-        spec: What to start.
-        on_report: Called with every report of a task. Without it tasks are not asked for reports.
-        on_output: Called with every line that a task prints, and with the launcher's own; None prints them.
-        listeners: Listening sockets that tasks inherit. They are closed here once handed over.
-        on_end: Called with each task that has ended and is not started again, and how.
+        spec: The run to start.
+        on_report: Called with every report of a task. Without it, tasks are not asked for reports.
+        on_output: Called with every line that a task or the launcher prints; None prints them.
+        listeners: Listening sockets for tasks to inherit. They are closed here once handed over.
+        on_end: Called with each task that has ended for good, and its `Ending`.
 
     Returns:
         The exit code: that of the first task that failed, 128 + N after an interrupt by signal N, else 0.
@@ -118,7 +120,7 @@ class LocalRun:
         return f"<LocalRun {self._spec.run_id}: {self._lifecycle!r}>"
 
     def run(self) -> int:
-        """As the function `run`."""
+        """Do as the function `run`."""
         if sys.platform != "linux":
             raise ConfigError(f"launch: expected Linux, whose pidfds it waits on, got {sys.platform}")
         with self._selector, _signals() as interrupts:
@@ -154,7 +156,7 @@ class LocalRun:
         process = TaskProcess(self._specs[task], listener, self._on_report is not None, method)
         self._processes[task] = process
         if listener is not None and not self._lifecycle.restarts_left[task]:
-            listener.close()  # or else connections to a dead ps would wait in our copy for ever
+            listener.close()  # or else connections to a dead ps would wait in the launcher's copy forever
         self._watch(process, method)
 
     def _watch(self, process: TaskProcess, method: StartMethod) -> None:
@@ -171,7 +173,7 @@ class LocalRun:
 
     def _is_over(self) -> bool:
         if self._lifecycle.running:
-            return self._lifecycle.interrupt is not None and not self._processes  # before anything was started
+            return self._lifecycle.interrupt is not None and not self._processes  # interrupted before any start
         if self._linger_until is None:
             self._linger_until = time.monotonic() + LINGER
         return not self._open_pipes or time.monotonic() >= self._linger_until
@@ -193,7 +195,7 @@ class LocalRun:
         if self._lifecycle.ended(task, ending, time.monotonic()):
             left = self._lifecycle.restarts_left[task]
             self._say(f"{task} {ending}; it is started again ({self._spec.restarts - left} of {self._spec.restarts})")
-            process.signal(signal.SIGKILL)  # what it has started must not go on beside its successor
+            process.signal(signal.SIGKILL)  # the children of the old process must not go on beside the new one
             self._replaced.append(process)
             self._start(task, method)
             return
@@ -214,7 +216,7 @@ class LocalRun:
         self._on_output(OutputLine(task, line.decode("utf-8", "replace"), is_error))
 
     def _report(self, line: bytes) -> None:
-        # The pipe is open to whatever the user's script starts; what is no report is not ours to judge.
+        # Any process that the user's script starts may write into this pipe; lines that are not reports are ignored.
         with contextlib.suppress(msgspec.DecodeError):
             report = decode(line)
             if self._on_report is not None:
@@ -257,13 +259,13 @@ def _listener() -> socket.socket:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """A socket that gets one byte, the signal's number, for each signal that wants the run to end."""
+    """Provide a socket that receives one byte, the signal's number, for each signal that is to end the run."""
     reader, writer = socket.socketpair()
     with reader, writer:
         reader.setblocking(False)
         writer.setblocking(False)
         old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        # The handler does nothing: that a handler is there makes Python write the byte.
+        # The handler does nothing, but Python writes the byte only for signals that have a handler.
         handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield reader

@@ -1,4 +1,4 @@
-"""From the bytes that tasks print to whole lines, and from lines to this terminal with a prefix."""
+"""The output of tasks: bytes are cut into whole lines, and lines are printed to this terminal with a prefix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_
 
 
 class OutputLine(NamedTuple):
-    """One line that a task has printed, or the launcher itself where there is no task."""
+    """One line that a task has printed, or the launcher itself if ``task`` is None."""
 
     task: TaskId | None
     text: str
@@ -25,19 +25,19 @@ class OutputLine(NamedTuple):
 
 
 class LineBuffer:
-    r"""Cuts a stream of bytes into lines, without their ends.
+    r"""Cuts a stream of bytes into lines, without their line ends.
 
-    A lone ``\r`` ends a line too, or else a progress bar that draws over itself would never be seen.
+    A lone ``\r`` ends a line too, or else a progress bar that overwrites itself would never be shown.
     """
 
     LIMIT_BYTES = 65536
-    """A line longer than this is cut, so that a task that prints no line ends cannot fill our memory."""
+    """Length at which a line is cut, so that a task that prints no line ends cannot fill the launcher's memory."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines that ``data`` completes."""
+        """Return the lines that ``data`` completes."""
         *complete, rest = (self._rest + data).split(b"\n")
         lines = [piece for line in complete for piece in _pieces(line) or [b""]]
         overwritten, _, last = rest.rpartition(b"\r")
@@ -51,13 +51,13 @@ class LineBuffer:
         return lines
 
     def finish(self) -> list[bytes]:
-        """What is left when the stream has ended."""
+        """Return the rest after the stream has ended."""
         rest, self._rest = self._rest, b""
         return _pieces(rest)
 
 
 class Printer:
-    """Prints lines as ``chief:0 | text``, coloured where it is a terminal that they go to."""
+    """Prints lines as ``chief:0 | text``, coloured on a terminal."""
 
     def __init__(self, tasks: Iterable[TaskId], stdout: TextIO | None = None, stderr: TextIO | None = None) -> None:
         self._stdout = stdout or sys.stdout
@@ -69,7 +69,7 @@ class Printer:
         }
 
     def __call__(self, line: OutputLine) -> None:
-        """Print one line, at once."""
+        """Print one line at once."""
         stream = self._stderr if line.is_error else self._stdout
         prefix = self._prefixes[line.is_error][line.task] if line.task else ""
         encoding = stream.encoding or "utf-8"
@@ -80,14 +80,14 @@ class Printer:
 
 
 def colours(tasks: Iterable[TaskId]) -> dict[TaskId, str]:
-    """The colour of each task's prefix."""
+    """Return the colour of each task's prefix."""
     return dict(zip(tasks, itertools.cycle(COLOURS), strict=False))
 
 
 def _prefixes(tasks: tuple[TaskId, ...], stream: TextIO) -> dict[TaskId, str]:
     plain = {task: f"{task} | " for task in tasks}
     console = Console(file=stream)
-    if console.color_system is None or console.no_color:  # no terminal, or one whose user wants no colours
+    if console.color_system is None or console.no_color:  # not a terminal, or the user wants no colours
         return plain
     return {task: Style.parse(colour).render(plain[task]) for task, colour in colours(tasks).items()}
 

@@ -1,4 +1,4 @@
-"""One task as a process of this machine: its start, its pipes, its end."""
+"""One task as a process on this machine: its start, its pipes, its end."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from paramserver.launch.start_methods import Descriptors, Program, StartMethod
 class TaskProcess:
     """A started task, the leader of a session and process group of its own.
 
-    The process is not reaped before its start method is closed, also when it has ended, so a signal to the group
-    reaches nobody else.
+    The process is not reaped before its start method is closed, even after it has ended, so a signal to its group never
+    reaches another group with the same id.
 
     Attributes:
-        task: Who it is.
+        task: The task.
         pidfd: A descriptor that is readable once the process has ended.
-        stdout: The reading end of what it prints.
-        stderr: The reading end of what it complains about.
-        reports: The reading end of its reports; None where nobody wants them.
+        stdout: The reading end of its standard output.
+        stderr: The reading end of its standard error.
+        reports: The reading end of its reports; None if it was not asked for reports.
 
     Raises:
-        ConfigError: If it cannot be started.
+        ConfigError: If the process cannot be started.
     """
 
     def __init__(self, spec: TaskSpec, listener: socket.socket | None, reports: bool, method: StartMethod) -> None:
@@ -53,17 +53,17 @@ class TaskProcess:
         return f"<TaskProcess {self.task} pid {self._pid}>"
 
     def ending(self) -> Ending:
-        """How it ended. Blocks until it has."""
+        """Return how the process ended. Blocks until it has."""
         return self._method.ending(self._pid)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and to all that it has started in its group."""
+        """Send a signal to the process and to all processes in its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, number)
 
     def close(self) -> None:
-        """Wait for the process, which must have ended or been killed, and close what is open. Call it once."""
-        poll = select.poll()  # which takes any number of a descriptor
+        """Wait for the process, which must have ended or been killed, and close all descriptors. Call this once."""
+        poll = select.poll()  # not select, which refuses descriptors above 1023
         poll.register(self.pidfd, select.POLLIN)
         poll.poll()
         for descriptor in (self.pidfd, self.stdout, self.stderr, self.reports):
@@ -72,7 +72,7 @@ class TaskProcess:
 
 
 def _pipe(readers: contextlib.ExitStack, writers: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe, each end of which is closed with a stack."""
+    """Return both ends of a pipe, each of which is closed by a stack."""
     reader, writer = os.pipe()
     readers.callback(os.close, reader)
     writers.callback(os.close, writer)

@@ -1,4 +1,4 @@
-"""How far a run is, from the reports of its tasks, and what of it is shown while it goes on."""
+"""The progress of a run, from the reports of its tasks, and its display while the run goes on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from paramserver.cluster.task import TaskId
 from paramserver.launch.lifecycle import Ending
 
 WINDOW = 5.0
-"""Seconds that the rate shown is a mean over."""
+"""Seconds over which the displayed rate is averaged."""
 
 OTHER_LINES = 4
-"""Of the display, beside those of tasks: a rule, the global step, the table's head, how many tasks have no line."""
+"""Lines of the display beside those of tasks: a rule, the global step, the table's head, the number of hidden tasks."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class TaskProgress:
     """The newest report of each kind from one task.
 
     Attributes:
-        state: What it does, in words; of a task that reports nothing no more is known than this.
-        step_seconds: Where the time of its steps has gone, told at their end.
-        ending: How it ended; None before that.
+        state: State of the task in words; of a task without reports, only this is known.
+        step_seconds: Time that the parts of its steps take, reported after its last step.
+        ending: How the task ended; None before that.
     """
 
     state: str = "running"
@@ -45,24 +45,24 @@ class TaskProgress:
 
     @property
     def doing(self) -> str:
-        """What it does, or how it ended."""
+        """The state of the task, or how it ended."""
         if self.ending is None:
             return self.state
         return str(self.ending) if self.ending.code else "ended"
 
     @property
     def staleness(self) -> str:
-        """Of the updates that a ps has applied; empty where nobody has told it."""
+        """Staleness of the updates that a ps has applied, as text; empty if it is not known."""
         if self.mean_staleness is None:
             return ""
         return f"{self.mean_staleness:.2f} (max {self.largest_staleness})"
 
 
 class Pace:
-    """How fast the global step moves.
+    """The speed of the global step.
 
     Args:
-        clock: Returns seconds that never go back.
+        clock: Returns seconds that never decrease.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,7 +71,7 @@ class Pace:
         self._moments: deque[tuple[float, int]] = deque()
 
     def take(self, step: int) -> None:
-        """The global step is this now. It counts from the first one that is not 0, which may be a checkpoint's."""
+        """Note the present global step. Counting begins with the first step that is not 0, such as a checkpoint's."""
         if step <= (self._moments[-1][1] if self._moments else 0):
             return
         now = self._clock()
@@ -82,12 +82,12 @@ class Pace:
 
     @property
     def recent(self) -> float:
-        """Global steps per second in the last `WINDOW` seconds; 0.0 if nothing is known."""
+        """Global steps per second in the last `WINDOW` seconds; 0.0 if it is not known."""
         return self._rate(self._moments[0], self._clock()) if self._moments else 0.0
 
     @property
     def overall(self) -> float:
-        """Global steps per second from the first step to the last; 0.0 if nothing is known."""
+        """Global steps per second from the first step to the last; 0.0 if it is not known."""
         return self._rate(self._began, self._moments[-1][0]) if self._began else 0.0
 
     def _rate(self, since: tuple[float, int], now: float) -> float:
@@ -102,11 +102,11 @@ class RunProgress:
     One thread may change it while another one shows it.
 
     Attributes:
-        tasks: By name, in the order in which they are shown. What other tasks report is nobody's business.
-        max_steps: The global step that the run goes to; None where nobody has told it.
-        pace: How fast the global step moves.
+        tasks: The tasks by name, in the order of the display. Reports of other tasks are ignored.
+        max_steps: The global step at which the run ends; None if it is not known.
+        pace: The speed of the global step.
         evaluations: Metrics of each finished evaluation.
-        paths: Where results lie, by what they are.
+        paths: Paths of results by kind.
     """
 
     tasks: dict[str, TaskProgress]
@@ -117,13 +117,13 @@ class RunProgress:
 
     @classmethod
     def of(cls, tasks: Iterable[TaskId]) -> RunProgress:
-        """Of a run that begins: those who train are shown first."""
+        """Return the progress of a run that begins; tasks that train come first."""
         return cls({str(task): TaskProgress() for task in sorted(tasks, key=lambda task: not task.role.trains)})
 
     def take(self, report: Report) -> None:
-        """Take in one report."""
+        """Add one report."""
         task = self.tasks.get(report.task)
-        if task is None:  # whatever the user's script starts may write into its pipe
+        if task is None:  # any process that the user's script starts may write into its pipe
             return
         for name in TaskProgress.__dataclass_fields__:
             value = getattr(report, name, None)
@@ -136,7 +136,7 @@ class RunProgress:
         self.pace.take(report.global_step or 0)
 
     def end(self, task: TaskId, ending: Ending) -> None:
-        """A task has ended for good."""
+        """Note that a task has ended for good."""
         self.tasks[str(task)].ending = ending
 
     @property
@@ -150,7 +150,7 @@ class RunProgress:
         yield from self._task_lines(max(console.height // 2 - OTHER_LINES, 1))
 
     def _step_line(self) -> Table:
-        """The global step; where it is known how far it goes, a bar takes what the numbers leave."""
+        """Return the global step with, if the last step is known, a progress bar in the rest of the line."""
         end, step = self.max_steps, self.global_step
         of = f" of {end:,}" if end else ""
         rate = f"  {self.pace.recent:,.0f} steps/s" if step else ""
@@ -159,14 +159,14 @@ class RunProgress:
         return line
 
     def _task_lines(self, limit: int) -> Iterable[Table | Text]:
-        """A line for each task, but for the last ones where they are too many."""
+        """Yield a table with a line for each task, at most ``limit``, and the number of the others."""
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="dim")
         table.add_column("task", no_wrap=True)
         table.add_column("does")
         for title in ("loss", "updates", "staleness"):
             table.add_column(title, justify="right", no_wrap=True)
         for name, task in list(self.tasks.items())[:limit]:
-            # A column that may wrap is the first to get narrower, and this text is then cut.
+            # Rich first narrows a column that may wrap; with no_wrap, its text is then cut.
             doing = Text(task.doing, no_wrap=True, overflow="ellipsis")
             table.add_row(name, doing, _shown(task.loss, ".4f"), _shown(task.updates, ",d"), task.staleness)
         yield table

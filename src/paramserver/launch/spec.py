@@ -1,4 +1,4 @@
-"""What is to be started, as data: options -> plan -> text. No process, socket, clock or environment here."""
+"""A run to be started, as data: options -> plan -> text. No process, socket, clock or environment here."""
 
 from __future__ import annotations
 
@@ -13,64 +13,65 @@ from paramserver.errors import ConfigError
 from paramserver.layout.lanes import check_lane
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""What decides how many threads torch takes for one operator."""
+"""Environment variables for the number of threads that torch uses for one operator."""
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 SPIN_COUNT = "10000"
-"""How often one of these threads looks for more to do before it sleeps: for some 10 microseconds, and not for the
-milliseconds of the default, in which it would keep a ps from the core that the worker waits for."""
+"""How often such a thread looks for more work before it sleeps: for some 10 microseconds. The default of milliseconds
+would keep a ps from the core that a worker waits for."""
 
 WAIT_VARIABLES = (SPIN_VARIABLE, "OMP_WAIT_POLICY")
-"""What decides how these threads wait."""
+"""Environment variables that determine how these threads wait."""
 
 MALLOC_VARIABLE = "GLIBC_TUNABLES"
 MALLOC_TUNABLES = "glibc.malloc.tcache_count=0"
-"""glibc keeps small pieces of freed memory for each thread, those between two activations, too, which then never become
-one piece again, nor fit others of their own size. Without, a worker holds half as much freed memory, and is as fast."""
+"""glibc caches small freed blocks for each thread, even those between two activations. The freed memory around a cached
+block then never merges, nor fits other activations of its size. Without this cache, a worker holds half as much freed
+memory, and is as fast."""
 
 LEFT_ALONE = (*THREAD_VARIABLES, *WAIT_VARIABLES, MALLOC_VARIABLE)
-"""The variables that are as the user has set them."""
+"""Environment variables that keep the value of the user, if there is one."""
 
 INHERITED = ("PARAMSERVER_LISTEN_FD", "PARAMSERVER_REPORT_FD", "PARAMSERVER_FORK_SERVER_FD")
-"""The variables that tell a process the numbers of descriptors."""
+"""Environment variables that hold the numbers of a process's inherited descriptors."""
 
 START_METHODS = ("forkserver", "spawn")
-"""As multiprocessing calls them: tasks are forks of one process that has imported torch, or import it themselves."""
+"""Named as in multiprocessing: tasks are forks of one process that has imported torch, or import it themselves."""
 
 PRELOADED = (
     "torch",
-    "torch._dynamo",  # which torch imports when the first optimizer is made, and which takes a second
+    "torch._dynamo",  # imported by torch with the first optimizer, which takes a second
     "paramserver.server",
     "paramserver.distribute.parameter_server",
     "paramserver.estimator",
 )
-"""What is imported before tasks are forked."""
+"""Modules to import before tasks are forked."""
 
 HOST = "127.0.0.1"
 
 NO_ADDRESS = f"{HOST}:0"
-"""What stands in TF_CONFIG for a chief or a worker: it must have an address there, but listens on nothing."""
+"""Address in TF_CONFIG of a chief or worker, which needs an entry there, but listens on nothing."""
 
 NO_PORT = "<free port>"
-"""Printed for a port that is chosen when the run starts."""
+"""Text for a port that is chosen when the run starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """What a user asks for.
+    """The options of a launch.
 
     Attributes:
         script: The program that chief, workers and evaluator run.
-        args: Its arguments.
-        ps: How many parameter servers.
-        workers: How many tasks train; the chief is one of them.
-        evaluator: Whether an evaluator is started, too.
-        lane: A name of `layout.lanes`: ``auto``, or ``tcp`` to keep off shared memory.
-        threads: Threads for each task's computations; None shares the cores among chief and workers.
-        grace: Seconds that ps tasks get to end by themselves when chief and workers have ended.
-        restarts: How often each task that fails is started again.
+        args: The arguments of the script.
+        ps: Number of parameter servers.
+        workers: Number of tasks that train, including the chief.
+        evaluator: Whether to start an evaluator, too.
+        lane: A name from `layout.lanes`: ``auto``, or ``tcp`` to avoid shared memory.
+        threads: Threads for the computations of each task; None shares the cores among chief and workers.
+        grace: Seconds that ps tasks get to end by themselves after chief and workers have ended.
+        restarts: Number of times that each failed task is started again.
         start_method: One of `START_METHODS`.
-        preload: With ``forkserver``, the modules that are imported before tasks are forked.
+        preload: With ``forkserver``, the modules to import before tasks are forked.
     """
 
     script: str
@@ -105,9 +106,9 @@ class TaskSpec:
     """One process to start.
 
     Attributes:
-        task: Who it is.
+        task: The task.
         command: Program and arguments.
-        env: What is added to the launcher's own environment.
+        env: Additions to the launcher's own environment.
     """
 
     task: TaskId
@@ -120,9 +121,9 @@ class LaunchSpec:
     """A whole run, ready to be started or shown.
 
     Attributes:
-        run_id: Tells this run from others in the same model_dir.
-        tasks: In the order in which they are started; ps tasks first, so that workers find them.
-        addresses: The cluster as TF_CONFIG has it, role -> addresses.
+        run_id: Distinguishes this run from others in the same model_dir.
+        tasks: The tasks in starting order; ps tasks first, so that workers find them.
+        addresses: The cluster as in TF_CONFIG, role -> addresses.
         grace: As in `LaunchOptions`.
         restarts: As in `LaunchOptions`.
         start_method: As in `LaunchOptions`; for "forkserver" each command is ``PYTHON -m MODULE ARGUMENTS...``.
@@ -147,19 +148,19 @@ def plan(
     already_set: Collection[str] = (),
     python: str = sys.executable,
 ) -> LaunchSpec:
-    """The run that ``options`` ask for, on this machine.
+    """Return the run that ``options`` ask for, on this machine.
 
     Args:
-        options: What the user asked for.
-        ps_ports: The port of each ps, which is listened on; None where it is not chosen yet, as in a dry run.
-        token: The secret that lets tasks into the run.
-        run_id: The run's name.
-        cores: How many cores there are to share.
+        options: The options of the user.
+        ps_ports: The listening port of each ps; None if it is not chosen yet, as in a dry run.
+        token: The secret of the run.
+        run_id: The id of the run.
+        cores: Number of cores to share.
         already_set: Those of `LEFT_ALONE` that the user has set.
-        python: The interpreter that runs the tasks.
+        python: The interpreter for the tasks.
 
     Raises:
-        ConfigError: If there is not one port for each ps.
+        ConfigError: If the number of ports differs from that of ps tasks.
     """
     if len(ps_ports) != options.ps:
         raise ConfigError(f"ps_ports: expected {options.ps}, one for each ps, got {len(ps_ports)}")
@@ -192,7 +193,7 @@ def plan(
 
 
 def runtime_variables(options: LaunchOptions, cores: int, already_set: Collection[str] = ()) -> dict[str, str]:
-    """What tells torch's threads and the C library of each task how to work; for the arguments see `plan`."""
+    """Return the environment variables for torch's threads and the C library; for the arguments see `plan`."""
     variables = _thread_variables(options, cores, already_set)
     if not set(WAIT_VARIABLES) & set(already_set):
         variables[SPIN_VARIABLE] = SPIN_COUNT
@@ -202,7 +203,7 @@ def runtime_variables(options: LaunchOptions, cores: int, already_set: Collectio
 
 
 def task_ids(options: LaunchOptions) -> list[TaskId]:
-    """The tasks of a run, in the order in which they are started."""
+    """Return the tasks of a run in starting order."""
     tasks = [TaskId(Role.PS, index) for index in range(options.ps)]
     tasks.append(TaskId(Role.CHIEF, 0))
     tasks += [TaskId(Role.WORKER, index) for index in range(options.workers - 1)]
@@ -212,13 +213,13 @@ def task_ids(options: LaunchOptions) -> list[TaskId]:
 
 
 def shared_environment(spec: LaunchSpec) -> dict[str, str]:
-    """What all tasks have in their environment."""
+    """Return the environment variables that are equal for all tasks."""
     first, *others = [task.env for task in spec.tasks]
     return {name: value for name, value in first.items() if all(env.get(name) == value for env in others)}
 
 
 def describe(spec: LaunchSpec) -> str:
-    """What would be started: a block for each task that a shell would run as it stands, but for the token."""
+    """Describe what would be started: a block for each task that a shell could run unchanged, except for the token."""
     count = len(spec.tasks)
     title = f"run {spec.run_id}: {count} {'task' if count == 1 else 'tasks'}"
     return "\n\n".join([title, *(_describe_task(spec, task) for task in spec.tasks)]) + "\n"
@@ -239,7 +240,7 @@ def _check_least(name: str, value: int, why: str, least: int = 1) -> None:
 
 
 def _command(task: TaskId, options: LaunchOptions, python: str) -> tuple[str, ...]:
-    # A ps gets its update rules from the chief by name and numbers, so it never has to run the user's script.
+    # A ps gets its update rules from the chief by name and numbers, so it never needs the user's script.
     if task.role is Role.PS:
         return (python, "-m", "paramserver", "server")
     return (python, "-m", "paramserver.launch.task", options.script, *options.args)
@@ -255,7 +256,7 @@ def _addresses(workers: int, ps_ports: Sequence[int | None]) -> dict[str, tuple[
 
 
 def _tf_config(addresses: Mapping[str, tuple[str, ...]], task: TaskId) -> str:
-    # The evaluator is a task without being in the cluster: nobody connects to it, nobody counts it.
+    # The evaluator is a task outside the cluster: no task connects to it or counts it.
     return json.dumps({"cluster": addresses, "task": {"type": task.role.value, "index": task.index}})
 
 
@@ -263,7 +264,7 @@ def _thread_variables(options: LaunchOptions, cores: int, already_set: Collectio
     if options.threads is not None:
         return dict.fromkeys(THREAD_VARIABLES, str(options.threads))
     if "OMP_NUM_THREADS" in already_set:
-        return {}  # MKL follows OMP's number where it has none of its own
-    # The ps tasks are not counted: they are busy while workers wait for them.
+        return {}  # MKL uses OMP's number if it has none of its own
+    # The ps tasks are not counted, because they work while the workers wait for them.
     share = str(max(1, cores // options.workers))
     return {name: share for name in THREAD_VARIABLES if name not in already_set}

@@ -1,4 +1,4 @@
-"""How a task becomes a process: its own Python, or a fork of one that has imported torch (``fork_server``)."""
+"""The ways in which a task becomes a process: its own Python, or a fork of one that has imported torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from paramserver.launch.spec import INHERITED
 
 
 class Program(NamedTuple):
-    """What a process runs.
+    """The program of a process.
 
     Attributes:
-        name: What it is called in lists of processes, where its start method can say so.
+        name: The name of the process in lists of processes, if its start method can set it.
         command: Program and arguments; for forks ``PYTHON -m MODULE ARGUMENTS...``.
-        env: What is added to the launcher's own environment.
+        env: Additions to the launcher's own environment.
     """
 
     name: str
@@ -31,13 +31,13 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Descriptors:
-    """The open files that a process gets. They stay the launcher's, to be closed by it.
+    """The open files for a process. The launcher still owns them, and closes them.
 
     Attributes:
-        stdin: What it reads; None for nothing.
-        stdout: What it prints to.
-        stderr: What it complains to.
-        inherited: What it finds by a variable of its environment: name -> descriptor.
+        stdin: Its standard input; None for an empty one.
+        stdout: Its standard output.
+        stderr: Its standard error.
+        inherited: Descriptors by the environment variable that holds their number.
     """
 
     stdin: int | None = None
@@ -47,10 +47,10 @@ class Descriptors:
 
 
 class StartMethod(ABC):
-    """Starts processes, each the leader of a session and process group of its own that the guard knows of.
+    """Starts processes, each the leader of a session and process group of its own, which the guard knows.
 
-    A process that has ended stays a zombie until `close`: until then its id, which is its group's as well, cannot be
-    given to a stranger.
+    A process that has ended stays a zombie until `close`: before that, its id, which is also that of its group, cannot
+    be given to another process.
 
     Attributes:
         ready: A descriptor that is readable once `make_ready` does not block; None if `start` can be called at once.
@@ -61,11 +61,11 @@ class StartMethod(ABC):
     def __init__(self) -> None:
         self._guard = Guard()
 
-    def make_ready(self) -> None:  # noqa: B027  # not abstract: there is nothing to do where `ready` is None
+    def make_ready(self) -> None:  # noqa: B027  # not abstract: nothing has to be done if `ready` is None
         """Wait until `start` can be called.
 
         Raises:
-            ConfigError: If it never will.
+            ConfigError: If it never can.
         """
 
     @abstractmethod
@@ -78,11 +78,11 @@ class StartMethod(ABC):
 
     @abstractmethod
     def ending(self, pid: int) -> Ending:
-        """How a process ended. Blocks until it has."""
+        """Return how a process ended. Blocks until it has."""
 
     def close(self) -> None:
-        """Reap what was started, all of which must have ended or been killed."""
-        self._guard.close()  # first: it must not kill groups whose ids are free again
+        """Reap all started processes, which must have ended or been killed."""
+        self._guard.close()  # first, or it could kill groups whose ids are in use again
         self._reap()
 
     @abstractmethod
@@ -97,8 +97,8 @@ class Spawn(StartMethod):
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, program: Program, descriptors: Descriptors) -> int:
-        # preexec_fn, because a group that the guard hears of only when Popen returns would be left behind by a
-        # launcher that is killed in between. What is run there takes no lock, so threads of ours cannot block it.
+        # preexec_fn, because a launcher that is killed before Popen returns would leave a group behind that the guard
+        # does not know yet. The function takes no lock, so that other threads of the launcher cannot block it.
         process = subprocess.Popen(
             program.command,
             stdin=subprocess.DEVNULL if descriptors.stdin is None else descriptors.stdin,
@@ -121,21 +121,21 @@ class Spawn(StartMethod):
 
 
 def task_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a task: ours, with these variables.
+    """Return the environment of a task: that of this process, with these variables.
 
-    A launcher may itself be a task, so what it has inherited is left out: its descriptors are not its children's.
+    A launcher may itself be a task, so the variables for its own inherited descriptors are left out.
     """
     ours = environment.for_child({})
     return {**{name: value for name, value in ours.items() if name not in INHERITED}, **variables}
 
 
 def as_text(inherited: Mapping[str, int]) -> dict[str, str]:
-    """The variables that tell a task where its descriptors are."""
+    """Return the environment variables that hold the numbers of a task's inherited descriptors."""
     return {name: str(number) for name, number in inherited.items()}
 
 
 def ending(info: os.waitid_result | None) -> Ending:
-    """What ``os.waitid`` has found, which is never None where it waits."""
+    """Convert the result of ``os.waitid``, which is never None after a blocking call."""
     assert info is not None  # noqa: S101  # None is for WNOHANG
     if info.si_code == os.CLD_EXITED:
         return Ending(info.si_status)

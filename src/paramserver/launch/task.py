@@ -1,8 +1,8 @@
 """``python -m paramserver.launch.task SCRIPT ARGS...``: a user's script as a task of a run.
 
-The script runs as if Python had been given it, except for how it ends: an error that paramserver raises on
-purpose is one line and no traceback, and SIGTERM ends it as ``sys.exit`` does, so that atexit handlers run, and
-without a word, wherever it comes.
+The script runs as if Python had been given it, except for its end: an error that paramserver raises on purpose is
+printed as one line without a traceback, and SIGTERM ends it as ``sys.exit`` does, so that atexit handlers run, and
+without output, at any point of the program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paramserver.errors import ConfigError, ParameterServerError, RunOverError
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 AGAIN = 0.01
-"""Seconds after which a SIGTERM that had no effect is sent once more."""
+"""Seconds after which a SIGTERM that had no effect is sent again."""
 
 
 def main(arguments: list[str]) -> int:
@@ -33,11 +33,11 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except RunOverError as exc:
-        _say(str(exc))  # it came too late to be of use, but nothing is wrong with it
-    except Exception as exc:  # noqa: BLE001  # it is the user's own, and shown as Python would show it
+        _say(str(exc))  # the task came too late to be of use, which is not a failure
+    except Exception as exc:  # noqa: BLE001  # any error of the user's script, shown as Python would show it
         if termination.has_caused(exc):
             return TERMINATED
-        sys.last_value = exc  # as Python does it: what runs at exit can see that the script failed
+        sys.last_value = exc  # as Python sets it: exit handlers can see that the script failed
         _show(exc)
         return 1
     finally:
@@ -54,7 +54,7 @@ def _show(exc: Exception) -> None:
 
 
 def without_runner(traceback: TracebackType | None) -> TracebackType | None:
-    """A traceback from where the user's script begins; None if it never began, as with a syntax error."""
+    """Return a traceback from where the user's script begins; None if it never began, as with a syntax error."""
     ours = {__file__, runpy.run_path.__code__.co_filename}
     while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
         traceback = traceback.tb_next
@@ -70,12 +70,12 @@ def _run(arguments: list[str]) -> None:
     sys.argv[:] = arguments
     if not sys.flags.safe_path:
         sys.path[0] = str(script.resolve().parent)
-    # Absolute, as Python makes __file__ of the main script: it has to be right after a chdir, too.
+    # Absolute, as Python makes __file__ of the main script, because it has to be valid after a chdir, too.
     runpy.run_path(str(script.absolute()), run_name="__main__")
 
 
 class _Termination:
-    """Ends this process on its first SIGTERM; a second one finds the system's own handler.
+    """Ends this process on its first SIGTERM; a second one meets the system's own handler.
 
     Attributes:
         script_is_over: Whether only exit handlers are left to run, so that there is nothing to end.
@@ -89,7 +89,7 @@ class _Termination:
         sys.unraisablehook = self._drop
 
     def has_caused(self, exc: BaseException | None) -> bool:
-        """Whether an exception is what became of SIGTERM, as where C++ imports a module."""
+        """Return whether SIGTERM has caused an exception, perhaps indirectly, as when C++ code imports a module."""
         while exc is not None and exc is not self._exit:
             exc = exc.__cause__ or exc.__context__
         return exc is not None
@@ -97,15 +97,15 @@ class _Termination:
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != self._owner:
-            # What the script has forked, such as a worker of a DataLoader, has inherited this handler, but
-            # its parent expects it to die of the signal.
+            # A process that the script has forked, such as a worker of a DataLoader, inherits this handler, but its
+            # parent expects the signal to kill it.
             os.kill(os.getpid(), signal.SIGTERM)
         if not self.script_is_over:
             self._exit = SystemExit(TERMINATED)
             raise self._exit
 
     def _drop(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """SIGTERM came where Python drops exceptions, such as a ``__del__``: let it come again, when that is over."""
+        """Send SIGTERM again later, if it came where Python drops exceptions, such as in a ``__del__``."""
         if self._exit is None or unraisable.exc_value is not self._exit:
             sys.__unraisablehook__(unraisable)
             return

@@ -1,1 +1,1 @@
-"""What all tasks agree on before a byte moves: variables, arenas, blocks, partitions, rules."""
+"""The layout that all tasks agree on before a byte moves: variables, arenas, blocks, partitions, rules."""

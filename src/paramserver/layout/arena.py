@@ -1,11 +1,11 @@
 """Arenas: many variables of one dtype and one optimizer group in one contiguous block of memory.
 
 Rules
-    * A layout says where each variable lies. Worker and ps compute it from the same layout, so an offset means
-      the same thing on both sides and nothing per variable has to travel.
-    * A variable starts at a multiple of `ALIGNMENT` bytes, so that matrix kernels find their alignment. The gap
-      before it belongs to nobody; its gradient is zero for ever.
-    * A *table* is a variable whose rows are pulled and pushed one by one: it has an arena to itself, and workers have
+    * A layout says where each variable lies. Worker and ps compute this from the same layout, so an offset means the
+      same on both sides, and nothing has to be sent per variable.
+    * A variable starts at a multiple of `ALIGNMENT` bytes, as matrix kernels need it. The gap before it belongs to no
+      variable; its gradient is always zero.
+    * A *table* is a variable whose rows are pulled and pushed one by one. It has an arena of its own, and workers have
       no memory for it.
 """
 
@@ -24,9 +24,9 @@ ALIGNMENT = 64
 
 
 class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
-    """Which variables lie in one arena, in which order, and the rule that updates them (None: none does).
+    """The variables of one arena, in their order, and the rule that updates them (None: no rule does).
 
-    ``is_table``: it holds one variable, a table.
+    ``is_table``: the arena holds one variable, which is a table.
 
     >>> variables = (VariableSpec("w", (3, 2), "float32"), VariableSpec("b", (2,), "float32"))
     >>> layout = ArenaLayout("float32", None, variables)
@@ -41,18 +41,18 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     @property
     def on_worker(self) -> ArenaLayout:
-        """What a worker has memory for."""
+        """The layout of the memory that a worker has for this arena; empty for a table."""
         return ArenaLayout(self.dtype, None, ()) if self.is_table else self
 
     @cached_property
     def table_shape(self) -> tuple[int, int]:
-        """Rows of a table, and elements of each."""
+        """Number of rows of a table, and number of elements of a row."""
         rows = self.variables[0].shape[0]
         return rows, self.size // max(rows, 1)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """The first element of each variable."""
+        """First element of each variable."""
         step = ALIGNMENT // self.itemsize
         offsets, end = [], 0
         for variable in self.variables:
@@ -62,33 +62,33 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     @cached_property
     def size(self) -> int:
-        """The number of elements, gaps included."""
+        """Number of elements, including the gaps."""
         return self.offsets[-1] + self.variables[-1].size if self.variables else 0
 
     @cached_property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Size of one element in bytes."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of all its variables."""
+        """Dtype of all variables of the arena."""
         return DTYPES[self.dtype]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole arena."""
+        """Size of the whole arena in bytes."""
         return self.size * self.itemsize
 
     @cached_property
     def ranges(self) -> tuple[Range, ...]:
-        """The range of each variable, without the gaps."""
+        """Range of each variable, without the gaps."""
         return tuple(
             (start, start + variable.size) for start, variable in zip(self.offsets, self.variables, strict=True)
         )
 
     def gap_end(self, stop: int) -> int:
-        """Where the gap behind a variable that ends at ``stop`` ends: where the next one may begin.
+        """Return the end of the gap behind a variable that ends at ``stop``, where the next variable may begin.
 
         >>> one, other = VariableSpec("b", (2,), "float32"), VariableSpec("c", (), "float32")
         >>> ArenaLayout("float32", None, (one, other)).gap_end(2)
@@ -99,11 +99,11 @@ class ArenaLayout(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     @cached_property
     def pieces(self) -> tuple[Range, ...]:
-        """The whole arena, block by block."""
+        """Range of each block of the arena, in order."""
         return tuple(pieces([(0, self.size)]))
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor of each variable's shape for each variable, all of them views of ``flat``."""
+        """Return a view of ``flat`` for each variable, in the variable's shape."""
         return [
             flat[start:stop].view(variable.shape)
             for (start, stop), variable in zip(self.ranges, self.variables, strict=True)

@@ -1,7 +1,7 @@
 """Blocks: the units in which an arena is locked, updated, sent, and checked for torn reads.
 
 Rules
-    * A block is `BLOCK` elements: large enough that the cost of Python is not noticed, small enough to stay in a
+    * A block has `BLOCK` elements: large enough that the cost of Python does not matter, small enough to stay in a
       processor's cache and to bound every buffer.
     * A *range* ``[start, stop)`` counts elements of an arena. A *piece* is a range inside one block.
 """
@@ -16,19 +16,19 @@ import numpy.typing as npt
 BLOCK = 1 << 19
 ID_BYTES = 8
 ROWS_PER_BLOCK = 16
-"""Rows for each block from which on it takes longer to find out which blocks they lie in than it is worth."""
+"""Number of rows for each block from which on finding the touched blocks takes longer than it saves."""
 
 
 Range = tuple[int, int]
 
 
 def num_blocks(size: int) -> int:
-    """How many blocks an arena of ``size`` elements has."""
+    """Return the number of blocks of an arena of ``size`` elements."""
     return -(-size // BLOCK)
 
 
 def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[np.int64], ...]:
-    """The blocks in which rows of ``width`` elements begin, and those in which they end if some end in another.
+    """Return the blocks in which rows of ``width`` elements begin and, if rows can cross a boundary, in which they end.
 
     >>> first, last = blocks_of_rows(np.array([0, 1, 2]), BLOCK - 1)
     >>> first.tolist(), last.tolist()
@@ -40,7 +40,7 @@ def blocks_of_rows(ids: npt.NDArray[np.int64], width: int) -> tuple[npt.NDArray[
 
 
 def touched_blocks(ids: npt.NDArray[np.int64], width: int, count: int) -> npt.NDArray[np.int64]:
-    """Which of so many blocks rows of ``width`` elements lie in, ascending; all, if there are many rows.
+    """Return the blocks, of ``count``, in which rows of ``width`` elements lie, ascending; all if there are many rows.
 
     >>> touched_blocks(np.array([5, 1, 5]), BLOCK, count=8).tolist()
     [1, 5]
@@ -54,7 +54,7 @@ def touched_blocks(ids: npt.NDArray[np.int64], width: int, count: int) -> npt.ND
 
 
 def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
-    """The ranges, cut at block boundaries, in order.
+    """Yield the ranges cut at block boundaries, in order.
 
     >>> list(pieces([(5, 10), (BLOCK - 1, BLOCK + 1)])) == [(5, 10), (BLOCK - 1, BLOCK), (BLOCK, BLOCK + 1)]
     True
@@ -67,7 +67,7 @@ def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
 
 
 def join_ranges(ranges: Sequence[Range], gap: int) -> tuple[Range, ...]:
-    """The sorted ranges, neighbours that are at most ``gap`` elements apart made one.
+    """Join neighbours of sorted ranges that are at most ``gap`` elements apart.
 
     >>> join_ranges([(0, 6), (16, 18), (64, 80)], gap=15)
     ((0, 18), (64, 80))

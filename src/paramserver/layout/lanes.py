@@ -1,8 +1,8 @@
-"""The kinds of lane by name: a row each.
+"""The kinds of lane by name: one row each.
 
-A lane moves bytes between a worker and a ps. Those of other packages are found by the entry point `GROUP`, whose names
-are the names of lanes and whose values name a `transport.lane.LaneKind`. Importing this file imports none of them, so
-that the launcher can check a name without waiting for torch.
+A lane moves bytes between a worker and a ps. Lanes of other packages are found by the entry point `GROUP`: the name of
+an entry is the name of a lane, its value names a `transport.lane.LaneKind`. Importing this file imports no lane, so the
+launcher can check a name without waiting for torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from paramserver.errors import ConfigError
 
 GROUP = "paramserver.lanes"
 AUTO = "auto"
-"""Not a lane: the first of `AUTOMATIC` that leads to the ps."""
+"""Not a lane, but a choice: the first of `AUTOMATIC` that leads to the ps."""
 AUTOMATIC = ("shared-memory", "tcp")
 
 _BUILT_IN = {
@@ -23,7 +23,7 @@ _BUILT_IN = {
 
 
 def lane_names() -> tuple[str, ...]:
-    """Return the names that a lane can be chosen by: built-in ones first, then those of installed packages.
+    """Return the names by which a lane can be chosen: built-in ones first, then those of installed packages.
 
     >>> lane_names()[:3]
     ('auto', 'shared-memory', 'tcp')
@@ -33,10 +33,14 @@ def lane_names() -> tuple[str, ...]:
 
 
 def check_lane(name: str, setting: str) -> None:
-    """Check that ``name`` chooses a lane; ``setting`` says for messages where it comes from.
+    """Check that ``name`` chooses a lane.
+
+    Args:
+        name: The name to check.
+        setting: The origin of the name, for messages.
 
     Raises:
-        ConfigError: If it is not the name of one.
+        ConfigError: If no lane has this name.
 
     >>> check_lane("rdma", "--lane")
     Traceback (most recent call last):
@@ -47,7 +51,7 @@ def check_lane(name: str, setting: str) -> None:
 
 
 def find_lane(name: str) -> EntryPoint | None:
-    """Return where the kind of this name is defined; None if no installed package brings it."""
+    """Return the entry point of the lane of this name; None if no installed package has such a lane."""
     if name in _BUILT_IN:
         return EntryPoint(name, _BUILT_IN[name], GROUP)
     return next(iter(entry_points(group=GROUP, name=name)), None)

@@ -1,9 +1,9 @@
-"""Into how many parts a variable is divided by its rows. Pure functions of its shape and dtype.
+"""The division of variables into parts by rows. Pure functions of shape and dtype.
 
 Rules
-    * A partitioner says how many partitions a variable has along each axis, such as ``[4, 1]``; only the first axis
-      may be divided.
-    * Every part has at least one row. The parts differ by one row at most, the larger ones first.
+    * A partitioner returns the number of partitions of a variable along each axis, such as ``[4, 1]``; only the first
+      axis may be divided.
+    * Every part has at least one row. The sizes of the parts differ by one row at most, larger parts come first.
     * A scalar, and a variable of one part, stays whole: it is not partitioned at all.
 """
 
@@ -19,17 +19,17 @@ from paramserver.layout.blocks import Range
 from paramserver.layout.variables import DTYPES, Shard, VariableSpec
 
 Partitioner = Callable[[tuple[int, ...], str], Sequence[int]]
-"""From a variable's shape and dtype (``"float32"``) to the number of its partitions along each axis."""
+"""Function from a variable's shape and dtype (``"float32"``) to the number of its partitions along each axis."""
 
 
 class FixedShards:
-    """The same number of parts for every variable, or one for each row where it has fewer.
+    """The same number of parts for every variable, but at most one part for each row.
 
     Args:
-        num_shards: How many.
+        num_shards: Number of parts.
 
     Raises:
-        ConfigError: If it is not positive.
+        ConfigError: If ``num_shards`` is not positive.
 
     >>> FixedShards(2)((10, 3), "float32"), FixedShards(4)((3,), "float32")
     ([2, 1], [3])
@@ -39,7 +39,11 @@ class FixedShards:
         self._num_shards = _positive(num_shards, "FixedShards", "num_shards")
 
     def __call__(self, shape: tuple[int, ...], dtype: str) -> list[int]:
-        """See `Partitioner`. Raises ConfigError for a scalar, which has no rows."""
+        """See `Partitioner`.
+
+        Raises:
+            ConfigError: For a scalar, which has no rows.
+        """
         return _along_rows(shape, self._num_shards)
 
     def __repr__(self) -> str:
@@ -47,14 +51,14 @@ class FixedShards:
 
 
 class MinSize:
-    """As many parts as may be while none of them is smaller than a size.
+    """As many parts as possible, none of them smaller than a size.
 
     Args:
-        min_shard_bytes: The least size of a part.
-        max_shards: The most parts; the default of 1 divides nothing.
+        min_shard_bytes: Minimum size of a part in bytes.
+        max_shards: Maximum number of parts; the default of 1 divides nothing.
 
     Raises:
-        ConfigError: If one of them is not positive.
+        ConfigError: If an argument is not positive.
 
     >>> MinSize(4, max_shards=2)((6, 1), "float32"), MinSize(4, max_shards=10)((6, 1), "float32")
     ([2, 1], [6, 1])
@@ -67,7 +71,11 @@ class MinSize:
         self._max_shards = _positive(max_shards, "MinSize", "max_shards")
 
     def __call__(self, shape: tuple[int, ...], dtype: str) -> list[int]:
-        """See `Partitioner`. Raises ConfigError for a scalar, which has no rows."""
+        """See `Partitioner`.
+
+        Raises:
+            ConfigError: For a scalar, which has no rows.
+        """
         least_rows = -(-self._min_shard_bytes // _row_bytes(shape, dtype))
         return _along_rows(shape, min(self._max_shards, shape[0] // least_rows))
 
@@ -76,14 +84,14 @@ class MinSize:
 
 
 class MaxSize:
-    """As few parts as may be while none of them is larger than a size, or than one row.
+    """As few parts as possible, none of them larger than a size, or than one row.
 
     Args:
-        max_shard_bytes: The largest size of a part.
-        max_shards: The most parts, which may then be larger; None for any number.
+        max_shard_bytes: Maximum size of a part in bytes.
+        max_shards: Maximum number of parts, which may then be larger than that; None for any number.
 
     Raises:
-        ConfigError: If one of them is not positive.
+        ConfigError: If an argument is not positive.
 
     >>> MaxSize(4)((6, 1), "float32"), MaxSize(4, max_shards=2)((6, 1), "float32"), MaxSize(1024)((6, 1), "float32")
     ([6, 1], [2, 1], [1, 1])
@@ -94,7 +102,11 @@ class MaxSize:
         self._max_shards = None if max_shards is None else _positive(max_shards, "MaxSize", "max_shards")
 
     def __call__(self, shape: tuple[int, ...], dtype: str) -> list[int]:
-        """See `Partitioner`. Raises ConfigError for a scalar, which has no rows."""
+        """See `Partitioner`.
+
+        Raises:
+            ConfigError: For a scalar, which has no rows.
+        """
         most_rows = max(self._max_shard_bytes // _row_bytes(shape, dtype), 1)
         num_shards = -(-shape[0] // most_rows)
         return _along_rows(shape, min(num_shards, self._max_shards or num_shards))
@@ -104,10 +116,10 @@ class MaxSize:
 
 
 def row_ranges(partitioner: Partitioner, spec: VariableSpec) -> list[Range]:
-    """The rows of each part of a variable; none for a variable that stays whole.
+    """Return the rows of each part of a variable; an empty list for a variable that stays whole.
 
     Raises:
-        ConfigError: If the partitioner asks for what cannot be, naming the variable.
+        ConfigError: If the partitioner returns an impossible partition; the message names the variable.
 
     >>> row_ranges(FixedShards(4), VariableSpec("table", (10, 2), "float32"))
     [(0, 3), (3, 6), (6, 8), (8, 10)]
@@ -125,10 +137,10 @@ def row_ranges(partitioner: Partitioner, spec: VariableSpec) -> list[Range]:
 
 
 def item_bytes(dtype: str) -> int:
-    """The bytes of one element.
+    """Return the size of one element in bytes.
 
     Raises:
-        ConfigError: If no ps can hold this dtype.
+        ConfigError: If a ps cannot hold this dtype.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"the size of an element of {dtype!r} is not known; expected one of {', '.join(DTYPES)}")
@@ -148,7 +160,7 @@ def _num_shards(partitioner: Partitioner, spec: VariableSpec) -> int:
 
 
 def _counts(answer: object) -> list[int]:
-    """What a partitioner returned, as whole numbers; empty where it is no list of them."""
+    """Return the result of a partitioner as whole numbers; an empty list if it is not a sequence of them."""
     if not isinstance(answer, list | tuple):
         return []
     try:
@@ -164,7 +176,7 @@ def _along_rows(shape: tuple[int, ...], num_shards: int) -> list[int]:
 
 def _row_bytes(shape: tuple[int, ...], dtype: str) -> int:
     _check_has_rows(shape)
-    return max(math.prod(shape[1:]) * item_bytes(dtype), 1)  # rows of no elements are as good as small ones
+    return max(math.prod(shape[1:]) * item_bytes(dtype), 1)  # empty rows count as small ones: no division by zero
 
 
 def _check_has_rows(shape: tuple[int, ...]) -> None:
@@ -179,7 +191,7 @@ def _positive(value: int, partitioner: str, argument: str) -> int:
 
 
 def part_specs(spec: VariableSpec, ranges: Sequence[Range]) -> list[VariableSpec]:
-    """What the ps tasks know the parts of a partitioned variable by.
+    """Return the specs under which the ps tasks know the parts of a partitioned variable.
 
     >>> spec = VariableSpec("table", (5, 2), "float32")
     >>> [(part.name, part.shape) for part in part_specs(spec, [(0, 3), (3, 5)])]

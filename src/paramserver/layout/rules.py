@@ -1,13 +1,13 @@
-"""Update rules: what a parameter server can do with a gradient, and how a rule travels to it.
+"""Update rules: the ways in which a parameter server can apply a gradient, and the form in which a rule travels to it.
 
 Rules
-    * A rule is an optimizer class: one of torch.optim's, whose formulas stand in its documentation
+    * A rule is an optimizer class: one of torch.optim's, whose documentation states the formulas
       (https://docs.pytorch.org/docs/stable/optim.html), or one of an installed package's.
     * A rule travels as its name and the numbers of one param group, never as code: a peer can choose among the rules
       that the ps has, and nothing else.
-    * A rule of another package is found by the entry point `GROUP`: its name is the name of the class, its value names
-      the class. See `UpdateRule.of` for what the class may say of itself. The package has to be installed on the
-      workers and on the ps tasks.
+    * A rule of another package is found by the entry point `GROUP`: the name of the entry is the name of the class, its
+      value names the class. See `UpdateRule.of` for the attributes that the class may have. The package has to be
+      installed on the workers and on the ps tasks.
 
 To add a built-in rule, add a row to `RULES` and one to the table in tests/unit/layout/test_rules.py.
 """
@@ -28,7 +28,7 @@ from paramserver.layout.settings import Setting, number, setting_names, settings
 GROUP = "paramserver.rules"
 
 RowSlots = Callable[[Mapping[str, Setting]], Mapping[str, float]]
-"""From a rule's settings to the slots of each row of a table, and the number that each slot begins with."""
+"""Function from a rule's settings to the slots of each row of a table, with the number that each slot begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,12 @@ class UpdateRule:
 
     Attributes:
         optimizer: The class that programs use.
-        row_slots: What the row form needs; None if there is no row form.
+        row_slots: The slots of the row form; None if there is no row form.
         is_dense: Whether there is a dense form.
         takes_sparse: Whether the step takes sparse gradients only.
-        slot_settings: Settings that need a slot which an element gets in its first update or never; their slots.
-        package: The distribution that brings it, empty for a built-in one.
+        slot_settings: Slots by the settings that need them, for slots that an element gets in its first update or
+            never.
+        package: The distribution that contains the rule; empty for a built-in one.
     """
 
     optimizer: type[optim.Optimizer]
@@ -56,14 +57,14 @@ class UpdateRule:
 
     @classmethod
     def of(cls, optimizer: object, package: str) -> UpdateRule:
-        """Return the rule that an optimizer class of a package is.
+        """Return the update rule for an optimizer class of a package.
 
-        Its ``step`` must be elementwise, with state of 0-dimensional tensors and tensors of the parameter's shape. For
-        tables the class has a static method ``row_slots``, as `RowSlots`. It may have a dict ``slot_settings``, as
-        above.
+        The ``step`` of the class must be elementwise, with state of 0-dimensional tensors and tensors of the
+        parameter's shape. For tables, the class has a static method ``row_slots``, of type `RowSlots`. It may have a
+        dict ``slot_settings``, as described above.
 
         Raises:
-            ConfigError: If it is not a subclass of ``torch.optim.Optimizer``.
+            ConfigError: If ``optimizer`` is not a subclass of ``torch.optim.Optimizer``.
         """
         if not (isinstance(optimizer, type) and issubclass(optimizer, optim.Optimizer)):
             raise ConfigError(
@@ -106,7 +107,7 @@ RULES: dict[str, UpdateRule] = {
     )
 }
 
-# By name: not every supported version of torch has all of them.
+# By name, because not every supported version of torch has all of them.
 _REFUSED = {
     "LBFGS": "its line search moves all parameters at once and evaluates the loss several times in a step",
     "Muon": "it orthogonalises whole matrices, and a ps updates elements without knowing their matrix",
@@ -127,15 +128,15 @@ class Rule(msgspec.Struct, frozen=True):
     name: str
     settings: dict[str, Setting]
     package: str = ""
-    """The distribution that brings it, empty for a built-in one; not a part of the rule, but of messages."""
+    """The distribution that contains the rule; empty for a built-in one. Only for messages, not a part of the rule."""
 
 
 def describe(optimizer: optim.Optimizer, group: int) -> Rule:
     """Describe param group number `group` of `optimizer` as a rule that can travel.
 
     Raises:
-        UnsupportedOptimizerError: The optimizer is not elementwise, is a subclass, or is unknown.
-        ConfigError: A setting is not a number.
+        UnsupportedOptimizerError: If the optimizer is not elementwise, is a subclass, or is unknown.
+        ConfigError: If a setting is not a number.
     """
     rule = _rule_of(type(optimizer))
     if rule is None or not rule.is_dense:
@@ -147,8 +148,8 @@ def describe_row_rule(optimizer: optim.Optimizer, group: int, table: str) -> Rul
     """Describe a param group as the rule of a table, whose gradients are sparse.
 
     Raises:
-        UnsupportedOptimizerError: The rule has no row form, or would change other rows.
-        ConfigError: A setting is not a number.
+        UnsupportedOptimizerError: If the rule has no row form, or would change rows without a gradient.
+        ConfigError: If a setting is not a number.
     """
     name, rule = type(optimizer).__name__, _rule_of(type(optimizer))
     if rule is None or rule.row_slots is None:
@@ -169,7 +170,7 @@ def describe_row_rule(optimizer: optim.Optimizer, group: int, table: str) -> Rul
 
 
 def row_fault(numbers: Mapping[str, Setting]) -> str:
-    """Return what of a rule's settings would change rows that have no gradient; empty if nothing would.
+    """Return the description of a setting that would change rows without a gradient; empty without such a setting.
 
     >>> row_fault({"lr": 0.1, "momentum": 0.9})
     'momentum=0.9 would move rows that have no gradient'
@@ -185,7 +186,7 @@ def row_fault(numbers: Mapping[str, Setting]) -> str:
 
 
 def find_rule(rule: Rule) -> UpdateRule:
-    """Return the rule that came from a peer, after checking its name and the names of its settings.
+    """Return the rule that a peer has described, after checking its name and the names of its settings.
 
     Raises:
         UnsupportedOptimizerError: If no rule of this name is built in or installed here.
@@ -233,13 +234,13 @@ def _described(optimizer: optim.Optimizer, group: int, rule: UpdateRule) -> Rule
         )
     numbers = settings(param_group, setting_names(type(optimizer)))
     if "initial_accumulator_value" in numbers:
-        # torch.optim.Adagrad reads the defaults for this one, whatever the group says.
+        # torch.optim.Adagrad itself reads this one from its defaults and ignores the group.
         numbers["initial_accumulator_value"] = number(optimizer.defaults["initial_accumulator_value"])
     return Rule(name, numbers, rule.package)
 
 
 def _refusal(optimizer: type[optim.Optimizer]) -> UnsupportedOptimizerError:
-    """Why this class, which is none of `RULES`, cannot run on a ps."""
+    """Return the error for an optimizer class that is not in `RULES`, with the reason why a ps cannot run it."""
     name = optimizer.__name__
     for base in optimizer.__mro__:
         if base.__module__.startswith("torch.optim") and base.__name__ in _REFUSED:
@@ -258,6 +259,6 @@ def _refusal(optimizer: type[optim.Optimizer]) -> UnsupportedOptimizerError:
 
 
 def _known(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known ones and the nearest."""
+    """Return the end of a message about an unknown name: the known names, and the nearest one."""
     known = list(names)
     return f"known are {', '.join(known)}{did_you_mean(name, known)}"

@@ -1,4 +1,4 @@
-"""The settings of an optimizer's param group that are mathematics, as plain numbers that travel with each push."""
+"""The mathematical settings of an optimizer's param group, as plain numbers that are sent with each push."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import optim
 
 from paramserver.errors import ConfigError
 
-# How an optimizer computes, not what: each machine decides these for itself.
+# They choose how to compute, not what: each machine decides for itself.
 _NOT_MATHEMATICS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 Setting = float | int | bool | None | tuple[float, ...]
@@ -19,17 +19,17 @@ _PLAIN = frozenset({float, int, bool, type(None)})
 
 
 def setting_names(optimizer: type[optim.Optimizer]) -> tuple[str, ...]:
-    """The constructor arguments of an optimizer class that are mathematics, in their order."""
+    """Return the constructor arguments of an optimizer class that are mathematical, in their order."""
     return tuple(name for name in inspect.signature(optimizer).parameters if name not in _NOT_MATHEMATICS)
 
 
 def settings(group: Mapping[str, object], names: Iterable[str]) -> dict[str, Setting]:
-    """Reads the settings `names` out of a param group as plain numbers, for every push.
+    """Return the settings `names` of a param group as plain numbers. Called for every push.
 
     A schedule may change any of them between two steps. Takes about a microsecond.
 
     Raises:
-        ConfigError: A setting is no number.
+        ConfigError: If a setting is not a number.
 
     Example:
         >>> import torch
@@ -40,7 +40,7 @@ def settings(group: Mapping[str, object], names: Iterable[str]) -> dict[str, Set
 
 
 class GroupSettings:
-    """The `settings` of a param group, read for every push: worked out anew when one of them has changed.
+    """The `settings` of a param group for every push; computed again only when one of them has changed.
 
     Example:
         >>> group = {"lr": 0.5}
@@ -55,20 +55,20 @@ class GroupSettings:
     def __init__(self, group: Mapping[str, object], names: Sequence[str]) -> None:
         self._group = group
         self._names = names
-        self._read = operator.itemgetter(*names, names[0])  # twice, so that it is a tuple even of one
+        self._read = operator.itemgetter(*names, names[0])  # one name twice, so that the result is always a tuple
         self._seen: object = None
         self._now: dict[str, Setting] = {}
 
     def now(self) -> dict[str, Setting]:
-        """What they are; not to be changed.
+        """Return the present settings; do not change the result.
 
         Raises:
-            ConfigError: A setting is no number.
+            ConfigError: If a setting is not a number.
         """
         found = self._read(self._group)
         if found != self._seen:
             self._now = settings(self._group, self._names)
-            # A tensor may change without becoming another one.
+            # The content of a tensor may change while the tensor stays the same object.
             self._seen = found if all(map(_is_plain, found)) else None
         return self._now
 
@@ -78,7 +78,7 @@ def _is_plain(value: object) -> bool:
 
 
 def number(value: object) -> Setting:
-    """A setting as a plain number: out of a tensor or a numpy scalar, a sequence as a tuple."""
+    """Return a setting as a plain number, also from a tensor or a numpy scalar; a sequence becomes a tuple."""
     if type(value) in _PLAIN:
         return value  # type: ignore[return-value]  # narrowed by its exact type: a numpy float is a float too
     if isinstance(value, (tuple, list)):
@@ -86,4 +86,4 @@ def number(value: object) -> Setting:
     try:
         return float(value)  # type: ignore[arg-type]  # refused below where it has no __float__
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"an optimizer's setting must be a number or a tuple of them, got {value!r}") from error
+        raise ConfigError(f"an optimizer's setting must be a number or a tuple of numbers, got {value!r}") from error

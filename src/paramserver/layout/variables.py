@@ -1,4 +1,4 @@
-"""Variables: named states that all workers share, and parts of those that are partitioned by rows."""
+"""Variables: named states that all workers share, and the parts of variables partitioned by rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class Shard(msgspec.Struct, frozen=True, array_like=True):
-    """Which rows of a partitioned variable a part of it holds: ``[start, start + rows of the part)``."""
+    """The rows of a partitioned variable that one part holds: ``[start, start + rows of the part)``."""
 
     variable: str
     """The name of the whole variable."""
@@ -28,9 +28,10 @@ class Shard(msgspec.Struct, frozen=True, array_like=True):
 
 
 class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A named state: what has to be equal on every worker that shares it.
+    """A named state, with all that has to be equal on every worker that shares it.
 
-    A part of a partitioned variable is a variable like others, called ``NAME/part_I``; ``shard`` says what of.
+    A part of a partitioned variable is a variable of its own, called ``NAME/part_I``; ``shard`` names the whole
+    variable.
     """
 
     name: str
@@ -40,7 +41,7 @@ class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def size(self) -> int:
-        """The number of elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -54,10 +55,10 @@ def shown(dtype: str | torch.dtype, shape: Iterable[int]) -> str:
 
 
 def dtype_name(dtype: torch.dtype, variable: str) -> str:
-    """The name under which a dtype travels.
+    """Return the name of a dtype in messages.
 
     Raises:
-        ConfigError: If variables of this dtype cannot live on a ps.
+        ConfigError: If a ps cannot hold variables of this dtype.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:

@@ -1,6 +1,6 @@
-"""Memory for arenas: private to a process, or in a file that processes of one host share.
+"""Memory for arenas: private to a process, or in a file that processes on one host share.
 
-Worker and ps compute where an arena lies in a shared file from the same layouts.
+Worker and ps compute the place of an arena in a shared file from the same layouts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ class HasFileno(Protocol):
     """An open file."""
 
     def fileno(self) -> int:
-        """Its descriptor."""
+        """Return its descriptor."""
 
 
 @dataclass(frozen=True)
 class StoreMemory:
-    """Where a ps keeps the values of its arenas.
+    """The memory of a ps for the values of its arenas.
 
     Attributes:
         values: A flat tensor for each arena.
-        versions: For each arena one counter for each block: odd while the block is written, two more after.
+        versions: For each arena, a counter for each block: odd while the block is written, and higher by two
+            afterwards.
         file: The file that other processes can map, if there is one; it stays open for as long as this object lives.
     """
 
@@ -45,16 +46,16 @@ class StoreMemory:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor, to be sent from or received into."""
+    """Return the memory of a contiguous tensor, for sending or receiving."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def payload_memory(nbytes: int) -> torch.Tensor:
-    """Private memory for what a socket sends or receives: flat uint8, not initialised, from the middle of a page on.
+    """Return private memory for a socket's payloads: flat uint8, not initialized, starting in the middle of a page.
 
     On AMD's Zen 3 the kernel copies five times slower to a place that is 1 to 31 bytes further into its page than the
-    source is into its own. In a socket's pages a payload lies as far in as the message before it is long, which is
-    about as far as malloc's memory often does.
+    source is into its own. In a socket's pages, a payload starts as far into a page as its message is long, which is
+    close to where malloc's memory often starts.
     """
     memory = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8)
     first = (mmap.PAGESIZE // 2 - memory.data_ptr()) % mmap.PAGESIZE
@@ -62,29 +63,29 @@ def payload_memory(nbytes: int) -> torch.Tensor:
 
 
 def gradient_bytes(layouts: Sequence[ArenaLayout]) -> int:
-    """How large the file of a worker's gradients is."""
+    """Return the size of the file for a worker's gradients."""
     return _place([layout.on_worker for layout in layouts], start=0)[1]
 
 
 def gradient_tensors(layouts: Sequence[ArenaLayout], data: torch.Tensor) -> list[torch.Tensor]:
-    """A flat tensor for each arena, in a file of `gradient_bytes`."""
+    """Return a flat tensor for each arena, in a file of `gradient_bytes`."""
     return _carve([layout.on_worker for layout in layouts], data, start=0)
 
 
 def rows_bytes(layouts: Sequence[ArenaLayout]) -> int:
-    """How large the file of the rows is that a worker pushes: for all rows of its tables, and their ids.
+    """Return the size of the file for the rows that a worker pushes: all rows of its tables, and their ids.
 
-    Pages of it that no push has reached take no memory.
+    Pages of the file that no push has reached take no memory.
     """
     tables = [layout for layout in layouts if layout.is_table]
     return sum(_aligned(ID_BYTES * layout.table_shape[0]) + _aligned(layout.nbytes) for layout in tables)
 
 
 class RowsFile:
-    """A file of `rows_bytes`, in which the rows of one push lie one after the other; both ends count alike.
+    """A file of `rows_bytes` with the rows of one push, one after the other; both ends compute the same places.
 
     Args:
-        data: Its bytes.
+        data: The bytes of the file.
     """
 
     def __init__(self, data: npt.NDArray[np.uint8]) -> None:
@@ -96,10 +97,10 @@ class RowsFile:
         self._end = 0
 
     def next(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Where the next bytes lie.
+        """Return the memory for the next bytes.
 
         Raises:
-            ValueError: If there is no such place.
+            ValueError: If they do not fit.
         """
         start, stop = self._end, self._end + nbytes
         if not start <= stop <= len(self._data):
@@ -109,12 +110,12 @@ class RowsFile:
 
 
 def store_bytes(layouts: Sequence[ArenaLayout]) -> int:
-    """How large the file of a ps's values is, the versions of their blocks included."""
+    """Return the size of the file for a ps's values, including the versions of their blocks."""
     return _place(layouts, start=_versions_bytes(layouts))[1]
 
 
 def store_memory(layouts: Sequence[ArenaLayout], file: SharedFile) -> StoreMemory:
-    """Values and versions of the arenas of a ps, in ``file``."""
+    """Return values and versions of the arenas of a ps, in ``file``."""
     counters = file.data.numpy()[: _versions_bytes(layouts)].view(np.uint64)
     versions, first = [], 0
     for layout in layouts:
@@ -124,16 +125,16 @@ def store_memory(layouts: Sequence[ArenaLayout], file: SharedFile) -> StoreMemor
 
 
 def shared_store_memory(layouts: Sequence[ArenaLayout]) -> StoreMemory:
-    """The same in a new file, which workers of this host can map; in private memory where there are no such files."""
+    """Return store memory in a new file, which workers on this host can map; private memory if this is not possible."""
     if not can_share():
         return private_store_memory(layouts)
     return store_memory(layouts, SharedFile.create(store_bytes(layouts), is_filled=True))
 
 
 def private_store_memory(layouts: Sequence[ArenaLayout], device: torch.device | str = "cpu") -> StoreMemory:
-    """The same in memory of this process, on a device of it.
+    """Return store memory of this process, on one of its devices.
 
-    Each arena is a tensor of its own, so that a program can save the values that are views into it.
+    Each arena is a tensor of its own, so that a program can save parameters, which are views into it.
     """
     return StoreMemory(
         [huge_pages.zeros((layout.size,), layout.torch_dtype, device) for layout in layouts],

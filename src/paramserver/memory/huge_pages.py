@@ -1,9 +1,9 @@
-"""Memory in huge pages, in which a processor finds the rows of a large table with less to look up.
+"""Memory in huge pages, with which a processor finds the rows of a large table faster.
 
-It remembers where some 2,000 pages lie, which are 8 MB of ordinary ones. For a row elsewhere it first reads up to four
-entries of the system's page tables, and in a virtual machine those of the host for each of them.
+A processor caches the addresses of some 2,000 pages: 8 MB with ordinary pages. For a row elsewhere, it first reads up
+to four entries of the system's page tables, and in a virtual machine those of the host for each of them.
 
-Everything here is at best: where the system has no huge pages, or none to spare, memory has ordinary ones.
+All functions make a best effort: if the system has no huge pages, or none to spare, memory gets ordinary ones.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 SIZE = 2 << 20
-"""Bytes of a huge page on x86-64, and on arm64 with ordinary ones of 4 KB."""
+"""Size of a huge page in bytes, on x86-64 and on arm64 with ordinary pages of 4 KB."""
 
 _MAP_FIXED = 0x10  # <linux/mman.h>; the mmap module names neither
 _MADV_COLLAPSE = 25
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """As `torch.zeros`; memory is taken when it is first written, on the CPU a huge page at a time if it is as large.
+    """Return zeros, as `torch.zeros` does, whose memory is taken when it is first written.
+
+    On the CPU, memory of at least the size of a huge page is taken a huge page at a time.
 
     Example:
         >>> zeros((2, 3), torch.float32)
@@ -43,14 +45,14 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 
 
 def map_file(descriptor: int, nbytes: int, protection: int) -> Tensor:
-    """The first bytes of a file, flat uint8, shared with others; where it has huge pages they are mapped as such.
+    """Map the first bytes of a file as flat uint8 memory shared with others, in huge pages where the file has them.
 
-    It is mapped as long as the tensor lives. Linux only.
+    The file stays mapped as long as the tensor lives. Linux only.
 
     Raises:
         OSError: If the file cannot be mapped.
     """
-    data = _reserved(nbytes, mmap.PROT_READ)  # which does not count as memory that may be written to
+    data = _reserved(nbytes, mmap.PROT_READ)  # read-only, so it does not count as memory that may be written to
     flags = mmap.MAP_SHARED | _MAP_FIXED
     if _libc().mmap(data.data_ptr(), nbytes, protection, flags, descriptor, 0) != data.data_ptr():
         raise OSError(number := ctypes.get_errno(), os.strerror(number))
@@ -58,29 +60,30 @@ def map_file(descriptor: int, nbytes: int, protection: int) -> Tensor:
 
 
 def take(data: Tensor) -> None:
-    """Have the memory of a file come at once and in huge pages, which takes a fraction of the time of ordinary ones.
+    """Take the memory of a file at once and in huge pages, in a fraction of the time that ordinary pages need.
 
-    The system makes them from Linux 6.1 on, whatever its settings say of shared memory, unless they forbid it.
+    Linux makes huge pages here from 6.1 on, even if its settings do not ask for them in shared memory, but not if they
+    forbid them.
 
     Args:
-        data: All of it, from `map_file`, writable; still zeros.
+        data: All of the file's memory, from `map_file`, writable and still zero.
     """
-    data[: data.nbytes // SIZE * SIZE : SIZE] = 0  # where there is no page at all, none is made
+    data[: data.nbytes // SIZE * SIZE : SIZE] = 0  # needs one page in each: without any page, no huge page is made
     _advise(data, _MADV_COLLAPSE)
 
 
 def _reserved(nbytes: int, protection: int) -> Tensor:
-    """Addresses from a multiple of `SIZE` on, which belong to nothing else as long as the tensor lives; zeros."""
+    """Reserve zeroed addresses, starting at a multiple of `SIZE`, for as long as the tensor lives."""
     mapping = mmap.mmap(-1, nbytes + SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, protection)
     first = -np.frombuffer(mapping, np.uint8).ctypes.data % SIZE
     with warnings.catch_warnings():
-        # torch warns that a read-only buffer must not be written to; whoever maps one for reading does not
+        # torch warns that a read-only buffer must not be written to; readers of the mapping never write to it
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=first)
 
 
 def _advise(data: Tensor, advice: int) -> None:
-    """Tell the system about the whole huge pages of memory; it may not follow. Other threads go on meanwhile."""
+    """Advise the system about the whole huge pages of memory; it may ignore this. Releases the GIL."""
     _libc().madvise(data.data_ptr(), data.nbytes // SIZE * SIZE, advice)
 
 

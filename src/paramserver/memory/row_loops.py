@@ -1,11 +1,11 @@
 """Loops over the rows of tables, compiled by numba; only `paramserver.memory.rows.loops_for` imports this module.
 
-Rows of a large table are in no cache. A loop asks for those that come next while it is at work on one, which NumPy and
-torch cannot be told to do, and what they do in several passes is one here. A row that begins within a line ends in one
-more than its length says, so its last element is asked for, too.
+The rows of a large table are not in the cache. A loop prefetches the next rows while it works on one, which NumPy and
+torch cannot do, and does in one pass what they do in several. A row that starts in the middle of a cache line may end
+in one line more than its length suggests, so its last element is prefetched, too.
 
-All arrays are flat. Ids, places and numbers of rows are uint64: numba would look at each signed one whether it counts
-from the end. Nothing is checked, but for what `gather` says: a program could change the ids of a batch meanwhile.
+All arrays are flat. Ids, places and row numbers are uint64, because numba would check each signed index for counting
+from the end. Nothing is checked, except for the ids in `gather`: a program could change the ids of a batch meanwhile.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ Array = npt.NDArray[Any]
 Numbers = npt.NDArray[np.uint64]
 
 AHEAD = 64
-"""Lines of a table that are asked for ahead. A loop that runs alone would do with 16; others keep the memory busy."""
+"""Number of cache lines of a table to prefetch. A loop that runs alone needs only 16; others keep the memory busy."""
 LINE = 64
-"""Bytes that come into a cache at once."""
+"""Size of a cache line in bytes."""
 DIGIT = 11
-"""Bits by which ids are sorted at once: as many values as can be counted in the fastest cache."""
+"""Number of bits by which ids are sorted at once: their values can be counted in the fastest cache."""
 
 _1 = np.uint64(1)
 _make_array: Any = arrayobj.make_array
 
 
 def _compiled(function: Function) -> Function:
-    """Compiled for the types of its arguments when it is first called with them; other threads go on meanwhile."""
+    """Compile a function for its argument types on the first call with them; the function releases the GIL."""
     return cast(Function, numba.njit(nogil=True, error_model="numpy")(function))
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:
-    """What it decorates is called without the first argument."""
+    """Make an intrinsic of a function; calls omit its first argument."""
     return intrinsic(function)
 
 
 def _asking(*, to_write: bool) -> Any:
-    """A function of an array and an index: has the line of that element come into the cache, and goes on."""
+    """Return a function of an array and an index that prefetches the cache line of this element without waiting."""
 
     @_intrinsic
     def ask(typing: Any, array: Any, index: Any) -> Any:
@@ -66,24 +66,24 @@ def _asking(*, to_write: bool) -> Any:
 
 
 _ask_for = _asking(to_write=False)
-_ask_to_write = _asking(to_write=True)  # no other core has the line then
+_ask_to_write = _asking(to_write=True)  # takes the line away from other cores
 
 
 @_intrinsic
 def _fused(typing: Any, one: Any, other: Any, addend: Any) -> Any:
-    """``one * other + addend``, rounded once."""
+    """Return ``one * other + addend``, rounded once."""
     return one(one, one, one), lambda context, builder, signature, arguments: builder.fma(*arguments)
 
 
 @_compiled
 def _rows_ahead(width: np.uint64, line: np.uint64) -> np.uint64:
-    """How many rows ahead these lines are, for lines and rows of so many elements."""
+    """Return the number of rows that `AHEAD` lines hold, given the elements in a row and in a line."""
     return np.uint64(AHEAD) // ((width + line - _1) // line) + _1
 
 
 @_compiled
 def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
-    """Copy the rows ``ids`` of ``values``; instead of one that is not there the last."""
+    """Copy the rows ``ids`` of ``values`` to ``out``; an id that is too large gives the last row."""
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
     ahead, last = _rows_ahead(width, line), np.uint64(len(values)) // width - _1
     for i in range(count):
@@ -99,7 +99,7 @@ def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
 
 @_compiled
 def sgd(values: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.floating) -> None:
-    """A step of torch.optim.SGD on the rows ``ids`` of ``values``, bit by bit."""
+    """Make a step of torch.optim.SGD on the rows ``ids`` of ``values``, equal bit for bit."""
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
     ahead = _rows_ahead(width, line)
     for i in range(count):
@@ -117,7 +117,10 @@ def sgd(values: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.f
 def adagrad(
     values: Array, sums: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.floating, eps: np.floating
 ) -> None:
-    """A step of torch.optim.Adagrad on the rows ``ids`` of ``values``, bit by bit; ``lr`` is that of this step."""
+    """Make a step of torch.optim.Adagrad on the rows ``ids`` of ``values``, equal bit for bit.
+
+    ``lr`` is the decayed learning rate of this step.
+    """
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
     ahead = _rows_ahead(width, line)
     for i in range(count):
@@ -160,14 +163,14 @@ def add_up(
 
 @_compiled
 def arrange(ids: Numbers, bits: int) -> tuple[Numbers, Numbers, Numbers]:
-    """What a `Lookup` holds of ids of so many bits at most, which are sorted digit by digit."""
+    """Return the rows, order and numbers of a `Lookup` for ids of at most ``bits`` bits, by a radix sort."""
     count, mask = np.uint64(len(ids)), np.uint64((1 << DIGIT) - 1)
     behind = np.uint64(0)
     while count >> behind:
         behind += _1
     keys, sorted_keys = np.empty_like(ids), np.empty_like(ids)
     for i in range(count):
-        keys[i] = ids[i] << behind | i  # an id, and behind it where it stands
+        keys[i] = ids[i] << behind | i  # the id, and its position in the low bits
     ends = np.empty(1 << DIGIT, dtype=np.uint64)
     for shift in range(behind, behind + np.uint64(bits), np.uint64(DIGIT)):
         ends[:] = 0

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 FETCHED = 1024
-"""Rows that are brought into the cache together before they are copied: copies wait for one row after the other."""
+"""Number of rows that are brought into the cache together before copying, because a copy waits for each row in turn."""
 
 LARGE = 32 << 20
-"""Bytes of a table from which on its rows are hardly ever in a cache, and compiled loops are worth their making."""
+"""Size of a table in bytes from which on its rows are rarely in a cache, so that compiled loops are worth compiling."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def loops_for(nbytes: int, dtype: torch.dtype) -> ModuleType | None:
     """Return `row_loops` for a table of ``nbytes`` bytes if it is large, and numba is installed and knows its dtype.
 
-    The first call takes a few tenths of a second, and so does that of each of the loops.
+    The first call takes a few tenths of a second, and so does the first call of each loop.
     """
     return _row_loops() if nbytes >= LARGE and dtype in (torch.float32, torch.float64) else None
 
@@ -43,17 +43,17 @@ def _row_loops() -> ModuleType | None:
 class Rows:
     """The rows of a table, copied many at a time.
 
-    On the CPU a row is one item to NumPy, whatever it holds, which copies single rows about twice as fast as torch's
-    index functions do; of a large table a compiled loop copies them, if there is one. Not thread-safe.
+    On the CPU, NumPy handles a row as one item of any content; it copies single rows about twice as fast as torch's
+    index functions. Rows of a large table are copied by a compiled loop, if there is one. Not thread-safe.
 
     Args:
         table: ``[rows, width]``, contiguous.
-        in_cache: Whether its rows are likely to be in the cache, so that many need not be brought there before.
+        in_cache: Whether the rows are probably in the cache, so that they need not be brought there before copying.
 
     Attributes:
         table: The table.
-        loops: See `loops_for`.
-        elements: Of the table, as loops take them; None without loops.
+        loops: The compiled loops; see `loops_for`.
+        elements: The elements of the table for these loops; None without loops.
 
     Example:
         >>> rows = Rows(torch.arange(6).view(3, 2))
@@ -70,7 +70,7 @@ class Rows:
         self.elements = flat(table) if self.loops else None
 
     def take(self, ids: Ids, out: Tensor | None = None) -> Tensor:
-        """A copy ``[ids, width]`` of the rows ``ids [ids]``, which must be there; into ``out`` if it is given."""
+        """Return a copy ``[ids, width]`` of the rows ``ids [ids]``, which must exist; into ``out`` if it is given."""
         if out is None:
             out = self.table.new_empty(len(ids), self.table.shape[1])
         if self.loops:
@@ -85,10 +85,11 @@ class Rows:
         return out
 
     def put(self, ids: Ids, values: Tensor) -> None:
-        """Make ``values [ids, width]`` the rows ``ids [ids]``, which must be there.
+        """Replace the rows ``ids [ids]``, which must exist, by ``values [ids, width]``.
 
         Raises:
-            ValueError: If the values are not of the table's width and dtype, or not as many as the ids.
+            ValueError: If the values have another width or dtype than the table, or another number of rows than the
+                ids.
         """
         if values.shape != (len(ids), self.table.shape[1]) or values.dtype is not self.table.dtype:
             raise ValueError(
@@ -102,13 +103,13 @@ class Rows:
 
 
 def add_up(rows: Tensor, places: Ids, numbers: Ids, loops: ModuleType | None = None) -> Tensor:
-    """Sums ``[sums, width]`` of rows, each added one row after the other.
+    """Return sums ``[sums, width]`` of rows, each computed by adding one row after the other.
 
     Args:
-        rows: From which, ``[..., width]``; they are counted from the first to the last.
-        places: Those that are added up, in this order ``[places]``.
-        numbers: The sum that each belongs to ``[places]``; they ascend from 0, and none is left out.
-        loops: See `loops_for`.
+        rows: The rows to choose from, ``[..., width]``; they are counted from the first to the last.
+        places: The rows to add up, in this order ``[places]``.
+        numbers: The sum that each of them belongs to ``[places]``; ascending from 0 without gaps.
+        loops: The compiled loops; see `loops_for`.
     """
     width = rows.shape[-1]
     if loops:
@@ -124,7 +125,7 @@ def add_up(rows: Tensor, places: Ids, numbers: Ids, loops: ModuleType | None = N
 
 
 def _with_gaps(rows: Tensor) -> tuple[npt.NDArray[np.floating], np.uint64, np.uint64]:
-    """The elements of rows ``[..., width]``, how many rows lie without a gap, and the elements of the gaps between."""
+    """Return the elements of rows ``[..., width]``, the number of rows between gaps, and the elements of a gap."""
     if rows.dim() == 3 and rows.numel() and rows.stride()[1:] == (rows.shape[2], 1):
         together = rows.shape[1] * rows.shape[2]
         if (gap := rows.stride(0) - together) >= 0:
@@ -134,12 +135,12 @@ def _with_gaps(rows: Tensor) -> tuple[npt.NDArray[np.floating], np.uint64, np.ui
 
 
 def flat(rows: Tensor) -> npt.NDArray[np.floating]:
-    """Their elements, one after the other, in the same memory."""
+    """Return the elements of rows as a flat array over the same memory."""
     return rows.detach().view(-1).numpy()
 
 
 def on_device(ids: Ids, beside: Tensor) -> Tensor:
-    """The ids as torch takes them, on the device of ``beside``; the same memory where that is the CPU."""
+    """Return ids as a tensor on the device of ``beside``; over the same memory on the CPU."""
     return torch.from_numpy(ids).to(beside.device)
 
 
@@ -147,11 +148,11 @@ def _fetch_and_copy(items: npt.NDArray[np.void], ids: Ids, out: npt.NDArray[np.v
     data = items.view(np.uint8)
     for first in range(0, len(ids), FETCHED):
         some = ids[first : first + FETCHED]
-        data.take(some * items.itemsize, mode="wrap")  # a byte of each: these need not wait for one another
+        data.take(some * items.itemsize, mode="wrap")  # one byte of each row: these reads overlap, unlike copies
         items.take(some, out=out[first : first + FETCHED], mode="clip")
 
 
 def _items(table: Tensor) -> npt.NDArray[np.void]:
-    """The rows as items of as many bytes; not empty."""
+    """Return the rows as items with as many bytes; the table must not be empty."""
     flat = table.detach().view(-1).view(torch.uint8).numpy()
     return flat.view(f"V{table.shape[1] * table.itemsize}")

@@ -1,8 +1,8 @@
-"""Anonymous files that processes of one host share.
+"""Anonymous files that processes on one host share.
 
-A shared file (Linux memfd) has no name in any file system: when the last process that holds it is gone, however it
-went, the memory is gone too. Seals make it safe to share: its size is fixed, so that a peer cannot take memory away
-from under a reader, and nobody but its creator can write to it.
+A shared file (Linux memfd) has no name in any file system: when the last process that holds it is gone, for any reason,
+the memory is gone too. Seals make it safe to share: its size is fixed, so that a peer cannot take memory away from
+under a reader, and only its creator can write to it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ F_SEAL_FUTURE_WRITE = 0x10  # <linux/fcntl.h>; the fcntl module does not name it
 
 @functools.cache
 def can_share() -> bool:
-    """Whether this platform has anonymous shared files that can be sealed; found out by making one."""
+    """Return whether this platform has anonymous shared files that can be sealed, found out by making one."""
     if sys.platform != "linux" or not hasattr(os, "memfd_create"):
         return False
     try:
@@ -39,10 +39,11 @@ def can_share() -> bool:
 class SharedFile:
     """An anonymous file that is mapped into this process.
 
-    Its descriptor is closed by `close`, or when this object is collected; the mapping lives as long as a tensor of it.
+    `close`, or the collection of this object, closes its descriptor; the mapping lives as long as a tensor of it.
 
     Attributes:
-        data: Its bytes as a flat uint8 tensor. Writing to it in a process that attached it is a fault.
+        data: The bytes of the file as a flat uint8 tensor. A process that attached the file must not write to it; the
+            processor would raise a fault.
     """
 
     def __init__(self, descriptor: int, data: torch.Tensor) -> None:
@@ -52,14 +53,14 @@ class SharedFile:
 
     @classmethod
     def create(cls, nbytes: int, *, is_filled: bool = False) -> SharedFile:
-        """A new file of at least ``nbytes`` bytes, zeroed, that others can map for reading only.
+        """Create a file of at least ``nbytes`` zero bytes, which others can map only for reading.
 
         Args:
-            nbytes: How many.
-            is_filled: Whether all of it will be written, and not only some, so that it takes its memory at once.
+            nbytes: Number of bytes.
+            is_filled: Whether all of the file will be written, and not only parts, so that its memory is taken at once.
 
         Raises:
-            OSError: If the system cannot give that much, or has no such files.
+            OSError: If the system cannot provide that much memory, or has no such files.
         """
         descriptor = os.memfd_create("paramserver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with _closed_on_error(descriptor):
@@ -72,22 +73,22 @@ class SharedFile:
 
     @classmethod
     def attach(cls, descriptor: int, nbytes: int, owner: str) -> SharedFile:
-        """Another process's file, for reading. The descriptor is owned by the new object from now on.
+        """Map the file of another process for reading. The new object owns the descriptor from now on.
 
         Raises:
-            RemoteProtocolError: If it is smaller than agreed, its owner could shrink it under a reader, or it is
-                no file that can be mapped.
+            RemoteProtocolError: If the file is smaller than agreed, could be shrunk by its owner under a reader, or
+                cannot be mapped.
         """
         with _closed_on_error(descriptor):
             try:
                 _check_sealed(descriptor, nbytes, owner)
                 data = huge_pages.map_file(descriptor, _mapped_bytes(nbytes), mmap.PROT_READ)
             except OSError as error:
-                raise RemoteProtocolError(f"{owner} passed a file that is no shared memory: {error}") from error
+                raise RemoteProtocolError(f"{owner} passed a file that is not a shared memory: {error}") from error
         return cls(descriptor, data)
 
     def fileno(self) -> int:
-        """The descriptor, to be passed to another process."""
+        """Return the descriptor, for passing it to another process."""
         return self._descriptor
 
     def close(self) -> None:
@@ -115,4 +116,4 @@ def _check_sealed(descriptor: int, nbytes: int, owner: str) -> None:
 
 
 def _mapped_bytes(nbytes: int) -> int:
-    return max(nbytes, mmap.PAGESIZE)  # nothing cannot be mapped
+    return max(nbytes, mmap.PAGESIZE)  # an empty mapping is not possible

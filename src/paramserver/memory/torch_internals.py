@@ -1,6 +1,6 @@
-"""What torch does not offer under a public name, each with the reason why it is needed.
+"""Functions that torch does not offer under a public name, each with the reason why it is needed.
 
-A test of each fails first when torch changes it.
+For each of them there is a test that fails first when torch changes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ version_of = attrgetter("_version")
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return a module's own parameters by name, to be replaced without what ``__setattr__`` does and costs."""
+    """Return a module's own parameters by name; replacing them here avoids the work of ``__setattr__``."""
     return module._parameters
 
 
@@ -45,7 +45,7 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether anything is to be called before or after a step of an optimizer, or of all optimizers."""
+    """Return whether any hook runs before or after a step of this optimizer, or of all optimizers."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -55,7 +55,7 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def all_threads() -> ProfilerConfig | None:
-    """Return what makes a profile hold all threads; replicas have threads of their own. None if torch cannot."""
+    """Return the setting that makes a profile include the threads of replicas; None if torch has no such setting."""
     try:
         return ProfilerConfig(profile_all_threads=True)
     except TypeError:  # an older torch
@@ -63,9 +63,9 @@ def all_threads() -> ProfilerConfig | None:
 
 
 def alias(tensor: Tensor) -> Tensor:
-    """Return a tensor over the same memory with a storage and a version counter of its own.
+    """Return a tensor over the same memory with its own storage and version counter.
 
-    The memory lives as long as either tensor does. `torch.from_dlpack` does the same in ten times as long.
+    The memory lives as long as either tensor does. `torch.from_dlpack` does the same, but takes ten times as long.
 
     >>> both = torch.zeros(4)
     >>> part = alias(both[2:])
@@ -76,7 +76,7 @@ def alias(tensor: Tensor) -> Tensor:
 
 
 def storage_uses(tensor: Tensor) -> int:
-    """Return how many tensors and other holders refer to the storage of a tensor; only to be compared.
+    """Return the number of references to the storage of a tensor, only for comparison with another such number.
 
     >>> tensor = torch.zeros(4)
     >>> alone = storage_uses(tensor)
@@ -88,20 +88,20 @@ def storage_uses(tensor: Tensor) -> int:
 
 
 def uses_of_storage(address: int) -> int:
-    """Return the same for the storage at an address, its ``_cdata``. It has to be alive."""
+    """Return the same number for the storage at an address, its ``_cdata``. The storage has to be alive."""
     return torch._C._storage_Use_Count(address)
 
 
 def is_tracing() -> bool:
-    """Return whether `torch.jit.trace` is at work in this thread; `torch.jit.is_tracing` also asks another one."""
+    """Return whether `torch.jit.trace` is running in this thread; `torch.jit.is_tracing` also checks other things."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_transformed() -> bool:
-    """Return whether a torch.func transform is at work."""
+    """Return whether a torch.func transform is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Return whether a gradient stands for many at once, as with ``is_grads_batched`` and vectorized jacobians."""
+    """Return whether a gradient stands for a batch of them, as with ``is_grads_batched`` or vectorized jacobians."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)

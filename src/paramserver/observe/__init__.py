@@ -1,1 +1,1 @@
-"""How a run stands."""
+"""The state of a run, as seen from outside."""

@@ -1,7 +1,7 @@
-"""How a run stands: what its ps tasks hold and do, asked from outside of it.
+"""The state of a run: the contents and counters of its ps tasks, asked from outside.
 
-Who asks is an observer: it holds the run's token and takes no part. No ps waits for it, counts it as a worker or
-lets it change anything.
+The asking process is an observer: it holds the run's token and takes no part. No ps waits for it, counts it as a worker
+or lets it change anything.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ LAST_PORT = 65535
 
 
 class Target(NamedTuple):
-    """A ps to be asked: its address ``host:port``, and the task that must be there, None for whichever is."""
+    """A ps to ask: its address ``host:port``, and the expected task, None for any."""
 
     address: str
     task: str | None = None
 
 
 def find_targets(addresses: Sequence[str]) -> list[Target]:
-    """The ps tasks at some addresses, or without any those of TF_CONFIG's cluster.
+    """Return the ps tasks at some addresses; without addresses, those of TF_CONFIG's cluster.
 
     Raises:
-        ConfigError: If an address is none, or there are neither addresses nor a cluster with ps tasks.
+        ConfigError: If an address is malformed, or there are neither addresses nor a cluster with ps tasks.
 
     >>> find_targets(["localhost:2222"])
     [Target(address='localhost:2222', task=None)]
@@ -56,18 +56,18 @@ def find_targets(addresses: Sequence[str]) -> list[Target]:
 
 
 def ask(targets: Sequence[Target], timeout: float, token: str | None = None) -> list[Status]:
-    """What each ps holds and has done, by task. Blocks for at most about ``timeout`` seconds until all are reached.
+    """Return the contents and counters of each ps, sorted by task. Blocks for about ``timeout`` seconds at most.
 
     Args:
         targets: The ps tasks.
-        timeout: Seconds to try to reach them, in all.
+        timeout: Seconds to try to reach all of them.
         token: The secret of the run; by default the environment's.
 
     Raises:
         DeadlineError: If a ps cannot be reached in time.
         TokenError: If this process does not hold the token of the run.
         RefusedError: If another ps is at an address.
-        RemoteProtocolError: If something else is.
+        RemoteProtocolError: If something other than a ps is at an address.
         UnavailableError: If a ps goes away before it has answered.
     """
     me = Identity(
@@ -79,20 +79,20 @@ def ask(targets: Sequence[Target], timeout: float, token: str | None = None) -> 
     lanes: list[Lane] = []
     with contextlib.ExitStack() as stack:
         for address, task in targets:
-            remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
+            remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # rounded for error messages
             lanes.append(connect(address, task, me, lane="tcp", timeout=remaining))
             stack.callback(lanes[-1].close)
         return sorted(ParameterClient(lanes).status(), key=_order)
 
 
 def loads(statuses: Sequence[Status]) -> list[float]:
-    """The bytes of values on each ps, relative to their mean: 1.0 where all hold the same."""
+    """Return the size of the values on each ps relative to the mean: 1.0 if all hold the same."""
     total = sum(status.values_bytes for status in statuses)
     return [status.values_bytes * len(statuses) / total if total else 1.0 for status in statuses]
 
 
 def as_json(statuses: Sequence[Status]) -> str:
-    """All of it for a program: the global step, and each task's status with its load, as `loads` has it."""
+    """Return everything as JSON: the global step, and each task's status with its load, as in `loads`."""
     tasks = [
         {**msgspec.structs.asdict(status), "load": round(load, 4)}
         for status, load in zip(statuses, loads(statuses), strict=True)
@@ -101,7 +101,7 @@ def as_json(statuses: Sequence[Status]) -> str:
 
 
 def as_table(statuses: Sequence[Status]) -> Table:
-    """A line for each ps, in 80 columns."""
+    """Return a table with a line for each ps, in 80 columns."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("task")
     for header in ("variables", "values", "slots", "load", "updates", "staleness", "workers"):
@@ -123,7 +123,7 @@ def as_table(statuses: Sequence[Status]) -> Table:
 def _checked(address: str) -> str:
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) <= LAST_PORT:
-        raise ConfigError(f"status: {address!r} is no address; expected one such as localhost:2222")
+        raise ConfigError(f"status: {address!r} is not an address; expected one such as localhost:2222")
     return address
 
 

@@ -1,6 +1,6 @@
-"""Which ps holds a variable.
+"""The choice of a ps for each variable.
 
-Every worker creates the same variables in the same order, so every worker finds the same ps for each without asking.
+Every worker creates the same variables in the same order, so every worker computes the same ps for each without asking.
 A partitioner (`FixedShards`, `MinSize`, `MaxSize`) divides large variables by rows; each part then has a ps of its own.
 """
 

@@ -1,6 +1,6 @@
-"""Which device a thing of a program goes to, by its kind: variables and tables to the ps tasks, all else to the worker.
+"""The choice of a device for an operation by its kind: variables and tables go to ps tasks, all others to the worker.
 
-Pure functions of names of devices, such as ``/job:ps/task:1/device:CPU:0``, in which any part may be missing.
+Pure functions of device names, such as ``/job:ps/task:1/device:CPU:0``, of which any part may be missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paramserver.layout.variables import VariableSpec
 logger = logging.getLogger(__name__)
 
 PS_OPS = ("variable", "table")
-"""The kinds of what lives on ps tasks."""
+"""Kinds of operations that go to ps tasks."""
 
 _PARTS = ("job", "replica", "task", "device")
 _NAMED_PART = re.compile(r"(?P<part>job|replica|task):(?P<value>\w+)")
@@ -26,12 +26,12 @@ _DEVICE = re.compile(r"(?:device:)?(?P<kind>cpu|gpu|cuda)(?::(?P<index>\d+))?", 
 
 
 class Op(NamedTuple):
-    """Something that has to go somewhere.
+    """An operation that needs a device.
 
     Attributes:
-        kind: What it is, such as ``variable``, ``table`` or ``matmul``.
-        device: The device that the program has asked for; any part of its name may be missing.
-        variable: What the variable is, for strategies that look at its name or size.
+        kind: The kind of the operation, such as ``variable``, ``table`` or ``matmul``.
+        device: The device that the program asks for; any part of its name may be missing.
+        variable: The variable of the operation, for strategies that use its name or size.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Op(NamedTuple):
 
 
 DeviceSetter = Callable[[Op], str]
-"""The device of the next op. Called in creation order: it counts."""
+"""Function that returns the device of the next operation. Call it in creation order, because it keeps count."""
 
 
 def replica_device_setter(
@@ -52,22 +52,23 @@ def replica_device_setter(
     ps_ops: Collection[str] | None = None,
     ps_strategy: Callable[[Op], int] | None = None,
 ) -> DeviceSetter | None:
-    """A function from an op to its device; None where there are no ps tasks, so that nothing has to be placed.
+    """Return a function from an op to its device; None if there are no ps tasks, so that nothing has to be placed.
 
-    What the op's own device says is kept: an op of another job stays there, and takes no turn of a ps.
+    The parts that an op's own device names are kept: an op of another job stays there, and takes no turn of a ps.
 
     Args:
-        ps_tasks: How many ps tasks there are; ignored where there is a cluster.
-        ps_device: Where variables go; its job is the one whose tasks take turns.
-        worker_device: Where everything else goes.
-        merge_devices: Whether to fill in what an op's device lacks; else an op that has any is left alone.
-        cluster: A ClusterSpec or what one is made from, which says how many ps tasks there are.
-        ps_ops: The kinds of ops that go to ps tasks; variables and tables by default.
-        ps_strategy: Chooses the index of the ps task for an op; they take turns by default.
+        ps_tasks: Number of ps tasks; ignored if there is a cluster.
+        ps_device: Device for variables; the tasks of its job take turns.
+        worker_device: Device for all other ops.
+        merge_devices: Whether to fill in the missing parts of an op's device; otherwise an op with any part is left
+            alone.
+        cluster: A ClusterSpec, or anything that one is made from, which determines the number of ps tasks.
+        ps_ops: Kinds of ops that go to ps tasks; variables and tables by default.
+        ps_strategy: Returns the index of the ps task for an op; by default they take turns.
 
     Raises:
-        TypeError: If ``ps_strategy`` cannot be called, or ``cluster`` is none.
-        ConfigError: If a name is no device's; of an op's device, when the op is placed.
+        TypeError: If ``ps_strategy`` cannot be called, or ``cluster`` does not describe a cluster.
+        ConfigError: If a name is not that of a device; for the device of an op, when the op is placed.
 
     >>> place = replica_device_setter(ps_tasks=2)
     >>> [place(Op(kind)) for kind in ("variable", "variable", "matmul", "table")]
@@ -106,7 +107,7 @@ def _num_tasks(cluster: object, job: str) -> int:
 
 
 def _parts(device: str) -> dict[str, str]:
-    """What a name says: ``{"job": "ps", "task": "1", "device": "CPU:0"}``, without what it does not say."""
+    """Return the parts that a name contains, such as ``{"job": "ps", "task": "1", "device": "CPU:0"}``."""
     parts: dict[str, str] = {}
     for text in filter(None, device.split("/")):
         if named := _NAMED_PART.fullmatch(text):

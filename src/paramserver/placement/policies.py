@@ -1,8 +1,7 @@
-"""Which ps holds a variable. Pure functions of the order in which variables are created.
+"""The choice of a ps for each variable. Pure functions of the order in which variables are created.
 
-Every worker creates the same variables in the same order, so every worker finds the same place for each
-without asking anybody. A partitioner (`FixedShards`, `MinSize`, `MaxSize`) divides large variables by rows; each part
-then has a place of its own.
+Every worker creates the same variables in the same order, so every worker computes the same ps for each without asking.
+A partitioner (`FixedShards`, `MinSize`, `MaxSize`) divides large variables by rows; each part then has a ps of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from paramserver.layout.partition import item_bytes
 from paramserver.layout.variables import VariableSpec
 
 Place = Callable[[VariableSpec], int]
-"""The ps for the next variable. Called once for each, in creation order; it may remember what it was called with."""
+"""Function that returns the ps for the next variable. Called once for each, in creation order; it may keep state."""
 
 Policy = Callable[[VariableSpec, int], int]
-"""A program's own way to choose: from a variable and the number of ps tasks to the index of one of them.
+"""A program's own placement: a function from a variable and the number of ps tasks to the index of one of them.
 
-It must give the same answer in every process.
+It must return the same in every process.
 """
 
 
@@ -34,20 +33,20 @@ class Placement(abc.ABC):
 
     @abc.abstractmethod
     def start(self, num_ps: int) -> Place:
-        """Begin to place variables, for one strategy.
+        """Begin to place the variables of one strategy.
 
-        Deterministic: the same variables in the same order go to the same places in every process.
+        Deterministic: the same variables in the same order get the same ps tasks in every process.
 
         Args:
-            num_ps: How many ps tasks there are, at least 1.
+            num_ps: Number of ps tasks, at least 1.
 
         Raises:
-            ConfigError: If there are fewer.
+            ConfigError: If ``num_ps`` is less than 1.
         """
 
 
 class RoundRobin(Placement):
-    """Each variable goes to the next ps, as in the original. Balances the number of variables, not their bytes.
+    """Each variable goes to the next ps, as in TensorFlow. Balances the number of variables, not their bytes.
 
     >>> place = RoundRobin().start(num_ps=2)
     >>> [place(VariableSpec(name, (), "float32")) for name in "nxz"]
@@ -60,7 +59,7 @@ class RoundRobin(Placement):
 
 
 def byte_size(variable: VariableSpec) -> int:
-    """The bytes of a variable, or of a part of one.
+    """Return the size in bytes of a variable, or of a part of one.
 
     Raises:
         ConfigError: If its shape or dtype is not known.
@@ -76,12 +75,12 @@ def byte_size(variable: VariableSpec) -> int:
 
 
 class Greedy(Placement):
-    """Each variable goes to the ps with the least load so far, the first of several.
+    """Each variable goes to the ps with the least load so far, or to the first of several such ps tasks.
 
     Balances best when large variables are created first, or are divided by a partitioner.
 
     Args:
-        load_fn: The load that a variable is; its bytes by default.
+        load_fn: Returns the load that a variable adds; its size in bytes by default.
 
     >>> place = Greedy().start(num_ps=2)
     >>> [place(VariableSpec("v", shape, "float32")) for shape in ((2, 2), (2, 1), (2, 2), (1, 3))]
@@ -109,12 +108,12 @@ class Greedy(Placement):
 
 
 class Random(Placement):
-    """Each variable goes to a ps that its name and a seed choose, whatever was created before it.
+    """Each variable goes to a ps that its name and a seed determine, independent of earlier variables.
 
     The same in every process and run. Balances a large number of variables.
 
     Args:
-        seed: Another seed gives other places.
+        seed: Another seed gives another placement.
 
     >>> place = Random(seed=0).start(num_ps=4)
     >>> [place(VariableSpec(name, (), "float32")) for name in ("weight", "bias", "größe", "weight")]
@@ -129,7 +128,7 @@ class Random(Placement):
         return lambda variable: indices[self._hash(variable.name) % num_ps]
 
     def _hash(self, name: str) -> int:
-        # Not Python's own hash, which differs between processes. The key is the original's, so places are, too.
+        # Not Python's own hash, which differs between processes. The key is TensorFlow's, so the placement is, too.
         digest = hashlib.md5(f"{name}_{self._seed}".encode(), usedforsecurity=False).digest()
         return int.from_bytes(digest, "big")
 
@@ -156,10 +155,10 @@ class _Own(Placement):
 
 
 def as_placement(policy: Placement | Policy | None) -> Placement:
-    """What a program gives as its placement, as a `Placement`: None means `RoundRobin`.
+    """Return a `Placement` for the ``variable_placement`` of a program: None means `RoundRobin`.
 
     Raises:
-        TypeError: If it is neither a placement nor a function.
+        TypeError: If ``policy`` is neither a placement nor a function.
 
     >>> place = as_placement(lambda variable, num_ps: num_ps - 1).start(num_ps=3)
     >>> place(VariableSpec("table", (1000, 64), "float32"))

@@ -1,10 +1,10 @@
-"""Transfers of checkpoints, done bit by bit: saving and restoring the shard of a ps, or its slots.
+"""Transfers of checkpoints in small steps: saving and restoring the shard of a ps, or its slots.
 
 Rules
-    * A transfer goes on while its peer asks it to. So the peer hears of it every second, and it needs no thread of its
-      own; when the peer is gone, so is the transfer.
-    * A transfer whose files are on this host reads and writes them itself. Any other one asks its peer to, piece by
-      piece.
+    * A transfer goes on only while its peer asks it to. So the peer hears of it every second, and the transfer needs no
+      thread of its own; it ends when the peer is gone.
+    * A transfer whose files are on this host reads and writes them itself. Any other transfer asks its peer to read and
+      write, piece by piece.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from paramserver.store.store import Store
 from paramserver.wire import messages
 
 PIECE_BYTES = 8 << 20
-"""The most of a file that one message holds."""
+"""Limit for the bytes of a file that one message holds."""
 
 
 def saving(store: Store, save: messages.Save) -> Steps[messages.Reply]:
-    """The steps of a save, and the answer."""
+    """Yield the steps of a save, and return the answer."""
     written = yield from write_shard(store, save.shard, save.num_shards)
     return messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause, written.longest_pause)
 
 
 def restoring(store: Store, restore: messages.Restore) -> Steps[messages.Reply]:
-    """The steps of a restore, and the answer."""
+    """Yield the steps of a restore, and return the answer."""
     yield from read_shard(store, restore.directory, restore.weight_map, restore.slot_map)
     return messages.Done()
 
 
 def reading_slots(store: Store, request: messages.ReadSlots) -> Steps[messages.Reply]:
-    """The steps of sending slots, and the answer."""
+    """Yield the steps of sending slots, and return the answer."""
     written = yield from write_slots(store, request.shard, request.num_shards, frozenset(request.variables))
     return messages.Saved(written.weight_map, written.slot_map, written.nbytes, written.pause, written.longest_pause)
 
 
 def loading_slots(store: Store, request: messages.LoadSlots, source: str) -> Steps[messages.Reply]:
-    """The steps of taking in slots from ``source``, and the answer."""
+    """Yield the steps of loading slots from ``source``, and return the answer."""
     groups = [(group.variables, group.settings) for group in request.groups]
     yield from read_slots(store, groups, request.slot_map, source)
     return messages.Done()
 
 
 Rounds = Generator[messages.Reply, bytes, messages.Reply]
-"""Answers round by round, is sent the content of each `Proceed`, and returns the last answer."""
+"""Generator that yields an answer each round, is sent the content of each `Proceed`, and returns the last answer."""
 
 
 class Transfer:
-    """Something that is done bit by bit. Used by one thread.
+    """A task that is done step by step. Used by one thread.
 
     Args:
-        rounds: What is done; `here` or `through_peer`.
+        rounds: The rounds, from `here` or `through_peer`.
 
     Attributes:
-        is_over: Whether the last answer was the end of it, or an error.
+        is_over: Whether the last answer was the end of the transfer, or an error.
     """
 
     def __init__(self, rounds: Rounds) -> None:
@@ -70,15 +70,15 @@ class Transfer:
         self._has_begun = False
 
     def proceed(self, timeout: float, content: bytes) -> messages.Reply:
-        """Go on for about ``timeout`` seconds, one step at least; the answer. Blocks.
+        """Go on for about ``timeout`` seconds and for at least one step, and return the answer. Blocks.
 
         Args:
             timeout: In seconds.
-            content: What the last answer asked for.
+            content: The content that the last answer asked for.
 
         Raises:
             CheckpointError: If a step cannot be carried out.
-            RemoteProtocolError: If the content is not what was asked for.
+            RemoteProtocolError: If the content does not have the requested size.
         """
         give_up = time.monotonic() + timeout
         self.is_over = True  # unless there is another round
@@ -88,13 +88,13 @@ class Transfer:
             while isinstance(reply, messages.Underway) and time.monotonic() < give_up:
                 reply = next(self._rounds)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]  # typeshed does not know of what
+            return end.value  # type: ignore[no-any-return]  # typeshed types the value as Any
         self.is_over = False
         return reply
 
 
 def here(steps: Steps[messages.Reply], directory: Path) -> Rounds:
-    """Carry out the steps in a folder that is here, one in each round."""
+    """Carry out the steps in a folder on this host, one step in each round."""
     with CheckpointFolder(directory) as folder, contextlib.closing(steps):
         while True:
             try:
@@ -106,7 +106,7 @@ def here(steps: Steps[messages.Reply], directory: Path) -> Rounds:
 
 
 def through_peer(steps: Steps[messages.Reply]) -> Rounds:
-    """Have the peer carry out the steps, a piece of one in each round."""
+    """Have the peer carry out the steps, a piece of a step in each round."""
     with contextlib.closing(steps):
         while True:
             try:

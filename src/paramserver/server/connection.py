@@ -21,7 +21,7 @@ from paramserver.wire.refusals import refused
 logger = logging.getLogger(__name__)
 
 QUICK_ELEMENTS = 64 << 10
-"""The most elements that a request reads and writes which is carried out while others wait: some 10 microseconds."""
+"""Limit for the elements that a quick request reads and writes: about 10 microseconds, while other connections wait."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Host:
     """The ps, as its connections see it.
 
     Attributes:
-        me: Who it is.
-        local_socket: The abstract name under which it listens for workers on the same host, "" if it does not.
-        membership: Who takes part.
-        models: What it holds.
+        me: The identity of the ps.
+        local_socket: The abstract name under which it listens for workers on the same host; "" if it does not.
+        membership: The tasks that take part in the run.
+        models: The models that it holds.
     """
 
     me: Identity
@@ -42,11 +42,11 @@ class Host:
 
 
 class Conversation:
-    """Whatever comes over one connection, and its answers; implements `serving.Served`.
+    """All requests on one connection, and their answers; implements `threads.Served`.
 
     Args:
-        connection: It was just accepted, and is owned by this object from now on.
-        host: Who accepted it.
+        connection: The socket, just accepted; owned by this object from now on.
+        host: The ps that accepted it.
     """
 
     def __init__(self, connection: socket.socket, host: Host) -> None:
@@ -59,7 +59,7 @@ class Conversation:
 
     @property
     def before_wait(self) -> Hook | None:
-        """See `serving.Served`."""
+        """See `threads.Served`."""
         return self._frames.before_wait if self._frames else None
 
     @before_wait.setter
@@ -68,25 +68,25 @@ class Conversation:
             self._frames.before_wait = hook
 
     def fileno(self) -> int:
-        """See `serving.Served`."""
+        """See `threads.Served`."""
         return self._connection.fileno()
 
     def proceed(self) -> Pace:
-        """Make the acquaintance of the peer, and after that carry out a request at a time; see `serving.Served`."""
+        """Do the handshake with the peer, and after that carry out one request at a time; see `threads.Served`."""
         try:
             if self._frames is None or self._session is None:
                 return self._begin()
             return self._go_on(self._frames, self._session)
-        except UnavailableError as error:  # whoever is gone is gone, with or without an error: the membership judges it
+        except UnavailableError as error:  # no failure by itself: the membership judges how the peer has left
             logger.info("%s: %s", self._host.me.task, str(error))
         except ParameterServerError as error:
             logger.warning("%s: %s", self._host.me.task, str(error))  # as text: a kept record must not keep the session
-        except Exception:  # one connection's end must not be the end of another's
+        except Exception:  # the failure of one connection must not end any other
             logger.exception("%s: a connection has failed", self._host.me.task)
         return Pace.OVER
 
     def end(self) -> None:
-        """See `serving.Served`."""
+        """See `threads.Served`."""
         if self._model is not None and self._session:
             has_left = self._host.membership.disconnect(self._session.task, self._session.incarnation)
             self._host.models.leave(self._model, said_goodbye=has_left)
@@ -95,7 +95,7 @@ class Conversation:
         self._connection.close()
 
     def hang_up(self) -> None:
-        """See `serving.Served`."""
+        """See `threads.Served`."""
         with contextlib.suppress(OSError):  # it may be closed already
             self._connection.shutdown(socket.SHUT_RDWR)
 
@@ -110,13 +110,13 @@ class Conversation:
 
     def _join(self, session: Session) -> Pace:
         try:
-            self._host.models.check_alive()  # comes first: a run that has failed is over as well
+            self._host.models.check_alive()  # first, because a run that has failed is over as well
             self._model = self._host.membership.join(session.task, session.incarnation)
         except ParameterServerError as error:
             try:
                 session.receive()
                 session.reply(refused(error))
-            finally:  # it was expected and has come, and need not be waited for, whether or not it waits for the news
+            finally:  # the worker counts as having left, even if it does not wait for the refusal
                 if isinstance(error, RunOverError):
                     self._host.membership.leave(session.task, session.incarnation)
             return Pace.OVER
@@ -135,7 +135,7 @@ class Conversation:
                 frames.before_wait()
             self._carry_out(session, request)
         except RemoteProtocolError as error:
-            with contextlib.suppress(UnavailableError):  # it may have gone away
+            with contextlib.suppress(UnavailableError):  # the peer may be gone
                 session.reply(refused(error))
             raise
         return Pace.QUICK if is_quick and not frames.has_more else Pace.SLOW
@@ -145,6 +145,6 @@ class Conversation:
             session.reply(self._host.models.status())
         elif session.task != OBSERVER:
             self._handler.handle(session, request)
-        else:  # one who takes no part in the run: nobody waits for it, and it changes nothing
+        else:  # an observer takes no part in the run: no task waits for it, and it changes nothing
             me, what = self._host.me.task, f"{type(request).__name__} of {session.task}"
             session.reply(messages.Refused("refused", f"{me} refused {what}: an observer may only ask for the status"))

@@ -1,4 +1,4 @@
-"""What a ps does with each request: message -> store -> reply."""
+"""The handlers of a ps for all requests: message -> store -> reply."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class RequestHandler:
 
     Args:
         store: The store.
-        membership: Who takes part in the run.
-        fail: Called with the reason, if the chief cannot go on; by default the store is told.
+        membership: The tasks that take part in the run.
+        fail: Called with the reason if the chief cannot go on; by default ``store.fail``.
 
     Attributes:
-        pushes: What is known of pushes.
+        pushes: The plans of pushes to the store.
     """
 
     def __init__(self, store: Store, membership: Membership, fail: Callable[[str], None] | None = None) -> None:
@@ -80,11 +80,11 @@ class RequestHandler:
 
     @property
     def requests(self) -> frozenset[type]:
-        """The kinds of request that have a handler."""
+        """Kinds of request that have a handler."""
         return frozenset(self._handlers)
 
     def handle(self, session: Session, request: messages.Request) -> None:
-        """Carry out one request and answer it; whatever is wrong with it is answered with a refusal.
+        """Carry out one request and answer it; a request that cannot be carried out is answered with a refusal.
 
         Raises:
             UnavailableError: If the connection is lost.
@@ -92,14 +92,14 @@ class RequestHandler:
         """
         handler = self._handlers.get(type(request))
         if handler is None:
-            raise RemoteProtocolError(f"{session.task} sent {type(request).__name__}, which is no request")
+            raise RemoteProtocolError(f"{session.task} sent {type(request).__name__}, which is not a request")
         try:
             handler(session, request)
         except (UnavailableError, RemoteProtocolError):
             raise
         except ParameterServerError as error:
             session.reply(refused(error))
-        except Exception as error:  # a peer's nonsense, or a fault of ours, must not end anybody's session
+        except Exception as error:  # neither a peer's nonsense nor a fault of this code may end the session
             if session.is_of_program(error):
                 raise
             what = f"{self._store.task} could not carry out a {type(request).__name__} of {session.task}"
@@ -109,7 +109,7 @@ class RequestHandler:
     def _push(self, session: Session, push: messages.Push) -> None:
         store = self._store
         store.check_alive()
-        # All is checked before the first part is applied: a push that is refused here has changed nothing.
+        # Everything is checked before the first part is applied: a push that is refused here has changed nothing.
         plan = self.pushes.plan(push)
         rows = [self._taken_rows(session, part) for part in plan.of_rows] if plan.of_rows else ()
         step, staleness, seconds = store.global_step, 0, 0.0
@@ -150,7 +150,7 @@ class RequestHandler:
             )
 
     def _failed(self, session: Session, progress: Progress, parts: int, error: Exception) -> RefusedError:
-        """The refusal of a push of which a part could not be applied."""
+        """Return the refusal of a push of which a part could not be applied, and end its progress."""
         progress.end()
         task = self._store.task
         what = f"an update of {session.task} failed on {task} after {progress.done} of {parts} parts"
@@ -175,7 +175,7 @@ class RequestHandler:
         table = self._store.arena(index)
         if not isinstance(table, StoredTable):
             task = self._store.task
-            raise RefusedError(f"rows of arena {index} of {task}: it is no table, and has no rows", task)
+            raise RefusedError(f"rows of arena {index} of {task}: it is not a table, and has no rows", task)
         return table
 
     def _refused_rows(self, index: int, error: ValueError) -> RefusedError:
@@ -207,7 +207,7 @@ class RequestHandler:
     def _declare(self, session: Session, declare: messages.Declare) -> None:
         self._store.check_alive()
         with self._store.progress(session.incarnation).lock:
-            pass  # a lost connection of this worker may still be served, from memory that it will write to
+            pass  # wait for a thread of a lost connection that still reads the memory that this worker will write to
         store_memory = (self._store.create if declare.create else self._store.compare)(declare.arenas)
         session.open(declare.arenas, store_memory)
         session.reply(messages.Declared(self._store.is_ready, self._store.epoch))
@@ -317,7 +317,7 @@ class RequestHandler:
         session.reply(self.status())
 
     def status(self) -> messages.Status:
-        """What the store holds and has done."""
+        """Return the contents and counters of the store."""
         statistics = self._store.statistics()
         arenas = self._store.held
         return messages.Status(
@@ -339,14 +339,14 @@ class RequestHandler:
                 self._fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
         try:
             session.reply(messages.Done())
-        finally:  # it has left, whether or not it waits for the answer; after the answer, since this may end the run
+        finally:  # even if the worker does not wait for the answer; after the answer, because this may end the run
             self._membership.leave(session.task, session.incarnation)
 
 
 def _sees(directory: Path, expected: str = "") -> bool:
-    """Whether a folder is there, and holds the checkpoint that is expected."""
+    """Return whether a folder is there and, if a digest is expected, holds the checkpoint with that digest."""
     return directory.is_dir() and (not expected or digest(directory) == expected)
 
 
 def _bounded(timeout: float) -> float:
-    return min(LONGEST_WAIT, timeout)  # in this order, which turns a NaN into the limit
+    return min(LONGEST_WAIT, timeout)  # this order of arguments turns a NaN into the limit

@@ -1,10 +1,10 @@
-"""The models that a ps holds: one for each strategy that the workers' processes have.
+"""The models that a ps holds: one for each strategy in the workers' processes.
 
 Rules
-    * Most runs have one. A process that makes another strategy (a cell of a notebook that is run again, a second fold
-      of a cross validation) gets another model, independent of the first, with a store and a global step of its own;
-      the membership counts them. The n-th strategies of all workers share a model.
-    * A model that is left by everyone while the run goes on with another one is given up, and its memory with it.
+    * Most runs have one model. A process that makes another strategy (a notebook cell that is run again, a second fold
+      of a cross validation) gets another model, independent of the first, with its own store and global step; the
+      membership counts them. The n-th strategies of all workers share a model.
+    * A model that every worker has left while the run goes on with another model is given up, and its memory is freed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Models:
     Args:
         task: The ps, for messages.
         allocate: Makes the memory for arenas.
-        membership: Who takes part in the run.
+        membership: The tasks that take part in the run.
     """
 
     def __init__(self, task: str, allocate: Allocate, membership: Membership) -> None:
@@ -39,7 +39,7 @@ class Models:
         self.handler(0)
 
     def handler(self, number: int) -> RequestHandler:
-        """What carries out the requests about a model, which is made if there is none of that number."""
+        """Return the handler of requests about a model; create the model if no model has this number."""
         with self._lock:
             if number not in self._handlers:
                 store = self._stores[number] = Store(self._task, self._allocate)
@@ -49,13 +49,13 @@ class Models:
             return self._handlers[number]
 
     def enter(self, number: int) -> RequestHandler:
-        """`handler`, for a worker that has connected."""
+        """Count a worker that has connected as a user of a model, and return the `handler` of the model."""
         with self._lock:
             self._users[number] += 1
         return self.handler(number)
 
     def leave(self, number: int, *, said_goodbye: bool) -> None:
-        """A worker's connection has ended."""
+        """Note that a worker's connection has ended, and give up the model if nothing uses it any more."""
         with self._lock:
             self._users[number] -= 1
             is_over = said_goodbye and not self._users[number] and any(self._users.values())
@@ -64,14 +64,18 @@ class Models:
                 self._stores.pop(number).close()
 
     def fail(self, reason: str) -> None:
-        """The chief cannot go on: from now on every request about any model is refused with ``reason``."""
+        """Refuse from now on every request about any model with ``reason``, because the chief cannot go on."""
         with self._lock:
             self._failure = reason
             for store in self._stores.values():
                 store.fail(reason)
 
     def check_alive(self) -> None:
-        """Raises RefusedError if the run has failed."""
+        """Raise an error if the run has failed.
+
+        Raises:
+            RefusedError: With the reason of the failure.
+        """
         with self._lock:
             stores = list(self._stores.values())
         for store in stores:
@@ -84,7 +88,7 @@ class Models:
                 store.close()
 
     def status(self) -> messages.Status:
-        """What all models together hold and have done; the global step is the newest one's."""
+        """Return the contents and counters of all models together; the global step is that of the newest model."""
         with self._lock:
             handlers = [self._handlers[number] for number in sorted(self._handlers)]
         each = [handler.status() for handler in handlers]

@@ -1,7 +1,7 @@
-"""What a push asks of a store, worked out and checked once for all pushes that ask the same.
+"""Plans for pushes, worked out and checked once for all pushes that ask the same of a store.
 
-Nearly every push of a run says what the one before has said, apart from its number: to see that is cheaper than to look
-into it again.
+Nearly every push of a run equals the one before, apart from its number: comparing the two is cheaper than planning
+again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paramserver.wire.payload import dense_pieces, parts_of_rows
 
 
 class Application(NamedTuple):
-    """What is done to one piece: see `StoredArena.apply`."""
+    """One operation on one piece: see `StoredArena.apply`."""
 
     arena: StoredArena
     operation: Operation
@@ -31,15 +31,15 @@ class Application(NamedTuple):
 
 
 class PushPlan(NamedTuple):
-    """What is done for a push.
+    """All operations for a push.
 
     Attributes:
-        parts: What the push said.
-        pull: What it said.
-        of_rows: The parts that are about rows of tables, which come first.
-        applications: All others, in the order in which the pieces come.
-        pulled: The pieces of values that are sent back.
-        elements: How many elements are read and written.
+        parts: The parts of the push.
+        pull: The arenas that the push pulls.
+        of_rows: The parts that concern rows of tables, which come first.
+        applications: All other parts, in the order in which their pieces come.
+        pulled: The pieces of values to send back.
+        elements: Number of elements that are read and written.
     """
 
     parts: tuple[messages.Part, ...]
@@ -55,13 +55,13 @@ class PushPlans:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._last: PushPlan | None = None  # that of any worker: they all say the same
+        self._last: PushPlan | None = None  # of any worker, because all workers push the same parts
 
     def plan(self, push: messages.Push) -> PushPlan:
-        """What is to be done.
+        """Return the plan for a push, after a check of all of its parts.
 
         Raises:
-            RefusedError: If something of it cannot be done; nothing was done yet, then.
+            RefusedError: If a part cannot be applied. Nothing was applied then.
         """
         plan = self._known(push)
         if plan is None:
@@ -71,7 +71,7 @@ class PushPlans:
         return plan
 
     def elements(self, request: messages.Request) -> float:
-        """How many elements a request reads or writes; infinitely many where it may wait, or do something else."""
+        """Return how many elements a request reads or writes; infinity if it may wait or does something else."""
         if isinstance(request, messages.Push):
             plan = self._known(request)
             return plan.elements if plan else self._elements(request)
@@ -80,10 +80,10 @@ class PushPlans:
         return math.inf
 
     def whole(self, arenas: Sequence[int]) -> tuple[Piece, ...]:
-        """All pieces of some arenas.
+        """Return all pieces of some arenas.
 
         Raises:
-            RefusedError: If there is no such arena.
+            RefusedError: If one of the arenas does not exist.
         """
         return tuple(
             Piece(index, start, stop) for index in arenas for start, stop in self._store.arena(index).layout.pieces

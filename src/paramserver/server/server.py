@@ -27,7 +27,7 @@ from paramserver.transport.listener import Listener
 from paramserver.wire import messages
 
 GRACE = 60.0
-"""Seconds that a ps waits for workers that it never saw, and for a chief that was lost, when all others are done."""
+"""Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
 REPORT_INTERVAL = 0.5
 
 
@@ -35,9 +35,9 @@ class Server:
     """One ps task of a cluster: listens, serves, and ends with the run.
 
     Args:
-        cluster_spec: The cluster, as a ClusterSpec or what one is made from.
+        cluster_spec: The cluster: a ClusterSpec, or anything that one is made from.
         job_name: The role of this task; may be omitted where the cluster has one job.
-        task_index: Its index; may be omitted where the job has one task.
+        task_index: The index of this task; may be omitted where the job has one task.
         start: Whether to serve at once.
         token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``.
         grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
@@ -45,8 +45,8 @@ class Server:
             environment's ``PARAMSERVER_LISTEN_FD``.
 
     Raises:
-        ValueError: If the task is not in the cluster, or is no ps.
-        TypeError: If ``cluster_spec`` is no cluster.
+        ValueError: If the task is not in the cluster, or its role is not ps.
+        TypeError: If ``cluster_spec`` does not describe a cluster.
         UnavailableError: If the address is taken.
     """
 
@@ -70,7 +70,7 @@ class Server:
         self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
-        # Its threads are daemons: a program that fails before it has stopped its server must end all the same.
+        # Daemon threads: a program that fails before it has stopped its server must still be able to exit.
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
         token = surroundings.token if token is None else token
         self._host = Host(
@@ -79,30 +79,30 @@ class Server:
             membership=self._membership,
             models=self._models,
         )
-        self._waiters: list[threading.Thread] = []  # whom an interrupt may have left behind
+        self._waiters: list[threading.Thread] = []  # those that an interrupt of `join` has left behind
         self._threads = ServingThreads(f"{self.task} serves")
         if start:
             self.start()
 
     @classmethod
     def create_local_server(cls, *, start: bool = True) -> Server:
-        """A server for one chief of this machine, at a port that the system picks; `target` says where."""
+        """Return a server for one chief on this machine, at a port that the system picks; `target` is its address."""
         return cls({"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]}, "ps", 0, start=start)
 
     @property
     def target(self) -> str:
-        """Where this server can be reached, ``host:port``."""
+        """Address of this server, ``host:port``."""
         host = self.cluster_spec.address(self.task).rpartition(":")[0]
         return f"{host}:{self._listener.port}"
 
     def start(self) -> None:
-        """Begin to serve, on threads of its own. Idempotent; a server that was stopped stays so."""
+        """Begin to serve, on threads of its own. Idempotent; a stopped server stays stopped."""
         if not self._acceptor.ident and not self._listener.is_closed:
             heap.keep_for_steps()
             self._acceptor.start()
 
     def join(self) -> None:
-        """Serve until the run is over. Blocks; for ever if no run comes to an end.
+        """Serve until the run is over. Blocks, forever if no run comes to an end.
 
         Raises:
             UnavailableError: If the chief was lost and did not come back.
@@ -121,10 +121,10 @@ class Server:
             )
 
     def _await_over(self) -> bool:
-        """See `Membership.await_over`.
+        """Wait as `Membership.await_over` does, on another thread.
 
-        Another thread waits: a signal handler runs in the middle of what the main thread does, so that `request_stop`
-        could come between its look at the state and its wait for a change.
+        A signal handler runs in the middle of the main thread's work, so `request_stop` could come between the main
+        thread's look at the state and its wait for a change, and would be missed.
         """
         results: list[bool] = []
         waiter = threading.Thread(
@@ -154,7 +154,7 @@ class Server:
         self._membership.stop()
 
     def status(self) -> messages.Status:
-        """What this ps holds and has done."""
+        """Return the contents and counters of this ps."""
         return self._models.status()
 
     def __repr__(self) -> str:
@@ -171,7 +171,7 @@ def run_standard_server() -> None:
     SIGTERM ends it early.
 
     Raises:
-        ValueError: If TF_CONFIG names no ps task of a cluster.
+        ValueError: If TF_CONFIG does not name a ps task of a cluster.
         UnavailableError: If the address is taken, or the chief was lost and did not come back.
         ParameterServerError: If the chief failed.
     """
@@ -185,11 +185,11 @@ def run_standard_server() -> None:
 def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:
     """Return a function that connects to a ps inside this process, for a run without a cluster.
 
-    Every lane that it returns leads to the same store, by function calls, as the same incarnation of the worker.
+    Every returned lane leads to the same store, by function calls, as the same incarnation of the worker.
 
     Args:
-        device: Where its variables lie.
-        index: Of the ps.
+        device: Device for the variables.
+        index: Index of the ps.
     """
     task = str(TaskId(Role.PS, index))
     me = str(ALONE)
@@ -201,7 +201,7 @@ def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Calla
 
 @contextlib.contextmanager
 def report_progress(server: Server) -> Iterator[None]:
-    """Tell the launcher, if there is one, what the server does, every `REPORT_INTERVAL` seconds and at the end."""
+    """Report the server's state to the launcher, if there is one, every `REPORT_INTERVAL` seconds and at the end."""
     reporter = Reporter(str(server.task), environment.read().report_fd)
     over = threading.Event()
 

@@ -1,13 +1,14 @@
-"""The threads that serve the connections of a ps: one for all that are quick, and one for each that is not.
+"""The threads that serve the connections of a ps: one for all quick connections, and one for each slow one.
 
 Rules
-    * A connection has a thread of its own until a request of it was quick. Then it waits among others, if any, and one
-      thread, the leader, waits for all of them and carries out what they send, one request after the other. So
-      however many send at once, nobody waits for the interpreter's lock behind all others at each system call.
-    * The leader waits for nothing else. Whoever leads and is about to wait, for the rest of a request, for a peer that
-      does not take its answer, or for work that may take long, hands the lead on first. From there on that
-      connection has this thread for itself, again until a request of it was quick.
-    * One thread waits to lead next, so that handing the lead on rarely means to start a thread.
+    * A connection has a thread of its own until one of its requests was quick. Then it joins the waiting connections,
+      if there are any others: one thread, the leader, waits for all of these and carries out their requests one after
+      the other. So, with any number of senders at once, no thread queues for the interpreter's lock at each system
+      call.
+    * The leader waits for nothing else. Before the leader waits for the rest of a request, for a peer that does not
+      take its answer, or for work that may take long, it hands the lead on. From then on it serves only the connection
+      at hand, again until one of its requests was quick.
+    * One thread, the follower, waits to lead next, so that handing the lead on rarely has to start a thread.
 
 The pattern is known as leader and followers.
 """
@@ -25,44 +26,44 @@ Hook = Callable[[], None]
 
 
 class Pace(enum.Enum):
-    """What became of a request."""
+    """Outcome of a request."""
 
     QUICK = "quick"
-    """It was carried out without waiting, and nothing more has come: the next one may be waited for among others."""
+    """The request was carried out without waiting, and nothing more has come: its connection may wait among others."""
     SLOW = "slow"
-    """It was not, or more has come; or the connection has only begun."""
+    """The request was slow, or more has come, or the connection has only begun."""
     OVER = "over"
-    """There will be no more."""
+    """The connection is over."""
 
 
 class Served(Protocol):
-    """A connection. All but `hang_up` is called by one thread at a time.
+    """A connection. All methods but `hang_up` are called by one thread at a time.
 
     Attributes:
-        before_wait: Called once by `proceed`, if it is not None, before it waits for anything but the beginning of a
-            request, and before the connection's descriptor is given back. Whom it calls sets it to None.
+        before_wait: Called once by `proceed`, if it is not None, before `proceed` waits for anything but the beginning
+            of a request, and before the connection's descriptor is given back. The called function sets it to None.
     """
 
     before_wait: Hook | None
 
     def fileno(self) -> int:
-        """The descriptor that becomes readable when there is something to `proceed` with."""
+        """Return the descriptor that becomes readable when there is something to `proceed` with."""
 
     def proceed(self) -> Pace:
-        """Go one request further. Blocks until it has come and is carried out. Raises nothing."""
+        """Receive one request and carry it out. Blocks until that is done. Raises nothing."""
 
     def end(self) -> None:
-        """Give back everything, after `proceed` said that it is over. Raises nothing."""
+        """Release all resources, after `proceed` has returned `Pace.OVER`. Raises nothing."""
 
     def hang_up(self) -> None:
-        """End the stream, so that `proceed` soon says that it is over. Any thread may call it, at any time."""
+        """End the stream, so that `proceed` soon returns `Pace.OVER`. Any thread may call this at any time."""
 
 
 class ServingThreads:
-    """Serves connections, until `stop`. Thread-safe.
+    """Serves connections until `stop`. Thread-safe.
 
     Args:
-        name: Of its threads.
+        name: Name of the threads.
     """
 
     def __init__(self, name: str) -> None:
@@ -70,15 +71,15 @@ class ServingThreads:
         self._threads: list[threading.Thread] = []
         self._served: set[Served] = set()
         self._stop_lock = threading.Lock()
-        self._lead = threading.Lock()
-        self._lock = threading.Lock()  # for all that follows
+        self._lead = threading.Lock()  # held by the leader; `_hand_on` releases it
+        self._lock = threading.Lock()  # guards the attributes below; held for moments only
         self._selector = selectors.DefaultSelector()
         self._wake: tuple[int, ...] = os.pipe()
         self._selector.register(self._wake[0], selectors.EVENT_READ)
         self._num_waiting = 0
         self._has_follower = False
         self._stopping = False
-        self._at_hand: Served | None = None  # what the leader is busy with; only the leader uses it
+        self._at_hand: Served | None = None  # the connection that the leader serves; only the leader uses this
 
     def add(self, connection: Served) -> None:
         """Serve a connection from now on, until it is over."""
@@ -87,7 +88,7 @@ class ServingThreads:
         self._start(self._serve, connection)
 
     def stop(self) -> None:
-        """Hang up every connection and wait until all threads have ended. Idempotent; nothing is added any more."""
+        """Hang up every connection and wait until all threads have ended. Idempotent; the end of all serving."""
         with self._stop_lock:
             if self._stopping:
                 return
@@ -97,7 +98,7 @@ class ServingThreads:
             for connection in served:
                 connection.hang_up()
             os.write(self._wake[1], b"\0")
-            while self._threads:  # the last ones may start others
+            while self._threads:  # the last threads may start others
                 self._threads.pop().join()
             self._selector.close()
             for descriptor in self._wake:
@@ -109,7 +110,7 @@ class ServingThreads:
             return f"<ServingThreads: {len(self._served)} connections, {self._num_waiting} on one of {threads} threads>"
 
     def _start(self, target: Callable[..., None], *args: Served) -> None:
-        # Daemons: a program that fails before it has stopped its server must end all the same.
+        # Daemon threads: a program that fails before it has stopped its server must still be able to exit.
         thread = threading.Thread(target=target, args=args, name=self._name, daemon=True)
         thread.start()
         with self._lock:
@@ -117,13 +118,16 @@ class ServingThreads:
 
     def _serve(self, connection: Served) -> None:
         self._stay_with(connection, Pace.SLOW)
-        self._have_follower()  # another thread than this one, which keeps its argument for as long as it lives
+        self._have_follower()  # a new thread, because this one would keep its argument for as long as it lives
 
     def _stay_with(self, connection: Served, pace: Pace) -> None:
-        """Serve a connection, whose last request went as told, until it is quick or over; a lone one until it is over.
+        """Serve a connection until it is quick or over; a lone connection until it is over.
 
-        To wait for one that may be read, and then to read, takes longer than to read; where there are no others it
-        gains nothing.
+        Selecting and then reading takes longer than reading alone, and gains nothing without other connections.
+
+        Args:
+            connection: The connection.
+            pace: The outcome of its last request.
         """
         while pace is Pace.SLOW or (pace is Pace.QUICK and len(self._served) == 1):
             pace = connection.proceed()
@@ -138,7 +142,7 @@ class ServingThreads:
                 self._num_waiting += 1
 
     def _follow(self) -> None:
-        """Lead when it is this thread's turn, again and again; return as soon as another one waits for that."""
+        """Lead whenever it is this thread's turn; return as soon as another thread waits for its turn."""
         while self._is_needed():
             self._lead.acquire()  # released by `_hand_on`, in the middle of a request
             with self._lock:
@@ -156,7 +160,7 @@ class ServingThreads:
             return not has_follower
 
     def _serve_ready(self) -> bool:
-        """Wait for those who wait, and serve whoever is ready; False if this thread leads no more."""
+        """Wait for the waiting connections, and serve those that are ready; return whether this thread still leads."""
         for key, _ in self._selector.select():
             if key.data is None:
                 os.read(self._wake[0], 1)
@@ -175,7 +179,7 @@ class ServingThreads:
         return False
 
     def _hand_on(self) -> None:
-        """Let another thread lead. Called by the leader, which has the connection at hand for itself afterwards."""
+        """Let another thread lead, and keep the connection at hand for this thread. Called by the leader."""
         connection, self._at_hand = self._at_hand, None
         if connection:
             connection.before_wait = None

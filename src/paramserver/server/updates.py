@@ -1,4 +1,4 @@
-"""One push at work: its rows and pieces, applied part by part."""
+"""The application of one push: its rows and pieces, part by part."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TakenRows:
     Attributes:
         table: The table.
         part: The part.
-        ids: ``[rows]``, ascending, none twice.
+        ids: ``[rows]``, ascending and unique.
         values: ``[rows, width]``.
     """
 
@@ -36,14 +36,14 @@ class TakenRows:
     values: torch.Tensor
 
     def apply(self) -> float:
-        """Apply them; return the seconds that it took."""
+        """Apply the rows, and return the seconds that this took."""
         begun = time.perf_counter()
         self.table.apply_rows(self.part.operation, self.ids, self.values, self.part.settings)
         return time.perf_counter() - begun
 
 
 def taken_ids(session: Session, count: int) -> npt.NDArray[np.int64]:
-    """Take the ids of rows, a copy that the worker cannot change any more."""
+    """Take the ids of rows, as a copy that the worker cannot change any more."""
     return session.take_rows(count * ID_BYTES).view(np.int64).copy()
 
 
@@ -60,13 +60,13 @@ def apply_all(
     rows: Sequence[TakenRows],
     applications: Sequence[Application],
 ) -> float:
-    """Apply the parts of an update that are not applied yet; return the seconds, without those of waiting for them."""
+    """Apply the parts of an update that are not applied yet; return the seconds, without waiting for the parts."""
     seconds = 0.0
     for taken in rows[progress.done :]:
         progress.enter_part()
         seconds += taken.apply()
         progress.leave_part()
-    for application in applications[: progress.done - len(rows)]:  # applied when it came for the first time
+    for application in applications[: progress.done - len(rows)]:  # applied already when it came for the first time
         session.gradient(application.piece)
     for application in applications[progress.done - len(rows) :]:
         seconds += _apply(session, progress, application)
@@ -74,7 +74,7 @@ def apply_all(
 
 
 def _apply(session: Session, progress: Progress, application: Application) -> float:
-    """Apply a piece as soon as it is here."""
+    """Apply a piece as soon as it is here, and return the seconds that this took."""
     arena, operation, piece, settings = application
     gradient = session.gradient(piece)
     begun = time.perf_counter()

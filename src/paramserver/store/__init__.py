@@ -1,1 +1,1 @@
-"""What one ps holds: variables, slots, update rules, who takes part, and shards of checkpoints."""
+"""The content of a ps: variables, slots, update rules, the membership of the run, and shards of checkpoints."""

@@ -21,13 +21,13 @@ from paramserver.store.blocks import Operation, StoredBlocks
 class StoredArena(StoredBlocks):
     """Dense variables, which are updated by ranges.
 
-    Every operation works on pieces, each inside one block, under the block's lock; two pushes to different blocks run
-    side by side, and what is read of one block is of one version.
+    Every operation works on pieces, each inside one block, under the lock of the block. Two pushes to different blocks
+    run in parallel, and all that is read from one block is of one version.
 
     Args:
         layout: Which variables lie where.
         values: The flat values, shared or private.
-        versions: A counter for each block: odd while the block is written.
+        versions: A counter for each block, odd while the block is written.
     """
 
     def __init__(self, layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> None:
@@ -41,10 +41,10 @@ class StoredArena(StoredBlocks):
     def check(
         self, operation: Operation, ranges: Sequence[Range] | None, settings: Mapping[str, Setting] | None
     ) -> None:
-        """Whether `apply` can do this, so that a push of several parts is applied whole or not at all.
+        """Check that `apply` can do this, so that a push of several parts is applied as a whole or not at all.
 
         Raises:
-            ValueError: If there is no rule, no such setting, or a range is none of this arena.
+            ValueError: If there is no rule or no such setting, or a range is not within this arena.
         """
         if operation == "rule":
             if self.layout.rule is None:
@@ -52,7 +52,7 @@ class StoredArena(StoredBlocks):
             self.check_settings(settings or {})
         for start, stop in ranges or ():
             if not 0 <= start < stop <= self.layout.size:
-                raise ValueError(f"[{start}, {stop}) is no range of its {self.layout.size} elements")
+                raise ValueError(f"[{start}, {stop}) is not a range of its {self.layout.size} elements")
 
     def apply(
         self,
@@ -79,7 +79,11 @@ class StoredArena(StoredBlocks):
                 self._versions[block] += 1
 
     def check_settings(self, settings: Mapping[str, Setting]) -> None:
-        """Raises ValueError if the rule does not have one of these settings, or it needs a slot that is not there."""
+        """Check that the rule has all of these settings, and all slots that they need.
+
+        Raises:
+            ValueError: If a setting is unknown, or a slot that it needs was never made.
+        """
         super().check_settings(settings)
         for name, slot in self._slot_settings.items():
             if settings.get(name) and any(block.lacks(slot) for block in self._rules):
@@ -90,7 +94,7 @@ class StoredArena(StoredBlocks):
                 )
 
     def update(self, operation: Literal["assign", "add"], piece: Range, source: torch.Tensor) -> torch.Tensor:
-        """Assign or add to a piece as `apply` does; a copy of what this very update has made of it."""
+        """Assign or add to a piece as `apply` does, and return a copy of the values that this very update produced."""
         start, stop = piece
         values = self.values[start:stop]
         block = start // BLOCK
@@ -104,11 +108,11 @@ class StoredArena(StoredBlocks):
 
     @property
     def slots_bytes(self) -> int:
-        """Bytes of all optimizer state."""
+        """Size of all optimizer state in bytes."""
         return sum(rule.slot_bytes for rule in self._rules)
 
     def join_runs(self) -> None:
-        """After the slots of all variables were put back: serve those that are alike by one update again."""
+        """Join runs with equal state after all slots were restored, so that one update serves them again."""
         for lock, rule in zip(self._locks, self._rules, strict=False):
             with lock:
                 rule.join()

@@ -1,4 +1,4 @@
-"""What arenas and tables of a ps have in common: values in blocks, with locks, versions and slots."""
+"""The common base of arenas and tables of a ps: values in blocks, with locks, versions and slots."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Operation = Literal["rule", "assign", "add"]
 
 
 class SlotKind(NamedTuple):
-    """The dtype of a slot, and whether it is one number for many elements."""
+    """The dtype of a slot, and whether it is a single number for many elements."""
 
     dtype: str
     is_scalar: bool
 
     @classmethod
     def of(cls, slot: torch.Tensor) -> SlotKind:
-        """The kind of a slot."""
+        """Return the kind of a slot."""
         return cls(str(slot.dtype).removeprefix("torch."), slot.ndim == 0)
 
 
 class BlockCopy:
-    """Memory for a copy of a block; the same for one block after the other, so that a checkpoint takes little.
+    """Memory for a copy of a block. It is reused for block after block, so that a checkpoint takes little memory.
 
     Attributes:
         values: The values of the block, on the CPU.
-        runs: Its slots as ``(start, stop, state)``; the range counts elements of the arena.
-        pause: Seconds that copies have taken, in all.
-        longest: Seconds that the longest one has taken.
+        runs: The slots of the block as ``(start, stop, state)``; the range counts elements of the arena.
+        pause: Seconds that all copies have taken.
+        longest: Seconds that the longest copy has taken.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class BlockCopy:
             return slot.cpu().clone()
         room = self._room(name, slot.dtype, first, slot.numel())
         if slot.is_cpu:
-            # By one thread, and not by torch's: those of a push that is at work would make this one wait for a core.
+            # With one thread and not with torch's: those would compete for cores with the threads of a push at work.
             np.copyto(room.view(torch.uint8).numpy(), slot.view(torch.uint8).numpy())
             return room
         return room.copy_(slot)
@@ -98,12 +98,12 @@ class StoredBlocks:
     Args:
         layout: Which variables lie where.
         values: The flat values, shared or private.
-        versions: A counter for each block: odd while the block is written.
-        locks: A lock for each block; several blocks may have the same one.
+        versions: A counter for each block, odd while the block is written.
+        locks: A lock for each block; several blocks may share one.
         slots: The slots of each block; empty if no rule updates the values.
 
     Attributes:
-        is_trained: Whether its rule has run since it was made.
+        is_trained: Whether the rule has run since the object was made.
     """
 
     def __init__(
@@ -124,23 +124,31 @@ class StoredBlocks:
         self._setting_names = frozenset(setting_names(rule.optimizer) if rule else ())
 
     def check_settings(self, settings: Mapping[str, Setting]) -> None:
-        """Raises ValueError if the rule does not have one of these settings."""
+        """Check that the rule has all of these settings.
+
+        Raises:
+            ValueError: If it does not have one of them.
+        """
         rule = self.layout.rule.name if self.layout.rule else "none"
         if settings and not self._setting_names.issuperset(settings):
             raise ValueError(f"update rule {rule} has no setting {min(set(settings) - self._setting_names)!r}")
 
     def check_piece(self, piece: Range) -> None:
-        """Raises ValueError unless these are elements of one block."""
+        """Check that a piece lies within one block.
+
+        Raises:
+            ValueError: If it does not.
+        """
         start, stop = piece
         if not 0 <= start < stop <= self.layout.size or start // BLOCK != (stop - 1) // BLOCK:
-            raise ValueError(f"[{start}, {stop}) is no piece of one block of its {self.layout.size} elements")
+            raise ValueError(f"[{start}, {stop}) is not within one block of its {self.layout.size} elements")
 
     def lock(self, element: int) -> contextlib.AbstractContextManager[object]:
-        """Keeps the block of an element as it is, for whoever reads it."""
+        """Return the lock of an element's block; while a reader holds it, the block does not change."""
         return self._locks[element // BLOCK]
 
     def copy(self, piece: Range) -> torch.Tensor:
-        """A copy of a piece, whole."""
+        """Return a copy of a piece, all of one version."""
         start, stop = piece
         with self._locks[start // BLOCK]:
             return self.values[start:stop].clone()
@@ -148,7 +156,7 @@ class StoredBlocks:
     # --- checkpoints
 
     def slot_kinds(self) -> Iterator[tuple[int, int, dict[str, SlotKind]]]:
-        """The slots that there are now, as runs ``(start, stop, kinds)``, in order. A slot never goes away again."""
+        """Yield the present slots as runs ``(start, stop, kinds)``, in order. A slot, once made, never disappears."""
         for block, rule in enumerate(self._slots):
             with self._locks[block]:
                 runs = [
@@ -159,22 +167,22 @@ class StoredBlocks:
                 yield block * BLOCK + start, block * BLOCK + stop, kinds
 
     def copy_block(self, block: int, copy: BlockCopy) -> None:
-        """Copy values and slots of a block as they are at one moment. Whoever pushes to it waits for that."""
+        """Copy the values and slots of a block at one moment. Pushes to the block wait for the copy."""
         start, stop = self.layout.pieces[block]
         with self._locks[block]:
             copy.take(self.values[start:stop], start, self._slots[block].slots() if self._slots else ())
 
     @contextlib.contextmanager
     def filling(self, span: Range) -> Iterator[torch.Tensor]:
-        """Memory on the CPU, flat, whose content the range has afterwards: its own where it lies on the CPU.
+        """Yield flat CPU memory whose content the range has afterwards: the values themselves if they lie on the CPU.
 
-        Its blocks are locked meanwhile. They are in their order, so that two who fill never wait for each other.
+        The blocks of the range are locked meanwhile, always in ascending order, so that two callers cannot deadlock.
         """
         start, stop = span
         values, blocks = self.values[start:stop], slice(start // BLOCK, num_blocks(stop))
         room = values if values.is_cpu else torch.empty_like(values, device="cpu")
         with contextlib.ExitStack() as locked:
-            for lock in dict.fromkeys(self._locks[blocks]):  # blocks of a table share one
+            for lock in dict.fromkeys(self._locks[blocks]):  # the blocks of a table share one lock
                 locked.enter_context(lock)
             self._versions[blocks] += 1
             try:
@@ -185,14 +193,14 @@ class StoredBlocks:
                 self._versions[blocks] += 1
 
     def load_slots(self, span: Range, state: dict[str, torch.Tensor]) -> None:
-        """Put back the slots of a range: flat tensors as long as the range, or scalars.
+        """Restore the slots of a range: flat tensors as long as the range, or scalars.
 
         Raises:
             ValueError: If they are not the slots of this arena's rule.
         """
         if not self._slots:
             raise ValueError("no optimizer of this model updates it")
-        # With the gap behind it, or else gaps without slots would keep neighbours apart for ever; see `join_runs`.
+        # With the gap behind the range: a gap without slots would keep its neighbours apart forever; see `join_runs`.
         end = self.layout.gap_end(span[1])
         gap = end - span[1]
         state = {name: F.pad(slot, (0, gap)) if slot.ndim and gap else slot for name, slot in state.items()}
@@ -205,7 +213,7 @@ class StoredBlocks:
                 self._slots[block].load(start - block * BLOCK, stop - block * BLOCK, part)
 
     def reset_slots(self, span: Range) -> None:
-        """Forget the slots of a range. Does nothing where no rule updates it."""
+        """Forget the slots of a range. Does nothing if no rule updates it."""
         if not self._slots:
             return
         for start, stop in pieces([(span[0], self.layout.gap_end(span[1]))]):
@@ -214,10 +222,10 @@ class StoredBlocks:
                 self._slots[block].reset(start - block * BLOCK, stop - block * BLOCK)
 
     def adopt(self, settings: dict[str, Setting]) -> None:
-        """Take over the settings of the rule before the next push brings them.
+        """Adopt the settings of the rule before the next push brings them.
 
         Raises:
-            ValueError: If the rule has no such setting, or cannot take one.
+            ValueError: If the rule has no such setting, or cannot adopt it.
         """
         self.check_settings(settings)
         for lock, slots in zip(self._locks, self._slots, strict=False):

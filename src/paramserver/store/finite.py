@@ -1,10 +1,10 @@
-"""Which values are fit for a checkpoint: finite ones, because a restart gets out of everything but NaN and infinity.
+"""The check that values are finite, and so fit for a checkpoint: no restart recovers from NaN or infinity.
 
 Rules
-    * What an update has worked on has to be finite, its slots too: no later update makes it finite again.
-    * What nobody trains may hold infinity, such as a mask of ``-inf``: frozen parameters, buffers, a program's own
-      variables. The last two may hold NaN, too.
-    * One reduction is made of each block, where nothing is locked; more only where its result is not finite.
+    * Trained values and their slots have to be finite: no later update makes them finite again.
+    * Untrained values may hold infinity, such as a mask of ``-inf``: frozen parameters, buffers, the program's own
+      variables. Buffers and the program's own variables may hold NaN, too.
+    * One reduction is made of each block, outside of any lock; more reductions only where its result is not finite.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def check_finite(
 
     Args:
         task: The ps, for the message.
-        arena: Where the block is.
-        block: Its index in the arena.
-        here: What lies in it: places, and their elements of the arena.
-        copy: Of the block.
+        arena: The arena of the block.
+        block: The index of the block in the arena.
+        here: The parts of variables in the block, and their elements of the arena.
+        copy: The copy of the block.
 
     Raises:
-        NotFiniteError: If one is NaN or infinite; the message names it.
+        NotFiniteError: If a value or slot is NaN or infinite; the message names its variable.
     """
     if arena.layout.rule is None:
         return
@@ -48,18 +48,18 @@ def check_finite(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite.
+    """Return whether no element is NaN or infinite.
 
     >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, math.inf, -math.inf]))
     (True, False)
-    >>> is_finite(torch.tensor([3e38, 3e38]))  # although the sum is not
+    >>> is_finite(torch.tensor([3e38, 3e38]))  # although their sum is infinite
     True
     """
     return _has_finite_sum(tensor) or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
 
 
 def is_number(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN.
+    """Return whether no element is NaN.
 
     >>> is_number(torch.tensor([math.inf, -math.inf])), is_number(torch.tensor([math.nan]))
     (True, False)
@@ -68,12 +68,12 @@ def is_number(tensor: torch.Tensor) -> bool:
 
 
 def _has_finite_sum(tensor: torch.Tensor) -> bool:
-    """Whether one pass, which is quick, shows that all is well."""
+    """Return whether one quick pass shows that all elements are finite."""
     return not tensor.numel() or not tensor.is_floating_point() or math.isfinite(tensor.sum().item())
 
 
 def _tensors(block: int, copy: BlockCopy) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """The values and slots of a block: name, first element, content. Counters, which are scalars, are left out."""
+    """Yield name, first element and content of the values and slots of a block, without counters, which are scalars."""
     yield "", block * BLOCK, copy.values
     for start, _, state in copy.runs:
         yield from ((name, start, slot) for name, slot in state.items() if slot.ndim)

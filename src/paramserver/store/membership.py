@@ -1,13 +1,14 @@
-"""Who takes part in a run, and when the run is over. No clock and no thread of its own.
+"""The membership of a run: which tasks take part, and when the run is over. No clock and no thread of its own.
 
 Rules
-    * The run is over when the chief has said goodbye and so has every other worker, or is gone.
-    * A worker that was never seen is waited for until a grace period after the chief's goodbye: it may just be
-      slow to start.
-    * A chief that is gone without a goodbye is waited for while anyone still trains, and for the grace period after.
-    * Who comes after the chief's goodbye is told that the run is over.
+    * The run is over when the chief has said goodbye and every other worker has said goodbye or is gone.
+    * A worker that was never seen is waited for until a grace period after the chief's goodbye: it may just be slow to
+      start.
+    * A chief that is gone without a goodbye is waited for while any worker still trains, and for the grace period after
+      that.
+    * A worker that comes after the chief's goodbye is told that the run is over.
     * A process of a worker may have several strategies. Each is an incarnation and trains a model of its own; the n-th
-      ones of all workers train the same. A process that was started again begins with the first.
+      strategies of all workers train the same model. A restarted process begins with the first model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from paramserver.errors import RefusedError, RunOverError
 
 
 class Presence(enum.Enum):
-    """What is known of a worker."""
+    """State of a worker, as far as it is known."""
 
     EXPECTED = "expected"
     JOINED = "joined"
@@ -30,19 +31,19 @@ class Presence(enum.Enum):
 
 
 class Outlook(enum.Enum):
-    """What has to happen for the run to be over."""
+    """State of a run: whether it goes on, waits for absent tasks, or is over."""
 
     GOING_ON = "going on"
     ABSENT = "waiting for the absent"
-    """Nobody is connected; what is missing is a worker that was never seen, or a chief that was lost."""
+    """No worker is connected; a worker that was never seen or a lost chief is missing."""
     OVER = "over"
 
 
 class _Process:
-    """The strategies of one process of a worker, each an incarnation; they are numbered as they come.
+    """The strategies of one process of a worker, each an incarnation, numbered in the order in which they come.
 
     Args:
-        name: What the names of its incarnations begin with.
+        name: The common beginning of the names of the incarnations.
     """
 
     def __init__(self, name: str) -> None:
@@ -52,7 +53,7 @@ class _Process:
         self._count = 0
 
     def number(self, incarnation: str) -> int:
-        """Its number; one that comes after another was lost takes the place of that one."""
+        """Return the number of an incarnation; a new one takes the number of one that was lost, if there is any."""
         if incarnation not in self._numbers:
             if self._lost:
                 self._numbers[incarnation] = self._lost.pop(0)
@@ -65,8 +66,8 @@ class _Process:
         return number
 
     def lose(self, incarnation: str) -> None:
-        """It was lost; it, or another one in its place, may come back."""
-        if incarnation in self._numbers:  # else of a process before
+        """Note that an incarnation was lost; it, or another one in its place, may come back."""
+        if incarnation in self._numbers:  # else it belongs to an earlier process
             self._lost.append(self._numbers[incarnation])
 
 
@@ -75,7 +76,7 @@ class Membership:
 
     Args:
         chief: The task whose goodbye ends the run.
-        workers: All tasks that train, the chief among them.
+        workers: All tasks that train, including the chief.
     """
 
     def __init__(self, chief: str, workers: Iterable[str]) -> None:
@@ -87,7 +88,7 @@ class Membership:
         self._stopped = False
 
     def join(self, task: str, incarnation: str) -> int:
-        """A worker has connected. Returns the number of the model that this incarnation trains.
+        """Note that a worker has connected, and return the number of the model that its incarnation trains.
 
         Raises:
             RunOverError: If the chief has finished already.
@@ -103,16 +104,20 @@ class Membership:
             return self._number(task, incarnation)
 
     def check_going_on(self, task: str) -> None:
-        """Raises RunOverError if there is nothing to do for ``task`` any more, because the chief has finished."""
+        """Check that the run goes on for ``task``.
+
+        Raises:
+            RunOverError: If the chief has finished.
+        """
         if self._presence.get(self.chief) is Presence.LEFT:
             raise RunOverError(f"{task} came after the end: {self.chief} has finished the run")
 
     def leave(self, task: str, incarnation: str) -> None:
-        """An incarnation of a worker has said goodbye. The worker has left, unless another one is connected."""
+        """Note the goodbye of a worker's incarnation. The worker has left, unless another incarnation is connected."""
         self._go(task, incarnation, Presence.LEFT)
 
     def disconnect(self, task: str, incarnation: str) -> bool:
-        """A connection of a worker has ended; whether its incarnation had said goodbye.
+        """Note the end of a worker's connection, and return whether its incarnation had said goodbye.
 
         Without a goodbye the worker is lost, unless it has come back meanwhile.
         """
@@ -122,29 +127,29 @@ class Membership:
             if not connections[incarnation]:
                 self._processes[task].lose(incarnation)
                 self._go(task, incarnation, Presence.LOST)
-            elif connections[incarnation] < 0:  # it had left before
+            elif connections[incarnation] < 0:  # the incarnation had left before
                 del connections[incarnation]
                 return True
             return False
 
     def stop(self) -> None:
-        """Somebody wants the ps to end now."""
+        """End the waits, because the ps is to end now."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def joined(self, besides: str = "") -> tuple[str, ...]:
-        """The workers that are connected now."""
+        """Return the workers that are connected now."""
         return self._who(Presence.JOINED, besides=besides)
 
     def absent(self, besides: str = "") -> tuple[str, ...]:
-        """The workers that may come yet, or come back: they are not connected, and have not said goodbye."""
+        """Return the workers that are not connected and have not said goodbye: they may still come, or come back."""
         return self._who(Presence.EXPECTED, Presence.LOST, besides=besides)
 
     def await_alone(self, task: str, timeout: float, *, absent: bool = False) -> tuple[str, ...]:
-        """Wait until ``task`` is the only one connected, for at most ``timeout`` seconds; who is left.
+        """Wait at most ``timeout`` seconds until no worker but ``task`` is connected; return those that still are.
 
-        With ``absent``, those that may come back are waited for as well.
+        With ``absent``, workers that may come back are waited for as well.
         """
 
         def is_alone() -> bool:
@@ -156,7 +161,7 @@ class Membership:
 
     @property
     def outlook(self) -> Outlook:
-        """What has to happen for the run to be over."""
+        """State of the run at this moment."""
         chief = self._presence.get(self.chief)
         if self.joined() or chief not in (Presence.LEFT, Presence.LOST):
             return Outlook.GOING_ON
@@ -165,7 +170,7 @@ class Membership:
         return Outlook.OVER
 
     def await_over(self, grace: float) -> bool:
-        """Block until the run is over; False if it ended without the chief's goodbye.
+        """Block until the run is over; return False if it ended without the chief's goodbye.
 
         Args:
             grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
@@ -173,7 +178,7 @@ class Membership:
         with self._changed:
             while not self._stopped and (outlook := self.outlook) is not Outlook.OVER:
                 changed = self._changed.wait(grace if outlook is Outlook.ABSENT else None)
-                if not changed and self.outlook is Outlook.ABSENT:  # somebody may have come at the last moment
+                if not changed and self.outlook is Outlook.ABSENT:  # a worker may have come at the last moment
                     break
             return self._presence.get(self.chief) is Presence.LEFT
 

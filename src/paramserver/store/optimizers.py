@@ -20,10 +20,10 @@ Kernel = Callable[[Sequence[nn.Parameter], Sequence[Tensor], Mapping[Tensor, Map
 def build(
     optimizer: type[optim.Optimizer], settings: Mapping[str, Setting], parameter: nn.Parameter
 ) -> optim.Optimizer:
-    """An optimizer over one parameter, with the fastest exact way to compute that there is.
+    """Make an optimizer over one parameter that computes in the fastest exact way.
 
     Raises:
-        ConfigError: A value that torch.optim refuses.
+        ConfigError: If torch.optim refuses a value.
     """
     options: dict[str, bool] = {"foreach": False} if "foreach" in inspect.signature(optimizer).parameters else {}
     if parameter.dtype in (torch.float32, torch.float64) and _fused_pays(optimizer, settings):
@@ -35,9 +35,9 @@ def build(
 
 
 def _fused_pays(optimizer: type[optim.Optimizer], settings: Mapping[str, Setting]) -> bool:
-    """Whether torch has a fused CPU kernel for this and it is faster than the passes it replaces.
+    """Return whether torch has a fused CPU kernel for this optimizer that is faster than the passes it replaces.
 
-    It is 2 to 10 times faster where there are several passes; plain SGD is one pass already and loses by it.
+    A fused kernel is 2 to 10 times faster than several passes; plain SGD is a single pass already and gets slower.
     """
     if optimizer is optim.SGD:
         return bool(settings.get("momentum") or settings.get("weight_decay"))
@@ -46,28 +46,28 @@ def _fused_pays(optimizer: type[optim.Optimizer], settings: Mapping[str, Setting
 
 @functools.cache
 def _light(optimizer: type[optim.Optimizer]) -> Callable[..., optim.Optimizer]:
-    """The class of a rule, without the guard around `add_param_group`.
+    """Return the class of a rule, without the guard around `add_param_group`.
 
-    The guard keeps torch.compile away and, for that, imports the whole compiler when the first optimizer is
-    made: a second and 70 MB that a ps has no use for.
+    The guard disables torch.compile and, for that, imports the whole compiler when the first optimizer is made: one
+    second and 70 MB that a ps does not need.
     """
     unguarded = {"add_param_group": inspect.unwrap(optimizer.add_param_group)}
     return type(optimizer.__name__, (optimizer,), unguarded)
 
 
 def kernel(optimizer: type[optim.Optimizer], group: Mapping[str, Any]) -> Kernel | None:
-    """What torch's step comes down to with the settings of a group, where that is one operation; else None.
+    """Return the single operation that torch's step amounts to with the settings of a group; None if it is several.
 
-    torch.optim takes 20 us until it calls it, and 100 in caches that others have filled, as long as a fused kernel
-    takes for 100,000 elements.
+    torch.optim takes 20 us until it calls the operation, or 100 us if other work has filled the caches: as long as a
+    fused kernel takes for 100,000 elements.
 
     Returns:
-        A function of parameters, their gradients, and the optimizer's state; it updates the first and the last, and
-        says whether it did: torch makes the first step of what has a state.
+        A function of parameters, their gradients, and the optimizer's state, which updates parameters and state. It
+        returns whether it did: the first step of an optimizer with state is left to torch.
 
     Raises:
-        TypeError: If the learning rate is no number.
-        ValueError: If it has no two betas.
+        TypeError: If the learning rate is not a number.
+        ValueError: If there are not two betas.
     """
     if optimizer is optim.SGD and not any(map(group.get, ("momentum", "weight_decay", "maximize"))):
         return functools.partial(_descend, -group["lr"])

@@ -1,12 +1,12 @@
-"""How far the updates of one worker have come, so that each is made once and whole, however often it arrives.
+"""The progress of one worker's updates, so that each is applied exactly once and whole, however often it arrives.
 
 Rules
     * Updates have ascending numbers, and consist of parts that are applied one after another.
-    * A worker whose connection was lost in the middle of an update sends it once more by another connection, with the
-      same number: it goes on with the first part that was not applied. Until the thread that serves the lost connection
-      has let go of the update, the other one waits.
-    * A part that has failed, or was interrupted in this process, may have been applied or not: its update is over, and
-      whoever sends it again is told.
+    * A worker whose connection was lost in the middle of an update sends the update again on another connection, with
+      the same number. It continues with the first part that was not applied. The second connection waits until the
+      thread that serves the lost one has let go of the update.
+    * A part that has failed, or was interrupted in this process, may or may not have been applied: its update is over,
+      and a task that sends the update again gets an error.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ class Progress:
     """The updates of one incarnation of a worker.
 
     Attributes:
-        lock: Held by the thread that makes an update, from its first part to its last; all methods need it.
-        done: Parts of the last update that are applied.
+        lock: Held by the thread that applies an update, from its first part to its last; all methods need it.
+        done: Number of parts of the last update that are applied.
     """
 
     __slots__ = ("_is_applying", "_is_over", "_number", "done", "lock")
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # an interrupt in this process may leave it held
+        self.lock = threading.RLock()  # reentrant, because an interrupt in this process may leave it held
         self.done = 0
         self._number = 0
         self._is_over = True
         self._is_applying = False
 
     def begin(self, number: int) -> bool:
-        """Begin an update, or go on with it; False if it is over already.
+        """Begin an update, or go on with it; return False if it is over already.
 
         Raises:
             ValueError: If one of its parts has failed.
@@ -47,14 +47,14 @@ class Progress:
         return number == self._number and not self._is_over
 
     def enter_part(self) -> None:
-        """A part begins to be applied."""
+        """Note that a part begins to be applied."""
         self._is_applying = True
 
     def leave_part(self) -> None:
-        """The part is applied."""
+        """Note that the part is applied."""
         self._is_applying = False
         self.done += 1
 
     def end(self) -> None:
-        """The update is made, or has failed."""
+        """Note that the update is complete, or has failed."""
         self._is_over, self._is_applying = True, False

@@ -1,4 +1,4 @@
-"""What one ps holds: its arenas, the global step, and whether the chief has made them ready."""
+"""The store of one ps: its arenas, the global step, and whether the chief has made them ready."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Allocate = Callable[[Sequence[ArenaLayout]], StoreMemory]
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What a store has done since it was made.
+    """Counters of a store since it was made.
 
     Attributes:
         global_step: Updates of the model.
         updates: Pushes of gradients that were applied.
-        mean_staleness: Of those, the mean of the global step they met less the one they were computed from.
-        largest_staleness: Of those, the largest.
+        mean_staleness: Mean staleness of these pushes: the global step when applied less the step of their values.
+        largest_staleness: Largest staleness of these pushes.
     """
 
     global_step: int
@@ -48,10 +48,10 @@ class Store:
 
     Attributes:
         task: The ps.
-        arenas: What the model's variables lie in, by index.
-        variables: The variables of the program's own by name, each in an arena of itself.
-        memory: The memory of the model's arenas, None before there are any.
-        epoch: The name of its values, since the chief has last initialized or restored them.
+        arenas: The arenas of the model's variables, by index.
+        variables: The program's own variables by name, each in an arena of its own.
+        memory: The memory of the model's arenas; None before they are created.
+        epoch: The epoch of the values: a new one whenever the chief initializes or restores them.
     """
 
     def __init__(self, task: str, allocate: Allocate) -> None:
@@ -63,7 +63,7 @@ class Store:
         self._allocate = allocate
         self._incomplete: dict[str, StoredArena] = {}
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)  # entering the lock itself is quicker
+        self._changed = threading.Condition(self._lock)  # the lock alone is quicker to enter where nothing waits
         self._ready = self._restored = False
         self._closed = False
         self._failure = ""
@@ -73,27 +73,27 @@ class Store:
     # --- creation
 
     def create(self, layouts: Sequence[ArenaLayout]) -> StoreMemory:
-        """Make the arenas; a second time, check that they are the same.
+        """Make the arenas; if they exist already, check that they are the same.
 
         Raises:
-            ModelMismatchError: If there are arenas already, and they are others.
-            RefusedError: If no ps can hold these, naming the variable.
-            ConfigError: If an arena's rule is none.
+            ModelMismatchError: If other arenas exist already.
+            RefusedError: If no ps can hold these arenas; the message names the variable.
+            ConfigError: If the rule of an arena does not exist.
         """
         with self._changed:
             if self.memory is None:
                 _check(self.task, layouts)
                 memory = self._allocate(layouts)
                 self.arenas = list(map(_stored, layouts, memory.values, memory.versions))
-                self.memory = memory  # last: until here it may fail, and the store be empty still
+                self.memory = memory  # last, so that a failure before leaves the store empty
             return self.compare(layouts)
 
     def compare(self, layouts: Sequence[ArenaLayout]) -> StoreMemory:
-        """Check that a worker's arenas are the ones that are here.
+        """Check that the arenas of a worker are those of this store.
 
         Raises:
-            ModelMismatchError: If they are not, naming the first variable that differs.
-            RefusedError: If there are none yet.
+            ModelMismatchError: If they differ; the message names the first variable that differs.
+            RefusedError: If no arenas exist yet.
         """
         with self._changed:
             if self.memory is None:
@@ -102,10 +102,10 @@ class Store:
             return self.memory
 
     def arena(self, index: int) -> StoredArena | StoredTable:
-        """One arena.
+        """Return one arena.
 
         Raises:
-            RefusedError: If there is none of that index.
+            RefusedError: If there is no arena of that index.
         """
         if not 0 <= index < len(self.arenas):
             raise RefusedError(f"{self.task} has no arena {index}; {len(self.arenas)} were declared", self.task)
@@ -113,7 +113,7 @@ class Store:
 
     @property
     def held(self) -> Sequence[StoredArena | StoredTable]:
-        """All that a checkpoint holds."""
+        """All arenas, tables and variables, as a checkpoint holds them."""
         with self._changed:
             return [*self.arenas, *self.variables.values()]
 
@@ -123,14 +123,14 @@ class Store:
         return self._ready
 
     def mark_ready(self, global_step: int, epoch: str = "") -> None:
-        """Open the store for everyone, at ``global_step``; see `wire.messages.MarkReady`."""
+        """Open the store for all workers, at ``global_step``; see `wire.messages.MarkReady`."""
         with self._changed:
             self._ready, self.epoch = True, epoch
             self._global_step = global_step
             self._changed.notify_all()
 
     def await_ready(self, timeout: float) -> bool:
-        """Wait for `mark_ready` for at most ``timeout`` seconds, or for `close`; whether it has come.
+        """Wait at most ``timeout`` seconds for `mark_ready` or `close`; return whether the store is ready.
 
         Raises:
             RefusedError: If the run has failed meanwhile.
@@ -141,7 +141,11 @@ class Store:
             return self._ready
 
     def mark_restored(self, global_step: int | None) -> None:
-        """The chief has restored a checkpoint of ``global_step``; None: it has found none, and the step stays."""
+        """Note that the chief has restored a checkpoint.
+
+        Args:
+            global_step: The step of the checkpoint; None if there was no checkpoint, and the step stays as it is.
+        """
         with self._changed:
             self._restored = True
             if global_step is not None:
@@ -149,12 +153,12 @@ class Store:
             self._changed.notify_all()
 
     def await_restored(self, timeout: float) -> bool:
-        """Wait for `mark_restored`, or for the first update, for at most ``timeout`` seconds, or for `close`.
+        """Wait at most ``timeout`` seconds for `mark_restored`, the first update, or `close`.
 
-        Training may have begun without: then nobody who comes later waits for it.
+        Training may have begun without a restore; then workers that come later need not wait for one.
 
         Returns:
-            Whether one of them has come.
+            Whether a checkpoint was restored or an update was made.
 
         Raises:
             RefusedError: If the run has failed meanwhile.
@@ -169,13 +173,17 @@ class Store:
         return self._restored or self._updates > 0
 
     def fail(self, reason: str) -> None:
-        """The chief cannot go on: from now on every request is refused with ``reason``."""
+        """Refuse every request from now on with ``reason``, because the chief cannot go on."""
         with self._changed:
             self._failure = reason
             self._changed.notify_all()
 
     def check_alive(self) -> None:
-        """Raises RefusedError if the run has failed."""
+        """Raise an error if the run has failed.
+
+        Raises:
+            RefusedError: With the reason of the failure.
+        """
         if self._failure:
             raise RefusedError(self._failure, self.task)
 
@@ -185,21 +193,21 @@ class Store:
             self._closed = True
             self._changed.notify_all()
 
-    # --- variables of the program's own
+    # --- the program's own variables
 
     def create_variable(self, variable: VariableSpec, start: int, values: torch.Tensor) -> bool:
-        """Make a variable, or go on filling one; whether it is complete, so that everyone can use it.
+        """Create a variable, or fill its next block; return whether it is complete, so that every worker can use it.
 
-        A variable that is complete keeps its values: a chief that starts again finds it as it was.
+        A complete variable keeps its values, so a restarted chief finds it unchanged.
 
         Args:
-            variable: What to make.
-            start: The first element of ``values``; 0 begins to make it.
-            values: Its values from there on, of one block.
+            variable: The variable to create.
+            start: The first element of ``values``; 0 begins the creation.
+            values: The values from there on, of one block.
 
         Raises:
-            ModelMismatchError: If it is there, with another shape or dtype.
-            RefusedError: If no ps can hold it, or the values are no block of it.
+            ModelMismatchError: If the variable exists with another shape or dtype.
+            RefusedError: If no ps can hold the variable, or the values are not a block of it.
         """
         with self._changed:
             if self._is_complete(variable):
@@ -218,10 +226,10 @@ class Store:
             return stop == variable.size
 
     def await_variable(self, variable: VariableSpec, timeout: float) -> bool:
-        """Wait until the chief has made a variable, for at most ``timeout`` seconds, or for `close`; whether it has.
+        """Wait at most ``timeout`` seconds for a variable of the chief, or for `close`; return whether it exists.
 
         Raises:
-            ModelMismatchError: If it has another shape or dtype.
+            ModelMismatchError: If the variable has another shape or dtype.
             RefusedError: If the run has failed meanwhile.
         """
         with self._changed:
@@ -230,10 +238,10 @@ class Store:
             return self._is_complete(variable)
 
     def variable(self, name: str) -> StoredArena:
-        """The arena of one variable.
+        """Return the arena of one variable.
 
         Raises:
-            RefusedError: If there is none of that name, or it is not complete.
+            RefusedError: If there is no variable of that name, or it is not complete.
         """
         arena = self.variables.get(name)
         if arena is None:
@@ -241,7 +249,11 @@ class Store:
         return arena
 
     def check_piece(self, arena: StoredArena, piece: Range) -> None:
-        """Raises RefusedError unless these are elements of one block of a variable."""
+        """Check that a piece lies within one block of a variable.
+
+        Raises:
+            RefusedError: If it does not.
+        """
         try:
             arena.check_piece(piece)
         except ValueError as error:
@@ -266,7 +278,7 @@ class Store:
     def _new_variable(self, variable: VariableSpec) -> StoredArena:
         layout = ArenaLayout(variable.dtype, None, (variable,))
         _check(self.task, [layout])
-        # In private memory: values come and go in messages, and each shared memory would take a descriptor.
+        # In private memory: the values travel in messages, and each shared memory would take a file descriptor.
         values = torch.zeros(layout.size, dtype=layout.torch_dtype, device="cpu")
         return StoredArena(layout, values, np.zeros(num_blocks(layout.size), dtype=np.uint64))
 
@@ -278,11 +290,11 @@ class Store:
         return self._global_step
 
     def progress(self, incarnation: str) -> Progress:
-        """How far the updates of one start of a worker have come."""
+        """Return the progress of the updates of one incarnation of a worker."""
         return self._progress.get(incarnation) or self._progress.setdefault(incarnation, Progress())
 
     def count_update(self, local_step: int) -> tuple[int, int]:
-        """A push of gradients has been applied. Returns the global step after it, and its staleness."""
+        """Count an applied push of gradients, and return the global step after it and its staleness."""
         with self._lock:
             staleness = max(self._global_step - local_step, 0)
             self._global_step += 1
@@ -292,7 +304,7 @@ class Store:
             return self._global_step, staleness
 
     def statistics(self) -> Statistics:
-        """What has been done so far, at one moment."""
+        """Return the counters, all of one moment."""
         with self._lock:
             return Statistics(
                 global_step=self._global_step,

@@ -1,7 +1,7 @@
-"""A kit that checks any lane and its session: those of paramserver, and one of your own.
+"""A kit that checks any lane and its session: those of paramserver, and your own.
 
-A check is a function of a *maker*; it raises ``AssertionError`` and says what was expected. `LANE_CHECKS` hold for
-every pair, `CONNECTION_CHECKS` for those whose session waits for requests.
+A check is a function of a *maker*; it raises ``AssertionError`` with the expectation that failed. `LANE_CHECKS` hold
+for every pair, `CONNECTION_CHECKS` for pairs whose session waits for requests.
 
 Example:
     >>> import contextlib
@@ -44,7 +44,7 @@ from paramserver.wire.messages import Part, Reply, Request
 from paramserver.wire.payload import dense_pieces
 
 TIMEOUT = 30.0
-"""Seconds after which something that should have happened has not."""
+"""Seconds after which an expected event counts as missing."""
 
 Handle = Callable[[Session, Request], None]
 
@@ -55,7 +55,7 @@ class Pair(NamedTuple):
     Attributes:
         lane: The worker's end.
         session: The ps's end.
-        serve: A context in which a function carries out each request on the session, such as `serving`.
+        serve: Returns a context in which a function carries out each request on the session, such as `serving`.
     """
 
     lane: Lane
@@ -64,7 +64,7 @@ class Pair(NamedTuple):
 
 
 Maker = Callable[[], AbstractContextManager[Pair]]
-"""Yields a connected pair; closes both ends at its exit."""
+"""Function that returns a context with a connected pair; the context closes both ends at its exit."""
 
 
 def over_sockets(kind: LaneKind) -> Maker:
@@ -114,14 +114,14 @@ def _converse(session: Session, handle: Handle) -> None:
 
 
 class Shelf:
-    """A ps without rules: keeps what it is told, and writes down what arrives.
+    """A ps without rules: stores values as requested, and records all requests and gradients.
 
     Attributes:
-        memory: What it holds.
-        arrived: Each piece of a gradient that was pushed, in order.
-        rows: Of each part that was about a table, its rows.
+        memory: The memory of its arenas.
+        arrived: Each pushed piece of a gradient, in order.
+        rows: The rows of each pushed part of a table.
         requests: Each request.
-        limit: How many pieces of a push it reads before it refuses it; None if it takes them all.
+        limit: Number of pieces of a push that are read before it is refused; None to read all pieces.
     """
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Shelf:
                 session.reply(messages.Done())
 
     def write(self, piece: Piece, values: torch.Tensor | float) -> None:
-        """Change a piece as a ps does: under a lock, the version odd meanwhile."""
+        """Change a piece as a ps does: under a lock, with an odd version meanwhile."""
         versions, block = self.memory.versions[piece.arena], piece.start // BLOCK
         with self._lock:
             versions[block] += 1
@@ -191,7 +191,7 @@ class Shelf:
 
 
 class Worker:
-    """A worker that has declared its arenas; the memory is its lane's."""
+    """A worker that has declared its arenas; its memory is that of its lane."""
 
     def __init__(self, lane: Lane, layouts: Sequence[ArenaLayout]) -> None:
         self.lane = lane
@@ -207,7 +207,7 @@ class Worker:
         return self.lane.finish()
 
     def push(self, *parts: Part, pull: Sequence[int] = (), rows: Sequence[TableRows] = ()) -> Reply:
-        """Push parts, with the rows of those that are about tables, and pull arenas."""
+        """Push parts, with the rows of those that concern tables, and pull arenas."""
         payload = [view for each in rows for view in (each.id_bytes, each.value_bytes)]
         self.lane.start(
             messages.Push(1, 0, True, parts, tuple(pull)),
@@ -228,24 +228,32 @@ class Worker:
 
 
 def whole(layouts: Sequence[ArenaLayout], arenas: Sequence[int]) -> list[Piece]:
-    """All pieces of some arenas."""
+    """Return all pieces of some arenas."""
     return [Piece(arena, start, stop) for arena in arenas for start, stop in layouts[arena].pieces]
 
 
 def pattern(layout: ArenaLayout, seed: int) -> torch.Tensor:
-    """Values in which every element can be told from its neighbours, where the dtype has so many."""
+    """Return values in which every element differs from its neighbours."""
     numbers = torch.arange(seed, seed + layout.size) % 97
     return (numbers % 2 if layout.dtype == "bool" else numbers).to(layout.torch_dtype)
 
 
 def expect(got: object, expected: object) -> None:
-    """Raises AssertionError unless they are equal."""
+    """Check that two values are equal.
+
+    Raises:
+        AssertionError: If they are not.
+    """
     if got != expected:
         raise AssertionError(f"expected {expected!r}, got {got!r}")
 
 
 def expect_equal(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Raises AssertionError unless two flat tensors hold the same bytes."""
+    """Check that two flat tensors hold the same bytes.
+
+    Raises:
+        AssertionError: If they do not.
+    """
     if got.shape != expected.shape or tensor_bytes(got.clone()) != tensor_bytes(expected.clone()):
         raise AssertionError(f"{what} did not arrive as it was: expected {expected}, got {got}")
 
@@ -260,14 +268,14 @@ def _layout(dtype: str, *shapes: tuple[int, ...]) -> ArenaLayout:
 
 
 LARGE = (_layout("float32", (4, BLOCK), (7,)),)
-"""Five blocks, the last of them not full: more than the buffers of any connection hold."""
+"""Five blocks, the last one not full: more than the buffers of any connection hold."""
 
 TABLES = (
     _layout("float32", (2,)),
     ArenaLayout("float32", None, (VariableSpec("wide", (50_000, 40), "float32"),), is_table=True),
     ArenaLayout("bfloat16", None, (VariableSpec("narrow", (6, 1), "bfloat16"),), is_table=True),
 )
-"""Tables beside what is pushed whole."""
+"""Tables, beside an arena that is pushed whole."""
 
 MODELS: tuple[Sequence[ArenaLayout], ...] = (
     (),
@@ -288,7 +296,7 @@ def _at_work(maker: Maker, layouts: Sequence[ArenaLayout]) -> Iterator[tuple[Wor
 
 
 def check_whole_gradients_arrive(maker: Maker) -> None:
-    """Whatever the arenas are, all gradients arrive unchanged and in order."""
+    """Check that all gradients arrive unchanged and in order, for arenas of any kind."""
     for layouts in MODELS:
         with _at_work(maker, layouts) as (worker, shelf):
             parts = [Part(arena, "assign") for arena in range(len(layouts))]
@@ -297,7 +305,7 @@ def check_whole_gradients_arrive(maker: Maker) -> None:
 
 
 def check_partial_gradients_arrive(maker: Maker) -> None:
-    """Only the ranges that are named arrive, cut at the ends of blocks."""
+    """Check that only the named ranges arrive, cut at the ends of blocks."""
     ranges: tuple[Range, ...] = ((3, 10), (BLOCK - 1, BLOCK + 1), (2 * BLOCK + 5, 2 * BLOCK + 7))
     with _at_work(maker, LARGE) as (worker, shelf):
         expect(worker.push(Part(0, "assign", ranges)), messages.Applied(1, 0))
@@ -305,7 +313,7 @@ def check_partial_gradients_arrive(maker: Maker) -> None:
 
 
 def check_values_come_back(maker: Maker) -> None:
-    """Whatever the arenas are, a pull brings what the ps holds now, and nothing of other arenas."""
+    """Check that a pull brings the present values of its arenas, and nothing of other arenas."""
     for layouts in MODELS:
         with _at_work(maker, layouts) as (worker, shelf):
             for seed in (1, 2):
@@ -316,7 +324,7 @@ def check_values_come_back(maker: Maker) -> None:
 
 
 def check_a_push_brings_values(maker: Maker) -> None:
-    """The reply to a push carries the arenas that it asked for."""
+    """Check that the reply to a push carries the requested arenas."""
     with _at_work(maker, LARGE) as (worker, shelf):
         _fill(shelf, LARGE, seed=5)
         expect(worker.push(Part(0, "assign"), pull=[0]), messages.Applied(1, 0))
@@ -324,7 +332,10 @@ def check_a_push_brings_values(maker: Maker) -> None:
 
 
 def check_renewed_gradients_arrive(maker: Maker) -> None:
-    """After `renew`, new memory is pushed, zeroed at first; the old one stays as it is, and values come as before."""
+    """Check that `renew` gives new, zeroed memory, which is pushed from then on.
+
+    The old memory stays unchanged, and values come as before.
+    """
     with _at_work(maker, LARGE) as (worker, shelf):
         old = worker.memory.gradients[0]
         kept = old.clone()
@@ -340,7 +351,7 @@ def check_renewed_gradients_arrive(maker: Maker) -> None:
 
 
 def check_a_refusal_leaves_the_lane_in_step(maker: Maker) -> None:
-    """A push may be refused in the middle of its payload; the next request is understood."""
+    """Check that a push may be refused in the middle of its payload, and the next request is understood."""
     with _at_work(maker, LARGE) as (worker, shelf):
         for shelf.limit in (0, 1, 2):
             expect(worker.push(Part(0, "assign")), messages.Refused("refused", "no more of this"))
@@ -351,7 +362,7 @@ def check_a_refusal_leaves_the_lane_in_step(maker: Maker) -> None:
 
 
 def check_an_unread_payload_is_dropped(maker: Maker) -> None:
-    """A ps that has had a push before answers it at once, with values; neither side waits for the other for ever."""
+    """Check that a ps may answer a push without reading its payload, and neither side waits for the other forever."""
     with _at_work(maker, LARGE) as (worker, shelf):
         _fill(shelf, LARGE, seed=3)
         shelf.limit = 0
@@ -360,7 +371,7 @@ def check_an_unread_payload_is_dropped(maker: Maker) -> None:
 
 
 def check_rows_arrive(maker: Maker) -> None:
-    """Rows of tables arrive in the order of their parts, few and many, beside what else is pushed."""
+    """Check that rows of tables arrive in the order of their parts, few and many, beside other parts."""
     parts = (Part(1, "assign", rows=2), Part(0, "assign"), Part(2, "assign", rows=0), Part(1, "add", rows=40_000))
     rows = [_rows(1, 2), _rows(2, 0), _rows(1, 40_000)]
     with _at_work(maker, TABLES) as (worker, shelf):
@@ -373,7 +384,7 @@ def check_rows_arrive(maker: Maker) -> None:
 
 
 def check_rows_come_back(maker: Maker) -> None:
-    """A pull of rows brings those of the table that are asked for, few and many."""
+    """Check that a pull of rows brings the requested rows of the table, few and many."""
     with _at_work(maker, TABLES) as (worker, shelf):
         _fill(shelf, TABLES, seed=3)
         for arena, count in ((1, 2), (2, 3), (1, 0), (1, 40_000)):
@@ -384,7 +395,7 @@ def check_rows_come_back(maker: Maker) -> None:
 
 
 def check_refused_rows_leave_the_lane_in_step(maker: Maker) -> None:
-    """A push may be refused before its rows are read; the next request is understood."""
+    """Check that a push may be refused before its rows are read, and the next request is understood."""
     with _at_work(maker, TABLES) as (worker, shelf):
         shelf.limit = 0
         refusal = worker.push(Part(1, "add", rows=40_000), rows=[_rows(1, 40_000)])
@@ -395,7 +406,7 @@ def check_refused_rows_leave_the_lane_in_step(maker: Maker) -> None:
 
 
 def check_large_messages_arrive(maker: Maker) -> None:
-    """A message may be larger than any buffer, both ways."""
+    """Check that a message may be larger than any buffer, both ways."""
     text = "long" * 100_000
     with _at_work(maker, ()) as (worker, shelf):
         expect(worker.ask(messages.Goodbye(text)), messages.Refused("refused", text))
@@ -403,17 +414,17 @@ def check_large_messages_arrive(maker: Maker) -> None:
 
 
 def check_closing_twice_is_closing_once(maker: Maker) -> None:
-    """Both ends may be closed in any order, as often as one likes."""
+    """Check that both ends may be closed in any order, any number of times."""
     with maker() as (lane, session, _):
         for end in (lane, session, lane, session):
             end.close()
 
 
 def _rows(arena: int, count: int) -> TableRows:
-    """Every other row of one of `TABLES`, and values in which one can be told from the next; all rows where needed."""
+    """Return every other row of one of `TABLES`, or all if needed, with values that differ from row to row."""
     layout = TABLES[arena]
     stride = 2 if 2 * count <= layout.table_shape[0] else 1
-    values = pattern(layout, seed=count).view(layout.table_shape)[:count]  # others for another count
+    values = pattern(layout, seed=count).view(layout.table_shape)[:count]  # different for each count
     return TableRows(np.arange(count, dtype=np.int64) * stride, values.clone())
 
 
@@ -436,7 +447,7 @@ def _variables(layout: ArenaLayout, values: torch.Tensor) -> torch.Tensor:
 
 
 def check_a_block_is_of_one_version(maker: Maker) -> None:
-    """What is read of a block while it is being written, again and again, is never half old and half new."""
+    """Check that a block that is read while it is written again and again is never half old and half new."""
     over = threading.Event()
     with _at_work(maker, LARGE) as (worker, shelf), ThreadPoolExecutor(1) as pool:
         written = pool.submit(_keep_writing, shelf, over)
@@ -469,28 +480,28 @@ def _versions_seen(worker: Worker) -> set[float]:
 
 
 def check_the_end_of_a_worker_is_seen(maker: Maker) -> None:
-    """When the lane is closed, the session receives None."""
+    """Check that the session receives None when the lane is closed."""
     with maker() as (lane, session, _):
         lane.close()
         expect(session.receive(), None)
 
 
 def check_the_end_of_a_ps_is_seen(maker: Maker) -> None:
-    """When the session is closed, the lane raises UnavailableError that names the task."""
+    """Check that the lane raises UnavailableError naming the task when the session is closed."""
     with maker() as (lane, session, _):
         session.close()
         _expect_unavailable(lane)
 
 
 def check_a_closed_lane_is_unavailable(maker: Maker) -> None:
-    """A request on a lane that was closed raises UnavailableError that names the task."""
+    """Check that a request on a closed lane raises UnavailableError naming the task."""
     with maker() as (lane, _, _):
         lane.close()
         _expect_unavailable(lane)
 
 
 def check_closing_wakes_receive(maker: Maker) -> None:
-    """A session that waits for a request receives None when another thread closes it."""
+    """Check that a session that waits for a request receives None when another thread closes it."""
     with maker() as (_, session, _), ThreadPoolExecutor(1) as pool:
         entered = threading.Event()
 

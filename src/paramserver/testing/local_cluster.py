@@ -21,17 +21,17 @@ CONNECT_TIMEOUT = 30.0
 
 
 class LocalCluster:
-    """ps tasks that serve on free ports while the context is entered; afterwards nothing of them is left.
+    """ps tasks that serve on free ports while the context is entered; nothing of them is left afterwards.
 
-    The workers are the test's to play: each by a `client` of its own, or by a strategy that is given the task's
-    `resolver`, on a thread or one after the other; or by processes that are started with the task's `environment`.
+    The test plays the workers: each by a `client` of its own, or by a strategy with the task's `resolver`, on a thread
+    or one after the other, or by processes that are started with the task's `environment`.
 
     Args:
-        ps: How many parameter servers.
-        workers: How many tasks train; the chief is one of them.
-        lane: ``auto``, or ``tcp`` to keep off shared memory; for `client` and `environment`.
-        token: The secret of the run; by default this process's, which strategies of this process hold.
-        grace: Seconds that the ps tasks wait for those that are absent; as in `paramserver.Server`.
+        ps: Number of parameter servers.
+        workers: Number of tasks that train, including the chief.
+        lane: ``auto``, or ``tcp`` to avoid shared memory; for `client` and `environment`.
+        token: The secret of the run; by default that of this process, which its strategies hold.
+        grace: Seconds that the ps tasks wait for absent workers; as in `paramserver.Server`.
 
     Attributes:
         spec: The cluster.
@@ -64,7 +64,7 @@ class LocalCluster:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            # Bound before the servers are made, because every address stands in the cluster that each of them gets.
+            # Bound before the servers are made, because each server gets a cluster with all addresses.
             sockets = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(self._num_ps)]
             self.spec = self._cluster([sock.getsockname()[1] for sock in sockets])
             for index, sock in enumerate(sockets):
@@ -85,13 +85,13 @@ class LocalCluster:
         return [*self.spec.tasks(Role.CHIEF), *self.spec.tasks(Role.WORKER)]
 
     def client(self, task: str | TaskId) -> ParameterClient:
-        """A new client of a worker, such as ``worker:0``, as of a process that was just started.
+        """Return a new client of a worker, such as ``worker:0``, as if of a process that was just started.
 
         Blocks until it is connected; closed with the cluster.
 
         Raises:
-            ValueError: If the text names no task.
-            ParameterServerError: If the ps tasks refuse it.
+            ValueError: If the text does not name a task.
+            ParameterServerError: If the ps tasks refuse the client.
         """
         client = connection.to_cluster(
             self.spec,
@@ -105,17 +105,17 @@ class LocalCluster:
         return client
 
     def resolver(self, task: str | TaskId) -> SimpleClusterResolver:
-        """What tells a strategy of this process that it is a task of this cluster."""
+        """Return a resolver that makes a strategy of this process a task of this cluster."""
         role, index = TaskId.parse(str(task))
         return SimpleClusterResolver(self.spec, task_type=role, task_id=index)
 
     def tf_config(self, task: str | TaskId) -> str:
-        """TF_CONFIG for a task."""
+        """Return TF_CONFIG for a task."""
         role, index = TaskId.parse(str(task))
         return json.dumps({"cluster": self.spec.as_dict(), "task": {"type": role, "index": index}})
 
     def environment(self, task: str | TaskId) -> dict[str, str]:
-        """What a process needs in its environment to be a task of this cluster."""
+        """Return the environment variables that make a process a task of this cluster."""
         return {
             "TF_CONFIG": self.tf_config(task),
             "PARAMSERVER_TOKEN": self._token,

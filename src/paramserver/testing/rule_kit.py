@@ -1,7 +1,7 @@
-"""A kit that checks an update rule of your own, before it meets a parameter server.
+"""A kit that checks an update rule of your own, before it is used with a parameter server.
 
-A check is a function of a *maker*, which makes the optimizer over parameters; it raises ``AssertionError`` and says
-what was expected. `RULE_CHECKS` hold for every rule.
+A check is a function of a *maker*, which makes the optimizer over parameters; it raises ``AssertionError`` with the
+expectation that failed. `RULE_CHECKS` hold for every rule.
 
 Example:
     >>> for check in RULE_CHECKS:
@@ -22,21 +22,21 @@ from paramserver.store.block_rule import BlockRule
 from paramserver.store.tables.row_rule import RowRule
 
 Maker = Callable[[list[nn.Parameter]], optim.Optimizer]
-"""Makes the optimizer over some parameters, always with the same settings."""
+"""Function that makes the optimizer over some parameters, always with the same settings."""
 
 SHAPE = (6, 4)
 STEPS = 5
 
 
 def check_the_rule_is_found(maker: Maker) -> None:
-    """The rule is found by its name, and all its settings are numbers."""
+    """Check that the rule is found by its name, and all its settings are numbers."""
     rule = _described(maker)
     if rule is not None:
         expect(find_rule(rule).optimizer is type(maker(_parameters())), f"{rule.name!r} names another class")
 
 
 def check_every_element_is_for_itself(maker: Maker) -> None:
-    """A step over two slices of a flat parameter changes each element as a step over the whole one does."""
+    """Check that a step over two slices of a flat parameter changes each element as a step over the whole one does."""
     rule = _described(maker)
     if rule is None:
         return
@@ -52,7 +52,7 @@ def check_every_element_is_for_itself(maker: Maker) -> None:
 
 
 def check_elements_without_a_gradient_rest(maker: Maker) -> None:
-    """A part of a block that is updated on its own leaves the rest as it was, and neither forgets its state."""
+    """Check that updating a part of a block leaves the rest unchanged, and neither part loses its state."""
     rule = _described(maker)
     if rule is None:
         return
@@ -66,7 +66,10 @@ def check_elements_without_a_gradient_rest(maker: Maker) -> None:
 
 
 def check_state_is_of_tensors(maker: Maker) -> None:
-    """State is made of tensors of the parameter's shape and of 0-dimensional ones, so that a checkpoint can hold it."""
+    """Check that state consists of tensors with the parameter's shape and 0-dimensional ones.
+
+    A checkpoint can hold no other state.
+    """
     (parameter,) = parameters = _parameters()
     optimizer = maker(parameters)
     _step(optimizer, parameter, _gradients()[0], is_sparse=_described(maker) is None)
@@ -76,7 +79,7 @@ def check_state_is_of_tensors(maker: Maker) -> None:
 
 
 def check_state_comes_back(maker: Maker) -> None:
-    """State that was taken out and put back goes on as if nothing had happened."""
+    """Check that state that was taken out and put back continues as if nothing had happened."""
     rule = _described(maker)
     if rule is None:
         return
@@ -93,7 +96,7 @@ def check_state_comes_back(maker: Maker) -> None:
 
 
 def check_rows_are_for_themselves(maker: Maker) -> None:
-    """The row form, if there is one, updates the rows with a gradient as the dense form would, and no other."""
+    """Check that the row form, if any, updates the rows with a gradient as the dense form would, and no others."""
     try:
         rule = describe_row_rule(maker(_parameters()), 0, "a table")
     except UnsupportedOptimizerError:
@@ -111,18 +114,26 @@ def check_rows_are_for_themselves(maker: Maker) -> None:
 
 
 def expect(holds: object, otherwise: str) -> None:
-    """Raises AssertionError unless something holds."""
+    """Check that something holds.
+
+    Raises:
+        AssertionError: If it does not.
+    """
     if not holds:
         raise AssertionError(otherwise)
 
 
 def expect_close(got: Tensor, expected: Tensor, what: str) -> None:
-    """Raises AssertionError unless two tensors differ by rounding only."""
+    """Check that two tensors differ by rounding only.
+
+    Raises:
+        AssertionError: If they do not.
+    """
     expect(torch.allclose(got, expected, rtol=1e-9, atol=1e-12), f"{what}: expected {expected}, got {got}")
 
 
 def _described(maker: Maker) -> Rule | None:
-    """The rule in its dense form; None if it has none."""
+    """Return the rule in its dense form; None if it has no dense form."""
     optimizer = maker(_parameters())
     found = find_rule(Rule(type(optimizer).__name__, {}))
     return describe(optimizer, 0) if found.is_dense else None

@@ -1,1 +1,1 @@
-"""Exchange: the ways that bytes go between two tasks."""
+"""The lanes on which bytes go between two tasks."""

@@ -1,11 +1,11 @@
 """Waiting for the beginning of a message.
 
 Rules
-    * Who waits does so in ``poll`` and not in ``recv``: there a Unix socket wakes its owner also when the peer takes
-      what was sent, for nothing, and twice for each request and its reply.
-    * To fall asleep and to be woken takes longer than many a reply. So when the last wait was short, the next one looks
-      again and again for a while before it sleeps. Where waits are longer, as they are when a worker computes, no time
-      of a core is spent on looking.
+    * The wait is in ``poll`` and not in ``recv``. In ``recv``, a Unix socket wakes its owner also when the peer takes
+      the sent bytes: in vain, and twice for each request and its reply.
+    * Falling asleep and being woken takes longer than many a reply. So after a short wait, the next one polls
+      repeatedly for a while before it sleeps. After a long wait, as when a worker computes, no core time is spent on
+      polling.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import socket
 import time
 
 SHORT = 150e-6
-"""Seconds that a short wait takes at most, and thus how long one looks: what a message there and one back take, each
-of which wakes a core."""
+"""Limit for a short wait, and so for polling, in seconds: the time of a message and its reply, each of which wakes a
+core."""
 
 
 class Arrival:
-    """Waits at a connection. For one thread at a time.
+    """Waits for input on a connection. For one thread at a time.
 
     Args:
-        connection: A socket that blocks; it is not kept.
+        connection: A blocking socket; no reference is kept.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -33,10 +33,10 @@ class Arrival:
         self._was_short = False
 
     def wait(self, seconds: float) -> bool:
-        """Wait until there is something to receive, or the stream has ended; False if that takes longer.
+        """Wait until there is something to receive or the stream has ended; return False if the time is over before.
 
         Args:
-            seconds: How long to wait; 0 means for ever.
+            seconds: Time to wait; 0 means forever.
         """
         begun = time.perf_counter()
         arrived = (self._was_short and self._look(begun + SHORT)) or bool(self._poll(seconds * 1000 or None))
@@ -44,7 +44,7 @@ class Arrival:
         return arrived
 
     def _look(self, end: float) -> bool:
-        """Whether something has come before the end."""
+        """Poll until something has come, and return whether that was before ``end``."""
         while not self._poll(0):
             if time.perf_counter() >= end:
                 return False

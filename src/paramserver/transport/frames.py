@@ -1,4 +1,4 @@
-"""Frames over one connected stream socket, blocking, with a time limit that the kernel keeps."""
+"""Frames over one connected stream socket: blocking, with a time limit that the kernel keeps."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from paramserver.wire.messages import AnyMessage, Message
 
 RECEIVE_BYTES = 64 << 10
 MAX_VECTORS = 512
-HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # the former, which is Linux's, comes also before all is read
+HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # Linux's POLLRDHUP comes even before all data is read
 
 DEAD_HOST_TIMEOUT = 90
-"""Seconds after which a host that answers nothing at all, not even the kernel's own questions, counts as lost."""
+"""Seconds after which a host counts as lost if it answers nothing at all, not even the probes of the kernel."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class FrameSocket:
-    """Sends and receives frames. One thread sends and receives; `close` may be called by any.
+    """Sends and receives frames. One thread sends and receives; any thread may call `close`.
 
-    Every method that sends or receives raises `UnavailableError` when the connection is lost or its time limit is
-    over, and closes it: what would come later could be taken for the answer to something else.
+    Every method that sends or receives raises `UnavailableError` if the connection is lost or its time limit is over.
+    It then closes the connection, because later bytes could be taken for the answer to another request.
 
     Args:
         connection: A connected stream socket, owned by this object from now on.
         task: The task at the other end, for messages: ``ps:1``.
 
     Attributes:
-        max_message_bytes: The largest message that is received; larger payloads are fine.
-        before_wait: Called, if it is not None, before anything that may wait for the peer but `gather`, and before the
-            descriptor is given back after an error.
-        is_local: Whether the peer is on this host, at a Unix socket.
+        max_message_bytes: Limit for the size of a received message; payloads may be larger.
+        before_wait: Called, if it is not None, before all operations but `gather` that may wait for the peer, and
+            before the descriptor is given back after an error.
+        is_local: Whether the peer is on this host, connected by a Unix socket.
     """
 
     def __init__(self, connection: socket.socket, task: str) -> None:
@@ -56,8 +56,8 @@ class FrameSocket:
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = 0
         self._payload_left = 0
-        # Held during each system call, so that `close` gives the descriptor back, perhaps to another connection,
-        # only after the call that it woke has returned.
+        # Held during each system call: `close` may give the descriptor back, which another connection may get, only
+        # after the call that it woke has returned.
         self._in_use = threading.RLock()
         connection.settimeout(None)
         self._arrival: Arrival | None = Arrival(connection)
@@ -67,9 +67,9 @@ class FrameSocket:
             _tune(connection)
 
     def set_timeout(self, seconds: float) -> None:
-        """The longest wait for the peer to send or take anything; 0 means for ever.
+        """Set the limit for each wait for the peer to send or take bytes; 0 means forever.
 
-        A socket option instead of Python's own time limit, which would make the socket non-blocking and cost a
+        Sets a socket option instead of Python's own time limit, which would make the socket non-blocking and cost a
         ``poll`` and many short reads for each large payload.
         """
         self._timeout = seconds
@@ -78,7 +78,7 @@ class FrameSocket:
         self._call(self._socket.setsockopt, socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
-        """One frame, with the payload from where it lies, in one system call where the kernel takes it whole."""
+        """Send one frame with a payload from its own memory, in one system call if the kernel takes it whole."""
         if payload:
             header = codec.encode(message, sum(view.nbytes for view in payload))
             self.send_views([memoryview(header), *payload])
@@ -86,14 +86,14 @@ class FrameSocket:
             self.send_raw(codec.encode(message))
 
     def send_raw(self, view: memoryview | bytes) -> None:
-        """Bytes of a frame that is sent in several calls, or bytes outside of any frame."""
+        """Send bytes of a frame that takes several calls, or bytes outside of any frame."""
         if self.before_wait is None:
             self._call(self._socket.sendall, view)
         else:
             self.send_views([memoryview(view)])
 
     def send_views(self, views: list[memoryview]) -> None:
-        """As `send_raw`, of bytes that lie in several places."""
+        """Send bytes from several places, as `send_raw` does."""
         views = [view for view in views if view.nbytes]
         while views:
             sent = self._send_some(views[:MAX_VECTORS])
@@ -103,11 +103,11 @@ class FrameSocket:
                 views[0] = views[0][sent:]
 
     def send_now(self, views: list[memoryview]) -> int:
-        """As `send_views`, but only as many bytes as are taken without waiting; how many."""
+        """Send as many bytes as the kernel takes without waiting, and return their number."""
         return self._call(self._try, self._socket.sendmsg, views, ()) or 0
 
     def await_room(self) -> None:
-        """Wait until `send_now` would send a good part of what fits on the way to the peer."""
+        """Wait until `send_now` would send a good part of what fits into the connection."""
         poll = select.poll()
         poll.register(self._socket, select.POLLOUT)
         if not poll.poll(0):
@@ -116,10 +116,10 @@ class FrameSocket:
                 raise self._given_up(BlockingIOError())
 
     def gather(self) -> bool:
-        """Receive what is there, without waiting for more; whether `receive` can go on.
+        """Receive the bytes that are there, without waiting for more, and return whether `receive` can go on.
 
-        It can with a whole frame, payload and all, with one that is too large to be gathered, and with the end of the
-        stream. Called between two messages; nothing may be left of the last one's payload.
+        It can after a whole frame including its payload, after a frame too large to be gathered, and at the end of the
+        stream. Call this between two messages, when nothing is left of the last payload.
         """
         self._make_room()
         received = self._call(self._try, self._socket.recv_into, self._buffer[self._end :], 0)
@@ -133,16 +133,16 @@ class FrameSocket:
 
     @property
     def has_more(self) -> bool:
-        """Whether something came, or was announced, beyond the last message."""
+        """Whether bytes beyond the last message were received or announced."""
         return self._end > self._start or self._payload_left > 0
 
     def receive(self) -> AnyMessage | None:
-        """The next message; None at the end of the stream, or once `close` was called.
+        """Receive the next message; None at the end of the stream, or after `close`. Blocks.
 
-        Drops what was left of the last payload.
+        Drops the rest of the last payload.
 
         Raises:
-            RemoteProtocolError: If the peer sends what is no message, or a message that is too large.
+            RemoteProtocolError: If the peer sends bytes that are not a message, or a message that is too large.
         """
         if self._payload_left:
             self.discard_payload()
@@ -156,10 +156,10 @@ class FrameSocket:
         return message
 
     def receive_into(self, view: memoryview) -> None:
-        """The next bytes of the payload, straight into ``view``.
+        """Receive the next bytes of the payload straight into ``view``.
 
         Raises:
-            RemoteProtocolError: If the payload holds less.
+            RemoteProtocolError: If the payload has fewer bytes left.
         """
         if view.nbytes > self._payload_left:
             raise RemoteProtocolError(
@@ -170,14 +170,14 @@ class FrameSocket:
         self._read_into(view)
 
     def discard_payload(self) -> None:
-        """Read what is left of the last payload, and forget it."""
+        """Read and drop the rest of the last payload."""
         if self._payload_left:
             waste = memoryview(bytearray(min(self._payload_left, RECEIVE_BYTES)))
             while self._payload_left:
                 self.receive_into(waste[: self._payload_left])
 
     def receive_raw(self, count: int) -> bytes:
-        """Bytes outside of any frame: the preamble."""
+        """Receive bytes outside of any frame: the preamble."""
         if not self._fill(count):
             raise UnavailableError(f"{self.task} closed the connection without a word", self.task)
         data = bytes(self._buffer[self._start : self._start + count])
@@ -185,15 +185,15 @@ class FrameSocket:
         return data
 
     def send_descriptor(self, descriptor: int) -> None:
-        """Pass an open file to the peer, beside one byte outside of any frame. Unix sockets only."""
+        """Pass an open file to the peer, together with one byte outside of any frame. Unix sockets only."""
         self._may_wait()
         self._call(socket.send_fds, self._socket, [b"\0"], [descriptor])
 
     def receive_descriptor(self) -> int:
-        """An open file that the peer passed; the caller closes it.
+        """Receive an open file from the peer; the caller closes it.
 
         Raises:
-            RemoteProtocolError: If the peer sent something else.
+            RemoteProtocolError: If the peer sends something else.
         """
         self._may_wait()
         data, descriptors, _, _ = self._call(socket.recv_fds, self._socket, 1, 1)
@@ -210,12 +210,12 @@ class FrameSocket:
             raise self._given_up(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
 
     def close(self) -> None:
-        """Close the connection; wakes whoever waits in `receive`. Idempotent."""
+        """Close the connection, and wake a thread that waits in `receive`. Idempotent."""
         with contextlib.suppress(OSError):  # the peer may have closed it first
             self._socket.shutdown(socket.SHUT_RDWR)
         with self._in_use:
             self._socket.close()
-            self._arrival = None  # its descriptor may soon be another's
+            self._arrival = None  # the descriptor may soon belong to another connection
 
     def __repr__(self) -> str:
         return f"<FrameSocket to {self.task}, {'closed' if self._is_closed else 'open'}>"
@@ -241,7 +241,7 @@ class FrameSocket:
         return body
 
     def _fill(self, count: int) -> bool:
-        """Have ``count`` bytes in the buffer; False if the stream ends before the first of them."""
+        """Have ``count`` bytes in the buffer; return False if the stream ends before the first of them."""
         if self._end - self._start >= count:
             return True
         if self._start == self._end:
@@ -274,14 +274,14 @@ class FrameSocket:
             ready += received
 
     def _await_arrival(self) -> None:
-        """Wait until there is something to receive, or the end of the stream, also by `close`."""
+        """Wait until there is something to receive, or until the stream ends, which `close` does too."""
         self._may_wait()
         with self._in_use:
             if self._arrival and not self._arrival.wait(self._timeout):
                 raise self._given_up(BlockingIOError())
 
     def _receive(self, view: memoryview, flags: int = 0) -> int:
-        """How many bytes came; 0 at the end of the stream, also when it was ended by `close`."""
+        """Receive bytes and return their number; 0 at the end of the stream, also if `close` ended it."""
         self._may_wait()
         with self._in_use:
             try:
@@ -299,7 +299,10 @@ class FrameSocket:
         return UnavailableError(f"{self.task} closed the connection in the middle of a message", self.task)
 
     def _call(self, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """A system call whose errors are ours. A plain function: a context manager takes a microsecond for each."""
+        """Make a system call, and turn its error into an `UnavailableError`.
+
+        A plain function, because a context manager would add a microsecond to each call.
+        """
         with self._in_use:
             try:
                 return operation(*args, **kwargs)
@@ -314,7 +317,7 @@ class FrameSocket:
 
     @staticmethod
     def _try(operation: Callable[..., int], *args: object) -> int | None:
-        """A system call that takes flags last; None where it would have to wait."""
+        """Make a system call that takes flags last; return None if it would have to wait."""
         try:
             return operation(*args, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -331,7 +334,7 @@ class FrameSocket:
 
 
 def _tune(connection: socket.socket) -> None:
-    """Send at once, and notice in `DEAD_HOST_TIMEOUT` that the other host has gone, even while nothing is sent."""
+    """Make a socket send at once, and notice within `DEAD_HOST_TIMEOUT` that the other host is gone, even when idle."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
@@ -341,5 +344,5 @@ def _tune(connection: socket.socket) -> None:
         "TCP_USER_TIMEOUT": DEAD_HOST_TIMEOUT * 1000,
     }
     for name, value in options.items():
-        if hasattr(socket, name):  # not every platform has all of them
+        if hasattr(socket, name):  # not every platform has all of these options
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

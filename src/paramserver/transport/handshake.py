@@ -1,12 +1,12 @@
-"""How two tasks find each other, make sure of each other, and choose a lane.
+"""The handshake of two tasks: they find each other, verify each other, and choose a lane.
 
 Rules
     * Each side sends its preamble at once: magic and protocol version.
-    * The ps challenges with a nonce; the worker proves that it holds the run's token by an HMAC over it, and so
-      does the ps over the worker's nonce. The token itself never travels.
-    * The challenge names a Unix socket of the ps in Linux's abstract namespace. A worker that can connect to it is
-      on the same host, and goes on there by a local lane if it may choose one. The worker says which lane it has
-      chosen, and both ends look it up by its name.
+    * The ps challenges with a nonce; the worker proves that it holds the run's token by an HMAC over this nonce, and
+      the ps does the same over the worker's nonce. The token itself never travels.
+    * The challenge names a Unix socket of the ps in Linux's abstract namespace. A worker that can connect to this
+      socket is on the same host, and goes on there with a local lane if it may choose one. The worker names the lane
+      that it has chosen, and both ends look it up by this name.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from paramserver.wire.messages import Challenge, Hello, Refused, Welcome
 from paramserver.wire.refusals import raised
 
 HANDSHAKE_TIMEOUT = 30.0
-"""Seconds that a ps waits for each word of somebody who connects."""
+"""Seconds that a ps waits for each message of a peer during the handshake."""
 REQUEST_TIMEOUT = 600.0
-"""Seconds after which a ps that does not answer a request counts as lost. The longest are to write or read a shard."""
+"""Seconds after which a ps that does not answer counts as lost. The longest requests write or read a shard."""
 RETRY_INTERVAL = 0.1
 SHORTEST_WAIT = 0.01
 _NONCE_BYTES = 16
@@ -52,19 +52,25 @@ def connect(
     listens: bool = False,
     kept: WorkerMemory | None = None,
 ) -> Lane:
-    """Connect to the ps ``peer`` at ``address`` (``host:port``), trying again until it is up.
+    """Connect to the ps ``peer`` at ``address``, trying again until it is up. Blocks for about ``timeout`` at most.
 
-    Blocks for at most about ``timeout`` seconds. Without a ``peer``, whichever ps is there is the right one. A ps that
-    ``listens`` is up: where nobody listens, it has ended, and with it the run. The lane will go on with memory that is
-    ``kept``.
+    Args:
+        address: The address of the ps, ``host:port``.
+        peer: The expected ps; None accepts any ps.
+        me: The identity of this task.
+        lane: The name of a lane, or ``auto``.
+        timeout: Seconds to try.
+        listens: Whether the ps is known to have listened already: if it refuses the connection, it has ended, and the
+            run with it.
+        kept: The memory of an earlier lane, which the new lane will go on with.
 
     Raises:
         ConfigError: If there is no such lane.
         RunOverError: If a ps that ``listens`` has ended.
         DeadlineError: If the ps does not come up in time.
         TokenError: If this task or the ps does not hold the token of the run.
-        RefusedError: If another ps is at the address, or the lane does not lead to it.
-        RemoteProtocolError: If something else answers, or another version.
+        RefusedError: If another ps is at the address, or the lane does not lead to the ps.
+        RemoteProtocolError: If something other than a ps answers, or a ps of another version.
         UnavailableError: If the ps goes away after its challenge.
     """
     kinds = usable_lanes(lane, kept)
@@ -86,12 +92,12 @@ def connect(
 
 
 def _reach(address: str, peer: str, timeout: float, *, listens: bool) -> tuple[FrameSocket, Challenge]:
-    """The ps and its challenge, as soon as there is one.
+    """Return a connection to the ps and its challenge, as soon as the ps is up.
 
-    A connection that is closed before the challenge counts as none: a proxy accepts before its ps is up.
+    A connection that is closed before the challenge is tried again: a proxy may accept before its ps is up.
     """
     give_up = time.monotonic() + timeout
-    pause = threading.Event()  # nothing can be waited on before the peer listens
+    pause = threading.Event()  # only a pause: there is nothing to wait on before the peer listens
     while True:
         try:
             return _try_to_reach(address, peer, give_up)
@@ -163,18 +169,18 @@ def _introduce(frames: FrameSocket, challenge: Challenge, me: Identity, lane: st
 
 
 def accept(frames: FrameSocket, me: Identity, local_socket: str) -> Session:
-    """Make sure of whoever connected. Blocks for at most `HANDSHAKE_TIMEOUT` for each message.
+    """Verify a peer that has just connected. Blocks for at most `HANDSHAKE_TIMEOUT` for each message.
 
     Args:
-        frames: A connection to a `STRANGER`, just accepted; closed if it comes to nothing.
-        me: This ps.
-        local_socket: The abstract name under which it also listens, "" if it does not.
+        frames: The connection to a `STRANGER`, just accepted; closed if the handshake fails.
+        me: The identity of this ps.
+        local_socket: The abstract name under which the ps also listens; "" if it does not.
 
     Raises:
         TokenError: If the peer does not hold the token.
-        RefusedError: If it looks for another ps.
-        RemoteProtocolError: If it is no task, or of another version.
-        UnavailableError: If it goes away or says nothing.
+        RefusedError: If the peer looks for another ps, or its lane cannot be served.
+        RemoteProtocolError: If the peer is not a task of the same version.
+        UnavailableError: If the peer goes away or says nothing.
     """
     try:
         hello = _examine(frames, me, local_socket)
@@ -199,12 +205,12 @@ def _examine(frames: FrameSocket, me: Identity, local_socket: str) -> Hello:
         raise RemoteProtocolError(f"{frames.task} was challenged and answered {hello}")
     refused = _objection(hello, me, nonce, is_local=frames.is_local)
     if refused:
-        with contextlib.suppress(Unavailable):  # it may not wait for the answer
+        with contextlib.suppress(Unavailable):  # the peer may not wait for the answer
             frames.send(refused)
         raise raised(refused, me.task)
     frames.send(Welcome(_proof(me.token, hello.nonce, me.task)))
     frames.max_message_bytes = codec.MAX_MESSAGE_BYTES
-    frames.set_timeout(0)  # a worker may compute for as long as it likes
+    frames.set_timeout(0)  # a worker may compute for any time between two requests
     return hello
 
 

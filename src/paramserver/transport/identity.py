@@ -1,4 +1,4 @@
-"""Who a task is, and which start of it."""
+"""The identity of a task, and of one start of it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import secrets
 from dataclasses import dataclass
 
 OBSERVER = "observer:0"
-"""Who takes no part in a run and asks how it stands. Any number of processes may say so at once."""
+"""The task name of a process that only asks for the status of a run; any number of processes may use it at once."""
 STRANGER = "a peer that has not said who it is"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Who a task is.
+    """The identity of a task.
 
     Attributes:
-        task: Such as ``worker:1``.
+        task: The task's name, such as ``worker:1``.
         token: The secret that all tasks of a run hold.
-        incarnation: Which start of the task this is.
+        incarnation: The name of this start of the task.
     """
 
     task: str
@@ -28,10 +28,10 @@ class Identity:
 
 
 def new_incarnation(process: str = "") -> str:
-    """A name for one start of a task: for one strategy of a process, whose name comes first.
+    """Return a new name for one start of a task, that is for one strategy of a process; the process's name comes first.
 
     Args:
-        process: The name of another process than this one.
+        process: The name of another process; by default this process.
 
     >>> one, other = new_incarnation(), new_incarnation()
     >>> one == other, one.partition(".")[0] == other.partition(".")[0]

@@ -16,7 +16,7 @@ from paramserver.transport.lane import Lane, LockPiece, Piece, Session, TableRow
 from paramserver.wire.messages import Refused, Reply, Request
 
 _CARRIES_OUT = frozenset({"paramserver", "torch", "numpy", "numba"})
-"""Packages whose code carries out requests."""
+"""Packages whose code carries out requests; an error raised in any other package comes from the program."""
 
 
 class InProcessSession(Session):
@@ -45,7 +45,7 @@ class InProcessSession(Session):
         return taken
 
     def copy_next_rows(self, out: memoryview) -> None:
-        """Fill ``out`` with the rows that come next, which must be as many bytes."""
+        """Fill ``out`` with the next rows, which must have the same number of bytes."""
         if not self.rows or self.rows[0].nbytes != out.nbytes:
             held = self.rows[0].nbytes if self.rows else 0
             raise LocalProtocolError(f"{self.task} asked for {out.nbytes} bytes of rows, and was given {held}")
@@ -62,7 +62,7 @@ class InProcessSession(Session):
         self.rows = list(rows)
 
     def is_of_program(self, error: Exception) -> bool:
-        # A signal's handler, or a mode of torch, runs in the middle of a request here.
+        # A signal handler or a torch mode of the program may run in the middle of a request here.
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
@@ -77,7 +77,7 @@ class InProcessLane(Lane):
     """The worker's end; see `Lane`.
 
     Args:
-        task: The ps that is played, for messages.
+        task: The name of the ps, for messages.
         session: The store's end.
         handle: Carries out one request and answers it on the session.
     """

@@ -1,7 +1,7 @@
-"""The two ends of a way between a worker and a ps. Whatever moves the bytes, both sides see only this.
+"""The two ends of a connection between a worker and a ps; both sides see only this, not how the bytes move.
 
-A worker holds a `Lane` to each ps, a ps a `Session` for each worker. The two halves are different classes, since
-they run on different machines; ``testing.lane_kit`` checks every pair with one kit.
+A worker holds a `Lane` to each ps, a ps a `Session` for each worker. The two ends are different classes, because they
+run on different machines; ``testing.lane_kit`` checks every pair with one kit.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ class Piece(NamedTuple):
 
 
 def whole_blocks(layouts: Sequence[ArenaLayout]) -> list[Piece]:
-    """Each block of the arenas that a worker has memory for, which is what most steps move."""
+    """Return each block of the arenas that a worker has memory for; most steps move just these."""
     return [Piece(arena, *span) for arena, layout in enumerate(layouts) for span in layout.on_worker.pieces]
 
 
 class TableRows(NamedTuple):
-    """Rows of a table: ``ids [rows]``, ascending, none twice, and ``values [rows, width]``, contiguous on the CPU."""
+    """Rows of a table: ``ids [rows]``, ascending and unique, and ``values [rows, width]``, contiguous on the CPU."""
 
     ids: npt.NDArray[np.int64]
     values: torch.Tensor
 
     @property
     def id_bytes(self) -> memoryview:
-        """What travels of the ids."""
+        """Bytes of the ids, as they are sent."""
         return np.ascontiguousarray(self.ids).view(np.uint8).data
 
     @property
     def value_bytes(self) -> memoryview:
-        """The memory of the values."""
+        """Memory of the values."""
         return tensor_bytes(self.values)
 
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """What the module and autograd of a worker use, for the arenas of one ps.
+    """Memory for the arenas of one ps, as the module and autograd of a worker use it.
 
     Attributes:
         values: A flat tensor for each arena; parameters are views into it.
-        gradients: A flat tensor for each arena; what lies here is what a push sends.
+        gradients: A flat tensor for each arena; a push sends its content.
         direct: Whether ``values`` is the store's own memory, so that nothing has to be pulled.
-        file: What ``gradients`` lie in, if processes of this host can map it; open for as long as this object lives.
+        file: The file of ``gradients``, if processes on this host can map it; open for as long as this object lives.
     """
 
     values: list[torch.Tensor]
@@ -70,14 +70,14 @@ class WorkerMemory:
 
 
 LockPiece = Callable[[Piece], AbstractContextManager[object]]
-"""Keeps everyone from writing to a piece of the store's memory. Nobody may wait for a peer meanwhile."""
+"""Keeps every task from writing to a piece of the store's memory. Its holder must not wait for a peer."""
 
 
 class Lane(abc.ABC):
     """The worker's end. One request at a time: `start`, then `finish`. Not thread-safe.
 
     Attributes:
-        name: The word for it in messages: ``shared memory``, ``tcp``, ``in process``.
+        name: The kind of lane in messages: ``shared memory``, ``tcp``, ``in process``.
         task: The ps at the other end.
     """
 
@@ -86,10 +86,10 @@ class Lane(abc.ABC):
 
     @abc.abstractmethod
     def open(self, layouts: Sequence[ArenaLayout], kept: WorkerMemory | None = None) -> WorkerMemory:
-        """Make the memory for the arenas that were declared. Blocks for a round trip; once per lane.
+        """Make the memory for the declared arenas. Blocks for a round trip; called once per lane.
 
         Args:
-            layouts: What was declared.
+            layouts: The declared layouts.
             kept: The memory of an earlier lane to the same ps, whose connection was lost, to go on with.
 
         Raises:
@@ -98,7 +98,7 @@ class Lane(abc.ABC):
 
     @abc.abstractmethod
     def renew(self) -> WorkerMemory:
-        """Go on with new, zeroed memory for gradients; whatever holds the present one keeps it as it is.
+        """Go on with new, zeroed gradient memory; other references to the present memory keep it unchanged.
 
         Called after `open`, between requests. Blocks for a round trip.
 
@@ -113,7 +113,7 @@ class Lane(abc.ABC):
         Args:
             request: The message.
             outgoing: Pieces of the gradient memory, which belongs to the lane until `finish` returns.
-            rows: Of tables: their ids and values, from wherever they lie. They come first.
+            rows: Ids and values of table rows, in any memory. They are sent first.
 
         Raises:
             LocalProtocolError: If there are more rows than the declared tables have.
@@ -122,27 +122,27 @@ class Lane(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
-        """Wait for the reply and take what belongs to it, unless it is a refusal.
+        """Wait for the reply and receive its payload, unless the reply is a refusal.
 
         Args:
-            incoming: Pieces of the value memory, to be brought up to date. They are whole block by block: what is
-                read of one block is of one version.
-            rows: Where the rows of tables go that were asked for; they come first, and each is of one version.
+            incoming: Pieces of the value memory to bring up to date. Each block is whole: all that is read from it is
+                of one version.
+            rows: Memory for the requested table rows, which come first; each row is of one version.
 
         Raises:
-            UnavailableError: If the connection is lost, or nothing comes for the lane's time limit.
-            RemoteProtocolError: If the peer sends what does not belong here.
+            UnavailableError: If the connection is lost, or nothing comes within the lane's time limit.
+            RemoteProtocolError: If the peer sends something unexpected.
         """
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
-        """Copy rows of a table without asking the ps; whether it did.
+        """Copy rows of a table without a request to the ps, and return whether they were copied.
 
-        It does not where this end does not see the memory of the ps, or others keep writing to these rows.
+        They are not copied if this end does not see the memory of the ps, or if other workers keep writing to them.
 
         Args:
             arena: The table.
-            rows: Their ids, in its range, in any order and as often as they are wanted, and where they go; each row
-                that is copied is of one version.
+            rows: Ids of the rows, in any order and possibly repeated, and memory for their values; each copied row is
+                of one version.
 
         Raises:
             UnavailableError: If the ps is lost.
@@ -162,7 +162,7 @@ class Session(abc.ABC):
 
     Attributes:
         task: The worker at the other end.
-        incarnation: Which start of that task it is.
+        incarnation: The incarnation of the worker.
     """
 
     task: str
@@ -174,34 +174,34 @@ class Session(abc.ABC):
 
         Raises:
             UnavailableError: If the connection is lost.
-            RemoteProtocolError: If the peer sends what is no request.
+            RemoteProtocolError: If the peer sends something that is not a request.
         """
 
     @abc.abstractmethod
     def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
-        """Tell the session which arenas there are; called before the first piece is asked for."""
+        """Tell the session the arenas, before the first piece is asked for."""
 
     @abc.abstractmethod
     def gradient(self, piece: Piece) -> torch.Tensor:
-        """The next piece of the current request's payload, flat; pieces are asked for in the order they were sent.
+        """Return the next piece of the current request's payload, flat; ask for pieces in the order they were sent.
 
         The tensor is valid until the next call. Blocks while the payload arrives.
 
         Raises:
             UnavailableError: If the connection is lost.
-            RemoteProtocolError: If the payload holds less than is asked for.
+            RemoteProtocolError: If the payload has fewer bytes left.
         """
 
     @abc.abstractmethod
     def take_rows(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """The next bytes of what the current request's payload holds of tables. Blocks while they arrive.
+        """Return the next bytes of the table rows in the current request's payload. Blocks while they arrive.
 
-        The array is valid until the reply, and for reading only. It may lie in memory that the worker can write to:
-        what is checked, such as ids, has to be copied first.
+        The array is valid until the reply, and only for reading. It may lie in memory that the worker can write to:
+        copy values such as ids before checking them.
 
         Raises:
             UnavailableError: If the connection is lost.
-            RemoteProtocolError: If the payload holds less than is asked for.
+            RemoteProtocolError: If the payload has fewer bytes left.
         """
 
     @abc.abstractmethod
@@ -212,25 +212,25 @@ class Session(abc.ABC):
         lock: LockPiece | None = None,
         rows: Sequence[memoryview] = (),
     ) -> None:
-        """Answer the current request; what is left of its payload is dropped.
+        """Answer the current request; the rest of its payload is dropped.
 
         Args:
             reply: The message.
-            pieces: What the payload holds.
-            lock: Held while a piece is read from the store's memory; not called where the worker reads for itself.
-            rows: The rows that were asked for.
+            pieces: The pieces of values in the reply's payload.
+            lock: Held while a piece is read from the store's memory; not called if the worker reads that memory itself.
+            rows: The requested rows.
 
         Raises:
             UnavailableError: If the connection is lost.
         """
 
     def is_of_program(self, error: Exception) -> bool:
-        """Whether code of the program that makes the requests has raised an error while one was carried out."""
+        """Return whether an error during a request was raised by code of the program that made the request."""
         return False
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Close the connection. Idempotent, and safe from another thread: wakes a blocked `receive`."""
+        """Close the connection, and wake a thread that waits in `receive`. Idempotent; any thread may call it."""
 
 
 @dataclass(frozen=True)
@@ -239,10 +239,10 @@ class LaneKind:
 
     Attributes:
         lane: Makes the worker's end over a connection whose handshake is done.
-        session: Makes the ps's end, from such a connection and the incarnation of the worker.
-        is_local: Whether it goes over the Unix socket of the ps, which only tasks on its host reach.
-        keeps: Whether a lane of this kind can go on with the memory of an earlier lane of any kind; see `Lane.open`.
-        obstacle: Says why this machine cannot use it; empty if it can.
+        session: Makes the ps's end from such a connection and the incarnation of the worker.
+        is_local: Whether the lane uses the Unix socket of the ps, which only tasks on its host reach.
+        keeps: Returns whether a lane of this kind can go on with the memory of a lane of any kind; see `Lane.open`.
+        obstacle: Returns the reason why this machine cannot use the lane; empty if it can.
     """
 
     lane: Callable[[FrameSocket], Lane]

@@ -11,7 +11,7 @@ def lane_kind(name: str) -> LaneKind:
     """Return the kind of lane of this name.
 
     Raises:
-        ConfigError: If no installed package brings one, or what it names is not one.
+        ConfigError: If no installed package has a lane of this name, or its entry is not a `LaneKind`.
     """
     found = find_lane(name)
     kind = found.load() if found else None
@@ -22,15 +22,15 @@ def lane_kind(name: str) -> LaneKind:
 
 
 def usable_lanes(choice: str, kept: WorkerMemory | None) -> dict[str, LaneKind]:
-    """Return the kinds to try for a choice, in this order, by name.
+    """Return the kinds of lane to try for a choice, by name, in the order of preference.
 
     Args:
         choice: The name of a lane, or ``auto``.
-        kept: The memory of an earlier lane, to go on with.
+        kept: The memory of an earlier lane to go on with, if any.
 
     Raises:
-        ConfigError: If there is none of this name.
-        RefusedError: If this machine cannot use it, or it cannot go on with that memory.
+        ConfigError: If there is no lane of this name.
+        RefusedError: If this machine cannot use the lane, or the lane cannot go on with that memory.
     """
     kinds = {name: lane_kind(name) for name in (AUTOMATIC if choice == AUTO else (choice,))}
     usable = {name: kind for name, kind in kinds.items() if not kind.obstacle() and (kept is None or kind.keeps(kept))}

@@ -1,4 +1,4 @@
-"""Where a ps waits for workers: one TCP address, and one local socket for workers on the same host."""
+"""The sockets on which a ps waits for workers: one TCP address, and one local socket for workers on the same host."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
 RETRY_INTERVAL = 1.0
-"""Seconds before the next try where a connection cannot be taken for want of descriptors."""
+"""Seconds until the next try if a connection cannot be accepted for lack of descriptors."""
 
 
 class Listener:
-    """Accepts connections. One thread iterates over `connections`; `close` may be called by any.
+    """Accepts connections. One thread iterates over `connections`; any thread may call `close`.
 
     Args:
-        address: ``host:port`` to bind; port 0 lets the system choose. The host is what workers use to reach this
-            task, so every interface is listened on unless it is a loopback address.
-        task: The task that listens, for messages.
-        descriptor: A listening socket that was inherited, used instead of ``address``.
+        address: ``host:port`` to bind; port 0 lets the system choose. The host is the name by which workers reach this
+            task, so the task listens on all interfaces, unless the host is a loopback address.
+        task: The listening task, for messages.
+        descriptor: An inherited listening socket to use instead of ``address``.
 
     Raises:
         UnavailableError: If the address cannot be bound.
@@ -45,11 +45,11 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The TCP port that is listened on."""
+        """TCP port of the listening socket."""
         return self._port
 
     def connections(self) -> Iterator[socket.socket]:
-        """Each new connection, until `close`."""
+        """Yield each new connection, until `close`."""
         with selectors.DefaultSelector() as selector:
             for listening in self._sockets:
                 listening.setblocking(False)
@@ -61,7 +61,7 @@ class Listener:
                         yield connection
 
     def release(self) -> None:
-        """Close the sockets, after `connections` has ended or where it never began. Idempotent."""
+        """Close the sockets, after `connections` has ended or if it never began. Idempotent."""
         self.is_closed = True
         for listening in self._sockets:
             listening.close()
@@ -79,9 +79,9 @@ class Listener:
     def _accept(self, listening: socket.socket) -> socket.socket | None:
         try:
             return listening.accept()[0]
-        except (BlockingIOError, ConnectionError):  # it went away again
+        except (BlockingIOError, ConnectionError):  # the peer went away again
             return None
-        except OSError as error:  # out of descriptors, most likely: others are served on, and may leave some
+        except OSError as error:  # most likely no descriptors are left; connections that end will free some
             logger.warning("%s cannot take another connection: %s; raise the limit (ulimit -n)", self._task, error)
             select.select([self._wake[0]], [], [], RETRY_INTERVAL)
             return None

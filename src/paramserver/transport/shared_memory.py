@@ -1,9 +1,9 @@
-"""The lane inside one host: gradients and values lie in shared memory, a Unix socket carries the messages.
+"""The lane inside one host: gradients and values are in shared memory, a Unix socket carries the messages.
 
-The worker's gradient memory is a file that the ps maps for reading, so a gradient that autograd wrote is where the
-ps reads it. Rows of tables that are pushed are copied into another such file. The ps's values are a file that workers
-map for reading; a worker copies them block by block, and a block's version before and after its copy tells a torn
-read, which is copied again.
+The worker's gradient memory is a file that the ps maps for reading, so the ps reads a gradient where autograd wrote it.
+Pushed rows of tables are copied into another such file. The ps's values are a file that workers map for reading. A
+worker copies them block by block; a block whose version differs before and after its copy was torn, and is copied
+again.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from paramserver.wire.messages import Done, Refused, Reply, Request, Share
 from paramserver.wire.refusals import expect
 
 ORDERED = frozenset({"x86_64", "amd64", "i386", "i686"})
-"""The machines whose processors keep loads in their order, and stores, by the names of ``platform.machine()``."""
+"""Machines whose processors keep the order of loads and of stores, by the names of ``platform.machine()``."""
 TORN_READ_LIMIT = 10.0
-"""Seconds after which a block that is being written must mean that its writer died."""
+"""Seconds after which a block still being written means that its writer died."""
 QUIET_LIMIT = 5e-3
-"""Seconds for which rows that others write to are waited for, before they are copied nevertheless."""
+"""Seconds to wait for a pause in the writes to rows before copying them nevertheless."""
 ROW_TRIES = 16
-"""How often rows are copied that others write to meanwhile, before the ps is asked for them."""
+"""Number of further copies of rows that are written to meanwhile, before the ps is asked for them."""
 
 
 class SharedMemoryLane(Lane):
@@ -77,10 +77,10 @@ class SharedMemoryLane(Lane):
         self._mine, layouts = mine, self._layouts
         if self._mine.file is None:
             raise LocalProtocolError(f"{self.task} cannot map the gradients of a lane that shared none")
-        # Not kept: the ps may still be applying rows that it found in that of a lost connection.
+        # Not kept: the ps may still be applying rows from the rows file of a lost connection.
         with contextlib.closing(shared_file.SharedFile.create(arena_memory.rows_bytes(layouts))) as rows:
             values = self._exchange(self._mine.file, rows, arena_memory.store_bytes(layouts))
-        values.close()  # the mappings stay
+        values.close()  # the mapping stays
         self._rows = arena_memory.RowsFile(rows.data.numpy())
         self._theirs = arena_memory.store_memory(layouts, values)
         self._copies = {}
@@ -95,7 +95,7 @@ class SharedMemoryLane(Lane):
         self._rows.rewind()
         try:
             for view in rows:
-                np.copyto(self._rows.next(view.nbytes), view)  # lets other threads go on
+                np.copyto(self._rows.next(view.nbytes), view)  # releases the GIL, unlike a copy of memoryviews
         except ValueError as error:
             raise LocalProtocolError(f"{self.task} cannot be sent that many rows at once: {error}") from error
         self._frames.send(request)
@@ -110,7 +110,7 @@ class SharedMemoryLane(Lane):
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
-        self._frames.check_open()  # the memory of a ps outlives it
+        self._frames.check_open()  # the memory of a ps outlives the ps
         return self._row_copies[arena].run(rows)
 
     def close(self) -> None:
@@ -145,12 +145,12 @@ def _gradients(layouts: Sequence[ArenaLayout]) -> tuple[shared_file.SharedFile, 
 
 
 class _BlockCopy:
-    """Copies one block of values, as many times as it takes to find nobody writing it.
+    """Copies one block of values, again and again until no write has overlapped the copy: a seqlock.
 
-    A writer makes the version odd, writes the values, and makes it even; a reader reads the version, the values, and
-    the version again. That is right where a processor lets others see its stores in their order and carries out its
-    loads in their order, as x86 does. Others need a memory fence in between, which Python does not have, so that they
-    are refused; see `ORDERED`.
+    The writer makes the version odd, writes the values, and makes the version even; the reader reads the version, the
+    values, and the version again. This is correct if a processor makes its stores visible in their order and carries
+    out its loads in their order, as x86 does. Other processors need a memory fence in between, which Python does not
+    have, so they are refused; see `ORDERED`.
     """
 
     def __init__(self, piece: Piece, theirs: StoreMemory, mine: WorkerMemory) -> None:
@@ -179,7 +179,7 @@ class _BlockCopy:
 
 
 class _RowsCopy:
-    """Copies rows of a table, those again that were written to meanwhile; `_BlockCopy` says when that is right."""
+    """Copies rows of a table, and again those that were written to meanwhile; see `_BlockCopy` for the conditions."""
 
     def __init__(self, theirs: StoreMemory, arena: int, width: int) -> None:
         self._rows = Rows(theirs.values[arena].view(-1, width))
@@ -187,7 +187,10 @@ class _RowsCopy:
         self._width = width
 
     def run(self, rows: TableRows) -> bool:
-        """Whether each of them is whole: of rows that others write to all the time, some may never be met so."""
+        """Copy rows, and return whether each of them is whole.
+
+        A copy of rows that others write to all the time may never be whole.
+        """
         ids, out = rows
         torn = self._copy(ids, out)
         for _ in range(ROW_TRIES):
@@ -201,18 +204,21 @@ class _RowsCopy:
         return not len(torn)
 
     def _copy(self, ids: npt.NDArray[np.int64], out: torch.Tensor) -> npt.NDArray[np.intp]:
-        """Copy these rows; which of them have to be copied again."""
+        """Copy rows, and return the indices of those that have to be copied again."""
         touched = touched_blocks(ids, self._width, len(self._versions))
         before = self._quiet_versions(touched)
         self._rows.take(ids, out)
         torn = touched[(self._versions[touched] != before) | (before % 2 == 1)]
-        if not len(torn):  # blocks are few beside rows
+        if not len(torn):  # the test of blocks is cheap, because there are few of them
             return np.empty(0, dtype=np.intp)
         places = blocks_of_rows(ids, self._width)
         return np.flatnonzero(np.logical_or.reduce([np.isin(blocks, torn) for blocks in places]))
 
     def _quiet_versions(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Their versions, as soon as nobody writes to them, if that is soon: it takes less time than copies in vain."""
+        """Return the versions of blocks, after a short wait for a moment in which no block is written.
+
+        Waiting takes less time than copying in vain.
+        """
         versions = self._versions[blocks]
         give_up = time.perf_counter() + QUIET_LIMIT
         while np.any(versions % 2) and time.perf_counter() < give_up:
@@ -240,7 +246,7 @@ class SharedMemorySession(Session):
         while isinstance(request, Share):
             self._exchange()
             request = self._frames.receive()
-        return request  # type: ignore[return-value]  # the server refuses whatever is no request
+        return request  # type: ignore[return-value]  # the server refuses anything that is not a request
 
     def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
         self._layouts = layouts
@@ -288,7 +294,7 @@ class SharedMemorySession(Session):
         return self._gradients[piece.arena][piece.start : piece.stop]
 
     def _mapped(self, nbytes: int) -> torch.Tensor:
-        """The memory that the worker passes next."""
+        """Map the file that the worker passes next, and return its memory."""
         file = shared_file.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
         file.close()  # the mapping stays
         return file.data

@@ -1,7 +1,7 @@
-"""The lane between hosts: payloads go by TCP, from and into the memory that is used.
+"""The lane between hosts: payloads go by TCP, straight from and into the memory in use.
 
-A ps receives one piece of a gradient at a time and applies it while the next one is on its way, so that it needs
-one block of memory for each connection and not a copy of the model.
+A ps receives one piece of a gradient at a time and applies it while the next one is under way, so each connection needs
+one block of memory and not a copy of the model.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from paramserver.wire.messages import Message, Refused, Reply, Request
 NOTHING = memoryview(b"")
 
 IN_PLACE = 8 << 20
-"""Bytes of values from which on they are sent from where they lie. Workers of a smaller model wait for the same few
-locks, and a ps that wakes one of them by sending may lose its core to it, with a lock in hand."""
+"""Size of values in bytes from which on they are sent from the store's own memory. With a smaller model, workers wait
+for the same few locks, and a ps that wakes a worker by sending may lose its core to it while it holds a lock."""
 
 
 class TcpLane(Lane):
@@ -86,7 +86,7 @@ class TcpSession(Session):
         self._values = _Bytes([], [])
 
     def receive(self) -> Request | None:
-        return self._frames.receive()  # type: ignore[return-value]  # the server refuses whatever is no request
+        return self._frames.receive()  # type: ignore[return-value]  # the server refuses anything else than a request
 
     def open(self, layouts: Sequence[ArenaLayout], memory: StoreMemory) -> None:
         self._layouts = layouts
@@ -114,7 +114,7 @@ class TcpSession(Session):
         lock: LockPiece | None = None,
         rows: Sequence[memoryview] = (),
     ) -> None:
-        self._frames.discard_payload()  # a worker that still sends its payload takes no reply
+        self._frames.discard_payload()  # a worker that is still sending its payload would not read the reply
         if rows:
             self._frames.send(reply, rows)
             return
@@ -134,7 +134,10 @@ class TcpSession(Session):
         return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
 
     def _send_values(self, head: memoryview, piece: Piece, lock: LockPiece, *, in_place: bool) -> None:
-        """A piece of the store's values: from where it lies what the kernel takes at once, and a copy of the rest."""
+        """Send a piece of the store's values under its lock, without waiting for the peer while the lock is held.
+
+        The kernel takes as much as it can from the store's own memory; the rest is copied and sent after the lock.
+        """
         content = self._values.of(piece)
         if in_place and not head:
             self._frames.await_room()
@@ -144,7 +147,7 @@ class TcpSession(Session):
         self._frames.send_views([head[sent:], rest])
 
     def _copied(self, content: memoryview, start: int) -> memoryview:
-        """A copy of what is left of ``content``."""
+        """Return a copy of the rest of ``content``."""
         count = content.nbytes - start
         if not count:
             return NOTHING
@@ -158,17 +161,17 @@ class TcpSession(Session):
 
 
 class _Room(NamedTuple):
-    """The beginning of a session's scratch memory, where a piece of a gradient is for a moment."""
+    """The beginning of a session's scratch memory, which holds one piece of a gradient at a time."""
 
     elements: torch.Tensor
     content: memoryview
 
 
 class _Bytes:
-    """The memory of pieces of flat tensors. That of whole blocks, which is what steps move, is looked up only once.
+    """The memory of pieces of flat tensors. Whole blocks, which most steps move, are looked up only once.
 
     Args:
-        layouts: What lies in the tensors.
+        layouts: The layouts of the tensors.
         tensors: One for each arena.
     """
 
@@ -177,7 +180,7 @@ class _Bytes:
         self._blocks = {piece: self._cut(piece) for piece in whole_blocks(layouts)}
 
     def of(self, piece: Piece) -> memoryview:
-        """The memory of a piece."""
+        """Return the memory of a piece."""
         return self._blocks.get(piece) or self._cut(piece)
 
     def _cut(self, piece: Piece) -> memoryview:
@@ -185,7 +188,7 @@ class _Bytes:
 
 
 def _tensor(layout: ArenaLayout) -> torch.Tensor:
-    """Memory for all values of an arena, or all gradients, of a worker."""
+    """Make a worker's memory for all values, or all gradients, of an arena."""
     return payload_memory(layout.on_worker.size * layout.itemsize).view(layout.torch_dtype)
 
 
@@ -194,7 +197,11 @@ def _gradients(layouts: Sequence[ArenaLayout]) -> list[torch.Tensor]:
 
 
 def expect_reply(frames: FrameSocket) -> Reply:
-    """The next message, which must be there."""
+    """Return the next message.
+
+    Raises:
+        UnavailableError: If the stream has ended.
+    """
     reply: Message | None = frames.receive()
     if reply is None:
         raise UnavailableError(f"{frames.task} closed the connection instead of answering; has it died?", frames.task)

@@ -2,11 +2,11 @@
 
 Rules
     * A connection starts with a preamble from each side: ``PSRV`` and the protocol version. It comes before any
-      message, so that a peer of another version is told apart whatever its messages look like.
-    * Then frames follow: the length of the message (u32), the length of the payload (u64), both little endian;
-      the message as msgpack; the payload as raw bytes.
-    * The length of a message is checked before memory is taken for it, and a stranger, who has not proved yet that it
-      belongs to the run, may send short ones only. A payload takes no memory of its own: it is read into arenas.
+      message, so that a peer of another version is recognized, whatever format its messages have.
+    * After that, frames follow: the length of the message (u32) and of the payload (u64), both little endian; the
+      message as msgpack; the payload as raw bytes.
+    * The length of a message is checked before memory is taken for it. A stranger, which has not proved yet that it
+      belongs to the run, may only send short messages. A payload takes no memory of its own: it is read into arenas.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessa
 
 
 def preamble() -> bytes:
-    """What each side sends first."""
+    """Return the bytes that each side sends first."""
     return _PREAMBLE.pack(MAGIC, VERSION)
 
 
 def check_preamble(data: bytes, peer: str) -> None:
-    """Whether a peer can be talked to.
+    """Check that a peer speaks this version of the protocol.
 
     Raises:
-        RemoteProtocolError: If the peer is something else, or of another version.
+        RemoteProtocolError: If the peer is not a paramserver task, or of another version.
     """
     magic, version = _PREAMBLE.unpack(data)
     if magic != MAGIC:
-        raise RemoteProtocolError(f"{peer} is no paramserver task: expected {preamble()!r} first, got {data!r}")
+        raise RemoteProtocolError(f"{peer} is not a paramserver task: expected {preamble()!r} first, got {data!r}")
     if version != VERSION:
         raise RemoteProtocolError(
             f"{peer} speaks protocol version {version}, this task speaks {VERSION}; "
@@ -54,7 +54,7 @@ def check_preamble(data: bytes, peer: str) -> None:
 
 
 def encode(message: Message, payload_bytes: int = 0) -> bytes:
-    """The header and the message; the payload is sent behind it.
+    """Return the header and the message as bytes; the payload is sent after them.
 
     Raises:
         LocalProtocolError: If the message is larger than `MAX_MESSAGE_BYTES`.
@@ -68,7 +68,7 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
 
 
 def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> tuple[int, int]:
-    """The first `HEADER_BYTES` of a frame: the lengths of its message and of its payload.
+    """Return the lengths of the message and of the payload from the first `HEADER_BYTES` of a frame.
 
     Raises:
         RemoteProtocolError: If the announced message is larger than ``max_message_bytes``.
@@ -82,18 +82,18 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
 
 
 def frame_bytes(data: bytes | memoryview) -> int:
-    """The length of a whole frame, which begins with these `HEADER_BYTES`."""
+    """Return the length of the whole frame that begins with these `HEADER_BYTES`."""
     message_bytes, payload_bytes = _HEADER.unpack_from(data)
     return HEADER_BYTES + int(message_bytes) + int(payload_bytes)
 
 
 def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:
-    """The message of a frame.
+    """Return the message of a frame.
 
     Raises:
-        RemoteProtocolError: If the bytes are no message of this protocol.
+        RemoteProtocolError: If the bytes are not a message of this protocol.
     """
     try:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RemoteProtocolError(f"{peer} sent bytes that are no message: {error}") from error
+        raise RemoteProtocolError(f"{peer} sent bytes that are not a message: {error}") from error

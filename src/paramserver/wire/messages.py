@@ -1,8 +1,8 @@
-"""What tasks say to each other: a closed union of typed structs.
+"""The messages between tasks: a closed union of typed structs.
 
-The tensors of a model do not stand in messages: a message says which pieces of which arenas its payload holds, and the
-payload follows it as raw bytes (or lies in shared memory already). The variables of a program's own are few and mostly
-small: their values stand in the messages, one block of elements at most in each.
+Messages do not contain the tensors of a model: a message names the pieces of arenas in its payload, and the payload
+follows as raw bytes (or is in shared memory already). The program's own variables are few and mostly small: messages
+contain their values, at most one block of elements in each.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from paramserver.layout.variables import VariableSpec
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The root of all messages. Each subclass says ``frozen`` again for type checkers, which do not inherit it."""
+    """The base of all messages. Each subclass repeats ``frozen`` for type checkers, which do not inherit it."""
 
 
 # --- the handshake ---------------------------------------------------------------------------------------------
 
 
 class Challenge(Message, frozen=True):
-    """A ps to whoever connects: who I am, prove who you are; and a shorter way, if you are on my host."""
+    """Sent by a ps to a task that connects: names the ps, and asks for proof that the task belongs to the run.
+
+    ``local_socket`` names a shorter way for tasks on the same host.
+    """
 
     task: str
     nonce: bytes
@@ -37,9 +40,9 @@ class Hello(Message, frozen=True):
 
     task: str
     peer: str
-    """The task that the sender believes to talk to."""
+    """The task that the sender expects at the other end."""
     incarnation: str
-    """One start of a task: a restarted worker has another one."""
+    """One start of a task: a restarted worker has another incarnation."""
     proof: bytes
     nonce: bytes
     lane: str
@@ -47,7 +50,7 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """A ps has accepted the sender of Hello, and proves that it belongs to the run too."""
+    """Accepts the sender of a `Hello`, and proves that the ps belongs to the run too."""
 
     proof: bytes
 
@@ -56,23 +59,23 @@ class Welcome(Message, frozen=True):
 
 
 class Declare(Message, frozen=True):
-    """The arenas that this ps is to hold. The chief creates them; everyone else is compared with them."""
+    """The arenas that the ps is to hold. The chief creates them; those of other workers are compared with them."""
 
     arenas: tuple[ArenaLayout, ...]
     create: bool
 
 
 class Share(Message, frozen=True):
-    """Offers the worker's memory for gradients and that for rows, and asks for the ps's values.
+    """Offers the worker's memory for gradients and for rows, and asks for the memory of the ps's values.
 
-    Descriptors travel beside it, in this order.
+    File descriptors are passed beside this message, in this order.
     """
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """What a push does to one arena: run its rule, or assign, or add, on ``ranges`` (None: all of it).
+    """The operation of a push on one arena: run its rule, assign, or add, on ``ranges`` (None: on all of it).
 
-    To a table it does so on as many ``rows``, with the same rule; ``ranges`` is None then.
+    On a table, the operation applies to as many ``rows``, all with the same settings; ``ranges`` is None then.
     """
 
     arena: int
@@ -83,15 +86,15 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Push(Message, frozen=True):
-    """Gradients, and the wish to have fresh values back. Applied once, however often it arrives.
+    """Pushes gradients and asks for fresh values. Applied once, however often it arrives.
 
-    The payload holds the rows of tables, then the other parts' ranges, each in the order of the parts; the reply's
-    payload holds the arenas of ``pull``, whole. Of a table's rows there are the ids (int64, ascending, none twice), and
-    then the rows.
+    The payload holds the rows of tables and then the ranges of the other parts, each in the order of the parts; the
+    payload of the reply holds the whole arenas of ``pull``. For the rows of a table, it holds their ids (int64,
+    ascending and unique) and then their values.
     """
 
     sequence: int
-    """Counts the pushes of one incarnation, from 1."""
+    """Number of the push among those of one incarnation, counted from 1."""
     local_step: int
     """The global step whose values the gradients were computed from."""
     counts: bool
@@ -107,48 +110,48 @@ class Pull(Message, frozen=True):
 
 
 class PullRows(Message, frozen=True):
-    """Asks for rows of tables. The payload holds their ids, as in `Push`; the reply's payload holds the rows."""
+    """Asks for rows of tables. The payload holds their ids, as in `Push`; the payload of the reply holds the rows."""
 
     wanted: tuple[tuple[int, int], ...]
-    """The arena of each table, and how many of its rows."""
+    """The arena of each table, and the number of its rows."""
 
 
 class MarkReady(Message, frozen=True):
-    """The chief has initialized or restored every variable."""
+    """Says that the chief has initialized or restored every variable."""
 
     global_step: int
     epoch: str = ""
-    """A name for the values from now on: updates of those before are none of theirs."""
+    """A name for the values from now on: updates of earlier values must not be applied to them."""
 
 
 class AwaitReady(Message, frozen=True):
-    """Asks to be told when the chief has initialized the variables; answered within ``timeout`` seconds."""
+    """Asks for a reply as soon as the chief has initialized the variables, or after ``timeout`` seconds."""
 
     timeout: float
 
 
 class MarkRestored(Message, frozen=True):
-    """After `MarkReady`, the chief has restored a checkpoint of this step; None: it has found none to restore."""
+    """Says, after `MarkReady`, that the chief has restored a checkpoint of this step; None if there was none."""
 
     global_step: int | None
 
 
 class AwaitRestored(Message, frozen=True):
-    """Asks to be told when the chief has restored, or training has begun; answered within ``timeout`` seconds."""
+    """Asks for a reply as soon as the chief has restored, or training has begun, or after ``timeout`` seconds."""
 
     timeout: float
 
 
 class AwaitWorkers(Message, frozen=True):
-    """The chief asks who else still trains; answered when nobody does, or after ``timeout`` seconds."""
+    """Asks, for the chief, which workers still train; answered when none does, or after ``timeout`` seconds."""
 
     timeout: float
     absent: bool = False
-    """Whether those are waited for, too, that are not connected and have not said goodbye."""
+    """Whether to wait also for workers that are not connected and have not said goodbye."""
 
 
 class Save(Message, frozen=True):
-    """Begin to write this ps's shard of a checkpoint: into the directory if it is there, else through the sender."""
+    """Asks to write the ps's shard of a checkpoint: into the directory if the ps sees it, else through the sender."""
 
     directory: str
     shard: int
@@ -156,9 +159,9 @@ class Save(Message, frozen=True):
 
 
 class Restore(Message, frozen=True):
-    """Begin to read this ps's variables and slots from a whole checkpoint: from the directory, or through the sender.
+    """Asks to read the ps's variables and slots from a whole checkpoint: from the directory, or through the sender.
 
-    The directory is used if it holds the very checkpoint that ``digest`` tells.
+    The ps reads the directory itself if its checkpoint has this ``digest``.
     """
 
     directory: str
@@ -168,7 +171,7 @@ class Restore(Message, frozen=True):
 
 
 class ReadSlots(Message, frozen=True):
-    """Begin to send the slots of variables to the sender, in the files that `Save` would write them into."""
+    """Asks to send the slots of variables to the sender, in the files into which `Save` would write them."""
 
     shard: int
     num_shards: int
@@ -183,9 +186,9 @@ class SlotGroup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoadSlots(Message, frozen=True):
-    """Begin to replace the slots of variables by those in the files that the sender holds; see `Restore`.
+    """Asks to replace the slots of variables by those in files that the sender holds; see `Restore`.
 
-    Variables that have none there begin anew.
+    Variables without slots in these files begin anew.
     """
 
     groups: tuple[SlotGroup, ...]
@@ -193,11 +196,11 @@ class LoadSlots(Message, frozen=True):
 
 
 class Proceed(Message, frozen=True):
-    """Go on with what one of the four before began on this connection, for ``timeout`` seconds.
+    """Asks to go on for ``timeout`` seconds with what `Save`, `Restore`, `ReadSlots` or `LoadSlots` began.
 
-    ``content`` was asked for.
+    ``content`` holds the bytes that the last reply asked for.
 
-    So a ps that is at work for hours is heard of every second, and ends what nobody waits for any more.
+    So a ps that works for hours reports every second, and stops work that no task waits for any more.
     """
 
     timeout: float
@@ -205,9 +208,9 @@ class Proceed(Message, frozen=True):
 
 
 class CreateVariable(Message, frozen=True):
-    """The chief makes a variable of the program's own, and sends its first values block by block, the first one first.
+    """Creates one of the program's own variables, for the chief. Sends its first values block by block, in order.
 
-    It is there for everyone once the last block has come; a variable that is there already keeps its values.
+    Other tasks see the variable when its last block has come; a variable that exists already keeps its values.
     """
 
     variable: VariableSpec
@@ -216,14 +219,14 @@ class CreateVariable(Message, frozen=True):
 
 
 class AwaitVariable(Message, frozen=True):
-    """Asks to be told when the chief has made a variable; answered within ``timeout`` seconds."""
+    """Asks for a reply as soon as the chief has created a variable, or after ``timeout`` seconds."""
 
     variable: VariableSpec
     timeout: float
 
 
 class ReadVariable(Message, frozen=True):
-    """Asks for the elements ``[start, stop)`` of a variable, which lie in one block."""
+    """Asks for the elements ``[start, stop)`` of a variable, all in one block."""
 
     variable: str
     start: int
@@ -231,13 +234,13 @@ class ReadVariable(Message, frozen=True):
 
 
 class UpdateVariable(Message, frozen=True):
-    """Assigns or adds to elements of one block of a variable, from ``start`` on. Answered with what they are then.
+    """Assigns or adds to elements of one block of a variable, from ``start`` on. The reply holds their new values.
 
     Applied once, however often it arrives.
     """
 
     sequence: int
-    """Counts as the one of `Push`, with which it shares the numbers."""
+    """Number of the update; updates and pushes share one sequence of numbers."""
     variable: str
     operation: Literal["assign", "add"]
     start: int
@@ -245,11 +248,11 @@ class UpdateVariable(Message, frozen=True):
 
 
 class GetStatus(Message, frozen=True):
-    """Asks what a ps holds and has done."""
+    """Asks for the contents and counters of a ps."""
 
 
 class Goodbye(Message, frozen=True):
-    """The sender has finished (``failure`` empty) or cannot go on."""
+    """Says that the sender has finished (``failure`` empty) or cannot go on."""
 
     failure: str = ""
 
@@ -258,18 +261,24 @@ class Goodbye(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """The request was carried out."""
+    """Says that the request was carried out."""
 
 
 class Declared(Message, frozen=True):
-    """The arenas exist and agree. ``ready``: they hold trained or initial values already, of this ``epoch``."""
+    """Says that the arenas exist and agree.
+
+    ``ready``: they hold trained or initial values already, of this ``epoch``.
+    """
 
     ready: bool
     epoch: str = ""
 
 
 class Applied(Message, frozen=True):
-    """A push was applied. ``staleness`` is the global step it met, less its local step; ``seconds`` is what it took."""
+    """Says that a push was applied.
+
+    ``staleness`` is the global step when it was applied less its local step; ``seconds`` is the time it took.
+    """
 
     global_step: int
     staleness: int
@@ -277,14 +286,14 @@ class Applied(Message, frozen=True):
 
 
 class State(Message, frozen=True):
-    """Whether the variables are initialized, and the global step."""
+    """Says whether the asked or awaited state is there (``ready``), and the global step."""
 
     ready: bool
     global_step: int
 
 
 class Values(Message, frozen=True):
-    """Elements of a variable of the program's own."""
+    """Elements of one of the program's own variables."""
 
     values: bytes
 
@@ -294,17 +303,17 @@ class Remaining(Message, frozen=True):
 
     tasks: tuple[str, ...]
     absent: tuple[str, ...] = ()
-    """Those that are not, and have not said goodbye, if they were asked for."""
+    """Workers that are not connected and have not said goodbye, if they were asked for."""
 
 
 class Underway(Message, frozen=True):
-    """There is more to do: `Proceed`."""
+    """Says that there is more to do, and asks for `Proceed`."""
 
 
 class FilePiece(Message, frozen=True):
-    """Write this into a file of the checkpoint, which will have ``size`` bytes, and `Proceed`.
+    """Asks to write this into a file of the checkpoint, which will have ``size`` bytes, and then for `Proceed`.
 
-    ``is_shared``: other tasks may write into the same pages of it.
+    ``is_shared``: other tasks may write into the same pages of the file.
     """
 
     file: str
@@ -315,7 +324,7 @@ class FilePiece(Message, frozen=True):
 
 
 class Wanted(Message, frozen=True):
-    """`Proceed` with these bytes of a file of the checkpoint."""
+    """Asks for `Proceed` with these bytes of a file of the checkpoint."""
 
     file: str
     offset: int
@@ -323,19 +332,19 @@ class Wanted(Message, frozen=True):
 
 
 class Saved(Message, frozen=True):
-    """The files of a shard, and which variable or slot lies in which."""
+    """The files of a shard: ``weight_map`` and ``slot_map`` name the file of each variable and slot."""
 
     weight_map: dict[str, str]
     slot_map: dict[str, str]
     nbytes: int
     pause: float
-    """Seconds for which blocks were locked, in all; no push had to wait longer."""
+    """Seconds for which blocks were locked in total; no push had to wait longer."""
     longest_pause: float = 0.0
-    """Seconds for which one block was locked, at most."""
+    """Seconds for which one block was locked at most."""
 
 
 class Status(Message, frozen=True):
-    """What a ps holds and has done since it started."""
+    """The contents of a ps, and its counters since it started."""
 
     task: str
     num_variables: int
@@ -349,7 +358,7 @@ class Status(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """A request was understood and refused. ``kind`` chooses the exception that the client raises."""
+    """Says that a request was understood and refused. ``kind`` determines the exception that the client raises."""
 
     kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite"]
     message: str

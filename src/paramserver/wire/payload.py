@@ -1,7 +1,7 @@
-"""What the payload of a push holds, and in which order.
+"""The content of a push's payload, and its order.
 
 Rows of tables come first, part by part: the ids, then the values. All other parts follow, piece by piece. Both ends of
-a lane count by the functions of this file, so that nothing of it has to travel.
+a lane use the functions of this file, so the order itself need not be sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from paramserver.wire.messages import Part
 
 
 def parts_of_rows(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Return the parts of a push that are about rows of tables, in the order of their payload."""
+    """Return the parts of a push that concern rows of tables, in the order of their payload."""
     return tuple(part for part in parts if part.rows is not None)
 
 

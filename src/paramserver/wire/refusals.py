@@ -1,4 +1,4 @@
-"""An exception as a refusal that travels, and back."""
+"""The conversion of exceptions to refusals, which can be sent, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=Message)
 
 
 def refused(error: ParameterServerError) -> Refused:
-    """The message for an exception."""
+    """Return the message for an exception."""
     match error:
         case ModelMismatchError():
             return Refused("model", str(error), error.variable)
@@ -37,7 +37,7 @@ def refused(error: ParameterServerError) -> Refused:
 
 
 def raised(refusal: Refused, task: str) -> ParameterServerError:
-    """The exception for a message that ``task`` sent."""
+    """Return the exception for a message that ``task`` sent."""
     match refusal.kind:
         case "model":
             return ModelMismatchError(refusal.message, task, refusal.subject)
@@ -57,8 +57,8 @@ def expect(reply: Message, kind: type[M], task: str) -> M:
     """Return the reply of a task if it is of the kind that was asked for.
 
     Raises:
-        ParameterServerError: What the task has refused with.
-        RemoteProtocolError: If it has answered something else.
+        ParameterServerError: If the task has refused: the exception for its refusal.
+        RemoteProtocolError: If the reply is of another kind.
     """
     if isinstance(reply, kind):
         return reply

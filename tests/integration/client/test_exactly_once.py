@@ -122,7 +122,7 @@ def test_what_comes_before_the_variables_are_declared_is_refused_and_changes_not
 def test_what_is_no_request_is_answered_and_ends_the_connection(dial, request_):
     lane = dial("worker:0", "first")
     answer = ask(lane, request_)
-    assert "no request" in answer.message
+    assert "not a request" in answer.message
     again = dial("worker:0", "first")
     assert isinstance(ask(again, messages.GetStatus()), messages.Status)
 

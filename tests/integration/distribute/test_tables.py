@@ -359,7 +359,7 @@ def test_a_weight_that_something_else_uses_is_no_table(monkeypatch, late_bytes):
         model.words(torch.tensor([1])).sum().backward()
         optimizer.step()  # whose part it is where gradients come home late
 
-    with pytest.raises(NotImplementedError, match=r"'words.weight' got a sparse gradient, and it is no table"):
+    with pytest.raises(NotImplementedError, match=r"'words.weight' got a sparse gradient, and it is not a table"):
         step()
     optimizer.zero_grad()
     model.out(model.words(torch.tensor([1]))).sum().backward()  # a sum of a sparse and a dense one is dense

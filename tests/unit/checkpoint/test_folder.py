@@ -248,5 +248,5 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 def test_no_file_outside_of_the_folder_is_touched(tmp_path, name):
     with CheckpointFolder(tmp_path) as folder:
         for step in (Read(name, 0, memoryview(bytearray(1))), Write(name, 1, False, 0, memoryview(b"1"))):
-            with pytest.raises(CheckpointError, match="is no name of a file in checkpoint"):
+            with pytest.raises(CheckpointError, match="is not the name of a file in checkpoint"):
                 folder.carry_out(step)

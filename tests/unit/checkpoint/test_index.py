@@ -48,7 +48,7 @@ def test_what_is_no_index_is_refused(tmp_path, text):
     path = tmp_path / VALUES_INDEX
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(CheckpointError, match=f"{path} is no index of a checkpoint") as caught:
+    with pytest.raises(CheckpointError, match=f"{path} is not an index of a checkpoint") as caught:
         read_index(path)
     assert caught.value.path == str(path)
 

@@ -342,7 +342,7 @@ def test_settings_are_plain_numbers() -> None:
 
 
 def test_a_setting_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must be a number or a tuple of them, got tensor"):
+    with pytest.raises(ConfigError, match="must be a number or a tuple of numbers, got tensor"):
         settings({"lr": torch.zeros(2)}, ("lr",))
 
 
@@ -438,10 +438,10 @@ def test_values_must_be_flat() -> None:
     [
         (0, 2, torch.zeros(3), {}, r"for \[0, 2\) must have shape \(2,\).*got \(3,\)"),
         (0, 3, torch.zeros(3, dtype=torch.float64), {}, "torch.float32, got .*torch.float64"),
-        (2, 5, torch.zeros(3), {}, r"\[2, 5\) is no range of a block of 4"),
-        (2, 6, torch.zeros(4), {}, r"\[2, 6\) is no range of a block of 4"),
-        (2, 2, torch.zeros(0), {}, r"\[2, 2\) is no range"),
-        (-1, 1, torch.zeros(2), {}, r"\[-1, 1\) is no range"),
+        (2, 5, torch.zeros(3), {}, r"\[2, 5\) is not a range of a block of 4"),
+        (2, 6, torch.zeros(4), {}, r"\[2, 6\) is not a range of a block of 4"),
+        (2, 2, torch.zeros(0), {}, r"\[2, 2\) is not a range"),
+        (-1, 1, torch.zeros(2), {}, r"\[-1, 1\) is not a range"),
         (0, 4, torch.zeros(4), {"params": ()}, "Adam has no setting 'params'"),
     ],
 )

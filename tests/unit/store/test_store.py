@@ -196,9 +196,9 @@ def test_a_chief_that_starts_again_begins_a_large_variable_again(store):
     ("variable", "start", "count", "words"),
     [
         (LARGE, BLOCK, 2, "a later block of variable 'large' first"),
-        (LARGE, 0, BLOCK + 2, r"'large' on ps:1: \[0, 524290\) is no piece of one block"),
-        (TABLE, 0, 7, r"\[0, 7\) is no piece of one block of its 6 elements"),
-        (TABLE, 0, 0, r"\[0, 0\) is no piece"),
+        (LARGE, 0, BLOCK + 2, r"'large' on ps:1: \[0, 524290\) is not within one block"),
+        (TABLE, 0, 7, r"\[0, 7\) is not within one block of its 6 elements"),
+        (TABLE, 0, 0, r"\[0, 0\) is not within one block"),
         (TABLE, -1, 1, "a later block"),
         (VariableSpec("c", (1,), "complex64"), 0, 1, "'c'.*complex64"),
         (VariableSpec("n", (-1,), "int8"), 0, 1, r"'n'.*\[-1\]"),

@@ -46,7 +46,7 @@ def test_the_preamble_is_known():
 
 
 def test_a_stranger_is_told_apart():
-    with pytest.raises(RemoteProtocolError, match=rf"{PEER} is no paramserver task: .*got b'GET / HT'"):
+    with pytest.raises(RemoteProtocolError, match=rf"{PEER} is not a paramserver task: .*got b'GET / HT'"):
         codec.check_preamble(b"GET / HT", PEER)
 
 
@@ -75,7 +75,7 @@ NONSENSE = {
 def test_nonsense_is_refused_without_taking_memory(body):
     tracemalloc.start()
     try:
-        with pytest.raises(RemoteProtocolError, match=f"{PEER} sent bytes that are no message"):
+        with pytest.raises(RemoteProtocolError, match=f"{PEER} sent bytes that are not a message"):
             codec.decode(body, PEER)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
@@ -95,7 +95,7 @@ def test_values_in_a_message_are_those_that_were_packed(dtype):
 
 @pytest.mark.parametrize("data", [b"1", b"12345", b"1234567"])
 def test_a_part_of_an_element_is_none(data):
-    with pytest.raises(ValueError, match=f"{len(data)} bytes are no whole number of elements of 4 bytes"):
+    with pytest.raises(ValueError, match=f"{len(data)} bytes are not a whole number of elements of 4 bytes"):
         unpacked(data, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Where the variables of a checkpoint lie in a store."""
+"""The places of a checkpoint's variables in a store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paramserver.store.store import Store
 
 
 class StoredPart(NamedTuple):
-    """Where a variable, or a part of one, lies in a store."""
+    """The place of a variable, or of a part of one, in a store."""
 
     arena: StoredBlocks
     spec: VariableSpec
@@ -22,7 +22,7 @@ class StoredPart(NamedTuple):
 
     @property
     def shard(self) -> Shard | None:
-        """Which part it is, None for a whole variable."""
+        """The part of the variable; None for a whole variable."""
         return self.spec.shard
 
     @property
@@ -38,24 +38,27 @@ class StoredPart(NamedTuple):
 
     @property
     def slot_shape(self) -> tuple[int, ...]:
-        """The shape of its elementwise slots: of a scalar one dimension, or it would look like a counter."""
+        """Shape of the elementwise slots; ``(1,)`` for a scalar variable, as its slots would look like counters."""
         return self.whole.shape or (1,)
 
     @property
     def skipped(self) -> int:
-        """How many elements of the whole variable stand before those that are here."""
+        """Number of elements of the whole variable before those of this part."""
         if self.shard is None or not self.shard.rows:
             return 0
         return self.shard.start * (self.whole.nbytes // self.whole.itemsize // self.shard.rows)
 
     @property
     def is_first(self) -> bool:
-        """Whether the first row is here. This place writes the counters, which differ by what is under way at most."""
+        """Whether the first row is here.
+
+        The part with the first row writes the counters; those of other parts differ only by updates under way.
+        """
         return self.shard is None or self.shard.index == 0
 
 
 def stored_parts(store: Store) -> list[StoredPart]:
-    """All places of a store, arena by arena."""
+    """Return all parts in a store, arena by arena."""
     return [
         StoredPart(arena, spec, span)
         for arena in store.held
@@ -64,7 +67,7 @@ def stored_parts(store: Store) -> list[StoredPart]:
 
 
 def by_variable(store: Store) -> dict[str, list[StoredPart]]:
-    """By the name of the whole variable; several where a ps holds several parts of one."""
+    """Return the parts by the name of the whole variable; a ps may hold several parts of one variable."""
     found: dict[str, list[StoredPart]] = defaultdict(list)
     for place in stored_parts(store):
         found[place.variable].append(place)
@@ -72,7 +75,7 @@ def by_variable(store: Store) -> dict[str, list[StoredPart]]:
 
 
 def overlaps(spans: Sequence[Range], runs: Sequence[Range]) -> Iterator[tuple[int, int, Range]]:
-    """Which of two sorted sequences of ranges overlap, and where: indices and the common range.
+    """Yield the overlaps of two sorted sequences of ranges: both indices and the common range.
 
     >>> list(overlaps([(0, 4), (8, 12)], [(2, 10), (10, 20)]))
     [(0, 0, (2, 4)), (1, 0, (8, 10)), (1, 1, (10, 12))]

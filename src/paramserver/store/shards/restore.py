@@ -1,11 +1,11 @@
-"""How a ps reads its variables and slots from a checkpoint of any number of shards.
+"""Reading the variables and slots of a ps from a checkpoint of any number of shards.
 
 Rules
-    * Only what lies here is read: of a partitioned variable its rows that are here.
-    * Values are read straight into their place, many blocks in one go, so that several threads can share it. The blocks
-      are locked meanwhile, which nobody notices: a restore comes before the first step.
-    * Slots are read block by block, and take memory for one block of them. A variable without slots in the checkpoint
-      begins anew: what it has here came of other updates.
+    * Only the content of this ps is read: of a partitioned variable, only the rows that are here.
+    * Values are read straight into their place, many blocks at once, so that several threads can share the work. The
+      blocks are locked meanwhile, which delays no task, because a restore comes before the first step.
+    * Slots are read block by block, and take memory for one block. A variable without slots in the checkpoint begins
+      anew: its present slots come from other updates.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from paramserver.store.shards.parts import StoredPart, by_variable
 from paramserver.store.store import Store
 
 READ_SIZE = 32 * BLOCK
-"""Elements of a value that are read in one go."""
+"""Elements of a value that are read at once."""
 
 Located = tuple[str, FileTensor]
-"""A tensor, and the file that it is in."""
+"""The name of a file, and a tensor in it."""
 
 
 def read_shard(store: Store, directory: str, weight_map: Mapping[str, str], slot_map: Mapping[str, str]) -> Steps[None]:
-    """Read the variables and slots that a store holds; `checkpoint_folder` says who carries out the steps.
+    """Read the variables and slots of a store; the caller carries out the steps, see `checkpoint.folder`.
 
     Args:
-        store: To be filled.
-        directory: Of the checkpoint, for messages.
+        store: The store to fill.
+        directory: The folder of the checkpoint, for messages.
         weight_map: The file of each value.
         slot_map: The file of each slot.
 
     Raises:
-        CheckpointError: If the checkpoint is cut short, or belongs to another model or optimizer.
+        CheckpointError: If the checkpoint is truncated, or belongs to another model or optimizer.
     """
     held = _found(store, weight_map, directory)
     reader = _Reader(directory)
@@ -60,16 +60,16 @@ def read_shard(store: Store, directory: str, weight_map: Mapping[str, str], slot
 def read_slots(
     store: Store, groups: Sequence[tuple[Sequence[str], dict[str, Setting]]], slot_map: Mapping[str, str], source: str
 ) -> Steps[None]:
-    """Replace the slots of variables; those that have none in ``slot_map`` begin anew. Values stay as they are.
+    """Replace the slots of variables; a variable without slots in ``slot_map`` begins anew. Values stay as they are.
 
     Args:
-        store: To be changed.
-        groups: Names of variables, and the settings of their rule with which their slots were made.
+        store: The store to change.
+        groups: Names of variables, and the settings with which the slots of these variables were made.
         slot_map: The file of each slot.
-        source: Where they come from, for messages.
+        source: The origin of the slots, for messages.
 
     Raises:
-        CheckpointError: If they are not the slots of the rule with these settings.
+        CheckpointError: If the slots are not those of the rule with these settings.
     """
     held, reader = by_variable(store), _Reader(source)
     wanted = {name: held[name] for names, _ in groups for name in names if name in held}
@@ -91,7 +91,10 @@ def _replace_slots(held: Mapping[str, list[StoredPart]], slot_map: Mapping[str, 
 
 
 def _found(store: Store, weight_map: Mapping[str, str], directory: str) -> dict[str, list[StoredPart]]:
-    """What is read. A variable of the program's own keeps its value where an older checkpoint does not have it yet."""
+    """Return the parts to read.
+
+    One of the program's own variables keeps its value if the checkpoint is older than the variable.
+    """
     own = {id(arena) for arena in store.variables.values()}
     held = by_variable(store)
     lacking = [name for name in held if name not in weight_map]
@@ -112,7 +115,7 @@ def _located(files: Mapping[str, str], directory: str) -> Steps[dict[str, Locate
 
 
 def _by_variable(slots: Mapping[str, Located]) -> dict[str, dict[str, Located]]:
-    """The slots of each variable by their own names."""
+    """Group the slots by variable, under the names of the slots alone."""
     found: dict[str, dict[str, Located]] = defaultdict(dict)
     for key, located in slots.items():
         variable, _, name = key.rpartition("/")
@@ -121,7 +124,7 @@ def _by_variable(slots: Mapping[str, Located]) -> dict[str, dict[str, Located]]:
 
 
 class _Reader:
-    """Reads what belongs to a place, block by block, into the same memory again and again."""
+    """Reads the values and slots of parts, block by block, always into the same memory."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -167,7 +170,7 @@ class _Reader:
 
     @contextlib.contextmanager
     def fitting(self, place: StoredPart) -> Iterator[None]:
-        """What is wrong with the slots of a place is an error of the checkpoint."""
+        """Turn an error about the slots of a part into an error of the checkpoint."""
         try:
             yield
         except ValueError as error:

@@ -1,17 +1,17 @@
-"""How a ps writes its shard of a checkpoint: plain safetensors files, values in some, slots in others.
+"""Writing the shard of a ps: plain safetensors files, some for values and others for slots.
 
-The names of values are the model's; a slot of variable ``fc.weight`` is called ``fc.weight/exp_avg``. Every part of a
-partitioned variable is written into that variable's own two files, where the parts make one tensor. The indexes
-that the chief writes beside them (``model.safetensors.index.json``, as Hugging Face's tools read it) say which file
-holds what, so that a checkpoint loads into any number of ps tasks, with any partitioning.
+The names of values are the model's; a slot of variable ``fc.weight`` is called ``fc.weight/exp_avg``. The parts of a
+partitioned variable are all written into two files of that variable, where they make one tensor. The chief writes the
+indexes beside them (``model.safetensors.index.json``, as Hugging Face's tools read it), which name the file of each
+tensor, so that a checkpoint loads into any number of ps tasks, with any partitioning.
 
 Rules
-    * Pushes go on meanwhile. A block is locked while it is copied, and written after that: a push waits for the copy
-      of one block, never for a disk. So the values and slots of a block are of one version.
-    * What is not finite is not written; `finite` says what that is about.
-    * Memory is taken for one block, whatever the size of the store.
-    * The header of a file comes first, so the slots that there are when it begins are the slots it holds. Variables
-      whose first update comes later get a file of their own at the end; this is the one case that takes more memory.
+    * Pushes go on meanwhile. A block is locked while it is copied, and written after that: a push waits for the copy of
+      one block, never for a disk. So the values and slots of a block are of one version.
+    * Values that are not finite are not written; `finite` has the details.
+    * Memory is taken for one block, for any size of the store.
+    * The header of a file comes first, so the file holds the slots that exist when it begins. Variables whose first
+      update comes later get a file of their own at the end; this is the only case that takes more memory.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from paramserver.store.shards.parts import StoredPart, overlaps, stored_parts
 from paramserver.store.store import Store
 
 PAGE = 1 << 16
-"""Bytes of a page of memory, in which a system keeps what it has of a file, where they are largest."""
+"""The largest size of a memory page, in which a system caches the content of a file, in bytes."""
 
 _Check = Callable[[StoredBlocks, int, list[tuple[StoredPart, Range]], BlockCopy], None]
-"""Raises if one of the values or slots of a block must not be written; see `check_finite`."""
+"""Raises an error if a value or slot of a block must not be written; see `check_finite`."""
 
 _VALUE = ""
-"""What the value of a variable is called among its slots."""
+"""The key for the value of a variable among its slots."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
-    """What `write_shard` wrote.
+    """The result of `write_shard`.
 
     Attributes:
         weight_map: The file of each value.
         slot_map: The file of each slot.
-        nbytes: Of values and slots.
-        pause: Seconds for which blocks were locked, in all; no push waits longer.
-        longest_pause: Seconds for which one block was locked, at most.
+        nbytes: Bytes of values and slots.
+        pause: Seconds for which blocks were locked in total; no push waits longer.
+        longest_pause: Seconds for which one block was locked at most.
     """
 
     weight_map: dict[str, str]
@@ -64,10 +64,10 @@ class WrittenShard:
 
 
 def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard]:
-    """Write the values and slots of a store; `checkpoint_folder` says who carries out the steps.
+    """Write the values and slots of a store; the caller carries out the steps, see `checkpoint.folder`.
 
     Raises:
-        CheckpointError: If two variables have one name.
+        CheckpointError: If two variables have the same name.
         NotFiniteError: If a trained value or a slot is NaN or infinite; see `finite`.
     """
     check = partial(check_finite, store.task)
@@ -75,19 +75,19 @@ def write_shard(store: Store, shard: int, num_shards: int) -> Steps[WrittenShard
 
 
 def write_slots(store: Store, shard: int, num_shards: int, variables: Collection[str]) -> Steps[WrittenShard]:
-    """Write the slots of some variables into the files that `write_shard` writes them into, and no values.
+    """Write the slots of some variables into the same files as `write_shard` does, without the values.
 
-    ``weight_map`` names the files that the values would be in. What is not finite is written as it is.
+    ``weight_map`` names the files that the values would be in. Slots that are not finite are written as they are.
 
     Raises:
-        CheckpointError: If two variables have one name.
+        CheckpointError: If two variables have the same name.
     """
     wanted = [place for place in stored_parts(store) if place.variable in variables]
     return (yield from _write(wanted, f"{shard + 1:05d}-of-{num_shards:05d}", lambda *_: None, with_values=False))
 
 
 def _write(held: Iterable[StoredPart], suffix: str, check: _Check, *, with_values: bool = True) -> Steps[WrittenShard]:
-    # Wide dtypes first, as they stand in a file, so that it is written from its beginning to its end.
+    # Wide dtypes first, in the order of the tensors in a file, so that it is written from beginning to end.
     held = sorted(held, key=lambda place: -place.whole.itemsize)
     named = _Files({place: {_VALUE: SlotKind(place.spec.dtype, False)} for place in held}, _values_file(suffix))
     values = named if with_values else _Files({}, _values_file(suffix))
@@ -159,21 +159,21 @@ def _slot_pieces(here: list[tuple[StoredPart, Range]], copy: BlockCopy) -> Itera
 
 
 class _Target(NamedTuple):
-    """Where something of a place goes."""
+    """The file and the name of a tensor."""
 
     file: str
     tensor: str
 
 
 class _Files:
-    """Files that are written: of one of them for all whole variables, and one for each that is partitioned.
+    """Files of one kind to write: one for all whole variables, and one for each partitioned variable.
 
     Args:
-        wanted: What is written of each place: the kind of each slot, or of the value.
-        file_of: The name of the file for a place.
+        wanted: The tensors of each part: the kind of each slot, or of the value.
+        file_of: Returns the name of the file for a part.
 
     Attributes:
-        nbytes: Bytes that were written into it, without headers.
+        nbytes: Bytes written into the files, without headers.
     """
 
     def __init__(
@@ -198,30 +198,30 @@ class _Files:
         return place in self._targets
 
     def begin(self) -> Iterator[Write]:
-        """Write the headers."""
+        """Yield the writes of the headers."""
         shared = {target.file for place, all_ in self._targets.items() if place.shard for target in all_.values()}
         for file, layout in self._layouts.items():
             yield Write(file, layout.size, file in shared, 0, memoryview(layout.header))
 
     def write(self, piece: _Piece) -> Iterator[Write]:
-        """Write what is wanted of a piece."""
+        """Yield the writes of the wanted tensors of a piece."""
         place, (start, _), state = piece
         for name, target in self._targets.get(place, {}).items():
             if name in state and (state[name].ndim or (place.is_first and start == place.span[0])):
                 content, layout = tensor_bytes(state[name].view(-1)), self._layouts[target.file]
                 first, last = _held(layout.begins[target.tensor], place, state[name])
-                offset = first + (start - place.span[0]) * state[name].element_size()  # a scalar comes with the first
+                offset = first + (start - place.span[0]) * state[name].element_size()  # a scalar is in the first piece
                 is_shared = place.shard is not None and not _fills_pages(offset, content.nbytes, (first, last))
                 self.nbytes += content.nbytes
                 yield Write(target.file, layout.size, is_shared, offset, content)
 
     def files(self, place: StoredPart) -> dict[str, str]:
-        """The file of each tensor of a place."""
+        """Return the file of each tensor of a part."""
         return {target.tensor: target.file for target in self._targets.get(place, {}).values()}
 
 
 def _held(begin: int, place: StoredPart, slot: torch.Tensor) -> Range:
-    """The bytes of a file that come from a place, of a tensor that begins there."""
+    """Return the bytes of a file that a part fills, for a tensor that begins at ``begin``."""
     if not slot.ndim:
         return begin, begin + slot.nbytes
     first = begin + place.skipped * slot.element_size()
@@ -229,7 +229,7 @@ def _held(begin: int, place: StoredPart, slot: torch.Tensor) -> Range:
 
 
 def _fills_pages(offset: int, nbytes: int, held: Range) -> bool:
-    """Whether the pages of a file into which bytes are written lie in what is held here."""
+    """Return whether the written bytes are on pages of the file that belong to this part alone."""
     return held[0] <= offset // PAGE * PAGE and -(-(offset + nbytes) // PAGE) * PAGE <= held[1]
 
 
@@ -267,7 +267,7 @@ def _by_block(held: Iterable[StoredPart]) -> dict[int, list[tuple[StoredPart, Ra
 
 
 def _slots_of(held: Iterable[StoredPart]) -> dict[StoredPart, dict[str, SlotKind]]:
-    """The slots that each place has by now."""
+    """Return the present slots of each part."""
     return _complete(
         (here[which], span, runs[run][2])
         for arena, here in _by_arena(held).items()
@@ -279,7 +279,7 @@ def _slots_of(held: Iterable[StoredPart]) -> dict[StoredPart, dict[str, SlotKind
 def _complete(
     runs: Iterable[tuple[StoredPart, Range, Mapping[str, SlotKind]]],
 ) -> dict[StoredPart, dict[str, SlotKind]]:
-    """The slots that a place has for all its elements. While its first update is under way, it has them for some."""
+    """Return the slots that a part has for all of its elements; during its first update, it has them only for some."""
     covered: dict[tuple[StoredPart, str, SlotKind], int] = defaultdict(int)
     for place, (start, stop), kinds in runs:
         for name, kind in kinds.items():

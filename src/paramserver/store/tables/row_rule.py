@@ -1,11 +1,11 @@
-"""A rule at work on the rows of a table: torch.optim's own step over the rows that have a gradient.
+"""An update rule at work on the rows of a table: torch.optim's own step over the rows that have a gradient.
 
 Rules
-    * The rows and their slots are gathered, torch.optim makes its step on them as on a small parameter, and they go
-      back. As torch.optim leaves rows without a gradient alone, that is the step it would make on the whole table.
-    * For SGD and Adagrad of a large table a compiled loop does the same where the rows lie, if there is one.
-    * Slots are made with the first update, and memory is taken as rows of them are first written.
-    * Counters are the table's, not a row's, as in torch.optim: ``step`` counts updates of the table.
+    * The rows and their slots are gathered, torch.optim makes its step on them as on a small parameter, and they are
+      written back. As torch.optim leaves rows without a gradient alone, this equals its step on the whole table.
+    * For SGD and Adagrad on a large table, a compiled loop, if there is one, does the same in the table's own memory.
+    * Slots are made with the first update, and take memory only for the parts of them that were written.
+    * Counters belong to the table, not to a row, as in torch.optim: ``step`` counts updates of the table.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from paramserver.store.optimizers import build
 
 @dataclass(frozen=True)
 class RowUpdate:
-    """An update of rows, of which nothing but the writing to the values is left to do.
+    """A computed update of rows, which only has to be written to the values.
 
     Attributes:
-        write: Writes them.
-        arguments: Of ``write``.
+        write: Function that writes the rows.
+        arguments: The arguments of ``write``.
     """
 
     write: Callable[..., None]
     arguments: tuple[Any, ...]
 
     def apply(self) -> None:
-        """Write to the values. Called once."""
+        """Write the rows to the values. Called once."""
         self.write(*self.arguments)
 
 
@@ -58,8 +58,8 @@ class RowRule:
         rows: The values.
 
     Raises:
-        UnsupportedOptimizerError: No such rule for rows.
-        ConfigError: A setting that the rule does not have, or a value that torch.optim refuses.
+        UnsupportedOptimizerError: If there is no such rule for rows.
+        ConfigError: If the rule does not have a setting, or torch.optim refuses a value.
 
     Example:
         >>> import numpy as np
@@ -90,17 +90,17 @@ class RowRule:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of state beside the values."""
+        """Size of the state beside the values, in bytes."""
         return sum(slot.table.nbytes for slot in self._slots.values())
 
     def update(self, ids: Ids, gradient: Tensor, settings: Mapping[str, Setting]) -> RowUpdate:
         """Compute a step on rows and update their slots. The values change when the result is applied, at once.
 
         Args:
-            ids: ``[rows]``, ascending, none twice.
-            gradient: ``[rows, width]``, of the values' dtype; read only.
-            settings: What the param group says for this step, checked by the caller. A setting that is left out stays
-                as it was.
+            ids: ``[rows]``, ascending and unique.
+            gradient: ``[rows, width]``, of the dtype of the values; only read.
+            settings: The settings of the param group for this step, checked by the caller. A setting that is left out
+                stays as it was.
         """
         self.adopt(settings)
         self._make_slots()
@@ -117,14 +117,14 @@ class RowRule:
         finally:
             self._optimizer.state.clear()
             self._optimizer.param_groups[0]["params"] = []
-            rows.grad = None  # as in `block_rule`
-        self._steps += 1  # after it: a step that torch refuses has changed nothing
+            rows.grad = None  # the gradient's memory belongs to the lane, as in `block_rule`
+        self._steps += 1  # after the step, because a step that torch refuses changes nothing
         for name, slot in self._slots.items():
             slot.put(ids, gathered[name])
         return RowUpdate(self.rows.put, (ids, rows))
 
     def adopt(self, settings: Mapping[str, Setting]) -> None:
-        """Take over settings, checked by the caller."""
+        """Adopt settings, which the caller has checked."""
         if settings != self._settings:
             self._optimizer.param_groups[0].update(settings)
             self._settings = dict(settings)
@@ -134,7 +134,7 @@ class RowRule:
         self._slots, self._steps = {}, 0
 
     def _loop(self, ids: Ids, gradient: Tensor) -> RowUpdate | None:
-        """Return an update by a compiled loop, which computes where the rows lie; None if there is no such loop."""
+        """Return an update by a compiled loop on the table's own memory; None if there is no such loop."""
         loops, group = self.rows.loops, self._optimizer.param_groups[0]
         if loops is None or group["maximize"]:
             return None
@@ -155,23 +155,23 @@ class RowRule:
             self._run(self._optimizer)  # without `no_grad`, as in `block_rule`
             return
         rows.grad = _sparse(gradient)
-        # torch warns of sparse tensors that nobody has asked to check; its own steps make some.
+        # torch warns of sparse tensors without an explicit choice about checking them; its own steps make some.
         with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
             self._run(self._optimizer)
 
     def block(self, index: int) -> RowRuleBlock:
-        """One block of it, for checkpoints."""
+        """Return one block of the slots, for checkpoints."""
         return RowRuleBlock(self, index * BLOCK)
 
     def state(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The slots of elements ``[start, stop)`` of the flat table, as views; empty before the first update."""
+        """Return the slots of elements ``[start, stop)`` of the flat table, as views; empty before the first update."""
         if not self._slots:
             return {}
         slots = {name: slot.table.view(-1)[start:stop] for name, slot in self._slots.items()}
         return slots | {"step": torch.tensor(float(self._steps))}
 
     def load(self, start: int, stop: int, state: Mapping[str, Tensor]) -> None:
-        """Put back the slots of elements ``[start, stop)`` of the flat table. Copies.
+        """Restore the slots of elements ``[start, stop)`` of the flat table. Copies the tensors.
 
         Raises:
             ValueError: If they are not the slots of this rule.
@@ -202,14 +202,14 @@ class RowRule:
 
 
 class RowRuleBlock:
-    """The slots of one block of a table, as those of a `BlockRule`."""
+    """The slots of one block of a table, with the interface of a `BlockRule`."""
 
     def __init__(self, rule: RowRule, first: int) -> None:
         self._rule = rule
         self._first = first
 
     def slots(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """Yields ``(start, stop, state)``; see `BlockRule.slots`."""
+        """Yield ``(start, stop, state)``; see `BlockRule.slots`."""
         size = min(BLOCK, self._rule.rows.table.numel() - self._first)
         if state := self._rule.state(self._first, self._first + size):
             yield 0, size, state
@@ -219,14 +219,14 @@ class RowRuleBlock:
         self._rule.load(self._first + start, self._first + stop, state)
 
     def reset(self, start: int, stop: int) -> None:
-        """Forget the slots of the whole table, which are reset together."""
+        """Forget the slots of the whole table, which can only be reset together."""
         self._rule.reset()
 
     def adopt(self, settings: Mapping[str, Setting]) -> None:
         """See `BlockRule.adopt`.
 
         Raises:
-            ValueError: A setting would change rows that have no gradient.
+            ValueError: If a setting would change rows that have no gradient.
         """
         if fault := row_fault(settings):
             raise ValueError(fault)

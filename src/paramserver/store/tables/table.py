@@ -1,9 +1,9 @@
 """A table of a ps: one variable whose rows are read and updated one by one.
 
 Rules
-    * What is changed at once is locked as a whole. An update takes the rows out, computes, and puts them back, or
-      computes where they lie; only while their memory changes are their blocks marked as being written, so that who
-      reads it hardly waits.
+    * The table has one lock. An update takes the rows out, computes, and puts them back, or computes in place; the
+      blocks of the rows are marked as being written only while their memory changes, so that readers of the memory
+      hardly wait.
     * A reader sees each row as one update has left it.
 """
 
@@ -24,24 +24,24 @@ from paramserver.store.tables.row_rule import RowRule, RowUpdate
 
 
 class StoredTable(StoredBlocks):
-    """The rows of one table, or of a part of one, which are updated one by one; see `StoredArena` for the arguments."""
+    """The rows of one table or of a part of one, which are updated one by one; see `StoredArena` for the arguments."""
 
     def __init__(self, layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> None:
         assert layout.rule is not None  # noqa: S101  # the store has checked it
         rows, self._width = layout.table_shape
         self._table = values.view(rows, self._width)
         self._rule = RowRule(layout.rule, self._table)
-        self._lock = threading.Lock()  # one for all blocks
+        self._lock = threading.Lock()  # for all blocks
         count = num_blocks(layout.size)
         super().__init__(
             layout, values, versions, [self._lock] * count, [self._rule.block(each) for each in range(count)]
         )
 
     def check_rows(self, operation: Operation, count: int, settings: dict[str, Setting] | None) -> None:
-        """Whether `apply_rows` can do this with as many rows.
+        """Check that `apply_rows` can do this with so many rows.
 
         Raises:
-            ValueError: If there are fewer rows, or the rule has no such setting.
+            ValueError: If the table has fewer rows, or the rule has no such setting.
         """
         if not 0 <= count <= len(self._table):
             raise ValueError(f"it has {len(self._table)} rows, and {count} different ones were named")
@@ -51,7 +51,11 @@ class StoredTable(StoredBlocks):
                 raise ValueError(fault)
 
     def check_ids(self, ids: npt.NDArray[np.int64]) -> None:
-        """Raises ValueError unless these are ids of rows, ascending and none twice."""
+        """Check that these are ids of rows, ascending and unique.
+
+        Raises:
+            ValueError: If they are not.
+        """
         if len(ids) and (ids[0] < 0 or ids[-1] >= len(self._table) or np.any(ids[1:] <= ids[:-1])):
             raise ValueError(f"the ids of its {len(self._table)} rows must ascend from 0, none twice, and be less")
 
@@ -65,10 +69,10 @@ class StoredTable(StoredBlocks):
         """Run the rule on rows, or assign or add to them.
 
         Args:
-            operation: What to do.
+            operation: The operation.
             ids: ``[rows]``; see `check_ids`.
             source: ``[rows, width]``: gradients, or values.
-            settings: Of the rule.
+            settings: Settings of the rule.
         """
         source = source.to(self._table.device)
         touched = touched_blocks(ids, self._width, len(self._versions))
@@ -86,13 +90,13 @@ class StoredTable(StoredBlocks):
                 self._versions[touched] += 1
 
     def read_rows(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        """A copy ``[rows, width]`` of rows."""
+        """Return a copy ``[rows, width]`` of rows."""
         with self._lock:
             return self._rule.rows.take(ids).cpu()
 
     @property
     def slots_bytes(self) -> int:
-        """Bytes of all optimizer state."""
+        """Size of all optimizer state in bytes."""
         return self._rule.slot_bytes
 
     def join_runs(self) -> None:
