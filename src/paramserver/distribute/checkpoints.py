@@ -79,7 +79,7 @@ def _with_way_back(error: NotFiniteError, manager: CheckpointManager, step: int)
         way = f"the last good checkpoint is {good}: start the run again to go on from it"
     else:
         way = "there is no good checkpoint: start the run again from the beginning"
-    cause = "a lower learning rate, clipped gradients, or without the batches that it came from"
+    cause = "a lower learning rate, clipped gradients, or without the batches that caused it"
     return NotFiniteError(f"checkpoint {path} is not written: {error}; {way}, with {cause}", path, error.variable)
 
 
@@ -220,8 +220,8 @@ class Loss:
         return (
             f"{self.tasks} came back empty, and this run has saved no checkpoint: the model goes on with the chief's "
             f"values of step {step}, and {max(self.reached - step, 0)} later updates are lost; the optimizer state of "
-            f"{self.variables} variables there begins anew{_anew(self.own)}. "
-            "Call strategy.save(directory) now and then, and recover() restores what it saved"
+            f"{self.variables} variables there starts anew{_anew(self.own)}. "
+            "Call strategy.save(directory) regularly, so that recover() can restore a checkpoint"
         )
 
 
@@ -239,7 +239,7 @@ def lost_updates(reached: int, step: int) -> str:
 
 
 class Waiting:
-    """A log line now and then that names the tasks waited for.
+    """A log line, at most every `SAY_EVERY` seconds, that names the tasks waited for.
 
     Args:
         task: The name of this task.

@@ -123,7 +123,7 @@ class ParameterServerStrategy(SavingStrategy):
         if not cluster_spec:
             return
         if self.client is not None:
-            raise RuntimeError(f"configure: {self!r} has variables on parameter servers already; configure it before")
+            raise RuntimeError(f"configure: {self!r} has variables on parameter servers already; call it earlier")
         cluster = normalize_cluster_spec(cluster_spec)
         self._enter_cluster(cluster, task_type, task_id)
         self._resolver = SimpleClusterResolver(cluster, task_type=task_type, task_id=task_id)
@@ -306,6 +306,7 @@ class ParameterServerStrategy(SavingStrategy):
         limit = self._timeout if timeout is None else timeout
         collected = plan.collect(model, optimizers, buffers)
         arenas = plan.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
+        # Set before anything moves: if a later line fails, the model may have lost its values.
         self._has_prepared = self._is_preparing = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
@@ -408,7 +409,7 @@ class ParameterServerStrategy(SavingStrategy):
         reference = self._bound.get(model)
         bound = reference() if reference else None
         if bound is None:
-            raise ConfigError(f"assign: {type(model).__name__} is no model that {self!r} has prepared")
+            raise ConfigError(f"assign: this {type(model).__name__} is not a model that {self!r} has prepared")
         if self.is_chief:
             bound.assign_present()
         else:
@@ -520,8 +521,8 @@ class ParameterServerStrategy(SavingStrategy):
         self._check_trains("prepare")
         if self._is_preparing and self.task is not None:
             raise ConfigError(
-                "prepare: an earlier prepare of this strategy did not get to its end, and the values of its model may "
-                "be lost; make the model, the optimizer and the strategy anew"
+                "prepare: an earlier prepare of this strategy has not completed, and the values of its model may be "
+                "lost; create a new model, optimizer and strategy"
             )
         if self._has_prepared and self.task is not None:
             raise ConfigError(

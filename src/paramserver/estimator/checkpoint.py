@@ -82,7 +82,7 @@ def inspect_checkpoint(checkpoint_path: str) -> CheckpointInfo:
     """
     with readable(checkpoint_path) as path:
         if not path.is_dir():
-            raise CheckpointError(f"{path} is no checkpoint: expected a folder such as model_dir/ckpt-100", str(path))
+            raise CheckpointError(f"{path} is not a checkpoint: expected a folder like model_dir/ckpt-100", str(path))
         slots = {key.rpartition("/")[2] for key in read_index(path / SLOTS_INDEX)}
         return CheckpointInfo(
             path=checkpoint_path, step=checkpoint_step(checkpoint_path), variables=_described(path), slots=sorted(slots)

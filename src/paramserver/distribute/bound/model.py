@@ -1,4 +1,4 @@
-"""A model whose parameters, gradients and buffers lie in the memory that lanes read and write.
+"""A model whose parameters, gradients and buffers are in the memory that lanes read and write.
 
 Rules
     * A step says only which parts of the memory count: one message to each ps, for any number of variables and
@@ -136,8 +136,8 @@ class BoundModel:
         for name, table in self.tables.items():
             if name not in self._first_rows:
                 raise ConfigError(  # only after the loss of a ps
-                    f"variable {name!r} is a table, of which workers hold no values: after the loss of a ps it "
-                    "can only be restored from a checkpoint; call strategy.save(directory) now and then, or pass "
+                    f"variable {name!r} is a table, whose values workers do not hold: after the loss of a ps it "
+                    "can only be restored from a checkpoint; call strategy.save(directory) regularly, or pass "
                     "recover(initialize=...) a function that restores one"
                 )
             table.assign(self._first_rows.pop(name))
@@ -226,6 +226,7 @@ class BoundModel:
         plans, rows = step.request()
         reducing = time.perf_counter() - entered
         number = self._client.next_number()
+        # Noted before anything is sent, so that an interrupt at any later moment leaves a step to be completed.
         self._under_way, self.gate.is_shut = _UnderWay(step, plans, number), True
         try:
             result = self._client.push_pull(
@@ -325,7 +326,7 @@ class _Step:
         plan: Callable[[Sequence[Sequence[Part]], Sequence[Sequence[int]]], list[PushTemplate]],
     ) -> None:
         def takes_part(group: int) -> bool:
-            return (groups[group][0] if group >= 0 else 0) == owner
+            return (groups[group][0] if group >= 0 else 0) == owner  # variables of no group go with the first one
 
         self.arenas = [[arena for arena in each if takes_part(arena.plan.group)] for each in arenas]
         self.tables = [table for table in tables if takes_part(table.group)]

@@ -376,8 +376,8 @@ def dense(spec: VariableSpec, gradient: torch.Tensor) -> torch.Tensor:
     """
     if gradient.layout is not torch.strided:
         raise NotImplementedError(
-            f"variable {spec.name!r} got a sparse gradient, and it is no table: not only nn.Embedding(sparse=True) and "
-            "nn.EmbeddingBag(sparse=True) use it; make them sparse=False"
+            f"variable {spec.name!r} got a sparse gradient but is not a table, because other modules than "
+            "nn.Embedding(sparse=True) and nn.EmbeddingBag(sparse=True) use it; make these sparse=False"
         )
     return gradient.detach()
 

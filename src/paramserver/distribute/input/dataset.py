@@ -110,8 +110,8 @@ class DistributedDataset(Generic[T]):
             self._source.restore(state["dataset"])
         elif position.batches and not self._source.repeats:
             logger.warning(
-                "epoch %d begins anew, though %d of its batches were taken before: the DataLoader shuffles in another "
-                "order now; to go on in the middle of an epoch, set InputOptions(seed=...)",
+                "epoch %d starts from its beginning, although %d of its batches were taken before: the DataLoader "
+                "shuffles in another order now; to continue in the middle of an epoch, set InputOptions(seed=...)",
                 position.epoch,
                 position.batches,
             )
@@ -129,7 +129,7 @@ class DistributedDataset(Generic[T]):
         for batch in batches:
             position.batches += 1
             yield batch
-        if self._position is position:
+        if self._position is position:  # otherwise a later iteration has begun
             self._position = Position(position.epoch + 1)
 
 

@@ -85,7 +85,7 @@ class Divided(Dealing):
             elif not self._has_dropped:
                 self._has_dropped = True
                 logger.warning(
-                    "a batch of %d rows is left out, as all are that have fewer than the %d replicas",
+                    "a batch of %d rows is left out, like every batch with fewer rows than the %d replicas",
                     rows,
                     len(self._places),
                 )
@@ -111,7 +111,7 @@ class Grouped(Dealing):
         if group and not self._has_dropped:
             self._has_dropped = True
             logger.warning(
-                "the last %d batches are left out, as all groups are that have fewer than the %d replicas",
+                "the last %d batches are left out, like every group of fewer batches than the %d replicas",
                 len(group),
                 len(self._places),
             )

@@ -86,7 +86,7 @@ class DistributedIterator(Generic[T]):
         if self._spec is None:
             upcoming = self.get_next_as_optional()
             if upcoming is None:
-                raise ValueError("element_spec: no element is left to tell it by; initialize() begins anew")
+                raise ValueError("element_spec: no element is left to describe; call initialize() to start again")
             self._current = itertools.chain([upcoming], self._running())
             self._spec = map_leaves(_spec, upcoming, is_leaf=is_column)
         return self._spec

@@ -142,8 +142,8 @@ def _inside(replica: Replica) -> Iterator[None]:
             yield
     elif frame is None or frame.replica is not replica:
         raise RuntimeError(
-            f"backward through all_reduce or all_gather of {replica!r}: it combines the gradients of all replicas, and "
-            "they have ended, or this is another; call backward() inside the function that run() runs"
+            f"backward through all_reduce or all_gather of {replica!r}: it combines the gradients of all replicas, but "
+            "they have ended, or this thread is in another replica; call backward() inside the function that run() runs"
         )
     else:
         yield

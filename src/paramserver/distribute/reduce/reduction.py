@@ -279,7 +279,7 @@ def _check_same_for_all(strategy: Worker, op: ReduceOp, value: Any) -> None:
     if op is ReduceOp.MEAN or count == 1 or (isinstance(value, NUMBERS) and not np.any(value)):
         return
     raise ValueError(
-        f"reduce: {value!r} is no PerReplica but the same for all {count} replicas, and cannot be reduced with the "
+        f"reduce: {value!r} is not a PerReplica but the same for all {count} replicas, and cannot be reduced with the "
         "given reduce op SUM; pass what run() returned for each replica, or use MEAN"
     )
 

@@ -88,6 +88,7 @@ class _Replica(ReplicaContext):
         self._merged: Any = None
         self._error: BaseException | None = None
         self._is_ending = False
+        # The replica's thread runs between `_turn` and `_paused`, the calling thread at all other times.
         self._turn = threading.Semaphore(0)
         self._paused = threading.Semaphore(0)
         surroundings, inherited = contextvars.copy_context(), _TorchState()
@@ -200,6 +201,7 @@ def _ended(replicas: Sequence[_Replica]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leaving_first(activate: Callable[[int], None]) -> Iterator[None]:
+    """Activate the first replica after an exception, so that the program finds its tensors in the model."""
     try:
         yield
     except BaseException:

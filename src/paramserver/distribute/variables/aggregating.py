@@ -66,8 +66,8 @@ class AggregatingVariable(Variable):
     def _aggregate(self, replica: Replica, assignment: Assignment, value: Any) -> torch.Tensor:
         if self.aggregation is VariableAggregation.NONE:
             raise ValueError(
-                f"{assignment} to variable {self.name!r} in a replica: its aggregation is NONE, so it is not said what "
-                "becomes of the values of several replicas; pass `aggregation=` to ps.Variable, or use "
+                f"{assignment} to variable {self.name!r} in a replica: its aggregation is NONE, so the values of "
+                "several replicas cannot be combined; pass `aggregation=` to ps.Variable, or use "
                 "get_replica_context().merge_call() and strategy.extended.update()"
             )
         aggregated: torch.Tensor = replica.merge_call(

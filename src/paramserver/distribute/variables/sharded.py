@@ -55,7 +55,7 @@ class ShardedVariable(Variable):
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> torch.Tensor:
-        """Return rows, or whatever an array returns for ``key``; for a row or a slice, reads only the parts it needs.
+        """Return a part of the value, indexed like an array; a row or a slice reads only the parts that it needs.
 
         Args:
             key: An int, a slice (its step may be negative), a mask of bools, ``...`` or None; or a tuple that begins
@@ -92,7 +92,7 @@ class ShardedVariable(Variable):
             )
         row = operator.index(key)
         if not -len(self) <= row < len(self):
-            raise IndexError(f"variable {self.name!r} has {len(self)} rows, and none of index {row}")
+            raise IndexError(f"variable {self.name!r} has {len(self)} rows, got index {row}")
         return row % len(self)
 
     def _row(self, row: int) -> torch.Tensor:
@@ -128,7 +128,7 @@ def _checked(variables: Sequence[PlainVariable], name: str) -> PlainVariable:
     for part in variables:
         if part.dtype is not first.dtype or not first.shape or part.shape[1:] != first.shape[1:]:
             raise ValueError(
-                f"variable {name!r}: its parts must be alike but for the number of rows, got {first!r} and {part!r}"
+                f"variable {name!r}: its parts may differ in the number of rows only, got {first!r} and {part!r}"
             )
     return first
 

@@ -162,8 +162,8 @@ def _write_program(program: ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
     if pickled := _pickled_members(path):
         raise ConfigError(
-            f"export: the program would hold pickled data ({', '.join(pickled)}), which runs code of whoever wrote it "
-            "when it is loaded, so nothing was written. Its weights and constants must be plain tensors, written by a "
+            f"export: the program would hold pickled data ({', '.join(pickled)}), which can run any code when it "
+            "is loaded, so nothing was written. Its weights and constants must be plain tensors, written by a "
             f"version of torch that stores them as they are (2.13 does, this is {torch.__version__}); or leave out "
             "serving_input_fn to export the weights only"
         )
@@ -234,7 +234,7 @@ def _check_assets(assets: Mapping[str, str]) -> None:
             raise ConfigError(f"export: assets_extra: expected names below {ASSETS_FOLDER}, got {name!r}")
         place, file = split(str(source))
         if not storage_of(place).is_file(file):
-            raise ConfigError(f"export: assets_extra: {name!r} is to be a copy of {source}, and there is no such file")
+            raise ConfigError(f"export: assets_extra: there is no file {source} to copy to {name!r}")
 
 
 def _copy(assets: Mapping[str, str], folder: Path) -> None:

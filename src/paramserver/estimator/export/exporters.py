@@ -303,7 +303,7 @@ class BestExporter(_ModelExporter):
     def _warn_of_unknown(self, export_path: str) -> None:
         logger.warning(
             "%r: there are exports in %s, and no earlier evaluation in %r to compare with, so this one counts as the "
-            "best; event_file_pattern says where the evaluations of this EvalSpec are written",
+            "best; event_file_pattern must match the event files of this EvalSpec",
             self,
             export_path,
             self._pattern,

@@ -246,7 +246,7 @@ class TrainingRun:
             optimizer.step()
 
     def _waiting(self) -> Callable[[float], None]:
-        """Return a callback for a wait for the chief, which gets the seconds so far and logs them now and then."""
+        """Return a callback for a wait for the chief, which gets the seconds so far and logs them at times."""
         said = -math.inf
 
         def on_wait(seconds: float) -> None:

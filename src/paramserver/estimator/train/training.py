@@ -115,7 +115,7 @@ def _finish(session: TrainingRun, runner: HookRunner) -> bool:
     if session.global_step >= reached:
         _persist(lambda: runner.end(session), session, runner)
     if session.global_step < reached:
-        back = "%s was done at step %d, and is back at step %d: it trains on, as far as its input goes"
+        back = "%s had finished at step %d, but lost updates put it back at step %d: it trains on while it has input"
         logger.warning(back, session.task, reached, session.global_step)
     return session.global_step >= reached
 

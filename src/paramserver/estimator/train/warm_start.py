@@ -131,8 +131,8 @@ def _chosen(model: nn.Module, settings: WarmStartSettings) -> list[_Target]:
     for expression, names in matched.items():
         if not names:
             raise ConfigError(
-                f"warm start: {expression!r} of vars_to_warm_start is the name of no variable, and matches none from "
-                f"the beginning; there are {_some(known)}"
+                f"warm start: {expression!r} of vars_to_warm_start is not the name of a variable, and matches the "
+                f"beginning of none; the variables are {_some(known)}"
             )
     chosen: set[str] = set().union(*matched.values())
     found = [target for target in targets if not chosen.isdisjoint(target.names)]
@@ -202,7 +202,7 @@ def _check_expression(expression: object) -> None:
         re.compile(expression)
     except re.error as error:
         raise ConfigError(
-            f"WarmStartSettings: vars_to_warm_start: {expression!r} is no regular expression: {error}"
+            f"WarmStartSettings: vars_to_warm_start: {expression!r} is not a regular expression: {error}"
         ) from error
 
 

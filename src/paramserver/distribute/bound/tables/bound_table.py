@@ -156,8 +156,8 @@ class BoundTable:
         for gradient in found:
             if gradient.layout is not torch.sparse_coo or gradient.dtype is not self._dtype:
                 raise ConfigError(
-                    f"variable {self.name!r} is a table of {self._dtype}, of which workers hold no values, and it got "
-                    f"a gradient of {gradient.dtype} and {gradient.layout}; use its weight by nn.Embedding only, or "
+                    f"variable {self.name!r} is a table of {self._dtype}, whose values workers do not hold, and it got "
+                    f"a gradient of {gradient.dtype} and {gradient.layout}; use its weight in nn.Embedding only, or "
                     "make that sparse=False"
                 )
         if not found:
