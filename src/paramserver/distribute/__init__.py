@@ -1,1 +1,1 @@
-"""Strategies: how a program is distributed, and the model and optimizer that it trains."""
+"""Strategies: the distribution of a program, and the model and optimizer that it trains."""

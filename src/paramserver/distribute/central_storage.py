@@ -12,19 +12,20 @@ from paramserver.distribute.parameter_server import ParameterServerStrategy
 
 
 class CentralStorageStrategy(ParameterServerStrategy):
-    """Training in one process: all variables lie on one device, and each compute device has a replica.
+    """Training in one process: all variables are on one device, and each compute device has a replica.
 
-    It is what `ParameterServerStrategy` is without a cluster, with devices of the program's choice; a program that
-    works with the one works with the other.
+    This is a `ParameterServerStrategy` without a cluster, on devices that the program chooses. A program that works
+    with one of the two works with the other.
 
     Args:
-        compute_devices: A replica runs on each; by default all GPUs, or the CPU where there are none. ``cpu:0``,
+        compute_devices: One replica runs on each; by default all GPUs, or the CPU if there are none. ``cpu:0``,
             ``cpu:1`` and so on are logical devices: replicas that share the CPU.
-        parameter_device: Where the variables lie; by default the one compute device, or the CPU if there are several.
-        options: Of `ParameterServerStrategy`.
+        parameter_device: The device of the variables; by default the one compute device, or the CPU if there are
+            several.
+        options: Further options of `ParameterServerStrategy`.
 
     Raises:
-        ValueError: If a device's name is none.
+        ValueError: If a name is not the name of a device.
 
     >>> strategy = CentralStorageStrategy(compute_devices=["cpu:0", "cpu:1"])
     >>> strategy.num_replicas_in_sync, strategy.extended.parameter_devices
@@ -42,7 +43,7 @@ class CentralStorageStrategy(ParameterServerStrategy):
 
     @classmethod
     def from_num_gpus(cls, count: int) -> CentralStorageStrategy:
-        """A strategy over the first ``count`` GPUs; over the CPU for 0."""
+        """Return a strategy over the first ``count`` GPUs, or over the CPU if ``count`` is 0."""
         return cls([f"cuda:{index}" for index in range(count)] or ["cpu:0"])
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of what the ps tasks hold: they write the shards, the chief the indexes.
+"""Checkpoints of the ps tasks' variables: the ps tasks write the shards, the chief writes the indexes.
 
 A checkpoint is a folder of plain safetensors files. ``model.safetensors.index.json`` has the form that Hugging Face's
-tools read; ``optimizer.safetensors.index.json`` does the same for optimizer state. Each variable is one tensor, also
-one that was partitioned.
+tools read; ``optimizer.safetensors.index.json`` does the same for optimizer state. Each variable is one tensor, even
+if it was partitioned.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from paramserver.errors import CheckpointError, NotFiniteError
 logger = logging.getLogger(__name__)
 
 SAY_EVERY = 10.0
-"""Seconds between two lines about who is waited for."""
+"""Seconds between two log lines that name the tasks waited for."""
 SHOWN_NAMES = 8
 
 
 def write_checkpoint(client: ParameterClient, manager: CheckpointManager, step: int, aliases: dict[str, str]) -> str:
-    """Have the ps tasks write a checkpoint, and publish it; its path. Blocks; pushes of workers go on meanwhile.
+    """Have the ps tasks write a checkpoint, publish it, and return its path. Blocks; workers can push meanwhile.
 
     Args:
         client: Connected to every ps.
-        manager: Of the model_dir.
-        step: The global step that names it; what it holds is at least as new.
+        manager: The manager of the model_dir.
+        step: The global step in the checkpoint's name; its contents are at least as new.
         aliases: Other names of tied variables.
 
     Raises:
@@ -79,15 +79,15 @@ def _with_way_back(error: NotFiniteError, manager: CheckpointManager, step: int)
         way = f"the last good checkpoint is {good}: start the run again to go on from it"
     else:
         way = "there is no good checkpoint: start the run again from the beginning"
-    cause = "a lower learning rate, clipped gradients, or without the batches that it came from"
+    cause = "a lower learning rate, clipped gradients, or without the batches that caused it"
     return NotFiniteError(f"checkpoint {path} is not written: {error}; {way}, with {cause}", path, error.variable)
 
 
 def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:
-    """Have the ps tasks read their variables from a checkpoint, and say what it holds beside them. Blocks.
+    """Have the ps tasks read their variables from a checkpoint, and warn of any others in it. Blocks.
 
     Raises:
-        CheckpointError: If it is cut short or belongs to another model.
+        CheckpointError: If the checkpoint is truncated or belongs to another model.
     """
     with readable(checkpoint_path) as folder:
         client.restore(str(folder.absolute()))
@@ -95,7 +95,7 @@ def restore_checkpoint(client: ParameterClient, checkpoint_path: str) -> None:
 
 
 def say_left_out(checkpoint_path: str, names: Sequence[str]) -> None:
-    """Warn of variables of a checkpoint that the model does not have, if there are any."""
+    """Warn of the variables of a checkpoint that the model does not have, if there are any."""
     if names:
         more = f" and {len(names) - SHOWN_NAMES} others" if len(names) > SHOWN_NAMES else ""
         logger.warning(
@@ -109,15 +109,15 @@ def say_left_out(checkpoint_path: str, names: Sequence[str]) -> None:
 
 def _write_indexes(folder: Path, maps: Maps, step: int, **metadata: object) -> None:
     write_index(folder / SLOTS_INDEX, maps.slot_map, global_step=step)
-    identity = secrets.token_hex(8)  # see `checkpoint_files.digest`
+    identity = secrets.token_hex(8)  # see `checkpoint.index.digest`
     write_index(folder / VALUES_INDEX, maps.weight_map, global_step=step, id=identity, **metadata)
 
 
 def find_checkpoint(directory: str) -> str | None:
-    """The checkpoint that a place means: the place itself, or the latest of a model_dir; None where there is none.
+    """Return the checkpoint at a path: the path itself, or the latest of a model_dir; None if there is none.
 
     Raises:
-        CheckpointError: If the place has the name of a checkpoint and is none, or the latest one was damaged.
+        CheckpointError: If the path has a checkpoint's name but holds no checkpoint, or the latest one is damaged.
     """
     if is_whole(directory):
         return directory
@@ -129,17 +129,17 @@ def find_checkpoint(directory: str) -> str | None:
 
 
 def saved_names(checkpoint: str) -> set[str]:
-    """The names of the variables in a checkpoint. Raises CheckpointError if it cannot be read."""
+    """Return the names of the variables in a checkpoint. Raises CheckpointError if it cannot be read."""
     with readable(checkpoint, VALUES_INDEX) as folder:
         return set(read_index(folder / VALUES_INDEX))
 
 
 class Checkpoints:
-    """The checkpoints of a strategy: what it begins with, and what it has written. For the chief; not thread-safe.
+    """The checkpoints that a strategy starts from and has written. Only the chief uses them. Not thread-safe.
 
     Attributes:
-        begin: What `prepare` fills the variables with; None for the model's own values.
-        last: The last one that was written or restored, which a loss of a ps leads back to; None before there is one.
+        begin: The checkpoint that `prepare` restores; None for the model's own values.
+        last: The checkpoint last written or restored, to go back to after the loss of a ps; None before there is one.
     """
 
     def __init__(self) -> None:
@@ -148,29 +148,30 @@ class Checkpoints:
         self._entered: set[str] = set()
 
     def save(self, client: ParameterClient, directory: str, max_to_keep: int | None, names: dict[str, str]) -> str:
-        """Write a checkpoint of the present global step; its path. Blocks.
+        """Write a checkpoint of the present global step, and return its path. Blocks.
 
         Args:
             client: Connected to every ps.
             directory: The model_dir, a path or URL.
-            max_to_keep: How many of the newest checkpoints stay; None for all.
+            max_to_keep: Number of the newest checkpoints to keep; None keeps all.
             names: Other names of tied variables.
 
         Raises:
-            CheckpointError: If it cannot be written.
-            ConfigError: If ``max_to_keep`` is negative, or fsspec knows no such URL.
+            CheckpointError: If the checkpoint cannot be written.
+            ConfigError: If ``max_to_keep`` is negative, or fsspec does not know the URL.
         """
         manager = CheckpointManager(directory, max_to_keep)
         if absolute(directory) not in self._entered:
             manager.remove_leftovers()
-            manager.mark_started(environment.read().run_id)  # an evaluator does not take an earlier run's end for ours
+            # With the run's id an evaluator does not mistake an earlier run's end for this run's.
+            manager.mark_started(environment.read().run_id)
             self._entered.add(absolute(directory))
         path = write_checkpoint(client, manager, client.read_global_step(), names)
         self.last = absolute(path)
         return path
 
     def restore(self, client: ParameterClient, checkpoint: str) -> int:
-        """Fill the ps tasks' variables from a checkpoint; its global step. Blocks; raises as `restore_checkpoint`."""
+        """Fill the ps tasks' variables from a checkpoint; return its step. Blocks; raises as `restore_checkpoint`."""
         step = checkpoint_step(checkpoint)
         restore_checkpoint(client, checkpoint)
         self.last = absolute(checkpoint)
@@ -182,13 +183,13 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What a run loses with the memory of ps tasks.
+    """The state that a run loses with the memory of ps tasks.
 
     Attributes:
-        tasks: The ps tasks.
-        reached: The global step that the run had come to.
-        variables: How many variables of the model lay there, or parts of them.
-        own: The names of the program's own variables that lay there.
+        tasks: The names of the ps tasks.
+        reached: The global step that the run had reached.
+        variables: Number of the model's variables, or parts of variables, on these tasks.
+        own: The names of the program's own variables on these tasks.
     """
 
     tasks: str
@@ -198,7 +199,7 @@ class Loss:
 
     @classmethod
     def of(cls, client: ParameterClient, reached: int) -> Loss:
-        """The loss of the ps tasks that a client has found empty."""
+        """Return the loss of the ps tasks that a client has found empty."""
         lanes = client.lanes.each()
         return cls(
             tasks=", ".join(lanes[ps].task for ps in client.emptied),
@@ -208,19 +209,19 @@ class Loss:
         )
 
     def with_checkpoint(self, checkpoint: str, step: int, saved: Collection[str]) -> str:
-        """What to say when a checkpoint is restored that holds variables of these names."""
+        """Return the warning for a run that goes back to a checkpoint with variables of these names."""
         return (
             f"{self.tasks} came back empty; all ps tasks go back to {checkpoint}: {lost_updates(self.reached, step)}"
             f"{_anew([name for name in self.own if name not in saved])}"
         )
 
     def without_checkpoint(self, step: int) -> str:
-        """What to say when there is none, and the chief has values of a step."""
+        """Return the warning for a run without a checkpoint, whose chief holds the values of a step."""
         return (
             f"{self.tasks} came back empty, and this run has saved no checkpoint: the model goes on with the chief's "
             f"values of step {step}, and {max(self.reached - step, 0)} later updates are lost; the optimizer state of "
-            f"{self.variables} variables there begins anew{_anew(self.own)}. "
-            "Call strategy.save(directory) now and then, and recover() restores what it saved"
+            f"{self.variables} variables there starts anew{_anew(self.own)}. "
+            "Call strategy.save(directory) regularly, so that recover() can restore a checkpoint"
         )
 
 
@@ -229,7 +230,7 @@ def _anew(names: list[str]) -> str:
 
 
 def lost_updates(reached: int, step: int) -> str:
-    """How many updates a run loses that has come to a step and goes on from an earlier one.
+    """Return a text of how many updates a run loses that goes back from the step it has reached to an earlier one.
 
     >>> lost_updates(500, 401)
     '99 updates are lost (back from step 500 to 401)'
@@ -238,11 +239,11 @@ def lost_updates(reached: int, step: int) -> str:
 
 
 class Waiting:
-    """Says now and then who is waited for.
+    """A log line, at most every `SAY_EVERY` seconds, that names the tasks waited for.
 
     Args:
-        task: This task.
-        clock: Returns seconds.
+        task: The name of this task.
+        clock: Returns the present time in seconds.
     """
 
     def __init__(self, task: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -250,7 +251,7 @@ class Waiting:
         self._say_at = clock() + SAY_EVERY
 
     def on_wait(self, tasks: tuple[str, ...]) -> None:
-        """These tasks are waited for by now."""
+        """Take note of the tasks that are still waited for, and log them if it is time."""
         if self._clock() >= self._say_at:
             self._say_at = self._clock() + SAY_EVERY
             logger.info("%s waits for %s to finish", self._task, ", ".join(tasks))

@@ -1,4 +1,4 @@
-"""How a worker gets its client: lanes to every ps of a cluster, or to one that is played in this process."""
+"""The connections of a worker's client: lanes to every ps of a cluster, or to a ps inside this process."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from paramserver.transport.identity import Identity, new_incarnation
 from paramserver.transport.lane import Lane, WorkerMemory
 
 REDIAL_TIMEOUT = 1.0
-"""Seconds in which a ps that is there answers. One that was lost is waited for by `recover`, and not by a step."""
+"""Seconds for a reachable ps to answer. Only `recover` waits longer for a lost one, never a step."""
 
 
 def in_process(device: torch.device) -> ParameterClient:
-    """A client of a ps that is played in this process, its variables on ``device``."""
+    """Return a client of a ps inside this process, whose variables are on ``device``."""
     dialer = InProcessDialer(play_in_process(device))
     return ParameterClient(dialer.dial_all(0), dialer)
 
@@ -45,13 +45,13 @@ def to_cluster(
         cluster: The cluster.
         me: This task.
         timeout: Seconds to wait for the ps tasks, in all.
-        token: The secret of the run; by default the environment's.
-        lane: A name of `layout.lanes`; by default the environment's.
+        token: The secret of the run; by default that of the environment.
+        lane: A name of `layout.lanes`; by default that of the environment.
         process: As for `new_incarnation`.
 
     Raises:
         DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
-        TokenError: If the run's token does not fit.
+        TokenError: If a ps refuses the token.
         RunOverError: If the ps tasks have left already.
     """
     surroundings = environment.read()
@@ -66,10 +66,10 @@ def to_cluster(
 
 @dataclass(frozen=True)
 class InProcessDialer:
-    """See `exchange.Dialer`.
+    """Dialer of a ps inside this process; see `exchange.Dialer`.
 
     Attributes:
-        dial: Makes a lane to the ps in this process.
+        dial: Makes a lane to that ps.
     """
 
     dial: Callable[[], Lane]
@@ -85,13 +85,14 @@ class InProcessDialer:
 
 @dataclass(frozen=True)
 class ClusterDialer:
-    """See `exchange.Dialer`.
+    """Dialer of the ps tasks of a cluster; see `exchange.Dialer`.
 
     Attributes:
         cluster: The cluster.
-        me: The task.
+        me: The identity of this task.
         lane: The name of the lanes to use; see `layout.lanes`.
-        listens: Whether a ps that does not listen has ended, and with it the run.
+        listens: Whether the ps tasks listen from the start, so that one that does not listen has ended, and the run
+            with it.
     """
 
     cluster: ClusterSpec
@@ -105,7 +106,7 @@ class ClusterDialer:
         lanes: list[Lane] = []
         try:
             for ps in range(self.cluster.num_tasks(Role.PS)):
-                remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # a person may read it
+                remaining = max(round(give_up - time.monotonic(), 1), 0.0)  # rounded, because messages show it
                 lanes.append(self._dial(ps, kept[ps] if kept else None, remaining))
         except BaseException:
             Exchange(lanes).close()
@@ -127,7 +128,7 @@ class ClusterDialer:
 
 
 def _leave(lanes: Exchange, pid: int) -> None:
-    """The last words of a task that did not say goodbye itself."""
+    """Say goodbye for a task that has not done so itself; with the uncaught exception, if there is one."""
     if os.getpid() != pid:
         return  # a forked child, such as a DataLoader's, inherits the connection but not the right to end it
     uncaught = getattr(sys, "last_value", None)

@@ -1,4 +1,4 @@
-"""Which strategy and which replica a program is in; outside of all scopes, those of a default strategy."""
+"""The strategy and the replica that a program is in; outside of all scopes, those of a default strategy."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def get_strategy() -> Strategy:
-    """The strategy whose scope this thread is in; outside of any, one with a single replica and no ps tasks."""
+    """Return the strategy whose scope this thread is in; outside of all scopes, one with one replica and no ps."""
     frame = context.current()
-    return cast("Strategy", frame.strategy) if frame else _default()  # nothing else enters a scope
+    return cast("Strategy", frame.strategy) if frame else _default()  # only a Strategy enters a scope
 
 
 def has_strategy() -> bool:
-    """Whether this thread is inside a strategy's scope.
+    """Return whether this thread is inside a strategy's scope.
 
     >>> has_strategy()
     False
@@ -39,32 +39,32 @@ def has_strategy() -> bool:
 
 
 def get_replica_context() -> ReplicaContext | None:
-    """The replica that this thread is in, None in cross-replica context; outside of any scope, a default one."""
+    """Return this thread's replica; None in cross-replica context, a default replica outside of all scopes."""
     frame = context.current()
     return cast("ReplicaContext | None", frame.replica) if frame else _DefaultReplicaContext(_default(), 0)
 
 
 def in_cross_replica_context() -> bool:
-    """Whether this thread is in the cross-replica context of a strategy: in its scope, or in a merge."""
+    """Return whether this thread is in the cross-replica context of a strategy: in its scope, or in a merge."""
     return context.in_cross_replica_context()
 
 
 def in_replica_context() -> bool:
-    """Whether this thread is in a replica; outside of any scope it is in the default one."""
+    """Return whether this thread is in a replica; outside of all scopes it is in the default one."""
     return not in_cross_replica_context()
 
 
 def set_strategy(strategy: Strategy | None) -> None:
-    """Enter a strategy's scope on this thread until this is called again; None leaves it.
+    """Enter a strategy's scope on this thread until the next call; None leaves it.
 
     Raises:
-        RuntimeError: Inside a ``with strategy.scope():``.
+        RuntimeError: Inside a ``with strategy.scope():`` block.
     """
     context.set_base(strategy)
 
 
 class _DefaultStrategy(Strategy):
-    """One replica and no parameter servers: what is in effect outside of all scopes."""
+    """The strategy outside of all scopes: one replica and no parameter servers."""
 
     @property
     def cluster_resolver(self) -> None:
@@ -94,7 +94,7 @@ class _DefaultStrategy(Strategy):
         return InputContext()
 
     def scope(self) -> contextlib.AbstractContextManager[Strategy]:
-        """Change nothing. Raises RuntimeError on entering, inside the scope of a strategy."""
+        """Return a scope that changes nothing. Entering it inside another strategy's scope raises RuntimeError."""
         return context.NoScope(self)
 
     def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
@@ -110,14 +110,14 @@ class _DefaultStrategy(Strategy):
         return fn(ValueContext())
 
     def activate(self, replica: int) -> None:
-        """There is one only."""
+        """Do nothing: there is only one replica."""
 
     def __repr__(self) -> str:
         return "<the default strategy: one replica>"
 
 
 class _DefaultReplicaContext(ReplicaContext):
-    """The context outside of all scopes: nobody has entered it, and it is always current."""
+    """The replica outside of all scopes: never entered, and always current."""
 
     def merge_call(self, fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
         return (

@@ -59,29 +59,32 @@ class ParameterServerStrategy(SavingStrategy):
 
     Every worker runs the same program. `prepare` puts the model's variables onto the ps tasks; from then on
     ``optimizer.step()`` pushes this worker's gradients, the ps tasks apply them at once, and fresh values come back.
-    The task that the resolver names must be a worker or the chief for that; on a ps, ``paramserver server`` or
-    ``Server(...).join()`` serves.
+    The resolver must name this task a worker or the chief for that; a ps task runs ``paramserver server`` or
+    ``Server(...).join()`` instead.
 
     Not thread-safe: one thread prepares and trains.
 
     Args:
-        cluster_resolver: Says who is where; by default TF_CONFIG does. An empty cluster means one process.
-        compute_devices: A replica runs on each; by default all GPUs of this worker, or the CPU where there are none.
+        cluster_resolver: Names the tasks and their addresses; by default TF_CONFIG does. An empty cluster means one
+            process.
+        compute_devices: One replica runs on each; by default all GPUs of this worker, or the CPU if there are none.
             ``cpu:0``, ``cpu:1`` and so on are logical devices: replicas that share the CPU.
-        parameter_device: Where the variables lie without a cluster; by default the one compute device, or the CPU if
-            there are several.
-        variable_placement: Which ps holds which variable: a policy of `paramserver.placement`, or a function of a
+        parameter_device: The device of the variables without a cluster; by default the one compute device, or the CPU
+            if there are several.
+        variable_placement: Chooses the ps of each variable: a policy of `paramserver.placement`, or a function of a
             variable and the number of ps tasks; round robin by default.
-        variable_partitioner: Which variables are divided by rows among ps tasks, and into how many parts: one of
-            `paramserver.placement`, or a function of a shape and a dtype; none by default. A worker needs memory for
-            the values and gradients of a divided parameter once more.
-        pipeline: Whether a step's push and pull go on while the next one computes, so that a slow network costs
-            little. The next one computes without this one's update, then: one step of staleness more. A worker needs
-            memory for values and gradients once more. Without a cluster nothing is waited for, and it changes nothing.
-        session_creation_timeout: Seconds to wait for the ps tasks to come up and for the chief to initialize.
+        variable_partitioner: Chooses which variables are divided by rows among ps tasks, and into how many parts: one
+            of `paramserver.placement`, or a function of a shape and a dtype; by default no variable is divided. A
+            worker needs additional memory for the values and gradients of a divided parameter.
+        pipeline: Whether a step's push and pull overlap with the computation of the next step, which hides a slow
+            network. The next step then computes without this step's update: one more step of staleness. A worker needs
+            a second copy of values and gradients in memory. Without a cluster there is nothing to hide, and the option
+            changes nothing.
+        session_creation_timeout: Seconds to wait for the ps tasks to come up and for the chief to initialize the
+            variables.
 
     Raises:
-        ValueError: If the cluster or this task's place in it cannot work.
+        ValueError: If the cluster is invalid, or has no such task.
     """
 
     def __init__(
@@ -106,21 +109,21 @@ class ParameterServerStrategy(SavingStrategy):
     def configure(
         self, cluster_spec: ClusterLike | None = None, task_type: str | None = None, task_id: int | None = None
     ) -> None:
-        """Make a strategy that was built for one process a part of a cluster. Does nothing without a cluster.
+        """Make a strategy that was built for one process part of a cluster. Does nothing without a cluster.
 
         Args:
             cluster_spec: The cluster, as a dict, a ClusterSpec or a ClusterDef.
-            task_type: The role of this task in it.
-            task_id: Its index.
+            task_type: The role of this task in the cluster.
+            task_id: The index of this task.
 
         Raises:
-            ValueError: If the cluster or this task's place in it cannot work.
+            ValueError: If the cluster is invalid, or has no such task.
             RuntimeError: If the strategy has connected to ps tasks already.
         """
         if not cluster_spec:
             return
         if self.client is not None:
-            raise RuntimeError(f"configure: {self!r} has variables on parameter servers already; configure it before")
+            raise RuntimeError(f"configure: {self!r} has variables on parameter servers already; call it earlier")
         cluster = normalize_cluster_spec(cluster_spec)
         self._enter_cluster(cluster, task_type, task_id)
         self._resolver = SimpleClusterResolver(cluster, task_type=task_type, task_id=task_id)
@@ -145,17 +148,17 @@ class ParameterServerStrategy(SavingStrategy):
 
     @property
     def session_creation_timeout(self) -> float:
-        """Seconds to wait for the ps tasks to come up, and for the chief to initialize."""
+        """Seconds to wait for the ps tasks to come up and for the chief to initialize the variables."""
         return self._timeout
 
     @property
     def compute_devices(self) -> tuple[Device, ...]:
-        """The devices of this worker that compute, one for each replica."""
+        """The compute devices of this worker, one for each replica."""
         return self._devices.of_task(self.task)
 
     @property
     def parameter_device(self) -> Device:
-        """Where the variables lie without a cluster."""
+        """The device of the variables without a cluster."""
         return self._devices.parameter
 
     @property
@@ -174,12 +177,12 @@ class ParameterServerStrategy(SavingStrategy):
 
     @property
     def is_chief(self) -> bool:
-        """Whether this task initializes, checkpoints and writes summaries; true in one process."""
+        """Whether this task initializes, checkpoints and writes summaries; always true in one process."""
         return self.task is None or is_chief(self.cluster, *self.task)
 
     @property
     def num_ps(self) -> int:
-        """How many ps tasks there are; one process plays one."""
+        """The number of ps tasks; 1 in one process, which plays a ps."""
         return self.cluster.num_tasks(Role.PS) if self.cluster else 1
 
     @property
@@ -188,7 +191,7 @@ class ParameterServerStrategy(SavingStrategy):
 
     @property
     def input_context(self) -> InputContext:
-        """Which part of the input this task reads.
+        """The part of the input that this task reads.
 
         Raises:
             ValueError: On a task that does not train.
@@ -231,31 +234,32 @@ class ParameterServerStrategy(SavingStrategy):
     ) -> tuple[M, PreparedOptimizer | tuple[PreparedOptimizer, ...]]:
         """Put the model's variables onto the ps tasks and bind the model to them.
 
-        The chief's initial values become everyone's, those of a checkpoint if `restore` was called before; so does the
-        state that its optimizer has made or loaded. The model is the same object afterwards, its parameters in
-        other memory; the optimizer that comes back pushes and pulls where the given one would update. Blocks until
-        all ps tasks are up and the chief has initialized them. Afterwards every worker but the first has a random
-        stream of torch's of its own, so that shuffling and dropout differ between them.
+        Every worker starts from the chief's initial values, or from a checkpoint's if `restore` was called before; the
+        same holds for the state that the chief's optimizer has made or loaded. The model is the same object
+        afterwards, with its parameters in other memory. The returned optimizer pushes and pulls where the given one
+        would update. Blocks until all ps tasks are up and the chief has initialized them. Afterwards every worker but
+        the first has its own torch random stream, so that shuffling and dropout differ between workers.
 
-        From then on a parameter changes by its optimizer only. After a program has written other values into it (as
-        ``load_state_dict`` does) the next step raises `EditedError`, until `assign` or `refresh` is called.
+        From then on a parameter changes only by its optimizer. After a program has written other values into a
+        parameter (as ``load_state_dict`` does), the next step raises `EditedError`, until `assign` or `refresh` is
+        called.
 
-        With several replicas each has parameters and buffers of its own in the model's modules, and in the optimizer's
-        param groups, while it runs, and ``optimizer.step()`` makes one update of all their gradients. What is done
-        once for all of them, such as a step of a learning-rate schedule, is done outside of the replicas.
+        With several replicas, each replica has its own parameters and buffers in the model's modules and in the
+        optimizer's param groups while it runs, and ``optimizer.step()`` makes one update of all their gradients. Do
+        work that is needed once for all replicas, such as a step of a learning-rate schedule, outside of the replicas.
 
         Args:
-            model: Its tensors are moved to the compute devices.
-            optimizer: Holds parameters of the model; or several, which may hold different ones. The first one's steps
-                are what the global step counts.
-            gradient_reduction: How the replicas' gradients become one: their ``"mean"``, which fits a loss that is the
-                mean over a batch, or their ``"sum"``.
-            buffers: How several workers' changes of a persistent buffer become one: ``"sum"``, ``"mean"``, ``"last"``
-                or ``"own"``, by the buffer's name or a pattern such as ``"*.queue"``; see `BufferPolicy`. By default
-                what counts or averages is summed, and of all else the last value counts.
+            model: The model. Its tensors are moved to the compute devices.
+            optimizer: An optimizer of the model's parameters, or several optimizers, which may hold different
+                parameters. The global step counts the steps of the first one.
+            gradient_reduction: How the replicas' gradients are combined: ``"mean"``, which fits a loss that is the mean
+                over a batch, or ``"sum"``.
+            buffers: How several workers' changes of a persistent buffer are combined: ``"sum"``, ``"mean"``,
+                ``"last"`` or ``"own"``, by the buffer's name or a pattern such as ``"*.queue"``; see `BufferPolicy`.
+                By default buffers that count or average are summed, and the last value of all other buffers counts.
 
         Returns:
-            The model, and what stands for the optimizer: several of them, if a sequence was given.
+            The model, and the optimizer to use instead of the given one; a tuple of them if a sequence was given.
 
         Raises:
             ConfigError: On a task that does not train, or for a model or optimizer that cannot be distributed.
@@ -287,26 +291,27 @@ class ParameterServerStrategy(SavingStrategy):
         timeout: float | None = None,
         on_wait: Callable[[float], None] = lambda _: None,
     ) -> tuple[PreparedOptimizer, ...]:
-        """`prepare`, with the chief's way to give the variables their first values.
+        """Prepare a model with a given way to initialize the variables; see `prepare`.
 
         Args:
             model: As for `prepare`.
             optimizers: As for `prepare`.
-            initialize: Fills the variables of the ps tasks and returns the global step that they belong to.
+            initialize: Fills the variables of the ps tasks and returns the global step of their values.
             gradient_reduction: As for `prepare`.
             buffers: As for `prepare`.
-            timeout: Seconds to wait in all; the strategy's by default.
-            on_wait: Called about every second while the chief is waited for.
+            timeout: Seconds to wait in all; by default the strategy's.
+            on_wait: Called about once a second while this task waits for the chief.
         """
         self._check_can_prepare()
         limit = self._timeout if timeout is None else timeout
         collected = plan.collect(model, optimizers, buffers)
         arenas = plan.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
+        # Set before anything moves: if a later line fails, the model may have lost its values.
         self._has_prepared = self._is_preparing = True
         layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
         is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
-        carried = [optimizer_state.carried(optimizer) for optimizer in optimizers]  # before tables let go of theirs
+        carried = [optimizer_state.carried(optimizer) for optimizer in optimizers]  # before tables drop their state
         lookups = take_tables(model, collected, optimizers)
         tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
         kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
@@ -333,7 +338,7 @@ class ParameterServerStrategy(SavingStrategy):
             logger.info("%s: prepare leaves the state of its optimizer: the ps tasks have one already", self.task)
         bound.bind()
         for optimizer in optimizers:
-            optimizer.state.clear()  # it is with the ps tasks now, and may be twice as large as the model
+            optimizer.state.clear()  # the ps tasks hold it now, and it may be twice as large as the model
         for name, lookup in lookups.items():
             lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
@@ -355,23 +360,23 @@ class ParameterServerStrategy(SavingStrategy):
         timeout: float | None = None,
         on_wait: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """After an `UnavailableError`: connect again, and go on with the ps tasks' values in the same model.
+        """Reconnect after an `UnavailableError`, and continue with the ps tasks' values in the same model.
 
-        Where a ps was started again and holds nothing, the chief initializes all of them, and the other workers wait
-        for it. By default it restores the last checkpoint that it has saved or restored: parameters, optimizer state
-        and every `Variable` go back to that on all ps tasks. Where there is none, it takes the values that this task
-        has; what the ps held beside them begins anew. A warning says what is lost. Blocks for as long as that takes. An
-        update that was under way may have been applied or not.
+        If a ps was restarted and holds nothing, the chief initializes all ps tasks, and the other workers wait for the
+        chief. By default it restores the last checkpoint that it has saved or restored: parameters, optimizer state
+        and every `Variable` go back to that checkpoint on all ps tasks. Without a checkpoint it uses the values that
+        this task holds; the other state of the lost ps tasks starts anew. A warning names the loss. Blocks until all of
+        this is done. An update that was under way may or may not have been applied.
 
         Args:
-            initialize: How the chief fills the variables instead; returns the global step that they belong to.
-            timeout: Seconds to wait for the ps tasks, and again for the chief; the strategy's by default.
-            on_wait: Called about every second while the chief is waited for.
+            initialize: Fills the variables on the chief instead, and returns the global step of their values.
+            timeout: Seconds to wait for the ps tasks, and again for the chief; by default the strategy's.
+            on_wait: Called about once a second while this task waits for the chief.
 
         Raises:
             RuntimeError: If there is nothing to recover: no cluster, or no prepared model.
             DeadlineError: If a ps or the chief is not up in time.
-            UnavailableError: If a ps is lost meanwhile.
+            UnavailableError: If a ps is lost while this call runs.
         """
         if self.task is None or self.client is None or not self._models:
             raise RuntimeError(f"recover: {self!r} has no prepared model on the ps tasks of a cluster")
@@ -379,7 +384,7 @@ class ParameterServerStrategy(SavingStrategy):
         limit = self._timeout if timeout is None else timeout
         client, reached = self.client, self.client.global_step
         try:
-            model.refresh()  # a connection that was cut is made anew, and what was under way made up for
+            model.refresh()  # reconnects where a connection was cut, and completes the update that was under way
         except (UnavailableError, LocalProtocolError):
             if not client.resume(limit, on_wait, is_chief=self.is_chief):
                 client.mark_ready(initialize(client, model) if initialize else self._bring_back(model))
@@ -388,23 +393,23 @@ class ParameterServerStrategy(SavingStrategy):
             logger.warning("%s: %s", self.task, checkpoints.lost_updates(reached, client.global_step))
 
     def assign(self, model: nn.Module) -> int:
-        """Make a prepared model's present values, those of its buffers too, the ps tasks'; the global step. Blocks.
+        """Write a prepared model's present parameters and buffers to the ps tasks, and return the global step. Blocks.
 
-        The chief's values count: a call on another worker takes the ps tasks' values instead, as `refresh` does.
-        Updates that others have made since this worker's last step are overwritten. Tables of a cluster stay as they
-        are, since workers do not hold their values.
+        Only the chief's values count: on another worker the call reads the ps tasks' values instead, as `refresh` does.
+        Updates that other workers have made since the chief's last step are overwritten. Tables of a cluster stay
+        unchanged, since workers do not hold their values.
 
         Args:
-            model: What `prepare` was given.
+            model: A model that was passed to `prepare`.
 
         Raises:
-            ConfigError: If it is not prepared by this strategy.
+            ConfigError: If this strategy has not prepared the model.
             UnavailableError: If a ps is lost.
         """
         reference = self._bound.get(model)
         bound = reference() if reference else None
         if bound is None:
-            raise ConfigError(f"assign: {type(model).__name__} is no model that {self!r} has prepared")
+            raise ConfigError(f"assign: this {type(model).__name__} is not a model that {self!r} has prepared")
         if self.is_chief:
             bound.assign_present()
         else:
@@ -413,7 +418,7 @@ class ParameterServerStrategy(SavingStrategy):
         return self.global_step
 
     def statistics(self) -> StepTimes:
-        """Where the time of this worker's steps has gone since `prepare`. Does not block, and costs next to nothing.
+        """Return where the time of this worker's steps has gone since `prepare`. Does not block, and is cheap.
 
         Raises:
             RuntimeError: If no model is prepared, or the run is over for this task.
@@ -436,14 +441,14 @@ class ParameterServerStrategy(SavingStrategy):
             model.activate(replica)
 
     def row_ranges(self, variable: VariableSpec) -> list[Range]:
-        """The rows of a variable that lie apart, by the strategy's partitioner; none for one that stays whole."""
+        """Return the row ranges that the partitioner divides a variable into; empty for one that stays whole."""
         return row_ranges(self._partitioner, variable) if self._partitioner else []
 
     def connect(self, timeout: float | None = None) -> ParameterClient:
-        """The client of the ps tasks; connects when it is first asked for. Blocks until all ps tasks are up.
+        """Return the client of the ps tasks; the first call connects. Blocks until all ps tasks are up.
 
         Args:
-            timeout: Seconds to wait for them, in all; the strategy's by default.
+            timeout: Seconds to wait for the ps tasks, in all; by default the strategy's.
 
         Raises:
             ConfigError: On a task that does not train.
@@ -462,7 +467,7 @@ class ParameterServerStrategy(SavingStrategy):
         return self._place(variable)
 
     def leave_unstarted(self) -> None:
-        """Say goodbye to the ps tasks without training: for a task that finds its work done already.
+        """Say goodbye to the ps tasks without training: for a task that finds the run's work already done.
 
         Blocks until the ps tasks are up; does nothing in one process.
 
@@ -470,13 +475,16 @@ class ParameterServerStrategy(SavingStrategy):
             DeadlineError: If a ps is not up in time.
         """
         if self.task is not None and self.client is None:
-            with contextlib.suppress(RunOverError):  # the chief was faster to leave
+            with contextlib.suppress(RunOverError):  # the chief left first, and the run is over
                 self.connect().goodbye()
 
     def close(self, failure: str = "") -> None:
-        """Say goodbye to the ps tasks: this task has finished, or why it cannot go on. Idempotent.
+        """Say goodbye to the ps tasks. Idempotent.
 
-        Called at the end of the process if it was not before. Blocks until a step that is under way has arrived.
+        The end of the process calls it too. Blocks until a step that is under way has arrived at the ps tasks.
+
+        Args:
+            failure: Why this task cannot go on; empty if it has finished.
 
         Raises:
             UnavailableError: If a ps was lost by the last step, with ``pipeline``.
@@ -513,8 +521,8 @@ class ParameterServerStrategy(SavingStrategy):
         self._check_trains("prepare")
         if self._is_preparing and self.task is not None:
             raise ConfigError(
-                "prepare: an earlier prepare of this strategy did not get to its end, and the values of its model may "
-                "be lost; make the model, the optimizer and the strategy anew"
+                "prepare: an earlier prepare of this strategy has not completed, and the values of its model may be "
+                "lost; create a new model, optimizer and strategy"
             )
         if self._has_prepared and self.task is not None:
             raise ConfigError(
@@ -522,7 +530,7 @@ class ParameterServerStrategy(SavingStrategy):
                 "put several models into one nn.ModuleDict, with an optimizer for each"
             )
         if self._has_prepared:
-            self.client = None  # the next model has a ps of its own
+            self.client = None  # each model of a single process has its own in-process ps
 
     def _check_trains(self, what: str) -> None:
         if self.task is not None and not self.task.role.trains:

@@ -1,10 +1,10 @@
-"""What a loop of one's own needs to save, to resume and to end; a part of `ParameterServerStrategy`.
+"""Saving, resuming and ending for a training loop of one's own; a part of `ParameterServerStrategy`.
 
 Rules
-    * The chief decides and the ps tasks write and read. Every call may be made alike on every worker.
-    * Nothing is restored over newer values: a chief that was started again goes on with what the ps tasks hold.
+    * The chief decides; the ps tasks write and read. Every worker may make every call.
+    * No checkpoint overwrites newer values: a chief that was restarted goes on with the values of the ps tasks.
     * Workers see restored values at one point: in `prepare`, or in a `restore` that follows it before the first step.
-      They wait there for the chief, but for no chief that trains already.
+      There they wait for the chief, unless the chief trains already.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SavingStrategy(Strategy):
 
     Attributes:
         task: This task; None in one process.
-        client: Connected to the ps tasks; None before.
+        client: The client of the ps tasks; None before it has connected.
     """
 
     task: TaskId | None
@@ -40,17 +40,17 @@ class SavingStrategy(Strategy):
     _models: weakref.WeakSet[BoundModel]
 
     def _begin_saving(self) -> None:
-        # Kept: a program that lets go of the optimizer still has a model to refresh.
+        # A strong reference: a program that drops the optimizer still has a model to refresh.
         self._prepared: BoundModel | None = None
         self._checkpoints = Checkpoints()
         self._has_left_saving = False
         self._aliases: dict[str, str] = {}
-        self._found_step: int | None = None  # at which `prepare` found values on the ps tasks
+        self._found_step: int | None = None  # the step at which `prepare` found values on the ps tasks
 
     def refresh(self) -> int:
-        """Bring the prepared model up to date with the ps tasks, as every step does; the global step. Blocks.
+        """Read the prepared model's values from the ps tasks, as every step does; return the global step. Blocks.
 
-        What buffers changed by since the last step is lost.
+        Changes of buffers since the last step are lost.
 
         Raises:
             UnavailableError: If a ps is lost.
@@ -61,29 +61,29 @@ class SavingStrategy(Strategy):
 
     @property
     def global_step(self) -> int:
-        """Updates of the model, as this worker last heard of them; with ``pipeline``, and its own on the way."""
+        """Updates of the model that this worker knows of; with ``pipeline`` also its own that are under way."""
         return self.client.global_step if self.client else 0
 
     def save(self, directory: str | os.PathLike[str], *, max_to_keep: int | None = 5) -> str | None:
         """Write a checkpoint of the model, the optimizers' state, every `Variable` and the global step.
 
-        The chief has the ps tasks write it, while other workers go on training; a call on another worker does nothing,
-        so every worker may call it alike. Blocks until the checkpoint is whole. It is the folder ``ckpt-STEP`` of
-        ``directory``, in the form that an Estimator writes and goes on from, and names itself in the file
-        ``checkpoint`` there. It loads into any number of ps tasks, and its values into plain PyTorch. Learning rates
-        and other settings of param groups are not in it.
+        The chief has the ps tasks write it, while other workers go on training. On another worker the call does
+        nothing, so every worker may make it. Blocks until the checkpoint is complete. It is the folder ``ckpt-STEP`` of
+        ``directory``, in the format that an Estimator writes and resumes from; the file ``checkpoint`` in ``directory``
+        names it. It loads into any number of ps tasks, and its values load into plain PyTorch. It does not contain
+        learning rates and other settings of param groups.
 
         Args:
-            directory: The model_dir: a path, or any URL that fsspec knows. Made if need be.
-            max_to_keep: How many of the newest checkpoints stay there; None for all.
+            directory: The model_dir: a path, or any URL that fsspec knows. Created if it does not exist.
+            max_to_keep: Number of the newest checkpoints to keep; None keeps all.
 
         Returns:
             The path of the checkpoint; None on a worker that is not the chief.
 
         Raises:
             RuntimeError: If no model is prepared.
-            CheckpointError: If it cannot be written.
-            ConfigError: If ``max_to_keep`` is negative, or fsspec knows no such URL.
+            CheckpointError: If the checkpoint cannot be written.
+            ConfigError: If ``max_to_keep`` is negative, or fsspec does not know the URL.
             UnavailableError: If a ps is lost.
 
         Example:
@@ -107,31 +107,31 @@ class SavingStrategy(Strategy):
         return path
 
     def restore(self, directory: str | os.PathLike[str]) -> str | None:
-        """Begin with a checkpoint: its values, optimizer state, every `Variable` and its global step.
+        """Start from a checkpoint: its values, optimizer state, global step and every `Variable`.
 
-        Call it on every worker, before `prepare`: the chief's `prepare` then fills the ps tasks from the checkpoint
-        instead of from the model, while the others wait in theirs as they always do. Where there is no checkpoint yet,
-        `prepare` takes the model's own values. So the same program starts and resumes.
+        Call it on every worker before `prepare`: the chief's `prepare` then fills the ps tasks from the checkpoint
+        instead of from the model, while the others wait in their `prepare` as always. If there is no checkpoint yet,
+        `prepare` uses the model's own values. The same program thus starts and resumes.
 
-        After `prepare` it restores at once. Called there before the first step, on every worker, the others wait until
-        the chief has restored, or has found no checkpoint, and have its values then. Called later, the chief goes back
-        to the checkpoint, and other workers see its values with their next step.
+        After `prepare` it restores at once. If every worker calls it there before the first step, the others wait until
+        the chief has restored, or has found no checkpoint, and then hold the chief's values. If it is called later, the
+        chief goes back to the checkpoint, and other workers see its values with their next step.
 
-        A chief that was started again while the ps tasks went on restores nothing before its first step: what they
-        hold is newer. Settings of param groups, such as learning rates, stay as they are. A `Variable` is restored if
-        it was created before.
+        A chief that was restarted while the ps tasks went on restores nothing before its first step: the ps tasks hold
+        newer values. Settings of param groups, such as learning rates, stay as they are. A `Variable` is restored only
+        if the program created it before.
 
         Args:
-            directory: A model_dir, of which it takes the latest checkpoint, or one checkpoint: a path, or any URL that
+            directory: A model_dir, whose latest checkpoint is restored, or one checkpoint: a path, or any URL that
                 fsspec knows.
 
         Returns:
-            The path of the checkpoint that is restored, or that `prepare` is to begin with; None if there is none, and
-            on a worker that is not the chief.
+            The path of the checkpoint that is restored, or that `prepare` will restore; None if there is none, and on
+            a worker that is not the chief.
 
         Raises:
-            CheckpointError: If the checkpoint is cut short or belongs to another model, or one that is named is not
-                there.
+            CheckpointError: If the checkpoint is truncated or belongs to another model, or ``directory`` names a
+                checkpoint that does not exist.
             DeadlineError: On another worker after `prepare`, if the chief does not restore in time.
             UnavailableError: If a ps is lost.
         """
@@ -146,14 +146,15 @@ class SavingStrategy(Strategy):
 
     @staticmethod
     def latest_checkpoint(model_dir: str | os.PathLike[str]) -> str | None:
-        """The path of the newest checkpoint in a model_dir; None if there is none, or its files are gone."""
+        """Return the path of the newest checkpoint in a model_dir; None if there is none, or its files are gone."""
         return model_dirs.latest_checkpoint(os.fspath(model_dir))
 
     def wait_for_workers(self) -> None:
-        """The end of a loop: on the chief, wait until every other worker has said goodbye or is lost, then `refresh`.
+        """End a training loop: on the chief, wait until every other worker has left or is lost, then `refresh`.
 
-        Then the model, and what `save` writes, hold all updates of the run. A worker says goodbye with `close`, or when
-        its process ends. On other workers, and in one process, it returns at once. Blocks for as long as they take.
+        Afterwards the model, and the next checkpoint of `save`, contain all updates of the run. A worker says goodbye
+        with `close`, or when its process ends. On other workers, and in one process, the call returns at once. Blocks
+        without a time limit.
 
         Raises:
             RuntimeError: If no model is prepared.
@@ -177,7 +178,7 @@ class SavingStrategy(Strategy):
             model.settle()
 
     def _begin_values(self, client: ParameterClient, bound: BoundModel) -> int:
-        """How `prepare` initializes."""
+        """Initialize the variables in `prepare`: from the checkpoint of `restore`, else with the present values."""
         begin = self._checkpoints.begin
         return present_values(client, bound) if begin is None else self._checkpoints.restore(client, begin)
 
@@ -202,7 +203,7 @@ class SavingStrategy(Strategy):
         return None
 
     def _keep_newer(self, checkpoint: str | None, directory: str) -> None:
-        """Nothing is restored; but a ps may be lost later."""
+        """Restore nothing, but remember the checkpoint: a ps may be lost later."""
         if checkpoint is not None:
             self._checkpoints.last = absolute(checkpoint)
         logger.info(
@@ -213,7 +214,7 @@ class SavingStrategy(Strategy):
         )
 
     def _bring_back(self, model: BoundModel) -> int:
-        """The chief fills the variables after a loss; says what is lost."""
+        """Fill the variables on the chief after a loss, warn of what is lost, and return the values' global step."""
         client = self._client_of_model("recover")
         before, of_values = client.global_step, client.local_step
         loss = checkpoints.Loss.of(client, max(before, client.read_global_step()))
@@ -231,6 +232,6 @@ class SavingStrategy(Strategy):
 
 
 def present_values(client: ParameterClient, bound: BoundModel) -> int:
-    """Fill the variables with the values that this task has; the global step that they belong to."""
+    """Fill the variables with the values that this task holds, and return the global step of these values."""
     bound.assign()
     return client.global_step

@@ -1,7 +1,7 @@
-"""What every strategy offers to a program; the kinds differ in where variables live.
+"""The interface that every strategy offers to a program. Strategies differ in where their variables live.
 
-What needs more than a line stands in modules of its own: `replica_threads` runs functions on replicas, `reduction`
-combines values, `updating` changes variables, `input` deals batches.
+Work that needs more than a line is done in other modules: `replicas.threads` runs functions on replicas,
+`reduce.reduction` combines values, `variables.updating` changes variables, and `input` deals batches.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Strategy(Worker):
-    """How a program is distributed. Entered with ``with strategy.scope():``."""
+    """The way in which a program is distributed. Enter it with ``with strategy.scope():``."""
 
     @property
     def extended(self) -> StrategyExtended:
-        """What libraries ask of a strategy."""
+        """The calls that libraries, rather than programs, make on a strategy."""
         return StrategyExtended(self)  # not kept: a circle would hold connections until a collection
 
     @property
     @abc.abstractmethod
     def cluster_resolver(self) -> ClusterResolver | None:
-        """Where the strategy learnt of its cluster."""
+        """The resolver that the strategy read its cluster from; None if there is none."""
 
     @abc.abstractmethod
     def prepare(self, model: M, optimizer: torch.optim.Optimizer) -> tuple[M, PreparedOptimizer]:
@@ -66,13 +66,13 @@ class Strategy(Worker):
         return context.scope(self)
 
     def run(self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Call ``fn`` on each replica of this worker. Blocks until all have returned.
+        """Call ``fn`` on each replica of this worker. Blocks until all calls have returned.
 
-        Distributed values among the arguments are taken apart, so that each replica gets its own.
+        Distributed values among the arguments are taken apart: each replica gets its own component.
 
         Returns:
-            What the replicas returned, leaf by leaf: with one replica as it is, with several as `PerReplica`, but for
-            leaves that are the same object on all of them.
+            The results of all replicas, combined leaf by leaf. With one replica the result itself; with several, each
+            leaf is a `PerReplica`, except that an object that every replica returns is returned as it is.
 
         Raises:
             ValueError: If ``args`` is neither a list nor a tuple.
@@ -87,12 +87,12 @@ class Strategy(Worker):
 
         Args:
             op: ``"sum"`` or ``"mean"``, in any case, or a `ReduceOp`.
-            value: What `run` returned.
+            value: A result of `run`.
             axis: Axes to combine inside each replica as well; None combines across replicas only.
 
         Raises:
             ValueError: If the op is unknown or an axis is out of range.
-            TypeError: If ``op`` is no op or ``axis`` no axis.
+            TypeError: If ``op`` or ``axis`` has the wrong type.
             RuntimeError: Inside a replica.
         """
         return reduction.reduce(self, op, value, axis)
@@ -107,13 +107,13 @@ class Strategy(Worker):
         return reduction.gather(self, value, axis)
 
     def local_results(self, value: Any) -> tuple[Any, ...]:
-        """A value's components by replica; of a plain value that value alone."""
+        """Return a value's components in the order of the replicas; for a plain value, a tuple of that value alone."""
         return values.local_results(value)
 
     # --- variables
 
     def create_variable(self, options: VariableOptions) -> Variable:
-        """What `Variable` does in this strategy's scope, which says of which kind it is and where it lies."""
+        """Create a program's own `Variable`; this strategy chooses its kind and its ps."""
         return creation.create(self, options)
 
     # --- input
@@ -121,7 +121,7 @@ class Strategy(Worker):
     def distribute_dataset(
         self, dataset: Iterable[Any], options: InputOptions | None = None
     ) -> DistributedDataset[Any]:
-        """The batches of a dataset for this worker's replicas; see `input.dataset`.
+        """Divide the batches of a dataset among this worker's replicas; see `input.dataset`.
 
         Raises:
             ValueError: On a task that does not train, or for a dataset that cannot be divided among the replicas.
@@ -131,25 +131,25 @@ class Strategy(Worker):
     def distribute_datasets_from_function(
         self, fn: Callable[[InputContext], Iterable[Any]], options: InputOptions | None = None
     ) -> DistributedDataset[Any]:
-        """The batches that a function's dataset gives, one for each replica in turn; see `input.dataset`."""
+        """Deal the batches of a function's dataset to the replicas, one each in turn; see `input.dataset`."""
         return input_dataset.distribute_datasets_from_function(self, fn, options)
 
     def distribute_values_from_function(self, fn: Callable[[ValueContext], T]) -> PerReplica[T] | T:
-        """A value for each replica, by a function that is called for one after the other."""
+        """Call a function for one replica after the other and return the values, one for each replica."""
         return input_values.distribute_values_from_function(self, fn)
 
     def make_dataset_iterator(self, dataset: Iterable[Any]) -> DistributedIterator[Any]:
-        """An iterator over a dataset whose batches are divided among the replicas; see `input.iterators`."""
+        """Return an iterator that divides each batch of a dataset among the replicas; see `input.iterators`."""
         return input_iterators.make_dataset_iterator(self, dataset)
 
     def make_input_fn_iterator(
         self, input_fn: Callable[[InputContext], Any], replication_mode: str = "PER_WORKER"
     ) -> DistributedIterator[Any]:
-        """An iterator over what a function gives, one element for each replica in turn; see `input.iterators`."""
+        """Return an iterator over a function's elements, one for each replica in turn; see `input.iterators`."""
         return input_iterators.make_input_fn_iterator(self, input_fn, replication_mode)
 
     def make_numpy_dataset(self, arrays: Any) -> ArrayDataset:
-        """A dataset of the rows of a nest of arrays, which stay on this host; see `input.arrays`."""
+        """Return a dataset of the rows of a nest of arrays, which stay on this host; see `input.arrays`."""
         return input_arrays.make_numpy_dataset(self, arrays)
 
     def __copy__(self) -> NoReturn:
@@ -157,10 +157,10 @@ class Strategy(Worker):
 
 
 class StrategyExtended:
-    """What libraries ask of a strategy, beyond what programs do. Names as in tf.distribute.
+    """The calls that libraries make on a strategy, beyond those of programs. Names as in tf.distribute.
 
     Args:
-        strategy: Whose it is.
+        strategy: The strategy that the calls act on.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -168,7 +168,7 @@ class StrategyExtended:
 
     @property
     def worker_devices(self) -> tuple[str, ...]:
-        """The devices of this worker that compute, one for each replica."""
+        """The compute devices of this worker, one for each replica."""
         return self._strategy.worker_devices
 
     @property
@@ -198,7 +198,7 @@ class StrategyExtended:
 
     @property
     def between_graph(self) -> bool:
-        """Every worker runs the same program by itself: always true here."""
+        """Whether every worker runs the same program by itself: always true here."""
         return True
 
     # --- replicas
@@ -206,14 +206,14 @@ class StrategyExtended:
     def call_for_each_replica(
         self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """`Strategy.run`, by its other name."""
+        """Call a function on each replica: another name of `Strategy.run`."""
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"run: positional args must be a list or tuple, got {type(args).__name__}")
         with context.cross_replica(self._strategy, "run"):
             return threads.call_for_each_replica(self._strategy, fn, args, kwargs or {}, self._strategy.activate)
 
     def run_steps_on_iterator(self, fn: Callable[..., Any], iterator: object, iterations: int = 1) -> NoReturn:
-        """Several steps in one call: not offered, as in the original.
+        """Refuse to run several steps in one call, as tf.distribute's ParameterServerStrategy does.
 
         Raises:
             NotImplementedError: Always.
@@ -227,21 +227,21 @@ class StrategyExtended:
         return reduction.reduce_to(self._strategy, op, value, destinations)
 
     def batch_reduce_to(self, op: str | ReduceOp, pairs: Sequence[tuple[Any, Destinations]]) -> list[Any]:
-        """`reduce_to` of several pairs of a value and its destinations."""
+        """Combine several values, each to its own destinations, as `reduce_to` does."""
         return reduction.batch_reduce_to(self._strategy, op, pairs)
 
     def broadcast_to(self, value: Any, destinations: Destinations) -> Any:
-        """A value on all destinations; see `reduction.broadcast_to`."""
+        """Copy a value to all destinations; see `reduction.broadcast_to`."""
         return reduction.broadcast_to(self._strategy, value, destinations)
 
     def gather_to(self, value: Any, destinations: Destinations, axis: int) -> Any:
-        """`Strategy.gather`, with the result at ``destinations``."""
+        """Concatenate a value of all replicas at ``destinations``, as `Strategy.gather` does."""
         return reduction.gather_to(self._strategy, value, destinations, axis)
 
     # --- variables
 
     def create_variable(self, options: VariableOptions) -> Variable:
-        """`Strategy.create_variable`, by its other name."""
+        """Create a variable: another name of `Strategy.create_variable`."""
         return self._strategy.create_variable(options)
 
     def update(
@@ -267,21 +267,21 @@ class StrategyExtended:
         return updating.update_non_slot(self._strategy, colocate_with, fn, args, kwargs or {}, group)
 
     def read_var(self, variable: Variable) -> torch.Tensor:
-        """The present value of a variable, a copy."""
+        """Return a copy of a variable's present value."""
         return updating.read_var(variable)
 
     def value_container(self, value: Any) -> Any:
-        """The variable that a program knows for one that an update function was given."""
+        """Return the variable that the program created, given the one that an update function received."""
         return updating.value_container(value)
 
     def non_slot_devices(self, variables: Iterable[Variable]) -> Variable:
-        """The variable beside which state of no variable lives: the one of the smallest name."""
+        """Return the variable to place shared optimizer state beside: the one with the smallest name."""
         return updating.non_slot_devices(variables)
 
     def colocate_vars_with(self, variable: Variable) -> contextlib.AbstractContextManager[None]:
-        """Variables that are created in the ``with`` block go to this variable's ps."""
+        """Create variables in the ``with`` block on this variable's ps."""
         return updating.colocate_vars_with(self._strategy, variable)
 
     def variable_created_in_scope(self, variable: Variable) -> bool:
-        """Whether a variable was created in this strategy's scope."""
+        """Return whether a variable was created in this strategy's scope."""
         return getattr(variable, "strategy", None) is self._strategy

@@ -1,4 +1,4 @@
-"""What an Estimator checks before it begins."""
+"""Checks of an Estimator's arguments before it begins."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MODEL_FN_ARGUMENTS = ("mode", "params", "config")
 
 
 def check_model_fn(model_fn: object, params: Mapping[str, Any] | None) -> None:
-    """Whether a model_fn can be called with what it will get.
+    """Check that a model_fn can be called with the arguments it will get.
 
     Raises:
-        ConfigError: If it is no function, asks for something else, or has no use for params that are given.
+        ConfigError: If it is not a function, needs another argument, or has no argument for params that are given.
     """
     if not callable(model_fn):
         raise ConfigError(f"Estimator: model_fn: expected a function returning an EstimatorSpec, got {model_fn!r}")
@@ -36,10 +36,10 @@ def check_model_fn(model_fn: object, params: Mapping[str, Any] | None) -> None:
 
 
 def with_model_dir(config: RunConfig | None, model_dir: str | None) -> RunConfig:
-    """The configuration with the folder that was given, the one it has, or a temporary one.
+    """Return the configuration with the given model_dir, else with its own, else with a temporary folder.
 
     Raises:
-        ConfigError: If it is none, or two folders are given that differ.
+        ConfigError: If ``config`` is not a RunConfig, or two different folders are given.
     """
     if config is not None and not isinstance(config, RunConfig):
         raise ConfigError(f"Estimator: config: expected a RunConfig, got a {type(config).__name__}")
@@ -54,10 +54,10 @@ def with_model_dir(config: RunConfig | None, model_dir: str | None) -> RunConfig
 
 
 def check_steps(where: str, **counts: int | None) -> None:
-    """Whether at most one count is given, and is positive.
+    """Check that at most one count is given, and that it is positive.
 
     Raises:
-        ConfigError: If not.
+        ConfigError: If not; the message names ``where`` and the count.
     """
     given = {name: value for name, value in counts.items() if value is not None}
     if len(given) > 1:
@@ -68,10 +68,10 @@ def check_steps(where: str, **counts: int | None) -> None:
 
 
 def training_strategy(train_distribute: object) -> ParameterServerStrategy:
-    """The strategy of a training in this process: the given one, or one replica on the CPU.
+    """Return the strategy for training in this process: the given one, or one replica on the CPU.
 
     Raises:
-        ConfigError: If it is none of ours.
+        ConfigError: If ``train_distribute`` is neither None nor a ParameterServerStrategy.
     """
     if train_distribute is None:
         return ParameterServerStrategy(SimpleClusterResolver(ClusterSpec({})))

@@ -1,4 +1,4 @@
-"""Calling a user's functions with the arguments that they name, and making sense of what they return."""
+"""Calls of a user's functions with the arguments that they name, and checks of the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def call_with_named(fn: Callable[..., Any], offered: Mapping[str, object]) -> An
 
 
 def accepts(fn: Callable[..., Any], name: str) -> bool:
-    """Whether a function can be called with an argument of this name."""
+    """Return whether a function can be called with an argument of this name."""
     return any(
         parameter.kind is parameter.VAR_KEYWORD or (parameter.kind in _NAMED and parameter.name == name)
         for parameter in inspect.signature(fn).parameters.values()
@@ -36,10 +36,10 @@ def accepts(fn: Callable[..., Any], name: str) -> bool:
 
 
 def check_arguments(fn: Callable[..., Any], offered: Collection[str]) -> None:
-    """Refuse a function that needs an argument which it will not get.
+    """Check that a function needs no argument beyond the offered ones.
 
     Raises:
-        ConfigError: If it does.
+        ConfigError: If it does; the message names the argument.
     """
     for parameter in inspect.signature(fn).parameters.values():
         is_offered = parameter.kind in _NAMED and parameter.name in offered
@@ -50,16 +50,16 @@ def check_arguments(fn: Callable[..., Any], offered: Collection[str]) -> None:
 
 
 def batches_of(data: object, where: str) -> Iterator[Batch]:
-    """The ``(features, labels)`` batches of what an input_fn returned: a DataLoader, a Dataset, any iterable.
+    """Yield the ``(features, labels)`` batches of an input_fn's result: a DataLoader, a Dataset or any iterable.
 
     A batch that is neither a tuple nor a list, such as a tensor or a dict, is features alone; its labels are None.
-    So is a list of one element, as a DataLoader makes it of one tensor.
+    So is a list of one element, which a DataLoader makes from a dataset of single tensors.
 
     >>> list(batches_of([("a", 1), {"x": "b"}, ["c"]], "input_fn"))
     [('a', 1), ({'x': 'b'}, None), ('c', None)]
 
     Raises:
-        ConfigError: If it is none of these, or a batch is a tuple of more than ``(features, labels)``.
+        ConfigError: If the result has another type, or a batch is a tuple of more than ``(features, labels)``.
     """
     if isinstance(data, tuple) and any(isinstance(each, torch.Tensor) for each in data):
         raise ConfigError(
@@ -79,10 +79,10 @@ def batches_of(data: object, where: str) -> Iterator[Batch]:
 
 
 def features_of(data: object, where: str) -> Iterator[Any]:
-    """The features of what an input_fn for predictions returned; labels that come with them are left out.
+    """Yield the batches of features of an input_fn for predictions; labels that come with them are left out.
 
     Raises:
-        ConfigError: If it is no input, or a batch is a tuple of more than ``(features, labels)``.
+        ConfigError: If the result is not an input, or a batch is a tuple of more than ``(features, labels)``.
 
     >>> list(features_of([([1, 2], "labels"), ([3],), {"x": 4}], "input_fn"))
     [[1, 2], [3], {'x': 4}]
@@ -100,15 +100,15 @@ def features_of(data: object, where: str) -> Iterator[Any]:
 
 
 class LossTypeError(ConfigError, TypeError):
-    """A loss_fn returned no tensor."""
+    """A loss_fn returned something other than a tensor."""
 
 
 def as_loss(value: object) -> torch.Tensor:
-    """What a loss_fn returned.
+    """Return the result of a loss_fn after checking it.
 
     Raises:
-        LossTypeError: If it is no tensor.
-        ConfigError: If it has not one element.
+        LossTypeError: If it is not a tensor.
+        ConfigError: If it does not have exactly one element.
     """
     if not isinstance(value, torch.Tensor):
         raise LossTypeError(f"loss_fn must return a tensor of one element, got a {type(value).__name__}")
@@ -131,7 +131,7 @@ def _iterate(data: object, where: str) -> Iterable[Any]:
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """What messages call a function."""
+    """Return the name of a function for messages."""
     return getattr(fn, "__name__", None) or repr(fn)
 
 

@@ -1,4 +1,4 @@
-"""What anyone can read of a checkpoint, without a ps."""
+"""Reading of checkpoints without a ps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from paramserver.layout.variables import DTYPES
 def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:
     """Fill a plain module with the values of a checkpoint, in place.
 
-    A program's own variables in it are left alone.
+    The program's own variables in the checkpoint are ignored.
 
     Returns:
         The other variables of the checkpoint that the model does not have.
 
     Raises:
-        CheckpointError: If the checkpoint is cut short or belongs to another model.
+        CheckpointError: If the checkpoint is truncated or belongs to another model.
     """
     with readable(checkpoint_path, f"{VALUES_PREFIX}*") as folder:
         values = dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
@@ -48,10 +48,10 @@ def load_model(model: nn.Module, checkpoint_path: str) -> list[str]:
 
 
 def read_values(checkpoint_path: str) -> dict[str, torch.Tensor]:
-    """Every variable of a checkpoint by name.
+    """Read every variable of a checkpoint; return the values by name.
 
     Raises:
-        CheckpointError: If a file is missing or cut short.
+        CheckpointError: If a file is missing or truncated.
     """
     with readable(checkpoint_path, f"{VALUES_PREFIX}*") as folder:
         return dict(read_tensors(folder, read_index(folder / VALUES_INDEX)))
@@ -59,12 +59,12 @@ def read_values(checkpoint_path: str) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         path: The folder.
         step: The global step in its name.
-        variables: Name, dtype, shape and bytes of each variable; one that was partitioned is one.
+        variables: Name, dtype, shape and bytes of each variable; a partitioned variable counts as one.
         slots: The names of the optimizer's slots.
     """
 
@@ -75,14 +75,14 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(checkpoint_path: str) -> CheckpointInfo:
-    """Read what a checkpoint holds, without reading the values.
+    """Read the list of a checkpoint's contents, without reading the values.
 
     Raises:
-        CheckpointError: If it is no checkpoint, or cut short.
+        CheckpointError: If it is not a checkpoint, or is truncated.
     """
     with readable(checkpoint_path) as path:
         if not path.is_dir():
-            raise CheckpointError(f"{path} is no checkpoint: expected a folder such as model_dir/ckpt-100", str(path))
+            raise CheckpointError(f"{path} is not a checkpoint: expected a folder like model_dir/ckpt-100", str(path))
         slots = {key.rpartition("/")[2] for key in read_index(path / SLOTS_INDEX)}
         return CheckpointInfo(
             path=checkpoint_path, step=checkpoint_step(checkpoint_path), variables=_described(path), slots=sorted(slots)

@@ -1,11 +1,10 @@
-"""Which task of its cluster this process is, as TF_CONFIG says at one moment.
+"""The task of the cluster that this process is, according to TF_CONFIG at one moment.
 
-Rules:
-
-1. Without a cluster the process is ``worker:0``, chief, and alone.
-2. The evaluator sees no cluster: it talks to nobody, and is found by no id.
-3. Ids count the chief first, then the other jobs by name, ps last.
-4. A job that is no role may stand in the cluster: its tasks have ids and take no part in a run.
+Rules
+    * Without a cluster the process is ``worker:0``, the chief, and alone.
+    * The evaluator sees no cluster: it talks to no other task, and no id leads to it.
+    * Ids count the chief first, then the other jobs by name, ps last.
+    * A job that is not a role may be in the cluster: its tasks have ids and take no part in a run.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from paramserver.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterView:
-    """What one task knows of its cluster: TF_CONFIG at one moment, checked."""
+    """One task's view of its cluster: TF_CONFIG at one moment, checked."""
 
     task: TaskId
     cluster_spec: ClusterSpec = field(default_factory=lambda: ClusterSpec({}))
-    """The training cluster. Empty without one, and for the evaluator, which stands outside of it."""
+    """The training cluster. Empty without a cluster, and for the evaluator, which is not part of it."""
     is_chief: bool = False
     num_ps_replicas: int = 0
     num_worker_replicas: int = 0
-    """The tasks that compute gradients, the chief among them."""
+    """Number of tasks that compute gradients, including the chief."""
     global_id_in_cluster: int | None = None
-    """Chief first, then the other jobs by name, ps last; None for the evaluator."""
+    """The number of this task: the chief first, then the other jobs by name, ps last; None for the evaluator."""
     master: str = ""
     evaluation_master: str = ""
     service: Mapping[str, object] | None = None
-    """TF_CONFIG's ``service`` as it stands."""
+    """TF_CONFIG's ``service``, unchanged."""
     lacks_chief: bool = False
-    """Whether there is a cluster and it has no task of role chief."""
+    """Whether there is a cluster without a task of role chief."""
     model_dir: object = None
-    """TF_CONFIG's ``model_dir`` as it stands."""
+    """TF_CONFIG's ``model_dir``, unchanged."""
 
     @classmethod
     def from_environment(cls) -> ClusterView:
@@ -47,7 +46,7 @@ class ClusterView:
 
         Raises:
             ConfigError: If it is malformed, or names a task that does not fit its cluster.
-            TypeError: If its ``service`` is no dict.
+            TypeError: If its ``service`` is not a dict.
         """
         config = load_tf_config()
         return replace(cls._of(TFConfigClusterResolver(), config), model_dir=config.get("model_dir"))
@@ -114,11 +113,11 @@ def _is_role(job: str | None) -> bool:
 
 
 def _foreign_task(cluster: ClusterSpec, job: str | None, index: int | None) -> TaskId:
-    """This process, where it is of a job that is no role."""
+    """Return the id of this process if its job is not a role."""
     if job is None or index is None:
         raise ConfigError(f"TF_CONFIG: 'task.index' is missing; expected the index of this task of job {job!r}")
     cluster.task_address(job, index)
-    return TaskId(cast("Role", job), index)  # a word that is no role, and is shown as it stands
+    return TaskId(cast("Role", job), index)  # not a role: the word is only shown
 
 
 def _check_chiefs(cluster: ClusterSpec) -> None:

@@ -1,4 +1,4 @@
-"""The Estimator: a model function and a configuration, and what can be done with them."""
+"""The Estimator: a model function and a configuration, and the operations on them."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ logger = logging.getLogger(__name__)
 
 
 class Estimator:
-    """Trains, evaluates, applies and exports the model that a function builds. Not thread-safe.
+    """Trains and evaluates the model that a function builds, predicts with it and exports it. Not thread-safe.
 
     Args:
         model_fn: Builds the model for one mode and returns an `EstimatorSpec`; may ask for ``mode``, ``params`` and
             ``config`` by name.
-        model_dir: Where checkpoints and summaries go, a path or URL, if the config does not say; else a temporary
-            folder.
-        config: Of the run.
-        params: Passed to the functions that ask for them.
-        warm_start_from: Where the model's first values come from, as long as model_dir has no checkpoint: a path, or
+        model_dir: The folder of checkpoints and summaries, a path or URL, if the config does not name it; a temporary
+            folder if neither does.
+        config: The configuration of the run.
+        params: The parameters for the functions that ask for them.
+        warm_start_from: The source of the model's first values while model_dir has no checkpoint: a path, or
             `WarmStartSettings`.
 
     Raises:
-        ConfigError: If model_fn is none or asks for something else, the config is none, or model_dir is given twice
-            and differs; and for a subclass that overrides what train_and_evaluate relies on.
+        ConfigError: If model_fn is not a function or needs another argument, the config is not a RunConfig, or two
+            different model_dirs are given; and for a subclass that overrides a method that train_and_evaluate uses.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class Estimator:
 
     @property
     def model_dir(self) -> str:
-        """Where checkpoints and summaries lie."""
+        """The folder of checkpoints and summaries."""
         return str(self._config.model_dir)
 
     def latest_checkpoint(self) -> str | None:
-        """The path of the newest checkpoint, None if there is none."""
+        """Return the path of the newest checkpoint; None if there is none."""
         return latest_checkpoint(self.model_dir)
 
     def train(
@@ -114,14 +114,15 @@ class Estimator:
         Args:
             input_fn: Returns the batches.
             hooks: Called around every step.
-            steps: How many steps to make, beyond those of the checkpoint.
-            max_steps: The global step to stop at; nothing is done if the checkpoint has it already.
-            saving_listeners: Told of every checkpoint.
+            steps: Number of steps to make, beyond those of the checkpoint.
+            max_steps: The global step to stop at, counting earlier runs; nothing is done if the checkpoint has reached
+                it.
+            saving_listeners: Called for every checkpoint.
 
         Raises:
             ConfigError: In a cluster, or if the arguments cannot work together.
             NanLossDuringTrainingError: If the loss is NaN.
-            CheckpointError: If the checkpoint is cut short or belongs to another model, or model_dir cannot be written.
+            CheckpointError: If the checkpoint is truncated or belongs to another model, or model_dir cannot be written.
         """
         if self._config.cluster_spec or self._config.task_type is Role.EVALUATOR:
             raise ConfigError(
@@ -148,7 +149,7 @@ class Estimator:
         max_steps: int | None = None,
         saving_listeners: Sequence[CheckpointSaverListener] = (),
     ) -> None:
-        """Train as the task of ``strategy``: what `train` does in one process and train_and_evaluate in a cluster."""
+        """Train as the task of ``strategy``: for `train` in one process, and for train_and_evaluate in a cluster."""
         checkpoint = self.latest_checkpoint() if strategy.is_chief else None
         if max_steps is not None and checkpoint is not None and checkpoint_step(checkpoint) >= max_steps:
             logger.info("training is skipped: %s has reached step %d already", checkpoint, max_steps)
@@ -175,24 +176,25 @@ class Estimator:
         checkpoint_path: str | None = None,
         name: str | None = None,
     ) -> dict[str, Any]:
-        """The metrics of a checkpoint, with ``loss`` and ``global_step``. Blocks; changes no random state.
+        """Evaluate a checkpoint; return its metrics, with ``loss`` and ``global_step``. Blocks; keeps random states.
 
         A metric that computes several numbers gives a nest of them: a dict, list or tuple as it is, a tensor as a NumPy
-        array. Summaries, exporters and early stopping know each number by a name such as ``accuracy/0``.
+        array. Summaries, exporters and early stopping refer to each number by a name such as ``accuracy/0``.
 
-        With ``RunConfig.eval_distribute`` each of its replicas takes a batch at a time; the results are those of one.
+        With ``RunConfig.eval_distribute`` each of its replicas takes a batch at a time; the results equal those of one
+        replica.
 
         Args:
             input_fn: Returns the batches.
-            steps: How many batches; None evaluates until the input ends.
+            steps: Number of batches; None evaluates until the input ends.
             hooks: Called around every batch; may end the evaluation early.
-            checkpoint_path: Which; the latest by default. Without any, the model is evaluated as model_fn makes it, or
-                as it is warm-started.
-            name: Tells evaluations on different data apart.
+            checkpoint_path: The checkpoint; the latest by default. Without any, the model is evaluated as model_fn
+                builds it, or as it is warm-started.
+            name: Distinguishes evaluations on different data.
 
         Raises:
             ConfigError: If the input is empty, or ``steps`` is not positive.
-            CheckpointError: If the checkpoint is cut short or belongs to another model.
+            CheckpointError: If the checkpoint is truncated or belongs to another model.
         """
         check_steps("evaluate", steps=steps)
         own_hooks = as_tuple(hooks, TrainingHook, "evaluate: hooks")
@@ -209,11 +211,11 @@ class Estimator:
         hooks: Sequence[TrainingHook] | None = None,
         name: str | None = None,
     ) -> dict[str, Any]:
-        """The metrics of values that are in no checkpoint, as `evaluate` gives them; for `InMemoryEvaluatorHook`.
+        """Evaluate values that are in no checkpoint, and return their metrics; for `InMemoryEvaluatorHook`.
 
         Args:
-            values: By name, as checkpoints have them; RuntimeError if they are another model's.
-            global_step: Of the values.
+            values: The values by name, as in checkpoints; RuntimeError if they do not fit the model.
+            global_step: The global step of the values.
             input_fn: As for `evaluate`.
             steps: As for `evaluate`.
             hooks: As for `evaluate`.
@@ -239,22 +241,22 @@ class Estimator:
         checkpoint_path: str | None = None,
         yield_single_examples: bool = True,
     ) -> Generator[Any, None, None]:
-        """What the model of a checkpoint makes of each example, on the CPU. A generator; changes no random state.
+        """Yield the predictions for each example by the model of a checkpoint, on the CPU. Keeps random states.
 
         Arguments are checked at once; everything else happens when the first prediction is asked for, and then blocks
-        for each batch. Predictions are what ``predict_fn`` or else the model returns: a tensor or a nest of them.
+        for each batch. Predictions are the result of ``predict_fn``, or else of the model: a tensor or a nest of them.
 
         Args:
             input_fn: Returns batches of features, or of ``(features, labels)``, whose labels are ignored.
-            predict_keys: The names of those predictions that are wanted, of a dict of them; None wants all.
+            predict_keys: The names of the wanted predictions in a dict of predictions; None selects all.
             hooks: Called around every batch, with a loss of NaN; may end the prediction early.
-            checkpoint_path: Which; the latest by default. Without any, the model predicts as model_fn makes it, or as
-                it is warm-started.
-            yield_single_examples: Whether to give each example's row of the predictions, instead of whole batches.
+            checkpoint_path: The checkpoint; the latest by default. Without any, the model predicts as model_fn builds
+                it, or as it is warm-started.
+            yield_single_examples: Whether to yield each example's row of the predictions instead of whole batches.
 
         Raises:
-            ConfigError: If predict_keys name none of the predictions, or these have no common number of rows.
-            CheckpointError: If the checkpoint is cut short or belongs to another model.
+            ConfigError: If a key names no prediction, or the predictions have no common number of rows.
+            CheckpointError: If the checkpoint is truncated or belongs to another model.
 
         >>> import paramserver as ps
         >>> def model_fn(mode):
@@ -268,20 +270,20 @@ class Estimator:
         return self._predictions(input_fn, keys, own_hooks, checkpoint_path, yield_single_examples)
 
     def get_variable_names(self) -> list[str]:
-        """The names of all values in the latest checkpoint, sorted; of tied weights every name.
+        """Return the names of all values in the latest checkpoint, sorted; for tied weights, every name.
 
         Raises:
             ConfigError: If there is no checkpoint.
-            CheckpointError: If it is cut short.
+            CheckpointError: If the checkpoint is truncated.
         """
         return self._saved("get_variable_names").names
 
     def get_variable_value(self, name: str) -> torch.Tensor:
-        """A value in the latest checkpoint, whole also where it was partitioned.
+        """Return a value in the latest checkpoint; a partitioned variable is returned whole.
 
         Raises:
             ConfigError: If there is no checkpoint.
-            CheckpointError: If it is cut short, or holds no value of this name.
+            CheckpointError: If the checkpoint is truncated, or holds no value of this name.
         """
         return self._saved("get_variable_value").read(name)
 
@@ -292,22 +294,24 @@ class Estimator:
         checkpoint_path: str | None = None,
         assets_extra: Mapping[str, str] | None = None,
     ) -> str:
-        """Write the model of a checkpoint into a new folder; the folder's path. Blocks; changes no random state.
+        """Write the model of a checkpoint into a new folder; return its path. Blocks; keeps random states.
 
-        See `paramserver.estimator.export.export` for what is in it.
+        See `paramserver.estimator.export.export` for the contents of the folder.
 
         Args:
-            export_path: Where the folder, named by the time in seconds, is made: a path or URL.
-            serving_input_fn: Returns one example batch of features, as the model takes them: a tensor, an array or a
-                nest of them; may ask for ``mode``, ``params`` and ``config`` by name. The model, built for PREDICT, is
-                traced with it, and runs without this library for batches of any size. None exports the weights only.
-            checkpoint_path: Which; the latest by default. Without any, the model is exported as it is warm-started.
-            assets_extra: Files to put beside the model: source, a path or URL, by name.
+            export_path: The folder, a path or URL, in which the new folder is made; the new one's name is the time in
+                seconds.
+            serving_input_fn: Returns one example batch of features for the model: a tensor, an array or a nest of them;
+                may ask for ``mode``, ``params`` and ``config`` by name. The model, built for PREDICT, is traced with
+                it, and runs without this library for batches of any size. None exports the weights only.
+            checkpoint_path: The checkpoint; the latest by default. Without any, the model is exported as it is
+                warm-started.
+            assets_extra: Files to put beside the model: the source of each, a path or URL, by name.
 
         Raises:
             ConfigError: If there is neither a checkpoint nor ``warm_start_from``, the model cannot be traced, or an
-                asset is missing. Nothing is written then.
-            CheckpointError: If the checkpoint is cut short or belongs to another model.
+                asset is missing. Then nothing is written.
+            CheckpointError: If the checkpoint is truncated or belongs to another model.
         """
         path = checkpoint_path or self.latest_checkpoint()
         if path is None and self._warm_start_from is None:
@@ -322,7 +326,7 @@ class Estimator:
         return f"<Estimator in {self.model_dir}, latest checkpoint {self.latest_checkpoint()}>"
 
     def _build(self, mode: ModeKeys, *, is_first: bool = False) -> EstimatorSpec:
-        """The model for a mode; with its first values, if there is no checkpoint to give it others."""
+        """Build the model for a mode; ``is_first`` if no checkpoint will replace its first values."""
         offered = {"mode": mode, "params": self.params, "config": self._config}
         spec = call_with_named(self._model_fn, offered)
         if not isinstance(spec, EstimatorSpec):
@@ -332,7 +336,7 @@ class Estimator:
         return spec
 
     def _filled(self, checkpoint: str | None, mode: ModeKeys) -> EstimatorSpec:
-        """The model with the values of a checkpoint if there is one, else with its first values."""
+        """Build the model with the values of a checkpoint if there is one, else with its first values."""
         spec = self._build(mode, is_first=checkpoint is None)
         assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
         if checkpoint is None:
@@ -340,7 +344,7 @@ class Estimator:
             logger.info("there is no checkpoint in %s: %s the model %s", self.model_dir, _DOING[mode], begins)
         else:
             left_out = load_model(spec.model, checkpoint)
-            if left_out != self._left_out:  # once, and not for each checkpoint
+            if left_out != self._left_out:  # say it once, not for each checkpoint
                 say_left_out(checkpoint, left_out)
             self._left_out = left_out
         return spec
@@ -355,7 +359,7 @@ class Estimator:
         name: str | None,
         path: str | None,
     ) -> dict[str, Any]:
-        """Evaluate the model that ``fill`` makes; its results, which are written and logged."""
+        """Evaluate the model that ``fill`` makes; write, log and return the results."""
         strategy = own_strategy(self._config.eval_distribute)
         with (
             IsolatedContext(self._config.seed, strategy).entered(),
@@ -389,12 +393,12 @@ class Estimator:
 
         with progress.shown(_doing("predicting with", path)) as line:
             for made in IsolatedContext(self._config.seed, strategy).iterate(batches()):
-                line.clear()  # what the program prints of the predictions must not run into it
+                line.clear()  # the program may print the prediction, which must not run into the line
                 chosen = prediction.selected(made, keys)
                 yield from prediction.rows(chosen) if yield_rows else (chosen,)
 
     def _source(self, checkpoint_path: str | None) -> tuple[str | None, ParameterServerStrategy | None]:
-        """The checkpoint to read, and the strategy to compute with."""
+        """Return the checkpoint to read, and the strategy to compute with."""
         return checkpoint_path or self.latest_checkpoint(), own_strategy(self._config.eval_distribute)
 
     def _session(self, checkpoint: str | None) -> evaluation.EvaluationSession:
@@ -408,7 +412,7 @@ class Estimator:
         return SavedValues.at(path)
 
     def _training_input(self, input_fn: Callable[..., Any], strategy: ParameterServerStrategy) -> Iterator[Batch]:
-        """What the input_fn gives, a batch for each replica in turn."""
+        """Return the batches of the input_fn, one for each replica in turn."""
         data = strategy.distribute_datasets_from_function(lambda context: self._call(input_fn, ModeKeys.TRAIN, context))
         return batches_of(data, name_of(input_fn))
 

@@ -1,11 +1,10 @@
-"""What evaluations have written for TensorBoard, read back: one dict of metrics for each step.
+"""The metrics that evaluations have written for TensorBoard, read back: one dict for each step.
 
 Rules
-
-1. Files are merged in the order of their names, which begin with the time; of two values of one metric at one step
-   the later one counts. They are stored as float32.
-2. What cannot be read ends its own file only: the rest of it is passed over, with a warning.
-3. An evaluation that is being written shows what is there so far: its step may lack metrics.
+    * Files are merged in the order of their names, which begin with the time; of two values of one metric at one step
+      the later one counts. Values are stored as float32.
+    * A damaged record ends its own file only: the rest of that file is skipped, with a warning.
+    * An unfinished evaluation shows the metrics written so far: its step may lack some.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ EvalMetrics = dict[int, dict[str, float]]
 
 
 def read_eval_metrics(eval_dir: str | os.PathLike[str]) -> EvalMetrics:
-    """The metrics of all evaluations in a folder, by global step, the steps sorted. Reads all files anew.
+    """Read the metrics of all evaluations in a folder, by global step, the steps sorted. Reads all files anew.
 
     Args:
-        eval_dir: Such as ``model_dir/eval``, a path or URL; a folder that is missing or empty gives ``{}``.
+        eval_dir: A folder such as ``model_dir/eval``, a path or URL. If it is missing or empty, the result is ``{}``.
 
     Returns:
-        For each step the metrics that were written for it.
+        The metrics that were written for each step.
 
     Raises:
         OSError: If a URL cannot be read.
@@ -59,7 +58,7 @@ def read_eval_metrics(eval_dir: str | os.PathLike[str]) -> EvalMetrics:
 
 
 def read_metrics(place: str, pattern: str) -> EvalMetrics:
-    """The scalars of the event files below a place that a pattern matches, as `read_eval_metrics` gives them."""
+    """Read the scalars of the event files at a place that match a pattern; as `read_eval_metrics`."""
     found: EvalMetrics = defaultdict(dict)
     with local_copy(place, pattern) as folder:
         for file in sorted(folder.glob(pattern)):
@@ -75,18 +74,18 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _shortest(value: float) -> float:
-    """The shortest number that is stored as this float32: an accuracy of 0.6 is not above 0.6."""
+    """Return the shortest decimal number that is stored as this float32, so that 0.6 is read back as 0.6."""
     return float(str(np.float32(value)))
 
 
 def _events(file: Path, path: str) -> Iterator[Any]:
-    """The events of a file, of which messages say that it lies at ``path``."""
-    # Imported here because it takes a second that most tasks need not spend.
+    """Yield the events of a file; ``path`` is its name in messages."""
+    # Imported here because the import takes a second, which most tasks need not spend.
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
     size, read = file.stat().st_size, 0
-    for record in RawEventFileLoader(str(file)).Load():  # ends without a word where it cannot go on
+    for record in RawEventFileLoader(str(file)).Load():  # stops silently where the file is damaged
         read += len(record) + _RECORD_OVERHEAD
         yield Event.FromString(record)
     if read < size:

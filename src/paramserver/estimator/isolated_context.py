@@ -1,4 +1,4 @@
-"""A place for evaluation and prediction, where they change nothing for the program or the training around them."""
+"""Surroundings in which evaluation and prediction change nothing for the program or the training around them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 class IsolatedContext:
-    """Surroundings with a random state of their own, and outside of the scopes that the program is in.
+    """Surroundings with a random state of their own, outside of the scopes that the program is in.
 
-    They can be left and entered again: the random state goes on where it was. Not thread-safe.
+    They can be left and entered again: the random state continues where it was. Not thread-safe.
 
     Args:
-        seed: What the random state begins with; None begins with the program's.
-        strategy: Whose scope is entered instead.
+        seed: The seed of the random state; None continues the program's state.
+        strategy: The strategy whose scope is entered instead.
     """
 
     def __init__(self, seed: int | None, strategy: Strategy | None = None) -> None:
@@ -31,7 +31,7 @@ class IsolatedContext:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Be there for a ``with`` block."""
+        """Enter the surroundings for a ``with`` block."""
         with context.outside(), torch.random.fork_rng(devices=_gpus()), contextlib.ExitStack() as stack:
             if self._strategy is not None:
                 stack.enter_context(self._strategy.scope())
@@ -42,7 +42,7 @@ class IsolatedContext:
                 self._state = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in _gpus()]
 
     def iterate(self, items: Generator[T, None, None]) -> Generator[T, None, None]:
-        """The same items; what makes them runs here, what the caller does with them in the caller's surroundings."""
+        """Yield the same items. Their generator runs in these surroundings; the caller's code runs in its own."""
         end = object()
         with contextlib.closing(items):
             while True:
@@ -50,7 +50,7 @@ class IsolatedContext:
                     item = next(items, end)
                 if item is end:
                     return
-                yield item  # type: ignore[misc]  # not the end, so one of the items
+                yield item  # type: ignore[misc]  # not `end`, so one of the items
 
     def _resume(self) -> None:
         if self._state is not None:
@@ -63,6 +63,6 @@ class IsolatedContext:
 
 
 def _gpus() -> range:
-    """The GPUs of this process, if it uses any."""
+    """Return the indices of the GPUs of this process; empty if it uses none."""
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch does not annotate it
     return range(torch.cuda.device_count() if in_use else 0)

@@ -1,4 +1,4 @@
-"""How far an evaluation or a prediction is: a line on the terminal that goes away with it, or one for the launcher."""
+"""The progress of an evaluation or a prediction: a temporary line on the terminal, or a report to the launcher."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class ProgressLine:
     """Counts batches and shows their number and rate. Not thread-safe; starts no thread.
 
     Args:
-        what: What is going on, such as ``evaluating ckpt-100``.
-        total: How many batches there will be, None if nobody knows.
-        console: Where it is shown; None shows nothing.
-        clock: Returns seconds.
-        reporter: Tells the launcher; None tells nobody.
+        what: The activity, such as ``evaluating ckpt-100``.
+        total: Number of batches; None if it is unknown.
+        console: The console to draw on; None draws nothing.
+        clock: Returns the present time in seconds.
+        reporter: Reports to the launcher; None reports nothing.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class ProgressLine:
         """Batches that were begun before the present one."""
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches, counted as they are taken."""
+        """Yield the same batches, and count them as they are taken."""
         for batch in batches:
             self._draw()
             yield batch
             self.done += 1
 
     def clear(self) -> None:
-        """Take the line away, until the next batch is taken. Idempotent."""
+        """Erase the line until the next batch is taken. Idempotent."""
         if self._is_shown and self._console is not None:
             self._console.control(_ERASE)
             self._is_shown = False
@@ -80,14 +80,14 @@ class ProgressLine:
             self._reporter.tell(state=str(self))
         if self._console is not None:
             self.clear()
-            text = str(self)[: self._console.width - 1]  # a full line would make the terminal begin another one
+            text = str(self)[: self._console.width - 1]  # a full line would make the terminal begin another line
             self._console.print(Text(text, style="dim"), end="")
             self._is_shown = True
 
 
 @contextlib.contextmanager
 def shown(what: str, total: int | None = None) -> Iterator[ProgressLine]:
-    """A line for a ``with`` block: in the launcher's display where there is one, else on stderr if it is a terminal."""
+    """Show progress for a ``with`` block: in the launcher's display if there is one, else on stderr if a terminal."""
     reporter = _reporter()
     console = None if reporter.is_on else Console(stderr=True)
     line = ProgressLine(what, total, console if console and console.is_interactive else None, reporter=reporter)

@@ -1,4 +1,4 @@
-"""How a run is carried out: seconds, steps, folders, strategies; and which task of it this process is."""
+"""The configuration of a run: seconds, steps, folders, strategies; and the task of the run that this process is."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ MAX_START_DELAY_SECS = 60
 
 
 class _Default:
-    """Stands for "not given" where None means "off"."""
+    """The value "not given" where None means "off"."""
 
     def __repr__(self) -> str:
         return "<default>"
 
 
-_DEFAULT: Any = _Default()  # Any, so that the fields keep the type that they have after construction
+_DEFAULT: Any = _Default()  # Any, so that the fields have the type of their values after construction
 
 
 @runtime_checkable
 class Strategy(Protocol):
-    """What a RunConfig asks of a strategy; the training asks more."""
+    """The part of a strategy that RunConfig checks; training needs more."""
 
     def scope(self) -> AbstractContextManager[object]:
-        """Where the model is built."""
+        """Return the context in which the model is built."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class DistributeConfig:
     train_distribute: Strategy | None = None
     eval_distribute: Strategy | None = None
     remote_cluster: object = None
-    """None only: a client outside of the cluster that drives its tasks is not offered."""
+    """Must be None: a client outside of the cluster that drives its tasks is not supported."""
 
     def __post_init__(self) -> None:
         if self.remote_cluster is not None:
@@ -57,49 +57,50 @@ class DistributeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How a run is carried out. Immutable; `replace` makes a changed copy.
+    """The configuration of a run. Immutable; `replace` makes a changed copy.
 
-    The environment variable TF_CONFIG is read once, at construction, and tells which task this process is;
-    without it the run is local.
+    The environment variable TF_CONFIG is read once, at construction, and names the task that this process is; without
+    TF_CONFIG the run is local.
 
     Args:
-        experimental_distribute: The strategies in the form that older programs use; each may be given
-            either here or by its own argument.
+        experimental_distribute: The strategies in the form that older programs use; each strategy may be given either
+            here or by its own argument.
 
     Raises:
-        ConfigError: If a field or TF_CONFIG has a value that it cannot have.
-        TypeError: If a strategy is none.
+        ConfigError: If a field or TF_CONFIG has an invalid value.
+        TypeError: If an object passed as a strategy is not one.
     """
 
     model_dir: str | None = None
-    """Where checkpoints and summaries go: a folder, or a URL that fsspec knows, such as ``s3://bucket/run``. Paths of
-    any kind become strings. None takes TF_CONFIG's ``model_dir``, if it has one."""
+    """The place of checkpoints and summaries: a folder, or a URL that fsspec knows, such as ``s3://bucket/run``. Paths
+    of any kind become strings. None takes TF_CONFIG's ``model_dir``, if it has one."""
     seed: int | None = None
-    """Seeds every task before input and model are built (tf.estimator's ``tf_random_seed``); None leaves
-    torch's seed alone."""
+    """Seed of every task, set before input and model are built (tf.estimator's ``tf_random_seed``); None leaves torch's
+    seed unchanged."""
     save_summary_steps: int | None = 100
     """Global steps between two points of a summary; None or 0 writes none."""
     save_checkpoints_steps: int | None = _DEFAULT
-    """Global steps between two checkpoints. None for both this and ``save_checkpoints_secs`` saves none; if
-    only one is given, the other is None; both cannot be set."""
+    """Global steps between two checkpoints. If neither this nor ``save_checkpoints_secs`` is given, the default of
+    the latter counts; if one is given, the other is None; both cannot be set. None for both saves no checkpoints."""
     save_checkpoints_secs: float | None = _DEFAULT
     """Seconds between two checkpoints; 600 if neither is given."""
     keep_checkpoint_max: int | None = 5
-    """How many of the newest checkpoints are kept; None or 0 keeps all."""
+    """Number of the newest checkpoints to keep; None or 0 keeps all."""
     keep_checkpoint_every_n_hours: float | None = 10_000
-    """Of each such period one checkpoint is spared; None spares none."""
+    """Length of the periods in hours of each of which one checkpoint is kept for good; None keeps none for good."""
     log_step_count_steps: int | None = 100
     """Steps between two log lines of loss and speed; None logs neither."""
     session_creation_timeout_secs: float = 7200
-    """How long a worker waits for the ps tasks, and for the chief to initialise the variables."""
+    """Seconds that a worker waits for the ps tasks, and for the chief to initialize the variables."""
     max_worker_delay_secs: int | None = 0
-    """The longest that a worker waits so that workers start one after the other, see ``start_delay_secs``;
-    0 starts at once, None waits for up to 60 seconds."""
+    """Longest delay in seconds by which workers start one after the other, see ``start_delay_secs``; 0 starts all at
+    once, None allows up to 60 seconds."""
     train_distribute: Strategy | None = None
     """The strategy of training."""
     eval_distribute: Strategy | None = None
-    """Whose devices evaluation and prediction compute on, a batch on each at a time; its cluster and its variables are
-    not used. Metrics get predictions and labels on the CPU. None computes where model_fn has put the model."""
+    """The strategy on whose devices evaluation and prediction compute, a batch on each at a time; its cluster and its
+    variables are not used. Metrics get predictions and labels on the CPU. None computes where model_fn has put the
+    model."""
     experimental_distribute: InitVar[DistributeConfig | None] = None
     _view: ClusterView = field(init=False, repr=False)
 
@@ -111,7 +112,7 @@ class RunConfig:
         self._check()
 
     def replace(self, **changes: object) -> RunConfig:
-        """A copy with other values; the cluster stays the one that was read at construction.
+        """Return a copy with other values; the cluster stays the one that was read at construction.
 
         Setting one of ``save_checkpoints_steps`` and ``save_checkpoints_secs`` clears the other.
 
@@ -132,17 +133,17 @@ class RunConfig:
 
     @property
     def cluster_spec(self) -> ClusterSpec:
-        """The training cluster; empty without one, and on the evaluator."""
+        """The training cluster; empty without a cluster, and on the evaluator."""
         return self._view.cluster_spec
 
     @property
     def task(self) -> TaskId:
-        """This process; ``worker:0`` without a cluster."""
+        """The task that this process is; ``worker:0`` without a cluster."""
         return self._view.task
 
     @property
     def task_type(self) -> Role:
-        """The role of this process; a plain string for a task of another job, which does not take part in a run."""
+        """The role of this process; a plain string if its job is not a role and takes no part in a run."""
         return self._view.task.role
 
     @property
@@ -152,40 +153,40 @@ class RunConfig:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process initialises, checkpoints and writes summaries."""
+        """Whether this process initializes, checkpoints and writes summaries."""
         return self._view.is_chief
 
     @property
     def num_ps_replicas(self) -> int:
-        """The ps tasks of the training cluster."""
+        """Number of ps tasks of the training cluster."""
         return self._view.num_ps_replicas
 
     @property
     def num_worker_replicas(self) -> int:
-        """The tasks that compute gradients, the chief among them."""
+        """Number of tasks that compute gradients, including the chief."""
         return self._view.num_worker_replicas
 
     @property
     def global_id_in_cluster(self) -> int | None:
-        """This process's number: chief 0, then the other roles by name, ps last; None on the evaluator."""
+        """The number of this process: chief 0, then the other jobs by name, ps last; None on the evaluator."""
         return self._view.global_id_in_cluster
 
     @property
     def master(self) -> str:
-        """This task's own address, with ``grpc://`` as tools that read it expect; ``""`` if it is alone.
+        """The address of this task, with ``grpc://`` as tools that read it expect; ``""`` if it is alone.
 
-        Nothing in paramserver connects to it: how two tasks talk is found when they meet.
+        Nothing in paramserver connects to this address: tasks choose their lane in a handshake.
         """
         return self._view.master
 
     @property
     def evaluation_master(self) -> str:
-        """TF_CONFIG's ``eval_session_master``, ``""`` where it has none."""
+        """TF_CONFIG's ``eval_session_master``; ``""`` if it has none."""
         return self._view.evaluation_master
 
     @property
     def service(self) -> Mapping[str, object] | None:
-        """TF_CONFIG's ``service`` as it stands, None where it has none."""
+        """TF_CONFIG's ``service``, unchanged; None if it has none."""
         return self._view.service
 
     @property
@@ -195,7 +196,7 @@ class RunConfig:
 
     @property
     def start_delay_secs(self) -> float:
-        """How long this task waits before it trains: 5 s for worker:0, 10 s for worker:1, up to the limit."""
+        """Seconds that this task waits before it trains: 5 for worker:0, 10 for worker:1, up to the limit."""
         if self.is_chief or self.task_type is not Role.WORKER:
             return 0
         limit = MAX_START_DELAY_SECS if self.max_worker_delay_secs is None else self.max_worker_delay_secs
@@ -213,7 +214,7 @@ class RunConfig:
             self._set("save_checkpoints_steps", None)
 
     def _absorb(self, distribute: object, train: object, evaluation: object) -> None:
-        """Take the strategies out of ``distribute``; ``train`` and ``evaluation`` were given directly."""
+        """Take the strategies from ``distribute``; ``train`` and ``evaluation`` are those given directly."""
         if distribute is None:
             return
         if not isinstance(distribute, DistributeConfig):
@@ -245,7 +246,7 @@ class RunConfig:
 
 def _is_int(value: object, least: int | None = None) -> bool:
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    return is_int and (least is None or value >= least)  # type: ignore[operator]  # an int by then
+    return is_int and (least is None or value >= least)  # type: ignore[operator]  # is_int holds here
 
 
 def _is_number(value: object) -> bool:
@@ -277,7 +278,7 @@ def _both_saves(steps: object, secs: object) -> ConfigError:
 
 
 def _cleared_by(changes: Mapping[str, object]) -> dict[str, object]:
-    """What has to become None because its counterpart is set."""
+    """Return the fields that become None because their counterparts are set."""
     pair = ("save_checkpoints_steps", "save_checkpoints_secs")
     return {
         other: None for name, other in (pair, reversed(pair)) if changes.get(name) is not None and other not in changes

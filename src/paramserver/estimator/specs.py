@@ -1,4 +1,4 @@
-"""What a user hands to the Estimator: the model for one mode, how to train it, how to evaluate it."""
+"""The specifications that a user passes to the Estimator: the model for one mode, its training, its evaluation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Several: TypeAlias = T | Sequence[T] | Mapping[str, T] | None
 """One, several in order, or several by name."""
 
 RESERVED_METRICS = ("loss", "global_step")
-"""Results that every evaluation has of itself."""
+"""Results that every evaluation contains without being asked."""
 
 
 class ModeKeys(enum.StrEnum):
-    """What a model is built for. The values are tf.estimator's."""
+    """The purpose that a model is built for. The values are tf.estimator's."""
 
     TRAIN = "train"
     EVAL = "eval"
@@ -35,13 +35,13 @@ class ModeKeys(enum.StrEnum):
 
 @runtime_checkable
 class Metric(Protocol):
-    """An evaluation metric: torchmetrics' have this form. The user's model decides the types."""
+    """An evaluation metric, in the form of torchmetrics. The user's model determines the types."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Take one batch into account."""
 
     def compute(self) -> Any:
-        """The value over all batches since the last reset."""
+        """Return the value over all batches since the last reset."""
 
     def reset(self) -> Any:
         """Forget all batches."""
@@ -49,14 +49,14 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class EstimatorSpec:
-    """What a ``model_fn`` returns: the model for one mode, and what to call in each step.
+    """The result of a ``model_fn``: the model for one mode, and the functions of each step.
 
     TRAIN needs ``model``, ``loss_fn`` and ``optimizer``; EVAL ``model`` and ``loss_fn``; PREDICT ``model``.
     More than a mode needs may be given, so a ``model_fn`` need not ask for the mode.
 
     Raises:
-        ConfigError: If something that the mode needs is missing, or a metric has a reserved name.
-        TypeError: If a field is of a type that it cannot have.
+        ConfigError: If a field that the mode needs is missing, or a metric has a reserved name.
+        TypeError: If a field has an invalid type.
     """
 
     mode: ModeKeys
@@ -65,15 +65,15 @@ class EstimatorSpec:
     loss_fn: Callable[[Any, Any, Any], torch.Tensor] | None = None
     """``(model, features, labels) -> loss``, a tensor of one element. Labels are None for batches of features alone."""
     optimizer: Several[torch.optim.Optimizer] = None
-    """One, or several that hold different parameters, in a list or by name. All make a step after each backward pass;
-    the first one's steps are what the global step counts."""
+    """One optimizer, or several that hold different parameters, in a list or by name. All make a step after each
+    backward pass; the global step counts the steps of the first one."""
     eval_metrics: Mapping[str, Metric] = field(default_factory=dict)
-    """By name; ``loss`` and ``global_step`` are there without being asked for."""
+    """Metrics by name; ``loss`` and ``global_step`` are always reported."""
     scheduler: Several[LRScheduler] = None
-    """Follows the global step: stepped once for each update of the model, up to ``max_steps``. One, or several in a
-    list or by name, each of one of the optimizers."""
+    """One scheduler, or several in a list or by name, each for one of the optimizers. Schedulers follow the global
+    step: each is stepped once for each update of the model, up to ``max_steps``."""
     buffers: Mapping[str, str | BufferPolicy] = field(default_factory=dict)
-    """How several workers' changes of a persistent buffer become one; as for ``strategy.prepare``."""
+    """The way to combine several workers' changes of each persistent buffer; as for ``strategy.prepare``."""
     predict_fn: Callable[[Any, Any], Any] | None = None
     """``(model, features) -> predictions``; None calls the model."""
     training_hooks: Sequence[TrainingHook] = ()
@@ -130,11 +130,11 @@ class EstimatorSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """How to train.
+    """The specification of a training.
 
     Raises:
         ConfigError: If ``max_steps`` is not positive.
-        TypeError: If a field is of a type that it cannot have.
+        TypeError: If a field has an invalid type.
     """
 
     input_fn: Callable[..., Any]
@@ -156,20 +156,20 @@ class TrainSpec:
 
 @dataclass(frozen=True, init=False)
 class EvalSpec:
-    """How to evaluate.
+    """The specification of an evaluation.
 
     Args:
         input_fn: Returns the batches; may ask for input_context, mode, params, config by name.
-        steps: Batches per evaluation; None evaluates until the input ends.
-        name: Tells evaluations on different data apart; their summaries lie in ``eval_NAME``.
+        steps: Number of batches of an evaluation; None evaluates until the input ends.
+        name: Distinguishes evaluations on different data; their summaries are in ``eval_NAME``.
         hooks: Run around each evaluation.
         exporters: One exporter, several, or None.
-        start_delay_secs: What the evaluator waits before its first evaluation.
-        throttle_secs: The least time from the start of one evaluation to the start of the next.
+        start_delay_secs: Seconds that the evaluator waits before its first evaluation.
+        throttle_secs: Least number of seconds from the start of one evaluation to the start of the next.
 
     Raises:
-        ConfigError: If a number is out of range, or two exporters have one name.
-        TypeError: If an argument is of a type that it cannot have.
+        ConfigError: If a number is out of range, or two exporters have the same name.
+        TypeError: If an argument has an invalid type.
     """
 
     input_fn: Callable[..., Any]
@@ -219,7 +219,7 @@ _NEEDED: dict[ModeKeys, tuple[str, ...]] = {
 
 
 def _checked_mode(mode: object) -> ModeKeys:
-    """The mode; its text is taken as well, as tf.estimator's modes are strings."""
+    """Return the mode; a text is accepted as well, since tf.estimator's modes are strings."""
     if not isinstance(mode, str):
         raise TypeError(f"EstimatorSpec: mode: expected ModeKeys, got {_shown(mode)}")
     if mode not in tuple(ModeKeys):
@@ -235,7 +235,7 @@ def _check_type(where: str, name: str, value: object, kinds: type | tuple[type, 
 
 
 def _labelled(name: str, given: Several[T]) -> list[tuple[str, T]]:
-    """What was given as one, in a sequence or by name, each with what messages call it."""
+    """Return the given objects (one, a sequence or a mapping), each with its name in messages."""
     if given is None:
         return []
     if isinstance(given, Mapping):
@@ -310,5 +310,5 @@ def _checked_exporters(exporters: Exporter | Iterable[Exporter] | None) -> tuple
 
 
 def _shown(value: object) -> str:
-    """The value with its type where its own text may be long."""
+    """Return the text of a value, or its type if that text may be long."""
     return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"

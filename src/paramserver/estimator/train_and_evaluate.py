@@ -29,16 +29,16 @@ Results = tuple[dict[str, Any], list[str | None]]
 def train_and_evaluate(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec) -> Results | None:
     """Play this task's part of a run: train, serve or evaluate, until the run has ended. Blocks.
 
-    TF_CONFIG says which part. The chief and workers train to ``train_spec.max_steps``, ps tasks serve, the evaluator
-    evaluates each new checkpoint. Without a cluster everything happens in this process: training, with an evaluation
-    after checkpoints that are ``eval_spec.throttle_secs`` apart, and one at the end.
+    TF_CONFIG names the part. The chief and the workers train to ``train_spec.max_steps``, ps tasks serve, and the
+    evaluator evaluates each new checkpoint. Without a cluster everything happens in this process: training, evaluations
+    of checkpoints that are at least ``eval_spec.throttle_secs`` apart, and an evaluation at the end.
 
     Returns:
         In one process the metrics of the last evaluation and the results of its exporters; None in a cluster.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ConfigError: If TF_CONFIG or the specs cannot work.
+        TypeError: If an argument has the wrong type.
+        ConfigError: If TF_CONFIG or the specs are invalid.
         UnavailableError: If a ps is lost.
     """
     _check_types(estimator, train_spec, eval_spec)
@@ -77,7 +77,7 @@ def _run_worker(estimator: Estimator, spec: TrainSpec) -> None:
 
 
 def _strategy(config: RunConfig) -> ParameterServerStrategy:
-    """The strategy of a task of a cluster; one in process where it is the only task that trains or serves."""
+    """Return the strategy of a task of a cluster; one in this process if no other task trains or serves."""
     is_alone = config.num_ps_replicas + config.num_worker_replicas == 1
     if is_alone:
         logger.info("%s is alone in its cluster: the variables stay in its process", config.task)
@@ -121,12 +121,12 @@ def _run_local(estimator: Estimator, train_spec: TrainSpec, eval_spec: EvalSpec)
     if evaluator.last is None or evaluator.last.checkpoint != checkpoint:
         evaluator.evaluate(checkpoint, is_last=True)
     evaluator.conclude()
-    assert evaluator.last is not None  # noqa: S101  # it was just evaluated
+    assert evaluator.last is not None  # noqa: S101  # the lines above have evaluated
     return evaluator.last.metrics, list(evaluator.last.exports)
 
 
 class _EvaluationListener(CheckpointSaverListener):
-    """Evaluates checkpoints as they are saved: not the first, which is untrained, and not too often."""
+    """Evaluates checkpoints when they are saved: not the first, which is untrained, and not too often."""
 
     def __init__(self, evaluator: Evaluator, estimator: Estimator, throttle: float) -> None:
         self._evaluator = evaluator

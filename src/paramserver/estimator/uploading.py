@@ -1,7 +1,7 @@
 """Summaries of a run whose model_dir is a URL: TensorBoard's event files, written locally and uploaded.
 
-TensorBoard's own writer appends to a file with each record, which few of the places can that fsspec reaches, and with
-a request for each. Here a file is uploaded whole, every two minutes and at the end; TensorBoard reads it there.
+TensorBoard's own writer appends each record to a file. Few storages that fsspec reaches can append, and those need a
+request for each record. Here the whole file is uploaded every two minutes and at the end; TensorBoard reads it there.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from torch.utils import tensorboard
 
 UPLOAD_INTERVAL = 120.0
-"""Seconds between two uploads; TensorBoard's writer keeps points to itself for as long."""
+"""Seconds between two uploads. TensorBoard's writer holds points back for the same time."""
 
 
 def summary_writer(place: str) -> SummaryWriter:
-    """What adds points to what TensorBoard shows for a place, a path or URL.
+    """Return a writer of TensorBoard summaries for a place, a path or URL.
 
     Raises:
-        ConfigError: If fsspec knows no such URL.
+        ConfigError: If fsspec does not know the URL.
     """
     return UploadingWriter(place) if is_remote(place) else SummaryWriter(join(place))
 
 
 class UploadingWriter(SummaryWriter):
-    """A `SummaryWriter` for a URL. Points are there after `flush`, `close`, or two minutes, with the next point.
+    """A `SummaryWriter` for a URL. Points are uploaded by `flush`, `close`, or the next point after two minutes.
 
-    Every method that adds a point may block for an upload, and raises OSError if that fails. Until it is closed, the
-    event file lies in the folder for temporary files, too. Not thread-safe.
+    Every method that adds a point may block for an upload, and raises OSError if that fails. Until the writer is
+    closed, the event file is also in the folder for temporary files. Not thread-safe.
 
     Args:
         place: The URL.
-        clock: Returns seconds.
+        clock: Returns the present time in seconds.
 
     Raises:
-        ConfigError: If fsspec knows no such URL.
+        ConfigError: If fsspec does not know the URL.
     """
 
     def __init__(self, place: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -57,7 +57,7 @@ class UploadingWriter(SummaryWriter):
         return super().__repr__().replace(self.log_dir, self._storage.place)
 
     def flush(self) -> None:
-        """Block until all points are uploaded. Raises OSError if they cannot be."""
+        """Upload all points. Blocks; raises OSError if the upload fails."""
         super().flush()
         self._upload()
 
@@ -76,6 +76,6 @@ class UploadingWriter(SummaryWriter):
 
     def _upload(self) -> None:
         for file in Path(self.log_dir).iterdir():
-            with self._storage.new_file(file.name) as copy:  # it may grow while it is uploaded
+            with self._storage.new_file(file.name) as copy:  # a copy, because the file may grow during the upload
                 shutil.copyfile(file, copy)
         self._upload_at = self._clock() + UPLOAD_INTERVAL

@@ -257,7 +257,7 @@ def test_without_a_checkpoint_it_is_said_what_is_lost(caplog: pytest.LogCaptureF
     assert "ps:1 came back empty, and this run has saved no checkpoint" in caplog.text
     assert "the chief's values of step 1, and 3 later updates are lost" in caplog.text
     assert "1 ps.Variables go back to their first values: two." in caplog.text
-    assert "the optimizer state of 4 variables there begins anew" in caplog.text
+    assert "the optimizer state of 4 variables there starts anew" in caplog.text
 
 
 def test_a_chief_that_has_restored_goes_back_to_that(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_a_ps_that_is_lost_after_the_end_of_the_input_ends_the_training_too(
         estimator = Estimator(model_fn, config=config)
         estimator.train(lambda: map(batch, range(10)), hooks=[Loses(cluster, 10)])
     torch.testing.assert_close(read_values(estimator.latest_checkpoint() or ""), dict(trained(8).state_dict()))
-    assert "was done at step 10, and is back at step 8" in caplog.text
+    assert "had finished at step 10, but lost updates put it back at step 8" in caplog.text
 
 
 @sparse

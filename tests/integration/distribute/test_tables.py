@@ -359,7 +359,7 @@ def test_a_weight_that_something_else_uses_is_no_table(monkeypatch, late_bytes):
         model.words(torch.tensor([1])).sum().backward()
         optimizer.step()  # whose part it is where gradients come home late
 
-    with pytest.raises(NotImplementedError, match=r"'words.weight' got a sparse gradient, and it is not a table"):
+    with pytest.raises(NotImplementedError, match=r"'words.weight' got a sparse gradient but is not a table"):
         step()
     optimizer.zero_grad()
     model.out(model.words(torch.tensor([1]))).sum().backward()  # a sum of a sparse and a dense one is dense
@@ -420,7 +420,7 @@ def test_after_the_loss_of_a_ps_a_table_needs_a_checkpoint():
         strategy = ps.ParameterServerStrategy(cluster.resolver("chief:0"), session_creation_timeout=patience(30))
         kept = a_table(strategy)
         (bound,) = strategy._models
-        with pytest.raises(ConfigError, match=r"'weight' is a table, of which workers hold no values"):
+        with pytest.raises(ConfigError, match=r"'weight' is a table, whose values workers do not hold"):
             bound.assign()
         del kept
         strategy.close()

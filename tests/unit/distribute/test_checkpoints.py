@@ -24,7 +24,7 @@ def test_a_loss_with_a_checkpoint_names_what_is_not_in_it() -> None:
 def test_a_loss_without_a_checkpoint_names_all_and_the_way() -> None:
     said = LOSS.without_checkpoint(498)
     assert "the chief's values of step 498, and 2 later updates are lost" in said
-    assert "the optimizer state of 3 variables there begins anew; 2 ps.Variables" in said
+    assert "the optimizer state of 3 variables there starts anew; 2 ps.Variables" in said
     assert "seen, best. Call strategy.save(directory)" in said
 
 

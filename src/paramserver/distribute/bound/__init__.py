@@ -1,1 +1,1 @@
-"""A model that is bound to the memory that the lanes read and write."""
+"""A model bound to the memory that the lanes read and write."""

@@ -1,18 +1,18 @@
 """One arena of a model: its tensors on every replica, bound to the memory that the lanes read and write.
 
 Rules
-    * *Home* is the device of the memory. A replica that computes there uses the memory of the values itself; one
-      elsewhere has a flat block of its own, which is copied as a whole. So has every replica of a pipelined model: the
-      memory is in the lanes' hands while it computes.
-    * A single replica at home has its gradients in the memory that is pushed. Otherwise each has a flat block of
-      gradients where it computes, which no step changes, so that gradients can be kept over steps; they are added up
-      on the first one's device, block by block, into the memory that is pushed.
+    * *Home* is the device of the memory. A replica that computes there uses the memory of the values itself; a replica
+      elsewhere has a flat block of its own, which is copied as a whole. In a pipelined model every replica has such a
+      block, because the lanes use the memory while the replica computes.
+    * A single replica at home has its gradients in the memory that is pushed. Otherwise each replica has a flat block
+      of gradients on its device, which no step changes, so that a program can keep gradients over steps; the blocks are
+      added up on the first replica's device, piece by piece, into the memory that is pushed.
     * A step that fails before it is handed to the lanes has changed nothing that the next one pushes: `check`, `gather`
       and `parts` may be called again.
-    * `gather` may return while copies are under way; when they are done, `parts` tells what to push. How copies are
-      made is `DeviceCopies`' part.
-    * A gradient that some replica lacks counts as zero; one that all lack is not pushed.
-    * Buffers are another file's matter: `buffer_arena`.
+    * `gather` may return while copies are under way; after their end, `parts` returns what to push. `DeviceCopies`
+      makes the copies.
+    * A gradient that some replicas lack counts as zero there; a gradient that all lack is not pushed.
+    * Buffers have a file of their own: `buffers`.
 """
 
 from __future__ import annotations
@@ -44,25 +44,28 @@ class PushedMemory(Protocol):
     """The memory that the lanes send gradients from.
 
     Attributes:
-        gate: Shut while lanes may read it.
+        gate: Shut while lanes may read the memory.
     """
 
     gate: Gate
 
     def renew(self, ps: int) -> None:
-        """Give all arenas of a ps, by `BoundArena.use_gradients`, memory that no program refers to. Blocks."""
+        """Move the gradients of all arenas of a ps to memory that no program refers to. Blocks.
+
+        Calls `BoundArena.use_gradients`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """What an arena is bound to.
+    """The memory and the tensors that an arena is bound to.
 
     Attributes:
         plan: The variables in the arena.
-        memory: The memory of the ps that holds it.
+        memory: The memory of the ps that holds the arena.
         tensors: The tensors of all replicas.
-        copies: How blocks and memory are copied.
-        is_apart: Whether no replica may use the memory itself.
+        copies: The way to copy between blocks and memory.
+        is_apart: Whether every replica needs a block apart from the memory.
     """
 
     plan: ArenaPlan
@@ -73,7 +76,7 @@ class Binding:
 
 
 class BoundArena:
-    """The tensors of one arena, bound to its memory. As it is: values that no step changes."""
+    """The tensors of one arena, bound to its memory. The base class itself is for values that no step changes."""
 
     def __init__(self, binding: Binding) -> None:
         self.plan = binding.plan
@@ -90,23 +93,23 @@ class BoundArena:
         self._watch = ValueWatch([], [])
 
     def copied_memory(self) -> list[torch.Tensor]:
-        """The memory of the lanes that steps copy to blocks and back."""
+        """Return the lanes' memory that steps copy to blocks and back."""
         return []
 
     def offer_values(self) -> None:
-        """Lay the tensors' present values into the gradient memory, to be assigned."""
+        """Write the tensors' present values into the gradient memory, to be assigned."""
         for member, view in zip(self.plan.members, self.plan.layout.views(self.gradients), strict=True):
             tensor = member.variable.tensor.detach()
             view.copy_(tensor if member.rows is None else tensor[slice(*member.rows)])
 
     def bring_home(self) -> None:
-        """Bring the values of the first replica's tensors to the value memory."""
+        """Copy the values of the first replica's tensors to the value memory."""
         for member, view in zip(self.plan.members, self.plan.layout.views(self.values), strict=True):
             tensor = member.variable.tensor.detach()
             view.copy_(tensor if member.rows is None else tensor[slice(*member.rows)])
 
     def bind(self) -> None:
-        """From now on the tensors' values are the value memory, or blocks that are copied from it."""
+        """Make the value memory, or blocks that are copied from it, the values of the tensors."""
         for replica, device in enumerate(self._tensors.devices):
             block = self._values_for(replica, device)
             self._replica_values.append(block)
@@ -118,48 +121,48 @@ class BoundArena:
         self._watch = ValueWatch([each.spec.name for each in frozen], [each.tensor for each in frozen])
 
     def use_gradients(self, gradients: torch.Tensor) -> None:
-        """Go on with other, zeroed memory for what is pushed: a program still refers to the present one."""
+        """Push from other, zeroed memory from now on: a program still refers to the present memory."""
         self.gradients = gradients
 
     def hold(self, held: set[int]) -> None:
-        """Push these parameters only; see `HeldParameters`."""
+        """Push only the parameters with these ids; see `HeldParameters`."""
 
     def check(self) -> None:
-        """Check, before a step pushes anything, that the program has written no values.
+        """Check, before a step pushes anything, that the program has not written any values.
 
         Raises:
-            EditedError: If it has, naming a parameter.
+            EditedError: If it has; the message names a parameter.
         """
         self._watch.check()
 
     def gather(self) -> None:
-        """What a step pushes begins to come to the memory that is pushed."""
+        """Begin to copy the data of a step to the memory that is pushed."""
 
     def parts(self) -> list[Part]:
-        """What a step pushes of this arena. It has been gathered, and all copies are done."""
+        """Return the parts of this arena that a step pushes. Call it after `gather`, when all copies are done."""
         return []
 
     def meanwhile(self) -> None:
-        """What a step has to do before values come, and need not do before it pushes."""
+        """Do the work of a step that must be done before values come, but not before the push."""
 
     def pulled(self) -> None:
-        """The value memory is fresh, by a step."""
+        """Use the fresh values that a step has pulled into the value memory."""
         self.refreshed()
 
     def refreshed(self) -> None:
-        """The value memory is fresh, and all that counts."""
+        """Use the fresh contents of the value memory, after a pull of everything."""
         self._scatter()
         self.take_for_fresh()
 
     def take_for_fresh(self) -> None:
-        """Take the present values for the ps tasks', whatever has written to them."""
+        """Regard the present values as the ps tasks', no matter what has written to them."""
         self._watch.reset()
 
     def evict(self) -> None:
-        """Give the program gradients of its own in the place of those that lie where the lanes read."""
+        """Replace each gradient in the lanes' memory by a copy that the program owns."""
 
     def _scatter(self) -> None:
-        """Bring the value memory to what does not lie in it."""
+        """Copy the value memory to the tensors that are not views of it."""
         if self._blocks:
             with self._copies.aside():
                 for block in self._blocks:
@@ -177,13 +180,13 @@ class BoundArena:
 
 
 class TrainedArena(BoundArena):
-    """Parameters of one optimizer group.
+    """The parameters of one optimizer group.
 
     Args:
         binding: As for `BoundArena`.
         group: The param group; read for every push.
         pushed: The memory that is pushed.
-        mean: Whether the replicas' gradients are averaged; else they are added up.
+        mean: Whether the replicas' gradients are averaged; otherwise they are added up.
     """
 
     def __init__(self, binding: Binding, group: dict[str, object], pushed: PushedMemory, *, mean: bool) -> None:
@@ -199,13 +202,13 @@ class TrainedArena(BoundArena):
         self._copied: list[BoundParameter] = []
         self._pushed: list[Part] = []
         self._moving: list[bool] = []
-        self._is_held: list[bool] = []  # empty where all are
+        self._is_held: list[bool] = []  # empty if all parameters are held
 
     def copied_memory(self) -> list[torch.Tensor]:
         return [self.values, self.gradients] if self.plan.kind is Kind.TRAINED else []
 
     def gradient_places(self) -> Iterator[GradientPlace]:
-        """Where each whole parameter's gradient belongs, on the first replica."""
+        """Return the gradient place of each whole parameter on the first replica."""
         return (each.place for each in self._parameters[0].each if isinstance(each, WholeParameter))
 
     def use_gradients(self, gradients: torch.Tensor) -> None:
@@ -215,7 +218,7 @@ class TrainedArena(BoundArena):
 
     def offer_values(self) -> None:
         if self._parameters and self._replica_gradients[0] is self.gradients:
-            self._pushed_memory.renew(self.plan.ps)  # gradients lie there, which a program may refer to
+            self._pushed_memory.renew(self.plan.ps)  # a program may refer to the gradients there
         super().offer_values()
 
     def hold(self, held: set[int]) -> None:
@@ -250,11 +253,11 @@ class TrainedArena(BoundArena):
                 for start, stop in pieces(ranges or [(0, self.plan.layout.size)]):
                     self._reduce(start, stop)
         part = Part(self.plan.index, "rule", ranges, self._settings.now())
-        if self._pushed != [part]:  # else the same one, so that who gets it sees at once that nothing has changed
+        if self._pushed != [part]:  # keep the same object, so that `_Step.request` sees at once that nothing changed
             self._pushed = [part]
 
     def _ranges(self, present: Sequence[bool]) -> tuple[Range, ...]:
-        """What to push of these parameters; one without elements has nothing."""
+        """Return the ranges of these parameters to push, without parameters that have no elements."""
         found = [(start, stop) for start, stop in compress(self.plan.layout.ranges, present) if start < stop]
         return join_ranges(found, self._gap)
 
@@ -266,7 +269,7 @@ class TrainedArena(BoundArena):
             parameters.advance(self._moving)
 
     def pulled(self) -> None:
-        if self._blocks or self._copied:  # else the memory is what the module uses, and that is all
+        if self._blocks or self._copied:  # otherwise the module uses the memory itself
             self._scatter()
 
     def take_for_fresh(self) -> None:
@@ -306,7 +309,7 @@ class TrainedArena(BoundArena):
         return present
 
     def _renew_replica(self, replica: int) -> None:
-        """Give a replica places for its gradients that no program refers to."""
+        """Give a replica gradient places that no program refers to."""
         if self._replica_gradients[replica] is self.gradients:
             self._pushed_memory.renew(self.plan.ps)
             return
@@ -319,7 +322,7 @@ class TrainedArena(BoundArena):
         self._parameters[replica].use_gradients(self.plan.layout.views(gradients))
 
     def _gathered(self) -> list[bool]:
-        """Which parameters have a gradient; each is in its place then, on every replica."""
+        """Put all gradients into their places; return for each parameter whether any replica has one."""
         if len(self._parameters) == 1:
             return self._gather_replica(0)
         has = [self._gather_replica(replica) for replica in range(len(self._parameters))]
@@ -331,7 +334,7 @@ class TrainedArena(BoundArena):
         return present
 
     def _reduce(self, start: int, stop: int) -> None:
-        """The weighted sum of all replicas' gradients, into the memory that is pushed."""
+        """Write the weighted sum of all replicas' gradients into the memory that is pushed."""
         first, *others = (gradients[start:stop] for gradients in self._replica_gradients)
         if not others:
             self._copies.copy(self.gradients[start:stop], first)
@@ -343,9 +346,10 @@ class TrainedArena(BoundArena):
 
 
 class Homes:
-    """Tensors whose values lie in the memory of an arena, or beside it.
+    """Tensors whose values are in the memory of an arena, or apart from it.
 
-    Beside it lie those whose layout is not row by row, and those that a program has moved, as into shared memory.
+    The values are apart if the tensor's memory layout is not row by row, or a program has moved the tensor, for example
+    into shared memory.
     """
 
     def __init__(self) -> None:
@@ -354,7 +358,7 @@ class Homes:
         self._addresses: list[int] = []
 
     def add(self, tensor: torch.Tensor, view: torch.Tensor) -> None:
-        """Have the values of a tensor lie in a view of the memory, if its layout allows that."""
+        """Make a view of the memory the values of a tensor, if the tensor's layout allows that."""
         if tensor.is_contiguous():
             tensor.data = alias(view)
         self._tensors.append(tensor)
@@ -362,12 +366,12 @@ class Homes:
         self._addresses.append(view.data_ptr())
 
     def gather(self) -> None:
-        """Bring the values of those beside the memory into it."""
+        """Copy the values of tensors apart from the memory into it."""
         for tensor, view in self._beside():
             view.copy_(tensor)
 
     def scatter(self) -> None:
-        """Bring what lies in the memory to those beside it."""
+        """Copy the memory to the tensors apart from it."""
         for tensor, view in self._beside():
             tensor.copy_(view)
 

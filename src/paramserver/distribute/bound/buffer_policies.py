@@ -1,12 +1,12 @@
-"""What becomes of a buffer that several workers change: the policies, and which of them a buffer has.
+"""The policies for a buffer that several workers change, and the choice of each buffer's policy.
 
 Rules
     * A buffer whose name says that it counts or averages (BatchNorm's statistics, counters) is ``sum``: every worker's
-      batches count in it. Any other one is ``last``: a flag, a pointer, a queue or a scale that was computed from
-      others is a value that some worker has set, and a sum of such changes is one that none has.
-    * A program chooses another policy by the buffer's name in ``state_dict()``, or by a pattern of names. A name counts
-      before patterns, an earlier pattern before a later one.
-    * With one worker every policy gives what plain PyTorch gives.
+      batches count in it. Every other buffer is ``last``: a flag, a pointer, a queue or a computed scale is a value
+      that some worker has set, and a sum of such changes would be a value that no worker has set.
+    * A program chooses another policy by the buffer's name in ``state_dict()``, or by a pattern of names. A name takes
+      precedence over patterns, and an earlier pattern over a later one.
+    * With one worker every policy gives the same result as plain PyTorch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SUMMED_NAMES = (
     *("running_*", "num_*", "moving_*", "ema_*"),
     *("*count", "*counts", "*_total", "*_sum", "*avg", "*average", "*averaged", "*_ema", "cluster_size"),
 )
-"""Patterns of the names of buffers that count or average. A name is that inside its module."""
+"""Patterns for the names, within their module, of buffers that count or average."""
 
 
 class BufferPolicy(enum.Enum):
-    """How the changes of several workers to a buffer become one value."""
+    """The way to combine several workers' changes of a buffer."""
 
     SUM = "sum"
     """The change of each worker is added."""
@@ -46,10 +46,10 @@ def choose(
 
     Args:
         dtypes: The dtype of each buffer by name.
-        chosen: Policies by name, or by a pattern as of `fnmatch`.
+        chosen: Policies by buffer name, or by a pattern of `fnmatch`.
 
     Raises:
-        ConfigError: If a name or pattern fits no buffer, or there is no such policy for one.
+        ConfigError: If a name or pattern fits no buffer, or a policy is unknown or unsuitable for a buffer.
 
     >>> found = choose({"norm.running_mean": torch.float32, "queue": torch.float32, "seen": torch.bool}, {"q*": "mean"})
     >>> {name: policy.value for name, policy in found.items()}
@@ -91,7 +91,7 @@ def _parsed(pattern: str, policy: str | BufferPolicy) -> BufferPolicy:
 
 
 def _known(pattern: str, names: Iterable[str], limit: int = 8) -> str:
-    """The end of a message about a pattern that fits nothing."""
+    """Return the end of a message about a pattern that fits no buffer."""
     each = sorted(names)
     more = f" and {len(each) - limit} others" if len(each) > limit else ""
     return f"persistent buffers are {', '.join(map(repr, each[:limit])) or 'none'}{more}{did_you_mean(pattern, each)}"

@@ -1,13 +1,13 @@
 """Buffers of a model, such as BatchNorm's running statistics, bound to the memory that the lanes read and write.
 
 Rules
-    * Each replica has buffers of its own, which a step makes one: what is summed or averaged becomes the mean of the
-      replicas' (integers: the first replica's), of all else it takes the first replica's that has changed.
-      With the policy ``own`` each replica keeps its own, and the first one's is the worker's.
-    * In one process the memory is the store's. Otherwise the replicas' buffers lie in blocks of their own, and a step
-      pushes what has changed since the last values came. So a step that fails loses no change, and what a program
-      changes while a push is under way is pushed with the next one.
-    * The only worker of a cluster assigns, whatever the policy: sums would round.
+    * Each replica has buffers of its own, which a step combines: summed and averaged buffers become the mean of the
+      replicas' (integers: the first replica's value); of every other buffer, the first replica's value that has changed
+      is taken. With the policy ``own`` each replica keeps its own, and the first replica's is the worker's.
+    * In one process the memory is the store's. Otherwise the replicas' buffers are in blocks of their own, and a step
+      pushes the changes since the last values came. So a step that fails loses no change, and a change that a program
+      makes while a push is under way is pushed with the next step.
+    * The only worker of a cluster always assigns, with any policy: sums would round.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """Who else changes the buffers.
+    """The workers that share the buffers.
 
     Attributes:
-        num_workers: How many tasks train.
-        is_chief: Whether this one is the chief.
+        num_workers: Number of tasks that train.
+        is_chief: Whether this task is the chief.
     """
 
     num_workers: int = 1
@@ -55,7 +55,7 @@ class ConstantArena(BoundArena):
 
 
 class LocalBufferArena(BoundArena):
-    """Buffers of a store in this process, which the replicas' become with each step."""
+    """Buffers of a store in this process, which takes the replicas' combined values with each step."""
 
     def __init__(self, binding: Binding) -> None:
         super().__init__(binding)
@@ -63,8 +63,8 @@ class LocalBufferArena(BoundArena):
         self._is_own, self._is_fresh = plan.kind is Kind.OWN, False
         self._is_chosen = plan.kind is Kind.ASSIGNED and has_many
         self._is_mean = plan.kind in (Kind.COUNTED, Kind.AVERAGED) and has_many and self.values.is_floating_point()
-        self._known = torch.zeros_like(self.values) if self._is_chosen else self.values  # as they came last
-        self._reached = torch.zeros_like(self.values) if has_many else self.values  # what the replicas have come to
+        self._known = torch.zeros_like(self.values) if self._is_chosen else self.values  # the last values that came
+        self._reached = torch.zeros_like(self.values) if has_many else self.values  # the replicas' combined values
 
     def offer_values(self) -> None:
         self._take_over()
@@ -79,24 +79,24 @@ class LocalBufferArena(BoundArena):
         self._combine()
 
     def pulled(self) -> None:
-        self.values.copy_(self._reached)  # not before the step is made, which may fail and be made again
+        self.values.copy_(self._reached)  # only after the step, which may fail and be repeated
         if not self._is_own:
             self._adopt()
 
     def refreshed(self) -> None:
         if not self._is_own or not self._is_fresh:
-            self._take_over()  # or it would come back with the next step
+            self._take_over()  # a buffer that a module has replaced would otherwise come back with the next step
             self._adopt()
         self._is_fresh = True
 
     def _adopt(self) -> None:
-        """Have all replicas go on with what lies in the memory."""
+        """Copy the memory's values to all replicas."""
         super().refreshed()
         if self._is_chosen:
             self._known.copy_(self.values)
 
     def _take_over(self) -> None:
-        """Take over what modules have put in the place of their buffers."""
+        """Take the values of tensors that modules have put in the place of their buffers."""
         for member in self.plan.members:
             variable = member.variable
             assert variable.module is not None  # noqa: S101  # a buffer has one
@@ -107,7 +107,7 @@ class LocalBufferArena(BoundArena):
         self._homes.gather()
 
     def _combine(self) -> None:
-        """Have what all replicas together have come to begin to come to its place."""
+        """Begin to copy the replicas' combined values to their place."""
         with self._copies.aside():
             combined = self._combined()
             if combined is not self._reached:
@@ -122,7 +122,7 @@ class LocalBufferArena(BoundArena):
         first, *others = self._replica_values
         mean = first
         for other in others:
-            move = (other.to(first.device) - first).nan_to_num_(0, 0, 0)  # infinities stay
+            move = (other.to(first.device) - first).nan_to_num_(0, 0, 0)  # an infinite first value stays
             mean = torch.add(mean, move, alpha=1 / len(self._replica_values))
         return mean
 
@@ -137,7 +137,7 @@ class LocalBufferArena(BoundArena):
         return chosen
 
     def _changed(self, values: torch.Tensor, before: torch.Tensor) -> Sequence[Range]:
-        """The ranges of the buffers whose values have changed."""
+        """Return the ranges of the buffers whose values have changed."""
         differing = _differing(values, before)
         if not differing.any():
             return []
@@ -145,11 +145,11 @@ class LocalBufferArena(BoundArena):
 
 
 class BufferArena(LocalBufferArena):
-    """Buffers of ps tasks that are other processes.
+    """Buffers of ps tasks in other processes.
 
     Args:
         binding: As for `BoundArena`.
-        sharing: Who else changes them.
+        sharing: The workers that share the buffers.
     """
 
     def __init__(self, binding: Binding, sharing: Sharing) -> None:
@@ -161,8 +161,8 @@ class BufferArena(LocalBufferArena):
         self._pushes = sharing.is_chief or not self._is_own
         self._reached = torch.zeros_like(self.values)
         self._known = torch.zeros_like(self.values)
-        # A replica's values, and those of them that a step has pushed last. They change by one copy, so that an
-        # interrupt finds both as they were, or both new.
+        # A replica's values, and the values that a step has last pushed. One copy changes both, so that an interrupt
+        # leaves both old or both new.
         self._pairs: list[torch.Tensor] = []
 
     def copied_memory(self) -> list[torch.Tensor]:
@@ -188,7 +188,7 @@ class BufferArena(LocalBufferArena):
                     self._copies.copy(pair[0], pair[1])
 
     def pulled(self) -> None:
-        """What others have changed joins what this worker has changed since it pushed."""
+        """Combine fresh values with the changes that this worker has made since it pushed."""
         if not self._is_own:
             self._take_over()
             with self._copies.aside():
@@ -199,7 +199,7 @@ class BufferArena(LocalBufferArena):
 
     def refreshed(self) -> None:
         if self._pushes and _differing(self.values, self._known).any():
-            self._is_fresh = False  # the chief's own, too, are those of a checkpoint then
+            self._is_fresh = False  # the values come from a checkpoint: the chief takes them even for ``own``
         super().refreshed()
         self._known.copy_(self.values)
 
@@ -209,7 +209,7 @@ class BufferArena(LocalBufferArena):
 
     def _added(self, moved: torch.Tensor) -> list[Part]:
         torch.sub(self._reached, self._known, out=self.gradients)
-        self.gradients.masked_fill_(moved.logical_not_(), 0)  # infinity less itself would not be zero
+        self.gradients.masked_fill_(moved.logical_not_(), 0)  # infinity minus itself would not be zero
         if self._weight != 1:
             self.gradients.mul_(self._weight)
         if self.gradients.isfinite().all():
@@ -223,16 +223,16 @@ class BufferArena(LocalBufferArena):
         return [Part(self.plan.index, "assign", tuple(self._changed(self._reached, self._known)))]
 
     def _shift(self, pair: torch.Tensor) -> None:
-        """Add what others have changed; the sum must not be rounded where this worker has changed nothing."""
+        """Add other workers' changes; the sum must not be rounded where this worker has changed nothing."""
         block, pushed = pair
         fresh = torch.empty_like(block)
         self._copies.copy(fresh, self.values)
-        shifted = block + (fresh - pushed).masked_fill_(pushed == fresh, 0)  # infinity less itself is no move
+        shifted = block + (fresh - pushed).masked_fill_(pushed == fresh, 0)  # infinity minus itself is no move
         is_fresh = (block == pushed) | shifted.isfinite().logical_not()
         pair.copy_(torch.stack([torch.where(is_fresh, fresh, shifted), fresh]))
 
     def _replace(self, pair: torch.Tensor) -> None:
-        """Take the ps tasks' values of those buffers that this worker has not changed since it pushed."""
+        """Take the ps tasks' values of the buffers that this worker has not changed since it pushed."""
         block, pushed = pair
         fresh = torch.empty_like(block)
         self._copies.copy(fresh, self.values)
@@ -260,6 +260,6 @@ def _not_empty(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def _differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Where the bits of two flat tensors differ; so a NaN is like itself."""
+    """Return where the bits of two flat tensors differ; a NaN equals itself."""
     integers = _SAME_SIZE[one.element_size()]
     return one.view(integers) != other.view(integers)

@@ -1,13 +1,13 @@
 """Copies between the memory of the lanes and the blocks of replicas that compute elsewhere.
 
 Rules
-    * A copy is made inside of `DeviceCopies.aside`. It comes after whatever its devices were to compute before, and
-      what they compute later comes after it. Blocks of copies come one after the other, whatever their devices.
-    * The host reads what was copied to it, and writes over what was copied from it, after `DeviceCopies.finish` only.
-      A step calls that once: between the copies of what it pushes, and the push. The copies of the values that the
-      step before has pulled are over then, too, and so the pull may overwrite them.
-    * On GPUs all copies of a device are on one stream of their own, from and to memory that is page-locked where it
-      lies. What a lane has mapped is not copied once more to get there.
+    * A copy is made inside of `DeviceCopies.aside`. It runs after all earlier work of its devices, and their later work
+      runs after it. Blocks of copies run one after the other, on all devices.
+    * The host reads the target of a copy, and overwrites the source of one, only after `DeviceCopies.finish`. A step
+      calls that once, between the copies of the data that it pushes and the push. The copies of the values that the
+      previous step pulled are finished then, too, so the pull may overwrite them.
+    * On GPUs, all copies of a device run on one stream of their own. The lanes' memory is page-locked where it is, so
+      memory that a lane has mapped needs no second copy.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from paramserver.transport.lane import WorkerMemory
 logger = logging.getLogger(__name__)
 
 PORTABLE = 1
-"""cudaHostRegisterPortable: page-locked for every GPU of the process."""
+"""cudaHostRegisterPortable: the memory is page-locked for every GPU of the process."""
 
 
 class DeviceCopies(abc.ABC):
-    """How one worker copies between the lanes' memory and the blocks of its replicas. Not thread-safe."""
+    """The way one worker copies between the lanes' memory and the blocks of its replicas. Not thread-safe."""
 
     @abc.abstractmethod
     def lock(self, memory: Iterable[torch.Tensor]) -> None:
-        """Page-lock memory of the lanes that every step copies, for as long as this object lives."""
+        """Page-lock the lanes' memory that every step copies, for the lifetime of this object."""
 
     @abc.abstractmethod
     def use(self, block: torch.Tensor, device: torch.device) -> None:
-        """Keep a replica's block, on its device, from being given to others while copies of it are under way."""
+        """Protect a replica's block on its device from reuse while copies of it are under way."""
 
     @abc.abstractmethod
     def aside(self) -> AbstractContextManager[None]:
-        """Where copies, and what is computed for them alone, are made. Does not block."""
+        """Return a context for copies, and for computations that only they need. Does not block."""
 
     @abc.abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy what lies in one piece, inside of `aside`. May return before it is done."""
+        """Copy a contiguous tensor, inside of `aside`. May return before the copy is done."""
 
     @abc.abstractmethod
     def finish(self) -> None:
@@ -57,13 +57,13 @@ class DeviceCopies(abc.ABC):
 
 
 class HostCopies(DeviceCopies):
-    """Every copy is done when it returns."""
+    """Copies that are done when the call returns."""
 
     def lock(self, memory: Iterable[torch.Tensor]) -> None:
-        """There is nothing to lock for."""
+        """Do nothing: host copies need no page-locked memory."""
 
     def use(self, block: torch.Tensor, device: torch.device) -> None:
-        """Nothing is ever under way."""
+        """Do nothing: no copy is ever under way."""
 
     def aside(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -72,28 +72,28 @@ class HostCopies(DeviceCopies):
         target.copy_(source)
 
     def finish(self) -> None:
-        """Nothing is ever under way."""
+        """Do nothing: no copy is ever under way."""
 
 
 class RecordedEvent(Protocol):
-    """What is used of ``torch.cuda.Event``."""
+    """The part of ``torch.cuda.Event`` that is used here."""
 
     def record(self, stream: Any) -> None:
-        """It has come when the stream has done all that it was given so far."""
+        """Complete the event when the stream has done all work it was given so far."""
 
     def synchronize(self) -> None:
-        """Wait until it has come; not at all if it was never recorded."""
+        """Wait until the event is complete; return at once if it was never recorded."""
 
 
 class SideStream(Protocol):
-    """What is used of ``torch.cuda.Stream``."""
+    """The part of ``torch.cuda.Stream`` that is used here."""
 
     def wait_event(self, event: Any) -> None:
-        """Whatever the stream is given from now on comes after the event."""
+        """Run all work that the stream is given from now on after the event."""
 
 
 class Cuda(Protocol):
-    """What is used of the module ``torch.cuda``."""
+    """The part of the module ``torch.cuda`` that is used here."""
 
     def Stream(self, device: torch.device) -> SideStream: ...  # noqa: N802  # torch's name
 
@@ -107,11 +107,11 @@ class Cuda(Protocol):
 
 
 class CudaCopies(DeviceCopies):
-    """Copies on a stream of their own for each GPU. No replica computes in the lanes' memory.
+    """Copies on a separate stream for each GPU. No replica computes in the lanes' memory.
 
     Args:
-        cuda: The module ``torch.cuda``, or what stands in for it.
-        devices: Where replicas compute.
+        cuda: The module ``torch.cuda``, or a stand-in for it.
+        devices: The devices of the replicas.
     """
 
     def __init__(self, cuda: Cuda, devices: Iterable[torch.device]) -> None:
@@ -121,7 +121,7 @@ class CudaCopies(DeviceCopies):
     def lock(self, memory: Iterable[torch.Tensor]) -> None:
         held = list(memory)
         spans, failure = _page_locked(self._cuda.cudart(), _page_spans(held))
-        # It must not be given back while it is locked, or copied.
+        # The memory must not be freed while it is locked, or while a copy of it runs.
         weakref.finalize(self, _unlock, self._cuda, os.getpid(), self._sides, spans, held)
         if failure:
             _forget_error(self._sides[0].device)
@@ -135,7 +135,7 @@ class CudaCopies(DeviceCopies):
     def use(self, block: torch.Tensor, device: torch.device) -> None:
         for side in self._sides:
             if side.device == device:
-                block.record_stream(side.stream)  # type: ignore[arg-type]  # or what stands in for it
+                block.record_stream(side.stream)  # type: ignore[arg-type]  # or a stand-in for it
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -161,7 +161,7 @@ class _Side:
     Attributes:
         device: The device.
         stream: The stream.
-        done: All copies so far.
+        done: The event that completes with all copies so far.
     """
 
     def __init__(self, cuda: Cuda, device: torch.device) -> None:
@@ -173,8 +173,8 @@ class _Side:
         self._computing = self.stream
 
     def begin(self, sides: Sequence[_Side]) -> None:
-        """Copies come after what the device is to compute by now, and after all other devices' copies so far."""
-        self._computing = self._cuda.current_stream(self.device)  # a program may compute on any
+        """Order the next copies after the device's present work, and after all other devices' copies so far."""
+        self._computing = self._cuda.current_stream(self.device)  # a program may choose any stream
         self._computed.record(self._computing)
         self.stream.wait_event(self._computed)
         for other in sides:
@@ -182,15 +182,16 @@ class _Side:
                 self.stream.wait_event(other.done)
 
     def end(self) -> None:
-        """What the device computes from now on comes after the copies."""
+        """Order the device's later work after the copies."""
         self.done.record(self.stream)
         self._computing.wait_event(self.done)
 
 
 def choose(memories: Sequence[WorkerMemory], devices: Sequence[torch.device]) -> DeviceCopies:
-    """The way to copy between lanes' memory and replicas on ``devices``.
+    """Return the way to copy between the lanes' memory and replicas on ``devices``.
 
-    The GPUs' own only where nobody computes in the memory of the lanes: copies that are under way would meet that.
+    `CudaCopies` only if all replicas are on GPUs: a replica that computes in the lanes' memory would collide with
+    copies that are under way.
     """
     homes = {values.device.type for memory in memories for values in memory.values}
     if homes == {"cpu"} and {device.type for device in devices} == {"cuda"}:
@@ -199,7 +200,7 @@ def choose(memories: Sequence[WorkerMemory], devices: Sequence[torch.device]) ->
 
 
 def _page_spans(memory: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """The pages that tensors lie on, as ``(start, stop)`` addresses. No page is in two of them: CUDA refuses that."""
+    """Return the pages of tensors as ``(start, stop)`` addresses, disjoint because CUDA refuses a page twice."""
     page = mmap.PAGESIZE
     rounded = sorted(
         (tensor.data_ptr() // page * page, -(-(tensor.data_ptr() + tensor.nbytes) // page) * page)
@@ -216,7 +217,7 @@ def _page_spans(memory: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 def _page_locked(cudart: Any, spans: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], str]:
-    """Page-lock spans one by one: those that could be, and why the first one that could not be was not, if any."""
+    """Page-lock spans one by one until one fails; return the locked spans, and the failure or an empty text."""
     locked: list[tuple[int, int]] = []
     for start, stop in spans:
         code = cudart.cudaHostRegister(start, stop - start, PORTABLE)
@@ -229,10 +230,10 @@ def _page_locked(cudart: Any, spans: Sequence[tuple[int, int]]) -> tuple[list[tu
 def _unlock(
     cuda: Cuda, pid: int, sides: Sequence[_Side], spans: Sequence[tuple[int, int]], held: Sequence[torch.Tensor]
 ) -> None:
-    """Undo `_page_locked`; ``held`` may be given back when this has returned."""
+    """Undo `_page_locked`. The memory of ``held`` may be freed after this call."""
     if os.getpid() != pid:
-        return  # a forked child, such as a DataLoader's, has no part in it
-    with contextlib.suppress(RuntimeError):  # a GPU that has failed copies nothing any more, and has said so
+        return  # a forked child, such as a DataLoader's, does not own the locks
+    with contextlib.suppress(RuntimeError):  # a failed GPU copies nothing any more, and has reported its error
         for side in sides:
             side.done.synchronize()
     for start, _ in spans:
@@ -240,6 +241,6 @@ def _unlock(
 
 
 def _forget_error(device: torch.device) -> None:
-    """The CUDA runtime keeps an error for whoever looks next, who would take it for their own."""
+    """Take the error out of the CUDA runtime, where the next unrelated call would otherwise raise it."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device=device)

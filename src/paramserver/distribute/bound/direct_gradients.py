@@ -1,13 +1,13 @@
 """Large linear layers whose weight gradient is computed in the memory that is pushed.
 
-Autograd makes every gradient in new memory, from which it has to be copied to its place. For a large weight that is a
-second gradient for a moment, and pages that the kernel has to clear. Here the backward of ``nn.Linear`` is given the
-place itself to write to, and what it hands to autograd is an alias of it; everything that autograd does with gradients
-(hooks, accumulation, ``autograd.grad``, double backward) goes on as ever.
+Autograd makes every gradient in new memory, from which it has to be copied to its place. For a large weight, that means
+a second gradient for a moment, and pages that the kernel has to clear. Here the backward of ``nn.Linear`` writes to the
+place itself and hands an alias of it to autograd; everything that autograd does with gradients (hooks, accumulation,
+``autograd.grad``, double backward) works as usual.
 
 Rules
     * The place is written only while the parameter has no gradient and nothing refers to a gradient that was put
-      there; else the backward makes its gradient in new memory, as torch does.
+      there; otherwise the backward makes its gradient in new memory, as torch does.
     * Under autocast, ``torch.compile``, tracing, scripting and torch.func transforms the layer is torch's own.
     * A module that is pickled or copied becomes a plain ``nn.Linear``.
 """
@@ -25,15 +25,15 @@ from paramserver.distribute.bound.gradient_place import GradientPlace
 from paramserver.memory.torch_internals import is_batched, is_scripting, is_tracing, is_transformed
 
 LARGE = 1 << 20
-"""Bytes of a weight from which it pays: below, the copy is cheaper than a Python function in the backward."""
+"""Smallest size of a weight in bytes: below it, the copy is cheaper than a Python function in the backward."""
 
 
 def make_direct(model: nn.Module, places: dict[int, GradientPlace]) -> None:
     """Have every large ``nn.Linear`` of a model compute its weight gradient in its place.
 
     Args:
-        model: Its modules are changed: those whose class is ``nn.Linear`` itself.
-        places: By the id of the parameter.
+        model: The model. Modules whose class is exactly ``nn.Linear`` are changed.
+        places: The gradient places by the id of their parameter.
     """
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
@@ -46,7 +46,7 @@ def make_direct(model: nn.Module, places: dict[int, GradientPlace]) -> None:
 def forward(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # the name that nn.Linear gives it
     """Compute ``nn.Linear.forward``.
 
-    TorchScript compiles the first branch alone. A pickle refers to this function as ``module.forward``, so it loads as
+    TorchScript compiles only the first branch. A pickle refers to this function as ``module.forward``, so it loads as
     the method of the class.
     """
     if is_scripting():
@@ -96,7 +96,7 @@ class _DirectLinear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, features: Tensor | None, weight: Tensor | None, bias: Tensor | None, _: None) -> Tensor:
-        """Compute the output's tangent from those of the inputs."""
+        """Compute the output's tangent from the inputs' tangents."""
         held_features, held_weight = ctx.saved_tensors
         terms = []
         if features is not None:
@@ -109,6 +109,6 @@ class _DirectLinear(torch.autograd.Function):
 
 
 def _weight_gradient(place: GradientPlace, rows: Tensor, features: Tensor) -> Tensor:
-    is_plain = torch.is_grad_enabled() or is_transformed() or is_batched(rows)  # a gradient of one needs a graph
+    is_plain = torch.is_grad_enabled() or is_transformed() or is_batched(rows)  # double backward needs a graph
     target = None if is_plain else place.take_for_backward()
     return rows.t() @ features if target is None else torch.mm(rows.t(), features, out=target)

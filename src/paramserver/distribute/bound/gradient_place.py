@@ -1,11 +1,11 @@
-"""The memory that one parameter's gradient is pushed from, and whether a program still refers to what lies there.
+"""The memory that one parameter's gradient is pushed from, and whether a program still refers to its contents.
 
 Rules
-    * A gradient that lies in its place is handed out as a tensor over that memory, with a storage that no other
-      parameter's gradient has. While anything else refers to the storage, some part of the program holds the gradient:
-      a kept ``grad``, a detached alias, a view or a NumPy array. Nothing is written to the place meanwhile.
-    * The views that the lanes read are never handed out. Whatever a program does to a tensor that it got, such as to
-      move it into torch's shared memory, leaves them where they are.
+    * A gradient in its place is handed out as a tensor over that memory, with a storage that no other parameter's
+      gradient has. While anything else refers to the storage, some part of the program holds the gradient: a kept
+      ``grad``, a detached alias, a view or a NumPy array. Nothing is written to the place meanwhile.
+    * The views that the lanes read are never handed out. So no operation on a handed-out tensor, such as a move into
+      torch's shared memory, can move them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from paramserver.memory.torch_internals import alias, storage_uses, uses_of_storage
 
 _ALONE = storage_uses(torch.empty(1))
-"""Uses of a storage that one tensor alone refers to."""
+"""Number of uses of a storage that only one tensor refers to."""
 
 
 class Gate:
-    """Whether places may be written: not while the lanes may read them.
+    """Permission to write to gradient places: denied while the lanes may read them.
 
     Attributes:
-        is_shut: Whether a push is under way, or was interrupted and is not made up for.
+        is_shut: Whether a push is under way, or was interrupted and is not yet completed.
     """
 
     __slots__ = ("is_shut",)
@@ -33,17 +33,17 @@ class Gate:
 
 
 class GradientPlace:
-    """Where the gradient of one parameter belongs. Not thread-safe.
+    """The memory for the gradient of one parameter. Not thread-safe.
 
     Args:
         parameter: The parameter.
-        view: Its place, of its shape.
-        gate: Whether it may be written.
+        view: The memory, in the parameter's shape.
+        gate: The permission to write to it.
 
     Attributes:
-        view: The place; never handed out.
-        handed_out: The gradient that was put here last, if it may still be here.
-        is_private: Whether gradients are copied here by each step and never handed out: a program keeps them.
+        view: The memory; never handed out.
+        handed_out: The gradient that was last put here, if it may still be here.
+        is_private: Whether each step copies the gradient here and never hands it out, because a program keeps it.
     """
 
     __slots__ = ("_alone", "_gate", "_own", "_storage", "address", "handed_out", "is_private", "parameter", "view")
@@ -55,48 +55,48 @@ class GradientPlace:
         self.move_to(view)
 
     def move_to(self, view: Tensor) -> None:
-        """Go on with other memory; what was handed out keeps the present one."""
+        """Use other memory from now on; a gradient that was handed out keeps the present memory."""
         self.view, self.address = view, view.data_ptr()
         self.handed_out: Tensor | None = None
         self._lend()
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing refers to what was handed out last; asked only when the parameter has another gradient."""
+        """Whether nothing refers to the last gradient handed out. Ask only if the parameter has another gradient."""
         self.handed_out = None
         if self._own.data_ptr() != self.address:
-            self._lend()  # a program has moved what it holds
+            self._lend()  # a program has moved the gradient that it holds
         return uses_of_storage(self._storage) <= self._alone
 
     def take_for_backward(self) -> Tensor | None:
         """Return the place as a tensor to write a gradient into; None while it is in use.
 
-        It is in use also while the parameter has a gradient, to which the new one is added.
+        It is also in use while the parameter has a gradient, since the new gradient is added to that one.
         """
         if self.parameter.grad is not None or not self._is_open:
             return None
         return self._own.detach()
 
     def land(self, gradient: Tensor) -> None:
-        """Have the parameter's gradient lie here, now that it is whole, unless the place is in use.
+        """Move the parameter's complete gradient here, unless the place is in use.
 
-        The tensor stays the same object. So a program that has put it there itself, and goes on to hold it, sees what
-        is added to it; where others share its storage, it is left where it is.
+        The tensor stays the same object. A program that has set it and still holds it therefore sees later additions.
+        A gradient whose storage is shared with other tensors is left where it is.
         """
         if self.holds(gradient):
-            self.handed_out = gradient  # it was computed here
+            self.handed_out = gradient  # the backward computed it here
         elif not gradient.requires_grad and storage_uses(gradient) <= _ALONE and self._is_open:
             self.view.copy_(gradient)
             gradient.data = self._own
             self.handed_out = gradient
 
     def holds(self, gradient: Tensor) -> bool:
-        """Whether this gradient of the parameter lies here."""
-        is_dense = gradient.layout is torch.strided  # others have no address
+        """Return whether this gradient of the parameter is in the place."""
+        is_dense = gradient.layout is torch.strided  # other layouts have no address
         return is_dense and gradient.data_ptr() == self.address and gradient.is_contiguous()
 
     def evict(self) -> None:
-        """Give the parameter a gradient of its own in the place of the one that lies here."""
+        """Replace the gradient in this place by a copy that the program owns."""
         gradient = self.parameter.grad
         if gradient is not None and self.holds(gradient):
             self.parameter.grad = gradient.detach().clone()
@@ -106,13 +106,13 @@ class GradientPlace:
         return not self._gate.is_shut and not self.is_private and self.is_free
 
     def _lend(self) -> None:
-        """Make a tensor that gradients share the memory with, of a storage that nothing else refers to."""
+        """Make a tensor through which gradients share the memory, with a storage that nothing else refers to."""
         self._own = alias(self.view)
         self._storage = self._own.untyped_storage()._cdata
         self._alone = uses_of_storage(self._storage)
 
     def __deepcopy__(self, memo: object) -> GradientPlace:
-        return self  # of the parameter that it belongs to; a copy of the model has none
+        return self  # it belongs to the original parameter; a copy of the model uses no place
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a model that was saved and loaded is plain PyTorch

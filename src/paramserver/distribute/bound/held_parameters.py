@@ -1,9 +1,9 @@
-"""Notices which parameters a program has taken out of the param groups of a prepared optimizer.
+"""Detection of parameters that a program has taken out of the param groups of a prepared optimizer.
 
 Rules
-    * A parameter that no group holds any more is not updated, as with any optimizer of torch. One that comes back is.
-    * The groups themselves, and what is in which of them, are fixed: each has a place on the ps tasks, and its settings
-      are read there for every push.
+    * A parameter that no group holds any more is not updated, as with any torch optimizer. One that comes back is.
+    * The set of groups, and the group of each parameter, are fixed: each group has its place on the ps tasks, and its
+      settings are read for every push.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class HeldParameters:
     """The parameters that one optimizer holds. Not thread-safe.
 
     Args:
-        groups: Its param groups, as they were prepared.
+        groups: The optimizer's param groups at `prepare`.
         names: The names of all parameters of the model by id.
-        replicas_of: Gives every replica's tensor in the place of a parameter.
+        replicas_of: Returns every replica's tensor for a parameter.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class HeldParameters:
         self._seen = _seen(groups)
 
     def changed(self, groups: Groups) -> set[int] | None:
-        """Return the ids of the parameters that are held now; None if they are those of the call before.
+        """Return the ids of the parameters that are held now; None if nothing has changed since the last call.
 
         Args:
             groups: The param groups as they are now, holding any replica's tensors.
 
         Raises:
-            ConfigError: If something was added, moved to another group, or replaced, naming it.
+            ConfigError: If a parameter or group was added, moved or replaced; the message names it.
         """
         if self._is_seen(groups):
             return None

@@ -1,14 +1,15 @@
-"""A model whose parameters, gradients and buffers lie in the memory that lanes read and write.
+"""A model whose parameters, gradients and buffers are in the memory that lanes read and write.
 
 Rules
-    * A step says which parts of the memory count, and nothing else: one message to each ps, whatever the number of
-      variables and of replicas.
-    * Of several optimizers each pushes what it holds. Buffers, and the count of the global step, go with the first.
-    * A pipelined model's push and pull go on while the next step computes, from values without this step's update: they
-      come when that step is made. Its global step counts the update that is on its way.
-    * Values are the ps tasks': a program that changes a parameter by hand after `prepare` is refused by the next step.
-    * A step that fails before its push begins has changed nothing. Once it has begun, an exception of any kind leaves
-      it under way: the next step, or any other request to the ps tasks, first makes sure that every ps has applied it.
+    * A step says only which parts of the memory count: one message to each ps, for any number of variables and
+      replicas.
+    * Each of several optimizers pushes its own parameters. Buffers, and the count of the global step, go with the first
+      one.
+    * In a pipelined model, push and pull go on while the next step computes from values without this step's update; the
+      fresh values arrive when that next step ends. Its global step counts the update that is under way.
+    * Values belong to the ps tasks: if a program changes a parameter by hand after `prepare`, the next step refuses it.
+    * A step that fails before its push begins has changed nothing. Once the push has begun, any exception leaves it
+      under way: the next step, or any other request to the ps tasks, first makes sure that every ps has applied it.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from paramserver.wire.messages import Part
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBinding:
-    """What a model is bound to.
+    """The parts that a model is bound to.
 
     Attributes:
-        arenas: The plan, for each ps.
+        arenas: The plans of the arenas, for each ps.
         memories: The memory, for each ps.
         optimizers: The optimizers, whose param groups are read for every push.
         tensors: The parameters and buffers of all replicas.
-        reduction: How the replicas' gradients become one.
+        reduction: The way to combine the replicas' gradients.
         client: The client, owned by the caller.
-        first_rows: The first values of tables, by name, unless others initialize.
-        sharing: Who else changes the buffers.
+        first_rows: The first values of tables by name, used only if this task initializes.
+        sharing: The workers that share the buffers.
     """
 
     arenas: Sequence[Sequence[ArenaPlan]]
@@ -69,8 +70,8 @@ class BoundModel:
     """All arenas of a model, and the client that pushes and pulls them.
 
     Attributes:
-        tables: What is looked up by rows, by name.
-        begin_state: Brings the state that optimizers had before to the ps tasks, with the first values.
+        tables: The tables of the model by name.
+        begin_state: Writes the state that optimizers had before `prepare` to the ps tasks, with the first values.
         gate: See `arenas.PushedMemory`.
     """
 
@@ -127,16 +128,16 @@ class BoundModel:
                 return BufferArena(own, binding.sharing)
 
     def assign(self) -> None:
-        """Make the model's present values those of the ps tasks.
+        """Write the model's present values to the ps tasks.
 
         Raises:
-            ConfigError: If it has none of a table any more.
+            ConfigError: If the values of a table are no longer here.
         """
         for name, table in self.tables.items():
             if name not in self._first_rows:
-                raise ConfigError(  # a ps was lost
-                    f"variable {name!r} is a table, of which workers hold no values: after the loss of a ps it "
-                    "can only be restored from a checkpoint; call strategy.save(directory) now and then, or pass "
+                raise ConfigError(  # only after the loss of a ps
+                    f"variable {name!r} is a table, whose values workers do not hold: after the loss of a ps it "
+                    "can only be restored from a checkpoint; call strategy.save(directory) regularly, or pass "
                     "recover(initialize=...) a function that restores one"
                 )
             table.assign(self._first_rows.pop(name))
@@ -144,7 +145,7 @@ class BoundModel:
         self.begin_state()
 
     def assign_arenas(self) -> None:
-        """`assign`, of all but tables."""
+        """Write the present values of everything except tables to the ps tasks; see `assign`."""
         self.settle()
         self._copies.finish()
         for arena in self._each():
@@ -156,7 +157,7 @@ class BoundModel:
         self.gate.is_shut = False
 
     def assign_present(self) -> None:
-        """Make the present values the ps tasks', and take them for fresh."""
+        """Write the present values to the ps tasks, and regard them as fresh."""
         self.settle()
         if all(arena.is_direct for arena in self._each()):
             for arena in self._each():
@@ -166,20 +167,20 @@ class BoundModel:
         self.refresh()
 
     def bind(self) -> None:
-        """Give the model's tensors their place in the memory, holding the ps tasks' values."""
+        """Move the model's tensors into the memory, and fill it with the ps tasks' values."""
         self._first_rows.clear()
         self.begin_state = _nothing
         for table in self.tables.values():
             table.bind()
         for arena in self._each():
-            arena.bind()  # before the values come, so that the model's own are gone by then
+            arena.bind()  # before the values come, so that the model's own memory is free by then
         heap.give_back()
         heap.keep_for_steps()
         self.refresh()
         self._clock = StepClock(self._client.push_times)
 
     def refresh(self) -> None:
-        """Bring all values up to date with the ps tasks'. What buffers changed by since the last step is lost."""
+        """Read all values from the ps tasks. Changes of buffers since the last step are lost."""
         self._client.finish_push()
         self._under_way = None
         self._copies.finish()
@@ -189,7 +190,7 @@ class BoundModel:
         self.gate.is_shut = False
 
     def settle(self) -> None:
-        """Wait until nothing is under way any more, as it is with a pipelined model or after an interrupt."""
+        """Wait until no push is under way, as one may be in a pipelined model or after an interrupt."""
         self._arrive()
 
     def renew(self, ps: int) -> None:
@@ -199,22 +200,22 @@ class BoundModel:
             arena.use_gradients(memory.gradients[arena.plan.index])
 
     def gradient_places(self) -> dict[int, GradientPlace]:
-        """Where each parameter's gradient belongs, by the id of the parameter."""
+        """Return each parameter's gradient place, by the id of the parameter."""
         trained = (arena for arena in self._each() if isinstance(arena, TrainedArena))
         return {id(place.parameter): place for arena in trained for place in arena.gradient_places()}
 
     def hold(self, owner: int, groups: Groups) -> None:
-        """Go on with the parameters that an optimizer's param groups hold now; see `HeldParameters`.
+        """Push only the parameters that an optimizer's param groups hold now; see `HeldParameters`.
 
         Raises:
-            ConfigError: If there is something in them that was not in that group at `prepare`, naming it.
+            ConfigError: If a group holds a parameter that it did not hold at `prepare`; the message names it.
         """
         held = self._held[owner].changed(groups)
         if held is not None:
             self._steps[owner].hold(held)
 
     def step(self, owner: int = 0) -> PushResult:
-        """Push gradients and what buffers changed by, and pull fresh values: one message to each ps.
+        """Push gradients and changes of buffers, and pull fresh values: one message to each ps.
 
         Args:
             owner: The index of the optimizer that makes the step.
@@ -225,6 +226,7 @@ class BoundModel:
         plans, rows = step.request()
         reducing = time.perf_counter() - entered
         number = self._client.next_number()
+        # Noted before anything is sent, so that an interrupt at any later moment leaves a step to be completed.
         self._under_way, self.gate.is_shut = _UnderWay(step, plans, number), True
         try:
             result = self._client.push_pull(
@@ -232,14 +234,14 @@ class BoundModel:
             )
             step.pulled(plans)
         except BaseException:
-            step.evict()  # a program may go on to add to gradients that a ps has yet to read
+            step.evict()  # the program may add to gradients that a ps has yet to read
             raise
         self._under_way, self.gate.is_shut = None, False
         self._clock.left(entered, reducing, counts=owner == 0)
         return result
 
     def _arrive(self) -> PushResult | None:
-        """Have the values of a step that is under way; None if there is none, or if no ps will ever hear of it."""
+        """Complete the step that is under way; return None if there is none, or if no ps will ever receive it."""
         if self._under_way is None and not self.gate.is_shut:
             return None
         result = self._client.finish_push()
@@ -250,7 +252,7 @@ class BoundModel:
         return result
 
     def times(self) -> StepTimes:
-        """Where the time of its steps has gone."""
+        """Return where the time of this model's steps has gone."""
         return self._clock.times()
 
     def activate(self, replica: int) -> None:
@@ -258,7 +260,7 @@ class BoundModel:
         self._tensors.activate(replica)
 
     def on_each_replica(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Every replica's tensor in the place of the first one's ``parameter``."""
+        """Return every replica's tensor for the first replica's ``parameter``."""
         return self._tensors.of(parameter)
 
     def _each(self) -> list[BoundArena]:
@@ -266,7 +268,7 @@ class BoundModel:
 
 
 def _nothing() -> None:
-    """No optimizer had state before."""
+    """Do nothing: no optimizer had state before `prepare`."""
 
 
 def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[ModelVariable]:
@@ -276,8 +278,8 @@ def _variables(arenas: Sequence[Sequence[ArenaPlan]]) -> Iterator[ModelVariable]
 class PipelinedModel(BoundModel):
     """A `BoundModel` whose step returns while its push and pull are under way. The arguments are the same.
 
-    A step computes from the values that the step before the last one has brought. What is told of a step is what came
-    of the one before: an error, too.
+    A step computes from the values that the step before the last one has pulled. The result of `step`, and its errors,
+    are those of the previous step.
     """
 
     is_pipelined = True
@@ -298,7 +300,7 @@ class PipelinedModel(BoundModel):
 
 
 class _UnderWay(NamedTuple):
-    """A step that was handed to the lanes, or was about to be; `ParameterClient.has_begun` tells which."""
+    """A step that was handed to the lanes, or was about to be; `ParameterClient.has_begun` distinguishes the two."""
 
     step: _Step
     plans: Sequence[PushTemplate]
@@ -306,12 +308,12 @@ class _UnderWay(NamedTuple):
 
 
 class _Step:
-    """What a step of one optimizer is about, for each ps.
+    """The arenas and tables of one optimizer's steps, for each ps.
 
     Attributes:
-        arenas: What may be pushed.
-        tables: What may be pushed by rows.
-        always_pulled: The indices of what is pulled also where nothing is pushed: others change it.
+        arenas: The arenas that may be pushed.
+        tables: The tables whose rows may be pushed.
+        always_pulled: The indices of arenas that are pulled even if nothing is pushed, since other workers change them.
     """
 
     def __init__(
@@ -324,7 +326,7 @@ class _Step:
         plan: Callable[[Sequence[Sequence[Part]], Sequence[Sequence[int]]], list[PushTemplate]],
     ) -> None:
         def takes_part(group: int) -> bool:
-            return (groups[group][0] if group >= 0 else 0) == owner
+            return (groups[group][0] if group >= 0 else 0) == owner  # variables of no group go with the first one
 
         self.arenas = [[arena for arena in each if takes_part(arena.plan.group)] for each in arenas]
         self.tables = [table for table in tables if takes_part(table.group)]
@@ -338,14 +340,14 @@ class _Step:
         self._plans: list[PushTemplate] = []
 
     def hold(self, held: set[int]) -> None:
-        """Push these parameters only, which are named by the ids of the first replica's."""
+        """Push only these parameters, given by the ids of the first replica's tensors."""
         for arena in self._each():
             arena.hold(held)
         for table in self.tables:
             table.hold(held)
 
     def request(self) -> tuple[list[PushTemplate], list[list[TableRows]] | None]:
-        """What to push and to pull, and the rows of tables to push, for each ps."""
+        """Return what to push and pull, and the rows of tables to push, for each ps."""
         arenas = self._each()
         for arena in arenas:
             arena.check()
@@ -354,33 +356,33 @@ class _Step:
             arena.gather()
         if any(map(operator.is_not, memory, [arena.gradients for arena in arenas])):
             for arena in arenas:
-                arena.gather()  # one of them was given other memory, and so were those that were gathered before
+                arena.gather()  # one of them has moved the gradients of all, also of those gathered before
         self._copies.finish()
         parts = [[part for arena in arenas for part in arena.parts()] for arenas in self.arenas]
         rows = self._add_rows(parts) if self.tables else None
-        if parts != self._parts:  # in nearly every step they are the ones of the step before
+        if parts != self._parts:  # in nearly every step they equal those of the previous step
             self._parts, self._plans = parts, self._plan(parts, self._pulled_with(parts))
         return self._plans, rows
 
     def meanwhile(self) -> None:
-        """What is to be done before values come, and not before the ps tasks are at work."""
+        """Do the work that must be done before values come, while the ps tasks apply the push."""
         for arena in self._each():
             arena.meanwhile()
 
     def pulled(self, plans: Sequence[PushTemplate], refusing: Collection[int] = ()) -> None:
-        """The values that these plans ask for have come, but for those of ps tasks that have refused."""
+        """Use the values that these plans have pulled, except those of ps tasks that have refused."""
         for ps, (arenas, plan) in enumerate(zip(self.arenas, plans, strict=True)):
             for arena in arenas:
                 if arena.plan.index in plan.pull and ps not in refusing:
                     arena.pulled()
 
     def take_for_fresh(self) -> None:
-        """Take the present values for the ps tasks': what was counted of an interrupted step is not certain."""
+        """Regard the present values as the ps tasks': after an interrupt the counts of writes are uncertain."""
         for arena in self._each():
             arena.take_for_fresh()
 
     def evict(self) -> None:
-        """Give the program gradients of its own in the place of those that lie where the lanes read."""
+        """Replace each gradient in the lanes' memory by a copy that the program owns."""
         for arena in self._each():
             arena.evict()
 
@@ -388,7 +390,7 @@ class _Step:
         return [arena for arenas in self.arenas for arena in arenas]
 
     def _add_rows(self, parts: list[list[Part]]) -> list[list[TableRows]]:
-        """The rows of tables to push to each ps, and, at the end of ``parts``, what they are."""
+        """Append the tables' parts to ``parts``, and return the rows of tables to push to each ps."""
         rows: list[list[TableRows]] = [[] for _ in parts]
         for table in self.tables:
             for ps, part, each in table.parts():
@@ -397,7 +399,7 @@ class _Step:
         return rows
 
     def _pulled_with(self, parts: Sequence[Sequence[Part]]) -> list[list[int]]:
-        """What is pulled with these parts, which is never a table."""
+        """Return the indices of the arenas to pull with these parts; tables are never pulled."""
         return [
             sorted({*always, *(part.arena for part in ps_parts if part.rows is None)})
             for always, ps_parts in zip(self.always_pulled, parts, strict=True)

@@ -1,4 +1,4 @@
-"""The optimizer that `Strategy.prepare` gives back: its step pushes gradients and pulls values."""
+"""The optimizer that `Strategy.prepare` returns: its step pushes gradients and pulls values."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from paramserver.memory.torch_internals import has_step_hooks
 
 
 class Prepared(Protocol):
-    """What an optimizer asks of the model that was prepared with it."""
+    """The part of a prepared model that its optimizer uses."""
 
     def hold(self, owner: int, groups: Sequence[dict[str, Any]]) -> None:
-        """Go on with the parameters that these param groups hold."""
+        """Push only the parameters that these param groups hold."""
 
     def step(self, owner: int) -> PushResult:
         """Push the gradients of all replicas and pull fresh values."""
 
     def on_each_replica(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Every replica's tensor in the place of the first one's ``parameter``."""
+        """Return every replica's tensor for the first replica's ``parameter``."""
 
 
 class _Elsewhere(defaultdict[torch.Tensor, Any]):
-    """The state that is kept here, which is empty; it is true where the parameter servers hold one.
+    """The local optimizer state: empty, but true if the parameter servers hold state.
 
-    torch.distributed.checkpoint makes a step with zero gradients where an optimizer has no state yet, to have some.
+    If an optimizer has no state, torch.distributed.checkpoint makes a step with zero gradients to create some; being
+    true avoids that step.
 
     Args:
-        is_there: Tells whether they do.
-        state: What is to be seen here for a moment.
+        is_there: Returns whether the parameter servers hold state.
+        state: The state to show here for a moment.
     """
 
     def __init__(self, is_there: Callable[[], bool], state: Mapping[torch.Tensor, Any] = MappingProxyType({})) -> None:
@@ -48,37 +49,37 @@ class _Elsewhere(defaultdict[torch.Tensor, Any]):
 
 
 class RemoteState(Protocol):
-    """What an optimizer asks of the parameter servers that hold its state; see `OptimizerState`."""
+    """The state of an optimizer on the parameter servers, as far as the optimizer uses it; see `OptimizerState`."""
 
     def is_there(self) -> bool:
-        """Whether there is any."""
+        """Return whether there is any state."""
 
     def read(self) -> dict[torch.Tensor, dict[str, Any]]:
-        """Gather it, as ``optimizer.state`` would be."""
+        """Gather the state in the form of ``optimizer.state``."""
 
     def write(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
-        """Replace it."""
+        """Replace the state."""
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
-    """Stands for the user's optimizer; the rule itself runs on the parameter servers.
+    """Replacement of the user's optimizer; the update rule runs on the parameter servers.
 
-    It shares the param groups and the hooks of the optimizer that it was made from, so learning-rate schedulers and
-    hooks work whether they were given that one or this one. Optimizer state lives on the parameter servers: ``state``
-    is empty here, ``state_dict()`` gathers it from them, and ``load_state_dict()`` brings it to them.
+    It shares the param groups and the hooks of the user's optimizer, so learning-rate schedulers and hooks work on
+    either of the two. Optimizer state lives on the parameter servers: ``state`` is empty here, ``state_dict()`` gathers
+    it from them, and ``load_state_dict()`` sends it to them.
 
-    With several replicas, `step` belongs into the function that runs on them, as computing the gradients does: it
-    waits for all of them, and their gradients become one update.
+    With several replicas, call `step` in the function that runs on them, like the computation of the gradients: it
+    waits for all replicas, and their gradients become one update.
 
     Args:
-        optimizer: The user's optimizer; not changed.
-        model: What it updates.
-        owner: Which of the model's optimizers it is.
-        num_replicas: How many replicas the model has.
-        remote: Its state on the parameter servers; without one there is none.
+        optimizer: The user's optimizer. Its ``step``, ``state_dict`` and ``load_state_dict`` raise from now on.
+        model: The model that it updates.
+        owner: The index of this optimizer among the model's.
+        num_replicas: Number of replicas of the model.
+        remote: The state on the parameter servers; None if there is none.
 
     Attributes:
-        last_push: What came of the last `step`: the global step and the staleness; None before the first.
+        last_push: The global step and the staleness of the last `step`; None before the first.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         self.state = self._seen({})
         self.last_push: PushResult | None = None
         self._original = optimizer
-        # Methods, as schedulers expect that were given the original.
+        # Methods, because schedulers that hold the original expect its `step` to be one.
         vars(optimizer).update({name: types.MethodType(refuse, optimizer) for name, refuse in _REFUSALS.items()})
         self._model = model
         self._owner = owner
@@ -105,10 +106,10 @@ class PreparedOptimizer(torch.optim.Optimizer):
         """Push the gradients to the parameter servers, which apply them, and pull fresh values. Blocks.
 
         Args:
-            closure: Computes the loss and the gradients first, if it is given.
+            closure: Computes the loss and the gradients first, if given.
 
         Returns:
-            What the closure returned.
+            The result of the closure; None without one.
 
         Raises:
             UnavailableError: If a ps is lost; the message names it.
@@ -122,7 +123,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the replica that this is called on, outside of replicas those of all of them."""
+        """Clear the gradients of the replica that this is called on; outside of replicas, those of all replicas."""
         if self._num_replicas > 1 and context.current_replica() is None:
             self._forget_other_replicas()
         if set_to_none:
@@ -134,9 +135,9 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Gather the state from the parameter servers, in the format of the ``torch.optim`` optimizer that this one
-        stands for, which can load it. Blocks; pushes of other workers go on meanwhile.
+        stands for, which can load it. Blocks; other workers can push meanwhile.
 
-        All state of a block of elements is of one moment. It is in tensors of its own: later steps do not change it.
+        All state of a block of elements is from one moment. The tensors are copies: later steps do not change them.
 
         Raises:
             UnavailableError: If a ps is lost.
@@ -149,22 +150,22 @@ class PreparedOptimizer(torch.optim.Optimizer):
             self.state = self._seen({})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict()`` of this optimizer, or of the ``torch.optim`` one, returned. Blocks.
+        """Load the result of ``state_dict()`` of this optimizer, or of the ``torch.optim`` one. Blocks.
 
-        The settings of the param groups, such as learning rates, are this worker's. The state goes to the parameter
-        servers from the chief; on other workers a call changes the settings only, and the log says so. Other workers
-        may go on training meanwhile.
+        Settings of the param groups, such as learning rates, change on this worker only. The chief sends the state to
+        the parameter servers; on other workers a call changes the settings only, and the log says so. Other workers may
+        go on training meanwhile.
 
         Raises:
             ConfigError: If the state is that of another kind of optimizer; then nothing is changed.
-            ValueError: If its groups are others.
+            ValueError: If the param groups differ.
             UnavailableError: If a ps is lost.
         """
         groups = self.param_groups
         before = [dict(group) for group in groups]
         super().load_state_dict(state_dict)
         state, self.state = self.state, self._seen({})
-        # The groups themselves are shared with schedulers and with what is pushed: they must stay the same objects.
+        # Schedulers and the push read the present group dicts, so these must stay the same objects.
         for group, loaded in zip(groups, self.param_groups, strict=True):
             group.update(loaded)
         self.param_groups = groups
@@ -178,7 +179,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
             raise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the variables of a run are fixed when it starts."""
+        """Refuse the parameters: the variables of a run are fixed when it starts."""
         raise ConfigError(
             "add_param_group: a prepared optimizer cannot take more parameters; "
             "give them to the optimizer before prepare, with requires_grad=False if they are to be trained later"
@@ -197,7 +198,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._model.hold(self._owner, self.param_groups)
         self.last_push = self._model.step(self._owner) if self._num_replicas == 1 else self._merged_step()
-        self._original._opt_called = True  # type: ignore[attr-defined]  # schedulers look whether a step was taken
+        self._original._opt_called = True  # type: ignore[attr-defined]  # schedulers check that a step was taken
         return loss
 
     def _merged_step(self) -> PushResult:
@@ -240,6 +241,6 @@ _REFUSALS: dict[str, Callable[..., NoReturn]] = {
     "state_dict": _refuse_state,
     "load_state_dict": _refuse_state,
 }
-"""What the original cannot do any more: it would have no effect on the model, and know nothing of its state."""
+"""Replacements of the original's methods, which would have no effect on the model and know nothing of its state."""
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(PreparedOptimizer._step)

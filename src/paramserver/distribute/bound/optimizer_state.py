@@ -1,10 +1,10 @@
-"""The state of a prepared optimizer, which the ps tasks hold: gathered into torch's own format, and taken in from it.
+"""The state of a prepared optimizer on the ps tasks, converted to torch's own format and back.
 
 Rules
-    * torch keeps a dict of slots for each parameter. A step of the rule on two elements shows which of them are as long
+    * torch keeps a dict of slots for each parameter. A step of the rule on two elements shows which slots are as long
       as the parameter, which are counters, and whether a counter is a tensor or a Python number.
-    * The ps tasks have one state for a whole run: what the chief loads counts, and other workers load settings only.
-    * Every slot travels as its bytes, so that it is the same afterwards, bit for bit.
+    * The ps tasks have one state for the whole run: only the chief's loads count, and other workers load settings only.
+    * Every slot travels as its bytes, so that it stays identical bit for bit.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from paramserver.wire.messages import SlotGroup
 logger = logging.getLogger(__name__)
 
 State = dict[torch.Tensor, dict[str, Any]]
-"""What ``optimizer.state`` is: the slots of each parameter by their names."""
+"""The form of ``optimizer.state``: the slots of each parameter by their names."""
 
 
 class OptimizerState:
     """The state of one optimizer on the ps tasks.
 
     Args:
-        optimizer: The user's own; its param groups are read for every call.
-        variables: Those of the model.
-        tensors: The replicas' parameters, any of which may stand in the param groups.
+        optimizer: The user's optimizer; its param groups are read for every call.
+        variables: The variables of the model.
+        tensors: The replicas' parameters, any of which may be in the param groups.
         client: Connected to every ps; owned by the caller.
-        task: This task, for messages.
-        is_chief: Whether what this task loads counts.
+        task: The name of this task, for messages.
+        is_chief: Whether this task is the chief, whose loads count.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class OptimizerState:
         }
 
     def is_there(self) -> bool:
-        """Whether the ps tasks hold any of it by now. Blocks."""
+        """Return whether the ps tasks hold any state by now. Blocks."""
         return any(status.slots_bytes for status in self._client.status()) and bool(self.read())
 
     def read(self) -> State:
-        """Gather it from the ps tasks, in torch's format. Blocks; pushes of other workers go on meanwhile.
+        """Gather the state from the ps tasks, in torch's format. Blocks; other workers can push meanwhile.
 
         Raises:
             UnavailableError: If a ps is lost.
@@ -85,12 +85,12 @@ class OptimizerState:
         return state
 
     def write(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
-        """Make this the state that the ps tasks have, with the settings of the param groups. Blocks.
+        """Replace the state on the ps tasks, and send the settings of the param groups. Blocks.
 
-        Parameters that have none in it begin anew. On a worker that is not the chief it does nothing, and says so.
+        Parameters without state start anew. On a worker that is not the chief the call does nothing but log that.
 
         Raises:
-            ConfigError: If it is not the state of this kind of optimizer; then nothing is changed.
+            ConfigError: If the state is that of another kind of optimizer; then nothing is changed.
             UnavailableError: If a ps is lost.
         """
         if not self._is_chief:
@@ -109,7 +109,7 @@ class OptimizerState:
         self._client.load_slots(groups, slots)
 
     def _parameters(self) -> Iterator[tuple[_Form, torch.Tensor, str]]:
-        """Each parameter that a rule updates, with the form of its state and the name of its variable."""
+        """Yield each parameter that a rule updates, with the form of its state and the name of its variable."""
         for group in self._optimizer.param_groups:
             form = _Form.of(self._optimizer, group)
             for parameter, name in self._named(group):
@@ -126,8 +126,8 @@ class _Form(NamedTuple):
 
     Attributes:
         rule: The name of the optimizer's class, for messages.
-        first: What it is before the first update, of a parameter of two elements.
-        slots: What it is after it.
+        first: The state of a sample parameter of two elements before the first update.
+        slots: The state of the sample after it.
     """
 
     rule: str
@@ -136,7 +136,7 @@ class _Form(NamedTuple):
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> _Form:
-        """Its form with the settings of a param group."""
+        """Return the form of the state with the settings of a param group."""
         kind, takes_sparse = type(optimizer), isinstance(optimizer, torch.optim.SparseAdam)
         numbers: dict[str, Any] = dict(settings(group, setting_names(kind)))
         if "initial_accumulator_value" in numbers:  # as in `rules`
@@ -145,14 +145,14 @@ class _Form(NamedTuple):
         probe = kind([sample], **numbers)
         first = {name: slot.clone() for name, slot in probe.state.get(sample, {}).items()}
         gradient = torch.zeros_like(sample)
-        # As in `row_rule`, and without the hooks that a program has registered for all optimizers.
+        # As in `row_rule`; without the hooks that a program has registered for all optimizers.
         with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
             sample.grad = gradient.to_sparse(1) if takes_sparse else gradient
             inspect.unwrap(kind.step)(probe)
         return cls(kind.__name__, first, probe.state.get(sample, {}))
 
     def in_torch(self, held: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, Any]:
-        """The state of a parameter as torch has it, from the slots that the ps tasks hold."""
+        """Return the state of a parameter in torch's form, from the slots that the ps tasks hold."""
         if not held:
             return {name: _expanded(slot, parameter) for name, slot in self.first.items()}
         order = [*self.slots, *(name for name in held if name not in self.slots)]
@@ -165,10 +165,10 @@ class _Form(NamedTuple):
         return slot if example is None or isinstance(example, torch.Tensor) else type(example)(slot.item())
 
     def on_ps(self, state: Mapping[str, Any], parameter: torch.Tensor, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """The slots of a variable as the ps tasks hold them, from a parameter's state in torch.
+        """Yield the slots of a variable as the ps tasks hold them, from a parameter's state in torch.
 
         Raises:
-            ConfigError: If it has not this form.
+            ConfigError: If the state does not have this form.
         """
         present = {slot: value for slot, value in state.items() if value is not None}
         if not present:
@@ -191,22 +191,22 @@ class _Form(NamedTuple):
                 f"optimizer state of {name!r}: slot {slot!r} must have shape {list(expected)}, "
                 f"got {list(tensor.shape)}; was it saved with another model?"
             )
-        shape = expected if is_counter else parameter.shape or (1,)  # a shape of its own tells it from a counter
+        shape = expected if is_counter else parameter.shape or (1,)  # one dimension tells a scalar's slot apart
         dtype = tensor.dtype if is_counter else parameter.dtype
         return tensor.detach().to("cpu", dtype).contiguous().view(shape)
 
 
 def _expanded(slot: Any, parameter: torch.Tensor) -> Any:
-    """A slot of a parameter that had no update, from that of the sample."""
+    """Return a slot of a parameter without updates, from that of the sample."""
     if not isinstance(slot, torch.Tensor) or not slot.ndim:
         return slot
     return torch.full(parameter.shape, slot.flatten()[0].item(), dtype=parameter.dtype, device=parameter.device)
 
 
 def carried(optimizer: torch.optim.Optimizer) -> State:
-    """The state that an optimizer brings to `prepare`; empty if it has made no step.
+    """Return the state that an optimizer brings to `prepare`; empty if it has made no step.
 
-    Some rules make their state, at step 0, when they are constructed: the ps tasks do so themselves.
+    State that some rules make when they are constructed, at step 0, does not count: the ps tasks make it themselves.
     """
     state = {parameter: dict(slots) for parameter, slots in optimizer.state.items() if slots}
     return state if any(float(slots.get("step", 1)) for slots in state.values()) else {}

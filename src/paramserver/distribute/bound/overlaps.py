@@ -1,7 +1,7 @@
 """Tensors of a model that share memory without being one tensor, as ``b.data = a.data`` makes them.
 
-Each variable has memory of its own after ``prepare``. Tensors that share theirs would come apart there without a word,
-so a model with such tensors is refused.
+Each variable has memory of its own after ``prepare``. Tensors that share memory would silently come apart there, so a
+model with such tensors is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paramserver.errors import ConfigError
 
 
 class _Span(NamedTuple):
-    """Bytes of a storage that a tensor reaches over."""
+    """The bytes of a storage that a tensor extends over."""
 
     start: int
     stop: int
@@ -25,14 +25,14 @@ class _Span(NamedTuple):
 
 
 def check_apart(moved: Mapping[str, torch.Tensor], left: Mapping[str, torch.Tensor]) -> None:
-    """Check that tensors which are to move share no memory.
+    """Check that the tensors to be moved share no memory.
 
     Args:
-        moved: By name, none of them twice.
-        left: Those that stay where they are, which may share memory with each other.
+        moved: The tensors to be moved by name, each of them once.
+        left: The tensors that stay where they are, which may share memory with each other.
 
     Raises:
-        ConfigError: If one shares memory with another, naming both.
+        ConfigError: If a moved tensor shares memory with another tensor, naming both.
     """
     by_storage: dict[int, list[_Span]] = defaultdict(list)
     for name, tensor in (*moved.items(), *left.items()):
@@ -55,7 +55,7 @@ def _span(name: str, tensor: torch.Tensor) -> _Span:
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors whose spans overlap have an element in common; columns of one matrix have none."""
+    """Return whether tensors with overlapping spans have a common element; columns of one matrix have none."""
     if one.dtype is not other.dtype or (one.is_contiguous() and other.is_contiguous()):
         return True
     is_taken = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool, device="cpu")

@@ -1,14 +1,15 @@
 """One parameter of one replica, and its place in the memory that is pushed and pulled.
 
 Rules
-    * A whole parameter's values *are* the memory. Its gradient is put into its place by a hook as soon as it is whole,
-      so that no second copy of the gradients is ever alive, and is handed out from there; see `gradient_place`.
+    * A whole parameter's values *are* the memory. A hook puts its gradient into its place as soon as the gradient is
+      complete, so that no second copy of the gradients is ever alive; from there it is handed out (see
+      `gradient_place`).
     * The smallest parameters, `LATE_BYTES` of an arena at most, have no hook: their gradients are copied when a step
       begins.
-    * A gradient that lies elsewhere when a step begins is copied to its place, and stays where the program has put it.
-    * Of a partitioned parameter the rows lie in the memories of several ps tasks, and a module needs them in one piece;
-      a module that wants another memory layout than row by row needs that, too. Such a parameter keeps memory of its
-      own, and each part is copied into its place and back. So does one whose memory a program has moved or shared.
+    * A gradient that is elsewhere when a step begins is copied to its place; the program's tensor stays where it is.
+    * The rows of a partitioned parameter are in the memories of several ps tasks, but a module needs them in one piece;
+      a parameter in a memory layout other than row by row has the same need. Such a parameter keeps memory of its own,
+      and each part is copied into its place and back. So does a parameter whose memory a program has moved or shared.
     * A program that writes other values into a parameter is refused; see `value_watch`.
 """
 
@@ -31,18 +32,18 @@ from paramserver.layout.variables import DTYPES, VariableSpec
 from paramserver.memory.torch_internals import alias, foreach_copy
 
 LATE_BYTES = 16 << 10
-"""What a second copy of gradients may take. A hook costs two microseconds or more, as much as to copy 30 kB. More would
-lie between a large model's activations until the step, and keep their memory from being used again in one piece."""
+"""Largest size of a second copy of gradients. A hook costs two microseconds or more, as much as to copy 30 kB. With a
+larger size, gradients would lie between a large model's activations until the step, and fragment that memory."""
 
 
 class BoundParameter(abc.ABC):
     """A parameter, or a part of one, in an arena.
 
     Attributes:
-        name: Of the whole variable.
+        name: The name of the whole variable.
         tensor: The whole parameter.
-        is_apart: Whether it keeps memory of its own, and not that of the values.
-        is_watched: Whether this is the part that notices what a program writes to the whole.
+        is_apart: Whether it keeps memory of its own, apart from that of the values.
+        is_watched: Whether this part detects the program's writes to the whole parameter.
     """
 
     __slots__ = ()
@@ -53,31 +54,31 @@ class BoundParameter(abc.ABC):
 
     @abc.abstractmethod
     def is_blocked(self) -> bool:
-        """Whether its gradient has to be copied to a place that a program still refers to."""
+        """Return whether the gradient has to be copied to a place that a program still refers to."""
 
     @abc.abstractmethod
     def gather(self) -> bool:
-        """Copy its gradient to its place unless it lies there; whether there is one."""
+        """Copy the gradient to its place unless it is there already; return whether there is one."""
 
     @abc.abstractmethod
     def use_gradients(self, view: torch.Tensor) -> None:
-        """Go on with another place for its gradient."""
+        """Use another place for the gradient from now on."""
 
     @abc.abstractmethod
     def check_values(self) -> None:
-        """Go on with memory that a program has moved its values to.
+        """Accept memory that a program has moved the values to.
 
         Raises:
-            EditedError: If it has put other values there.
+            EditedError: If the values there differ.
         """
 
     @abc.abstractmethod
     def adopt(self) -> None:
-        """Go on with memory that a program has moved its values to, whatever they are."""
+        """Accept memory that a program has moved the values to, together with the values there."""
 
     @abc.abstractmethod
     def pulled(self) -> None:
-        """The memory of its values is fresh."""
+        """Use the fresh memory of the values."""
 
 
 def bind(
@@ -92,8 +93,8 @@ def bind(
 class BoundParameters:
     """The parameters of one arena, of one replica.
 
-    In nearly every step all of them have a gradient, and nothing was put in anybody's place. That is seen here without
-    asking each one, which would cost more than the push of many small parameters.
+    In nearly every step all of them have a gradient, and the program has replaced none. This class sees that without
+    asking each parameter, which would cost more than the push of many small parameters.
 
     Args:
         each: The parameters, in the order of the arena.
@@ -117,10 +118,10 @@ class BoundParameters:
         self._late, self._hooked = _LateGradients(late), _HookedGradients(hooked)
 
     def gather(self) -> list[bool] | None:
-        """Have every gradient lie in its place; which parameters have one.
+        """Put every gradient into its place; return for each parameter whether it has one.
 
-        Nothing is done, and None comes back, if a program refers to gradients in places that have to be written:
-        `use_gradients` has to give other ones.
+        Does nothing and returns None if a program refers to gradients in places that have to be written; then
+        `use_gradients` has to provide other places.
         """
         if self._are_whole and self._hooked.are_home() and self._late.gather():
             return self._all
@@ -139,10 +140,10 @@ class BoundParameters:
         self._hooked.find_places()
 
     def check_values(self) -> bool:
-        """Check that the program has written no values, before a step; whether it has moved some.
+        """Check before a step that the program has written no values; return whether it has moved some.
 
         Raises:
-            EditedError: If the program has, naming a parameter.
+            EditedError: If the program has written values; the message names a parameter.
         """
         self._watch.check()
         addresses = list(map(torch.Tensor.data_ptr, self._tensors))
@@ -154,28 +155,28 @@ class BoundParameters:
         return True
 
     def adopt(self) -> None:
-        """Go on with memory that the program has moved values to, whatever they are."""
+        """Accept memory that the program has moved values to, together with the values there."""
         for parameter in self.each:
             parameter.adopt()
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
 
     def advance(self, moved: Sequence[bool]) -> None:
-        """Count a write by the lanes to the memory of some of them; see `ValueWatch.advance`."""
+        """Count a write by the lanes to the memory of the moved parameters; see `ValueWatch.advance`."""
         if all(moved):
             self._watch.advance(self._watched)
         else:
             self._watch.advance(list(compress(self._watched, compress(moved, self._is_watched))))
 
     def take_for_fresh(self) -> None:
-        """Take the present values for the ps tasks'."""
+        """Regard the present values as the ps tasks'."""
         self._watch.reset()
 
 
 class _HookedGradients:
-    """Gradients that are put into their places by hooks.
+    """Gradients that hooks put into their places.
 
     Args:
-        parameters: Whose.
+        parameters: The parameters of these gradients.
     """
 
     def __init__(self, parameters: Sequence[WholeParameter]) -> None:
@@ -186,17 +187,17 @@ class _HookedGradients:
             parameter.land_when_whole()
 
     def are_home(self) -> bool:
-        """Whether each lies in its place."""
+        """Return whether each gradient is in its place."""
         found = [tensor.grad for tensor in self._tensors]
         if not all(map(operator.is_, found, [place.handed_out for place in self._places])):
             return False
         try:
             return list(map(torch.Tensor.data_ptr, found)) == self._addresses  # type: ignore[arg-type]  # or it raises
-        except TypeError:  # one is missing
+        except TypeError:  # a gradient is None
             return False
 
     def find_places(self) -> None:
-        """Note where they go."""
+        """Note the addresses of the places."""
         self._addresses = [place.address for place in self._places]
 
 
@@ -204,7 +205,7 @@ class _LateGradients:
     """Gradients that are copied to their places together, and never handed out from there.
 
     Args:
-        parameters: Whose.
+        parameters: The parameters of these gradients.
     """
 
     def __init__(self, parameters: Sequence[WholeParameter]) -> None:
@@ -213,11 +214,11 @@ class _LateGradients:
         self.find_places()
 
     def find_places(self) -> None:
-        """Note where they go."""
+        """Note the views of the places."""
         self._views = [parameter.place.view for parameter in self._parameters]
 
     def gather(self) -> bool:
-        """Copy each to its place; False, and nothing is done, unless all are there and are what is expected."""
+        """Copy each gradient to its place; do nothing and return False if one is missing or unusual."""
         found = [tensor.grad for tensor in self._tensors]
         plain = [
             one
@@ -234,7 +235,7 @@ class _LateGradients:
 def _by_size(
     parameters: Sequence[WholeParameter], nbytes: int
 ) -> tuple[Sequence[WholeParameter], Sequence[WholeParameter]]:
-    """As many of the smallest ones as have less than ``nbytes`` together, and the rest."""
+    """Divide parameters into as many of the smallest as have less than ``nbytes`` together, and the rest."""
     ascending = sorted(parameters, key=lambda parameter: parameter.place.view.nbytes)
     totals = list(itertools.accumulate(parameter.place.view.nbytes for parameter in ascending))
     count = bisect.bisect_left(totals, nbytes)
@@ -242,7 +243,7 @@ def _by_size(
 
 
 class WholeParameter(BoundParameter):
-    """The parameter's data are the memory of the values, unless a program has moved them.
+    """A parameter whose data are the memory of the values, unless a program has moved them.
 
     Attributes:
         place: The place of its gradient.
@@ -289,13 +290,13 @@ class WholeParameter(BoundParameter):
             self.is_apart, self._address = True, address
 
     def pulled(self) -> None:
-        """The memory is the parameter, or else it is copied there."""
+        """Copy the values if the parameter is apart; otherwise the memory is the parameter, and nothing is to do."""
         if self.is_apart:
-            alias(self.tensor.detach()).copy_(self._value)  # without a count, which the watch keeps
+            alias(self.tensor.detach()).copy_(self._value)  # not counted by autograd: the watch counts the step itself
 
     def land_when_whole(self) -> None:
-        """From now on autograd has its gradient brought to its place as soon as it is whole."""
-        frozen = not self.tensor.requires_grad  # torch refuses the hook then, and would call it if trained later
+        """Have autograd put the gradient into its place as soon as it is complete."""
+        frozen = not self.tensor.requires_grad  # torch refuses the hook then, but calls it if trained later
         self.tensor.requires_grad_(True)
         land = _lander(self._spec, self.place)
         self.tensor.register_post_accumulate_grad_hook(land)  # type: ignore[no-untyped-call]  # torch has no type
@@ -303,7 +304,7 @@ class WholeParameter(BoundParameter):
 
 
 class _ApartParameter(BoundParameter):
-    """A parameter, or rows of one, that has its memory to itself."""
+    """A parameter, or rows of one, with memory of its own."""
 
     __slots__ = ("_gradient", "_rows", "_spec", "_value", "_whole", "is_apart", "is_watched", "name", "tensor")
 
@@ -348,10 +349,15 @@ ADVICE = "a variable keeps its shape and dtype after prepare, convert the model 
 
 
 def same_kind(spec: VariableSpec, found: torch.Tensor | None, advice: str = ADVICE) -> torch.Tensor:
-    """What was found in the place of a variable; the advice is for who has put something else there.
+    """Return the tensor found in the place of a variable, if it has the variable's shape and dtype.
+
+    Args:
+        spec: The variable.
+        found: The tensor; None if there is none.
+        advice: The end of the error message: what to do instead.
 
     Raises:
-        ConfigError: If it is nothing, or of another shape or dtype.
+        ConfigError: If there is no tensor, or one of another shape or dtype.
     """
     if found is None or found.shape != spec.shape or found.dtype is not DTYPES[spec.dtype]:
         got = "nothing" if found is None else f"{str(found.dtype).removeprefix('torch.')}{list(found.shape)}"
@@ -363,21 +369,21 @@ def same_kind(spec: VariableSpec, found: torch.Tensor | None, advice: str = ADVI
 
 
 def dense(spec: VariableSpec, gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient without its graph.
+    """Return a gradient without its graph.
 
     Raises:
         NotImplementedError: If it is sparse.
     """
     if gradient.layout is not torch.strided:
         raise NotImplementedError(
-            f"variable {spec.name!r} got a sparse gradient, and it is no table: not only nn.Embedding(sparse=True) and "
-            "nn.EmbeddingBag(sparse=True) use it; make them sparse=False"
+            f"variable {spec.name!r} got a sparse gradient but is not a table, because other modules than "
+            "nn.Embedding(sparse=True) and nn.EmbeddingBag(sparse=True) use it; make these sparse=False"
         )
     return gradient.detach()
 
 
 def _lander(spec: VariableSpec, place: GradientPlace) -> Callable[[torch.Tensor], None]:
-    """What puts a parameter's gradient into its place; autograd calls it as soon as the gradient is whole."""
+    """Return a hook for autograd that puts a parameter's complete gradient into its place."""
 
     def land(parameter: torch.Tensor) -> None:
         gradient = parameter.grad
@@ -392,7 +398,7 @@ def _lander(spec: VariableSpec, place: GradientPlace) -> Callable[[torch.Tensor]
 
 
 def _check_moved(name: str, found: torch.Tensor, value: torch.Tensor) -> None:
-    """Raise `EditedError` unless a program has only moved the values; a NaN is like another one."""
+    """Raise `EditedError` unless a program has only moved the values; two NaNs are equal."""
     moved = found.to(value.device)
     if not torch.equal(moved, value) and not bool(((moved == value) | (moved.isnan() & value.isnan())).all()):
         raise edited(name)

@@ -1,14 +1,14 @@
-"""What of a module lives on parameter servers: its variables, in the order that every worker finds them in.
+"""The variables of a module on parameter servers, in the order in which every worker finds them.
 
 Rules
-    * Every parameter and every persistent buffer of the model is a variable, named as in ``state_dict()``. Of names
-      that share one tensor (tied weights), the first is the variable's.
-    * A parameter that an optimizer holds is updated by its rule; all others are kept but never updated. One that only
-      sparse embeddings use is a table, which `embeddings` tells about.
-    * How several workers' changes of a buffer become one is its policy; see `buffer_policies`. A change that is no
-      number, such as one away from infinity, cannot be added: it is assigned.
+    * Every parameter and every persistent buffer of the model is a variable, named as in ``state_dict()``. If several
+      names share one tensor (tied weights), the first name is the variable's.
+    * A parameter that an optimizer holds is updated by the optimizer's rule; all others are kept but never updated. A
+      parameter that only sparse embeddings use is a table; see `tables.lookup`.
+    * A policy determines how several workers' changes of a buffer are combined; see `buffer_policies`. A change that is
+      not a finite number, such as one away from infinity, cannot be added: the new value is assigned.
     * Buffers that ``state_dict()`` does not hold are each worker's own.
-    * A module that ``torch.compile`` has wrapped is called as without, so that a checkpoint fits both.
+    * A module that ``torch.compile`` has wrapped is named as without it, so that a checkpoint fits both.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from paramserver.memory.torch_internals import modules_of, non_persistent_buffer
 from paramserver.placement import Place
 
 RowRanges = Callable[[VariableSpec], Sequence[Range]]
-"""The ranges of rows that a variable is divided into; none or one for a variable that stays whole."""
+"""Returns the ranges of rows that a variable is divided into; none or one for a variable that stays whole."""
 
 
 class Kind(enum.Enum):
-    """How a variable changes."""
+    """The way in which a variable changes."""
 
     TRAINED = "trained"
     FROZEN = "frozen"
@@ -47,9 +47,9 @@ class Kind(enum.Enum):
     TABLE = "table"
     """Trained by rows; workers hold no values of it."""
     COUNTED = "counted"
-    """A buffer, changed by adding what each worker has changed it by."""
+    """A buffer, changed by adding each worker's change."""
     AVERAGED = "averaged"
-    """A buffer, changed by adding the share of a worker's change."""
+    """A buffer, changed by adding each worker's change divided by the number of workers."""
     ASSIGNED = "assigned"
     """A buffer, to which a worker's new value is assigned."""
     OWN = "own"
@@ -72,9 +72,9 @@ class ModelVariable:
     Attributes:
         spec: Its name, shape and dtype.
         tensor: The parameter or buffer.
-        kind: How it changes.
-        group: The index of its optimizer group, -1 if it has none.
-        module: The module whose buffer it is, None for a parameter.
+        kind: The way in which it changes.
+        group: The index of its optimizer group; -1 if it has none.
+        module: The module whose buffer it is; None for a parameter.
     """
 
     spec: VariableSpec
@@ -86,12 +86,12 @@ class ModelVariable:
 
 @dataclass(frozen=True)
 class Member:
-    """What lies in an arena: a variable, or the rows of a partitioned one that its ps holds.
+    """One entry of an arena: a variable, or the rows of a partitioned variable on one ps.
 
     Attributes:
         variable: The whole variable.
-        spec: What the ps knows it by.
-        rows: Which of its rows, None for all of a variable that is not partitioned.
+        spec: The name, shape and dtype of the entry on the ps.
+        rows: The rows of the variable; None for a variable that is not partitioned.
     """
 
     variable: ModelVariable
@@ -101,7 +101,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ArenaPlan:
-    """One arena: what lies in it and where it is."""
+    """One arena: its contents and its position."""
 
     layout: ArenaLayout
     members: tuple[Member, ...]
@@ -110,12 +110,12 @@ class ArenaPlan:
 
     @property
     def kind(self) -> Kind:
-        """How its variables change."""
+        """The way in which its variables change."""
         return self.members[0].variable.kind
 
     @property
     def group(self) -> int:
-        """The index of their optimizer group, -1 if they have none."""
+        """The index of their optimizer group; -1 if they have none."""
         return self.members[0].variable.group
 
 
@@ -124,18 +124,18 @@ def collect(
     optimizers: Sequence[torch.optim.Optimizer],
     policies: Mapping[str, str | BufferPolicy] | None = None,
 ) -> list[ModelVariable]:
-    """The variables of a model, in creation order: parameters first, then buffers.
+    """Return the variables of a model, in creation order: parameters first, then buffers.
 
-    Param groups are counted through all optimizers.
+    Param groups are numbered through all optimizers.
 
     Args:
         model: The model.
-        optimizers: What trains it.
-        policies: Of buffers; see `buffer_policies.choose`.
+        optimizers: The optimizers that train it.
+        policies: Policies of buffers; see `buffer_policies.choose`.
 
     Raises:
-        ConfigError: If an optimizer holds a parameter that is not the model's or another one's, a tensor cannot live
-            on a ps, two of them share memory, or a policy fits no buffer.
+        ConfigError: If an optimizer holds a parameter that is not the model's, or that another optimizer holds; if a
+            tensor cannot live on a ps; if tensors share memory; or if a policy fits no buffer.
     """
     groups, tables = _groups(optimizers), tables_of(model)
     variables: dict[int, ModelVariable] = {}
@@ -159,7 +159,7 @@ def collect(
 
 
 def plain_name(name: str) -> str:
-    """The name of a variable without what ``torch.compile`` puts into it.
+    """Return the name of a variable without the parts that ``torch.compile`` adds.
 
     >>> plain_name("_orig_mod.encoder._orig_mod.weight")
     'encoder.weight'
@@ -171,14 +171,14 @@ def load_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Load values by plain name into a model, whether or not it is compiled.
 
     Raises:
-        RuntimeError: If they do not fit the model.
+        RuntimeError: If the values do not fit the model.
     """
     names = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
     model.load_state_dict({names.get(name, name): value for name, value in values.items()})
 
 
 def without_compiling(model: nn.Module) -> nn.Module:
-    """Return a model with its own modules in the place of those that ``torch.compile`` has wrapped; it is changed."""
+    """Return a model after replacing each module that ``torch.compile`` has wrapped by the module's original."""
     for module in model.modules():
         for name, child in modules_of(module).items():
             if child is not None:
@@ -192,13 +192,13 @@ def _original(module: nn.Module) -> nn.Module:
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter, by all names that it has."""
+    """Yield each parameter with each of its names."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield plain_name(name), parameter
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """The other names of tensors that have several, and the name of the variable that each one means."""
+    """Return the additional names of tensors with several names, each with the name of its variable."""
     first: dict[int, str] = {}
     others: dict[str, str] = {}
     buffers = ((name, buffer) for name, buffer, _ in persistent_buffers(model))
@@ -210,7 +210,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
-    """Name and tensor of each buffer that ``state_dict()`` holds, and the module that it is registered in."""
+    """Yield name and tensor of each buffer that ``state_dict()`` holds, and the module that registers it."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in non_persistent_buffers(module):
@@ -224,14 +224,14 @@ def plan(
     num_ps: int,
     row_ranges: RowRanges = lambda _: [],
 ) -> list[list[ArenaPlan]]:
-    """The arenas of each ps: one for each dtype, optimizer group and kind that it holds variables of.
+    """Return the arenas of each ps: one for each dtype, optimizer group and kind of its variables.
 
     Args:
-        variables: What `collect` found.
-        optimizers: Whose param groups the variables belong to.
-        place: The ps for the next variable, or part of one.
-        num_ps: How many ps tasks there are.
-        row_ranges: The parts of a parameter that an optimizer holds; none for one that stays whole.
+        variables: The result of `collect`.
+        optimizers: The optimizers whose param groups the variables belong to.
+        place: Returns the ps for the next variable, or part of one.
+        num_ps: Number of ps tasks.
+        row_ranges: Returns the row ranges of a parameter that an optimizer holds; empty if the parameter stays whole.
     """
     groups = [(optimizer, group) for optimizer in optimizers for group in range(len(optimizer.param_groups))]
     together: list[dict[tuple[str, int, Kind, str], list[Member]]] = [{} for _ in range(num_ps)]
@@ -288,9 +288,9 @@ def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, int]:
 
 
 def _change(parameter: torch.Tensor, groups: dict[int, int], *, is_table: bool) -> tuple[Kind, int]:
-    """How a parameter changes, and its optimizer group."""
+    """Return the kind of a parameter, and the index of its optimizer group."""
     if id(parameter) not in groups or not parameter.is_floating_point():
-        return Kind.CONSTANT, -1  # nobody trains it, or autograd cannot
+        return Kind.CONSTANT, -1  # no optimizer holds it, or autograd cannot train its dtype
     if is_table and parameter.requires_grad and parameter.numel():
         return Kind.TABLE, groups[id(parameter)]
     return Kind.TRAINED if parameter.requires_grad else Kind.FROZEN, groups[id(parameter)]

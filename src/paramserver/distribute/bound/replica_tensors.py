@@ -1,15 +1,15 @@
-"""The tensors that a model's modules hold, for each replica of a worker.
+"""The tensors in a model's modules, for each replica of a worker.
 
-A model has one set of modules and, for each replica, a set of parameters and buffers; before a replica has its turn,
-its own are put into the modules and into the optimizers' param groups. So whatever a program does with the model or an
-optimizer (call it, read a weight, clip gradients) it does with what belongs to the replica that it runs on.
+A model has one set of modules and, for each replica, a set of parameters and buffers. Before a replica's turn, its
+tensors are put into the modules and into the optimizers' param groups. So everything that a program does with the model
+or an optimizer (call it, read a weight, clip gradients) applies to the replica that the program runs on.
 
 Rules
-    * The first replica's tensors are the ones that the model came with; the others' are made here.
+    * The first replica's tensors are the model's original ones; those of other replicas are made here.
     * A parameter of another replica follows the first one's ``requires_grad`` and hooks.
-    * Gradients of the first replica that a program removes outside of replicas are removed on all of them.
-    * What a module puts in the place of a buffer is taken over into the replica's own when its turn ends; of another
-      shape or dtype, it becomes the replica's own itself.
+    * If a program removes gradients of the first replica outside of replicas, they are removed on all replicas.
+    * If a module replaces a buffer, the new values are copied into the replica's buffer when its turn ends; a tensor of
+      another shape or dtype becomes the replica's buffer itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class ReplicaTensors:
     """Every replica's parameters and buffers of one model.
 
     Args:
-        model: Its tensors are moved to the first replica's device; its modules are changed when another replica is
-            activated.
-        optimizers: Their param groups are changed likewise.
-        devices: Where each replica computes.
+        model: The model. Its tensors are moved to the first replica's device; its modules are changed whenever another
+            replica is activated.
+        optimizers: The optimizers, whose param groups are changed likewise.
+        devices: The device of each replica.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class ReplicaTensors:
         self._siblings = {id(tensor): tensors for tensors in self._sets.values() for tensor in tensors}
         self._with_gradient: list[tuple[torch.Tensor, ...]] = []
         if len(self.devices) == 1:
-            self._parameters, self._buffers, self._groups = [], [], []  # nothing will ever be exchanged
+            self._parameters, self._buffers, self._groups = [], [], []  # a single replica is never exchanged
 
     def of(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Every replica's tensor in the place of the first one's ``tensor``."""
+        """Return every replica's tensor for the first replica's ``tensor``."""
         return self._sets.get(id(tensor), (tensor,))
 
     def activate(self, replica: int) -> None:
-        """Put a replica's tensors into the modules and param groups. Called also where they are there already."""
+        """Put a replica's tensors into the modules and param groups. Called even if they are there already."""
         if replica == self._active:
             self._remove_gradients()
             return
@@ -77,7 +77,7 @@ class ReplicaTensors:
         return f"<ReplicaTensors: {len(self._sets)} tensors on {len(self.devices)} replicas, {self._active} is active>"
 
     def _set_of(self, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The same set for the same tensor, so that tied weights are tied on every replica."""
+        """Return the same set for the same tensor, so that tied weights are tied on every replica."""
         if id(first) not in self._sets:
             first.data = first.detach().to(self.devices[0])
             others = [_copy_for(first, device) for device in self.devices[1:]]
@@ -85,11 +85,11 @@ class ReplicaTensors:
         return self._sets[id(first)]
 
     def _places_of(self, buffer: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """What is in a buffer's place on each replica; a program may put something there later."""
+        """Return the tensor in a buffer's place on each replica; it may be None, and a program may set it later."""
         return [None] * len(self.devices) if buffer is None else list(self._set_of(buffer))
 
     def _sibling(self, tensor: torch.Tensor, replica: int) -> torch.Tensor:
-        """A replica's tensor in the place of another's; one that a program has put there is nobody's."""
+        """Return a replica's tensor for another replica's; a tensor that the program has added is shared by all."""
         tensors = self._siblings.get(id(tensor))
         return tensor if tensors is None else tensors[replica]
 
@@ -98,7 +98,7 @@ class ReplicaTensors:
 
     def _remove_gradients(self) -> None:
         removed = [tensors for tensors in self._with_gradient if tensors[0].grad is None]
-        if removed and len(removed) == len(self._with_gradient):  # then also those that the first replica never had
+        if removed and len(removed) == len(self._with_gradient):  # all were: remove also those it never had
             removed = [tensors for _, _, tensors in self._parameters]
         for _, *others in removed:
             for tensor in others:
@@ -107,11 +107,11 @@ class ReplicaTensors:
 
 
 def kept(buffer: torch.Tensor | None, found: torch.Tensor | None) -> torch.Tensor | None:
-    """What is to stay in a buffer's place: the buffer with the values of what was found there, if that is its like.
+    """Return the tensor for a buffer's place: the buffer with the found values if these fit, else the found tensor.
 
     Args:
-        buffer: What was put there.
-        found: What is there now.
+        buffer: The replica's buffer.
+        found: The tensor in its place now.
     """
     if found is buffer or found is None or buffer is None:
         return found
@@ -134,7 +134,7 @@ def _own_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tenso
 
 
 def _copy_for(first: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A parameter that may share its values with the first one until it is bound; a buffer of its own."""
+    """Copy a tensor to a device. A parameter may share its values with the first one until it is bound."""
     if isinstance(first, nn.Parameter):
         values = alias(first.detach()) if first.device == device else first.detach().to(device)
         return nn.Parameter(values, requires_grad=first.requires_grad)
@@ -143,6 +143,6 @@ def _copy_for(first: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     if type(module).__setattr__ is nn.Module.__setattr__:
-        parameters_of(module)[name] = tensor  # type: ignore[assignment]  # a parameter, as what was there
+        parameters_of(module)[name] = tensor  # type: ignore[assignment]  # a parameter, like the one it replaces
     else:
-        setattr(module, name, tensor)  # an LSTM keeps a list of its weights beside them
+        setattr(module, name, tensor)  # an LSTM keeps a list of its weights in addition

@@ -1,4 +1,4 @@
-"""Where the time of a worker's steps goes."""
+"""The time that a worker's steps take, by its use."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from paramserver.client.client import PushTimes
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Where the time of a worker's steps has gone; all in seconds, the sum of all steps.
+    """The time of a worker's steps, by its use; all in seconds, summed over all steps.
 
     Attributes:
-        steps: How many.
-        computing: Outside of ``optimizer.step()``: the input, forward, backward and hooks.
-        reducing: Bringing the gradients of all replicas into the memory that is pushed.
-        blocked: The rest of ``optimizer.step()``, in which the worker cannot go on: without ``pipeline``, that is the
-            sending and the waiting of the slowest ps.
-        servers: For each ps; with ``pipeline``, that goes on while the worker computes.
+        steps: Number of steps.
+        computing: Time outside of ``optimizer.step()``: the input, forward, backward and hooks.
+        reducing: Time to bring the gradients of all replicas into the memory that is pushed.
+        blocked: The rest of ``optimizer.step()``, in which the worker cannot go on: without ``pipeline``, the sending
+            and waiting of the slowest ps.
+        servers: The times of each ps; with ``pipeline``, they pass while the worker computes.
     """
 
     steps: int
@@ -29,7 +29,7 @@ class StepTimes:
     servers: tuple[PushTimes, ...]
 
     def since(self, earlier: StepTimes) -> StepTimes:
-        """What has come since an earlier look at the same run.
+        """Return the times since an earlier result for the same run.
 
         >>> StepTimes(3, 0.3, 0.0, 0.1, ()).since(StepTimes(1, 0.1, 0.0, 0.1, ())).steps
         2
@@ -43,7 +43,7 @@ class StepTimes:
         )
 
     def per_step(self) -> dict[str, float]:
-        """Mean seconds of a step, by name; those of a ps are called as ``ps:0/sending``.
+        """Return the mean seconds of a step by name; the names for a ps have the form ``ps:0/sending``.
 
         >>> StepTimes(2, 0.3, 0.0, 0.1, (PushTimes("ps:0", 0.02, 0.06, 0.04),)).per_step()["ps:0/waiting"]
         0.03
@@ -55,29 +55,29 @@ class StepTimes:
 
 
 class StepClock:
-    """Adds up what the worker itself spends, from now on. Used by the thread that trains.
+    """Sums of the worker's own times, from now on. Used by the thread that trains.
 
     Args:
-        servers: What the client adds up.
+        servers: The sums of the client, which it goes on updating.
     """
 
     def __init__(self, servers: Sequence[PushTimes]) -> None:
         self._servers = servers
-        self._at_first = list(map(replace, servers))  # copies: the model's first values were pushed, too
+        self._at_first = list(map(replace, servers))  # copies: they include the push of the model's first values
         self._steps = 0
         self._computing = self._reducing = self._blocked = 0.0
         self._left = time.perf_counter()
 
     def entered(self) -> float:
-        """A step has begun."""
+        """Note that a step begins, and return the time."""
         now = time.perf_counter()
         self._computing += now - self._left
         return now
 
     def left(self, entered: float, reducing: float, *, counts: bool = True) -> None:
-        """It has ended, after ``reducing`` seconds of bringing gradients together.
+        """Note that a step has ended, after ``reducing`` seconds of bringing gradients together.
 
-        Of a model's several optimizers one makes the steps that count; the seconds of all of them are those of a step.
+        Of a model's several optimizers only one makes steps that count; the seconds of all are added to those steps.
         """
         self._left = time.perf_counter()
         self._reducing += reducing
@@ -85,7 +85,7 @@ class StepClock:
         self._steps += counts
 
     def times(self) -> StepTimes:
-        """What has been so far."""
+        """Return the times so far."""
         servers = tuple(map(_since, self._servers, self._at_first))
         return StepTimes(self._steps, self._computing, self._reducing, self._blocked, servers)
 

@@ -1,9 +1,9 @@
-"""Notices values that a program writes into parameters whose values belong to the ps tasks.
+"""Detection of values that a program writes into parameters whose values belong to the ps tasks.
 
 Rules
-    * Autograd counts the writes to each tensor, in place or through a view. The lanes write behind its back, and a step
-      counts that itself, so any other count means that the program has written.
-    * Writes through ``parameter.data`` or a NumPy array are not counted and therefore not noticed.
+    * Autograd counts the writes to each tensor, in place or through a view. The lanes write without autograd's
+      knowledge, and a step counts that write itself, so any other count means that the program has written.
+    * Writes through ``parameter.data`` or a NumPy array are not counted and therefore not detected.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from paramserver.memory.torch_internals import version_of
 
 
 class ValueWatch:
-    """Watches the parameters of one arena on one replica. Not thread-safe.
+    """Detects writes to the parameters of one arena on one replica. Not thread-safe.
 
     Args:
-        names: Of the variables, for messages.
+        names: The names of the variables, for messages.
         tensors: The parameters.
     """
 
@@ -30,20 +30,20 @@ class ValueWatch:
         self.reset()
 
     def reset(self) -> None:
-        """Take the present values for the ps tasks'."""
+        """Regard the present values as the ps tasks'."""
         self._versions = list(map(version_of, self._tensors))
         self._steps = 0
         self._expected = sum(self._versions)
 
     def check(self) -> None:
-        """Raise `EditedError` if the program has written to one of them."""
+        """Raise `EditedError` if the program has written to one of the parameters."""
         if sum(map(version_of, self._tensors)) != self._expected:
             self._refuse()
 
     def advance(self, moved: Sequence[torch.Tensor]) -> None:
-        """Count a write by the lanes, to these of the tensors.
+        """Count a write by the lanes to these tensors.
 
-        A graph that was built on the old values must not go unnoticed, so autograd is told as well.
+        Autograd is told as well, so that it refuses a graph that was built on the old values.
         """
         torch.autograd.graph.increment_version(moved)
         if len(moved) == len(self._tensors):

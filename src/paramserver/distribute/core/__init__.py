@@ -1,1 +1,1 @@
-"""What every part of a strategy needs: contexts, values per replica, nested structures, devices."""
+"""The foundation of every part of a strategy: contexts, values per replica, nested structures, devices."""

@@ -1,9 +1,9 @@
-"""Which strategy is in effect, and in which of its contexts: what each thread is in the middle of.
+"""The contexts of each thread: the strategy in effect, and the replica or the update that the thread is in.
 
 Rules
     * A thread is in the default context, in the *cross-replica* context of a strategy (its scope), or in the context
       of one *replica*. A new thread starts in the default context.
-    * An *update* is a part of the cross-replica context, with a device.
+    * An *update* belongs to the cross-replica context and has a device.
     * Contexts of different strategies do not mix.
 """
 
@@ -20,7 +20,7 @@ W = TypeVar("W", bound=Worker)
 
 
 class Replica(Protocol):
-    """What contexts and their users know of a replica; see `ReplicaContext`."""
+    """The part of a replica that contexts and their users need; see `ReplicaContext`."""
 
     strategy: Worker
     replica_id_in_sync_group: Any
@@ -28,15 +28,15 @@ class Replica(Protocol):
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """The replicas of the worker."""
+        """The number of replicas of the worker."""
 
     @property
     def index(self) -> int:
-        """Which of the worker's replicas it is."""
+        """The index of this replica among those of the worker."""
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices of the replica."""
+        """The devices of this replica."""
 
     def merge_call(
         self, fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -48,9 +48,9 @@ class Frame(NamedTuple):
     """One context that a thread has entered.
 
     Attributes:
-        strategy: Whose it is.
-        replica: The replica, None in the cross-replica context.
-        update_device: The device of the variable that is being updated, None outside of updates.
+        strategy: The strategy of the context.
+        replica: The replica; None in the cross-replica context.
+        update_device: The device of the variable that is being updated; None outside of updates.
     """
 
     strategy: Worker
@@ -61,24 +61,24 @@ class Frame(NamedTuple):
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
-        self.has_base = False  # whether the first frame was put there by `set_base` rather than by a `with`
+        self.has_base = False  # whether `set_base` rather than a `with` put the first frame there
 
 
 _thread = _Thread()
 
 
 def current() -> Frame | None:
-    """The innermost context of this thread, None for the default context."""
+    """Return the innermost context of this thread; None for the default context."""
     return _thread.frames[-1] if _thread.frames else None
 
 
 @contextlib.contextmanager
 def entered(frame: Frame) -> Iterator[None]:
-    """Put a context on top for a ``with`` block.
+    """Enter a context for a ``with`` block.
 
     Raises:
-        RuntimeError: On leaving, if contexts are left in another order than they were entered in. Those that were
-            entered inside it are left with it, so that the thread is where it was before.
+        RuntimeError: On leaving, if contexts are not left in the opposite order of entering. Contexts that were entered
+            inside this one are left with it, so that the thread is back where it was before.
     """
     frames = _thread.frames
     frames.append(frame)
@@ -91,7 +91,7 @@ def entered(frame: Frame) -> Iterator[None]:
 def _leave(frames: list[Frame], frame: Frame) -> None:
     depth = next((at for at, each in enumerate(frames) if each is frame), None)
     if depth is None:
-        return  # left with one around it, which has said so
+        return  # left together with an outer context, which has raised the error
     is_innermost = depth == len(frames) - 1
     del frames[depth:]
     if not is_innermost:
@@ -102,10 +102,10 @@ def _leave(frames: list[Frame], frame: Frame) -> None:
 
 
 class Scope(contextlib.ContextDecorator, contextlib.AbstractContextManager[W]):
-    """The cross-replica context of a strategy. One object can be entered again, also inside itself.
+    """The cross-replica context of a strategy. One object can be entered several times, also inside itself.
 
     Args:
-        strategy: Whose scope it is.
+        strategy: The strategy of the scope.
     """
 
     def __init__(self, strategy: W) -> None:
@@ -113,7 +113,7 @@ class Scope(contextlib.ContextDecorator, contextlib.AbstractContextManager[W]):
         self._entered = _Entered()
 
     def __enter__(self) -> W:
-        """Enter it.
+        """Enter the scope on this thread.
 
         Raises:
             RuntimeError: Inside the scope of another strategy, or inside a replica.
@@ -125,24 +125,24 @@ class Scope(contextlib.ContextDecorator, contextlib.AbstractContextManager[W]):
         return self._strategy
 
     def __exit__(self, *error: Any) -> None:
-        """Leave what was entered last."""
+        """Leave the context that was entered last."""
         self._entered.contexts.pop().__exit__(*error)
 
 
 def scope(strategy: W) -> Scope[W]:
-    """The cross-replica context of a strategy, to be entered with ``with``."""
+    """Return the cross-replica context of a strategy, to be entered with ``with``."""
     return Scope(strategy)
 
 
 class _Entered(threading.local):
-    """The contexts that a thread has entered by one scope."""
+    """The contexts that each thread has entered by one scope."""
 
     def __init__(self) -> None:
         self.contexts: list[contextlib.AbstractContextManager[None]] = []
 
 
 class NoScope(contextlib.ContextDecorator, contextlib.AbstractContextManager[W]):
-    """The scope of the default strategy, which changes nothing: it is in effect wherever no other one is.
+    """The scope of the default strategy. It changes nothing: that strategy is in effect where no other one is.
 
     Args:
         strategy: The default strategy.
@@ -163,12 +163,12 @@ class NoScope(contextlib.ContextDecorator, contextlib.AbstractContextManager[W])
         return self._strategy
 
     def __exit__(self, *error: object) -> None:
-        """Nothing was entered."""
+        """Do nothing: no context was entered."""
 
 
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """The default context for a ``with`` block, wherever this thread is: for what the scope around it is not about."""
+    """Put this thread into the default context for a ``with`` block, for work that its scope must not affect."""
     around, has_base = _thread.frames, _thread.has_base
     _thread.frames, _thread.has_base = [], False
     try:
@@ -179,11 +179,11 @@ def outside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cross_replica(strategy: Worker, call: str) -> Iterator[None]:
-    """For a call that belongs to the cross-replica context, and is allowed without any scope.
+    """Enter the cross-replica context for a call that needs it but may be made outside of all scopes.
 
     Args:
-        strategy: Whose call it is.
-        call: What is called, for messages.
+        strategy: The strategy that the call is made on.
+        call: The name of the call, for messages.
 
     Raises:
         RuntimeError: Inside a replica, or inside the scope of another strategy.
@@ -197,7 +197,7 @@ def cross_replica(strategy: Worker, call: str) -> Iterator[None]:
 
 
 def check_scope(strategy: Worker, call: str) -> None:
-    """Raises RuntimeError unless this thread is in a context of ``strategy``."""
+    """Raise RuntimeError unless this thread is in a context of ``strategy``."""
     frame = current()
     if frame is None:
         raise RuntimeError(f"{call}: Need to be inside `with strategy.scope():` of {strategy!r}")
@@ -205,7 +205,7 @@ def check_scope(strategy: Worker, call: str) -> None:
 
 
 def set_base(strategy: Worker | None) -> None:
-    """Enter a strategy's scope until this is called again; None leaves it.
+    """Enter a strategy's scope until the next call; None leaves it.
 
     Raises:
         RuntimeError: Inside a ``with`` block of a scope.
@@ -219,19 +219,19 @@ def set_base(strategy: Worker | None) -> None:
 
 
 def current_replica() -> Replica | None:
-    """The replica that this thread is in, None in cross-replica context and in the default one."""
+    """Return the replica that this thread is in; None in cross-replica and in default context."""
     frame = current()
     return frame.replica if frame else None
 
 
 def in_cross_replica_context() -> bool:
-    """Whether this thread is in the cross-replica context of a strategy."""
+    """Return whether this thread is in the cross-replica context of a strategy."""
     frame = current()
     return frame is not None and frame.replica is None
 
 
 def get_update_replica_id() -> str | None:
-    """The device of the variable that this thread is updating, None outside of updates."""
+    """Return the device of the variable that this thread is updating; None outside of updates."""
     frame = current()
     return frame.update_device if frame else None
 

@@ -1,9 +1,9 @@
 """Names of devices: ``cpu:1``, ``cuda:0``, ``/job:worker/task:2/device:GPU:0``, ``/job:ps/task:1``.
 
 Rules
-    * A device belongs to a task (``/job:J/task:N``) or, without one, to the task that says its name.
-    * Several logical CPU devices of one task (``cpu:0``, ``cpu:1``) are the one CPU that torch knows: what they have
-      apart is the replica that runs on them.
+    * A device belongs to a task (``/job:J/task:N``). A name without a task means the task that uses the name.
+    * Several logical CPU devices of one task (``cpu:0``, ``cpu:1``) are one CPU to torch: they differ only in the
+      replica that runs on them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _NAME = re.compile(
 
 
 def default_device() -> torch.device:
-    """Where this thread makes tensors now, also inside ``with torch.device(...)``.
+    """Return the device on which this thread makes tensors now, also inside ``with torch.device(...)``.
 
     >>> with torch.device("meta"):
     ...     default_device()
     device(type='meta')
     """
-    return torch.empty(0).device  # torch.get_default_device() of torch 2.6 does not know of such a block
+    return torch.empty(0).device  # torch.get_default_device() of torch 2.6 ignores such a block
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Device:
 
     Attributes:
         job: The role of the task; empty for the present task.
-        task: Its index; None for the present task.
+        task: The index of the task; None for the present task.
         kind: ``CPU`` or ``GPU``.
-        index: Which of that kind.
+        index: The index among the task's devices of that kind.
     """
 
     job: str = ""
@@ -51,13 +51,13 @@ class Device:
 
     @classmethod
     def parse(cls, name: str | torch.device | Device) -> Device:
-        """A device by any of its names.
+        """Return the device of a name, in any of the forms above.
 
         >>> print(Device.parse("cpu:1"), Device.parse(torch.device("cuda", 2)), Device.parse("/job:ps/task:1"))
         /device:CPU:1 /device:GPU:2 /job:ps/task:1/device:CPU:0
 
         Raises:
-            ValueError: If it names no device.
+            ValueError: If the name is not the name of a device.
         """
         if isinstance(name, Device):
             return name
@@ -74,11 +74,11 @@ class Device:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where its tensors lie, seen from its own task."""
+        """The torch device of its tensors, as seen by its own task."""
         return torch.device("cpu") if self.kind == "CPU" else torch.device("cuda", self.index)
 
     def is_remote(self, job: str, task: int | None) -> bool:
-        """Whether it belongs to another task than ``job:task``.
+        """Return whether the device belongs to another task than ``job:task``.
 
         >>> Device.parse("/job:worker/task:1").is_remote("worker", 0), Device.parse("cpu:0").is_remote("worker", 0)
         (True, False)
@@ -93,10 +93,10 @@ class Device:
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where a worker computes, and where variables lie that no ps task holds.
+    """The devices on which a worker computes, and the device of variables without a cluster.
 
     Attributes:
-        compute: A device for each replica, of no task yet.
+        compute: A device for each replica, without a task.
         parameter: The device of the variables of a strategy without a cluster.
     """
 
@@ -105,10 +105,10 @@ class DeviceChoice:
 
     @classmethod
     def of(cls, resolver: ClusterResolver, compute: Sequence[str] | None, parameter: str | None) -> DeviceChoice:
-        """The devices that a program names, else the accelerators that the resolver knows, else the CPU.
+        """Return the devices that a program names, else the accelerators that the resolver knows, else the CPU.
 
         Raises:
-            ValueError: If a name is no device's, or no compute device is named.
+            ValueError: If a name is not the name of a device, or ``compute`` is empty.
         """
         if compute is not None and (isinstance(compute, str) or not compute):
             raise ValueError(f"compute_devices must be a list of at least one device, got {compute!r}")
@@ -117,7 +117,7 @@ class DeviceChoice:
         return cls(devices, Device.parse(parameter) if parameter else single)
 
     def of_task(self, task: TaskId | None) -> tuple[Device, ...]:
-        """The compute devices, as those of a task."""
+        """Return the compute devices with the name of a task."""
         if task is None:
             return self.compute
         return tuple(replace(device, job=str(task.role), task=task.index) for device in self.compute)
@@ -125,7 +125,7 @@ class DeviceChoice:
 
 def _accelerators(resolver: ClusterResolver) -> tuple[Device, ...]:
     if isinstance(resolver, TFConfigClusterResolver):
-        counts = {"GPU": torch.cuda.device_count()}  # TF_CONFIG says nothing of them
+        counts = {"GPU": torch.cuda.device_count()}  # TF_CONFIG does not name accelerators
     else:
         counts = dict(resolver.num_accelerators())
     kind = "GPU" if counts.get("GPU") else "CPU"

@@ -1,4 +1,4 @@
-"""What an input function is told of the worker, and a value function of the replica, that it is called for."""
+"""The arguments of input functions and value functions: the worker or replica that a function is called for."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class InputContext:
-    """Which part of the input a task is to read.
+    """The part of the input that a task is to read.
 
     Attributes:
-        num_input_pipelines: How many workers read input, the chief among them.
-        input_pipeline_id: Which of them this one is.
-        num_replicas_in_sync: Replicas of this worker.
+        num_input_pipelines: Number of workers that read input, including the chief.
+        input_pipeline_id: The index of this worker among them.
+        num_replicas_in_sync: Number of replicas of this worker.
     """
 
     num_input_pipelines: int = 1
@@ -20,7 +20,7 @@ class InputContext:
     num_replicas_in_sync: int = 1
 
     def get_per_replica_batch_size(self, global_batch_size: int) -> int:
-        """The batch of one replica.
+        """Return the batch size of one replica.
 
         Raises:
             ValueError: If the replicas cannot share the global batch evenly.
@@ -38,11 +38,11 @@ class InputContext:
 
 @dataclass(frozen=True)
 class ValueContext:
-    """Which replica a value is made for.
+    """The replica that a value is made for.
 
     Attributes:
-        replica_id_in_sync_group: The replica, from 0.
-        num_replicas_in_sync: Replicas of this worker.
+        replica_id_in_sync_group: The index of the replica, from 0.
+        num_replicas_in_sync: Number of replicas of this worker.
     """
 
     replica_id_in_sync_group: int = 0

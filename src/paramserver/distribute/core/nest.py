@@ -8,7 +8,7 @@ from typing import Any
 
 
 def is_nest(structure: object) -> bool:
-    """Whether it is taken apart; everything else is a leaf, also a ``torch.Size``.
+    """Return whether a structure is taken apart. Everything else is a leaf, also a ``torch.Size``.
 
     >>> is_nest({"a": 1}), is_nest((1, 2)), is_nest("text")
     (True, True, False)
@@ -17,14 +17,14 @@ def is_nest(structure: object) -> bool:
 
 
 def map_leaves(fn: Callable[..., Any], *structures: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """A structure like the first one, whose leaves are ``fn`` of all structures' leaves.
+    """Return a structure like the first one, whose leaves are ``fn`` of the corresponding leaves of all structures.
 
-    A structure in which nothing changes is returned itself.
+    A structure in which no leaf changes is returned as the same object.
 
     Args:
         fn: Takes as many leaves as there are structures.
-        structures: All alike.
-        is_leaf: Says of a part of the first structure that it is a leaf, though it could be taken apart.
+        structures: Structures of the same form.
+        is_leaf: Returns whether a part of the first structure is a leaf although it could be taken apart.
 
     >>> map_leaves(lambda a, b: a + b, {"x": [1, 2]}, {"x": [10, 20]})
     {'x': [11, 22]}
@@ -49,7 +49,7 @@ def map_leaves(fn: Callable[..., Any], *structures: Any, is_leaf: Callable[[Any]
 
 
 def leaves(structure: Any) -> list[Any]:
-    """All leaves, in order.
+    """Return all leaves, in order.
 
     >>> leaves([1, {"a": 2, "b": (3,)}])
     [1, 2, 3]
@@ -63,7 +63,7 @@ def _rebuilt(like: Any, values: Any) -> Any:
     if isinstance(like, dict):
         if all(values[key] is like[key] for key in like):
             return like
-        rebuilt = copy.copy(like)  # keeps the order of the keys, and what a subclass has beside them
+        rebuilt = copy.copy(like)  # keeps the order of the keys, and a subclass's own attributes
         rebuilt.update(values)
         return rebuilt
     if all(value is old for value, old in zip(values, like, strict=True)):

@@ -1,4 +1,4 @@
-"""Values that differ between the replicas of a worker, and values that are the same on several devices."""
+"""Values that differ between the replicas of a worker, and values that are equal on several devices."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 class DistributedValues(Generic[T]):
-    """One value for each replica. Not changed after it is made, so that threads may share it.
+    """One value for each replica. Immutable, so that threads may share it.
 
     Args:
-        values: By the replica's id.
+        values: The values, in the order of the replicas.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If ``values`` is empty.
     """
 
     def __init__(self, values: Sequence[T]) -> None:
@@ -32,7 +32,7 @@ class DistributedValues(Generic[T]):
 
 
 class PerReplica(DistributedValues[T]):
-    """A value for each replica, all of them different in general: what `Strategy.run` returns.
+    """Values that in general differ between replicas, as `Strategy.run` returns them.
 
     >>> PerReplica([1, 2]).values
     (1, 2)
@@ -51,26 +51,26 @@ class Mirrored(DistributedValues[T]):
 
 
 def select_replica(replica: int, structure: Any) -> Any:
-    """What one replica sees of a structure: of distributed values its own, of all else the thing itself.
+    """Return a structure as one replica sees it: each distributed value is replaced by the replica's component.
 
     >>> select_replica(1, {"x": PerReplica([1, 2]), "y": 3})
     {'x': 2, 'y': 3}
 
     Raises:
-        ValueError: If a value holds no component for the replica.
+        ValueError: If a distributed value has no component for the replica.
     """
     return map_leaves(partial(_component, replica), structure)
 
 
 def regroup(structures: Sequence[Any]) -> Any:
-    """What all replicas gave, as one structure of `PerReplica` leaves.
+    """Combine the structures that all replicas returned into one of `PerReplica` leaves.
 
-    A leaf that is the same object on all replicas stays what it is; so does every leaf of a single replica.
+    A leaf that is the same object on all replicas stays as it is; so does every leaf of a single replica.
 
     >>> regroup([{"loss": 1.0, "step": None}, {"loss": 2.0, "step": None}])["step"]
 
     Raises:
-        AssertionError: If the replicas gave different structures, naming both.
+        AssertionError: If the replicas returned different structures, naming both.
     """
     if len(structures) == 1:
         return structures[0]
@@ -78,7 +78,7 @@ def regroup(structures: Sequence[Any]) -> Any:
 
 
 def local_results(value: DistributedValues[T] | T) -> tuple[T, ...]:
-    """A value's components by replica; of a plain value that value alone.
+    """Return a value's components in the order of the replicas; for a plain value, a tuple of that value alone.
 
     >>> local_results(PerReplica([1, 2])), local_results(3)
     ((1, 2), (3,))

@@ -1,6 +1,7 @@
-"""What the parts of a strategy need to know of it.
+"""The part of a strategy that its own parts may use.
 
-`Strategy` is the facade that imports all of its parts; they know of it what stands here.
+`Strategy` is a facade that imports all of its parts. They are typed on this class instead, so that imports form no
+circle.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from paramserver.layout.variables import VariableSpec
 
 
 class Worker(abc.ABC):
-    """A task that trains: its replicas and devices, its part of the input, and where its variables go."""
+    """A task that trains: its replicas and devices, its part of the input, and the placement of its variables."""
 
     @property
     @abc.abstractmethod
@@ -25,7 +26,7 @@ class Worker(abc.ABC):
     @property
     @abc.abstractmethod
     def worker_devices(self) -> tuple[str, ...]:
-        """The devices of this worker that compute, one for each replica."""
+        """The compute devices of this worker, one for each replica."""
 
     @property
     @abc.abstractmethod
@@ -34,13 +35,13 @@ class Worker(abc.ABC):
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """The replicas of this worker, whose gradients become one update."""
+        """Number of replicas of this worker, whose gradients are combined into one update."""
         return len(self.worker_devices)
 
     @property
     @abc.abstractmethod
     def input_context(self) -> InputContext:
-        """Which part of the input this task reads.
+        """The part of the input that this task reads.
 
         Raises:
             ValueError: On a task that does not train.
@@ -49,15 +50,15 @@ class Worker(abc.ABC):
     @property
     @abc.abstractmethod
     def session_creation_timeout(self) -> float:
-        """Seconds to wait for the ps tasks to come up, and for the chief to initialize."""
+        """Seconds to wait for the ps tasks to come up and for the chief to initialize the variables."""
 
     @abc.abstractmethod
     def activate(self, replica: int) -> None:
-        """Called before a replica has its turn: what a model holds is that replica's from now on."""
+        """Put a replica's tensors into the prepared models. Called before the replica's turn."""
 
     @abc.abstractmethod
     def connect(self) -> ParameterClient:
-        """The client of the ps tasks; connects to them when it is first asked for. Blocks for as long as that takes.
+        """Return the client of the ps tasks; the first call connects. Blocks until all ps tasks are up.
 
         Raises:
             RuntimeError: If the strategy has no ps tasks.
@@ -66,12 +67,12 @@ class Worker(abc.ABC):
 
     @abc.abstractmethod
     def place(self, variable: VariableSpec) -> int:
-        """The index of the ps for the next variable that is created; every call counts as a creation."""
+        """Return the index of the ps for the next variable that is created; every call counts as a creation."""
 
     @abc.abstractmethod
     def row_ranges(self, variable: VariableSpec) -> list[Range]:
-        """The rows of a variable that lie apart; none for one that stays whole."""
+        """Return the row ranges that a variable is divided into; empty for one that stays whole."""
 
     @abc.abstractmethod
     def create_variable(self, options: Any) -> Any:
-        """Create a variable of a program's own by its `VariableOptions`."""
+        """Create a program's own variable from its `VariableOptions`."""

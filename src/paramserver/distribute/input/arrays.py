@@ -15,19 +15,19 @@ from paramserver.errors import ConfigError
 
 
 class ArrayDataset(Dataset[Any]):
-    """The rows of a nest of arrays, map-style: item ``i`` is the nest of their rows ``i``, as tensors.
+    """The rows of a nest of arrays, as a map-style dataset: item ``i`` is the nest of their rows ``i``, as tensors.
 
     >>> data = ArrayDataset({"x": np.arange(6.0).reshape(3, 2), "y": np.array([0, 1, 0])})
     >>> len(data), data[1]
     (3, {'x': tensor([2., 3.], dtype=torch.float64), 'y': tensor(1)})
 
     Args:
-        arrays: A nest of arrays or tensors ``[rows, ...]``. Their memory is shared, not copied, but for arrays that are
-            laid out in a way that torch does not know. Of an array that is read-only, as a mapped file is, rows are
-            copied when they are drawn.
+        arrays: A nest of arrays or tensors ``[rows, ...]``. Their memory is shared, not copied, except for arrays with
+            a memory layout that torch does not know. Rows of a read-only array, such as a mapped file, are copied when
+            they are drawn.
 
     Raises:
-        ConfigError: If a leaf is no array, or has a dtype that torch does not know, or the numbers of rows differ.
+        ConfigError: If a leaf is not an array or has a dtype that torch does not know, or the numbers of rows differ.
     """
 
     def __init__(self, arrays: Any) -> None:
@@ -47,21 +47,21 @@ class ArrayDataset(Dataset[Any]):
 
 
 def make_numpy_dataset(strategy: Worker, arrays: Any) -> ArrayDataset:
-    """A dataset of the rows of a nest of arrays, which stay in this worker's memory and reach no ps.
+    """Return a dataset of the rows of a nest of arrays, which stay in this worker's memory and reach no ps.
 
     Args:
-        strategy: Of the worker.
+        strategy: The strategy of the worker.
         arrays: A nest of arrays or tensors ``[rows, ...]``.
 
     Returns:
-        A map-style torch Dataset of rows: wrap it in a DataLoader for batches, and distribute that.
+        A map-style torch Dataset of rows. Wrap it in a DataLoader for batches, and distribute that.
 
     Raises:
         ValueError: On a task that does not train, or if the arrays cannot make a dataset.
         RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     with context.cross_replica(strategy, "make_numpy_dataset"):
-        _ = strategy.input_context  # raises where no input is read
+        _ = strategy.input_context  # raises on a task that reads no input
         return ArrayDataset(arrays)
 
 

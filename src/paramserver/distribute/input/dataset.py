@@ -1,4 +1,4 @@
-"""Datasets whose batches are dealt to the replicas of a worker, and that remember how far they were gone through."""
+"""Datasets whose batches are dealt to the replicas of a worker, and that keep track of their position."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass
 class Position:
-    """How far an iteration has come.
+    """The position of an iteration.
 
     Attributes:
-        epoch: How many were begun before it.
-        batches: How many batches it has taken from the dataset.
-        has_begun: False for one that is still to come.
+        epoch: Number of epochs that began before it.
+        batches: Number of batches that it has taken from the dataset.
+        has_begun: Whether the iteration has begun.
     """
 
     epoch: int = 0
@@ -37,14 +37,14 @@ class Position:
 
 
 class DistributedDataset(Generic[T]):
-    """Iterates over what the replicas of this worker get of a dataset; each iteration is an epoch and begins anew.
+    """The replicas' data from a dataset. Each iteration is an epoch and starts from the beginning.
 
     With one replica a batch is the dataset's own, unchanged. With several it has the same structure, and each leaf is a
-    `PerReplica`, which `Strategy.run` takes apart. Iterating blocks as the dataset does. A dataset that is an iterator
-    itself, such as a generator, can be gone through once. Not thread-safe.
+    `PerReplica`, which `Strategy.run` takes apart. Iteration blocks as the dataset does. A dataset that is an iterator
+    itself, such as a generator, can be iterated over only once. Not thread-safe.
 
-    To go on after a restart, save `state_dict` with the model, load it into a dataset made in the same way, and run the
-    epochs that are left:
+    To continue after a restart, save `state_dict` with the model, load it into a dataset made in the same way, and run
+    the remaining epochs:
 
     >>> import paramserver as ps
     >>> batches = ps.CentralStorageStrategy(["cpu:0"]).distribute_dataset([10, 20, 30])
@@ -56,8 +56,8 @@ class DistributedDataset(Generic[T]):
     [[20, 30], [10, 20, 30]]
 
     Args:
-        source: Gives the batches.
-        dealing: Makes of them what the replicas get.
+        source: The source of the batches.
+        dealing: Converts batches into the replicas' data.
     """
 
     def __init__(self, source: Source, dealing: Dealing) -> None:
@@ -72,46 +72,46 @@ class DistributedDataset(Generic[T]):
         return self._dealing.deal(self._counted(self._source.begin(position.epoch, skip), position))
 
     def __len__(self) -> int:
-        """How often the replicas get something in an epoch; with several replicas, at most.
+        """Number of elements in an epoch; with several replicas, the largest possible number.
 
         Raises:
-            TypeError: If the dataset does not know it.
+            TypeError: If the dataset does not know its length.
         """
         return self._dealing.length(len(self._source))
 
     @property
     def epoch(self) -> int:
-        """The epoch that is gone through, or the next one after its end; from 0."""
+        """The epoch of the present iteration, or the next epoch after its end; from 0."""
         return self._position.epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the last iteration is: ``epoch`` and how many ``batches`` of the dataset it has taken.
+        """Return the position of the last iteration: ``epoch``, and the number of its ``batches`` taken so far.
 
-        In the middle of an epoch, also the state of a dataset that has a ``state_dict`` itself (as torchdata's
-        StatefulDataLoader and Hugging Face's streams have), as ``dataset``. All else is two ints.
+        In the middle of an epoch also the state, as ``dataset``, of a dataset that has a ``state_dict`` itself (as
+        torchdata's StatefulDataLoader and Hugging Face's streams have). All else is two ints.
         """
         state: dict[str, Any] = {"epoch": self._position.epoch, "batches": self._position.batches}
         own = self._source.state() if self._position.batches else None
         return state if own is None else {**state, "dataset": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on where a state was saved.
+        """Continue with the next iteration where a state was saved.
 
-        Batches that were taken are not loaded again where a ``DataLoader`` reads a map-style dataset, or the dataset
-        has a state of its own; else they are drawn and dropped. A ``DataLoader`` that shuffles needs
-        ``InputOptions(seed=...)`` to find its order again; without it the epoch begins anew, which is logged. A sampler
-        with ``set_epoch`` is to be told `epoch` by the program, as without restarts.
+        Batches that were already taken are not loaded again if a ``DataLoader`` reads a map-style dataset, or the
+        dataset has a state of its own; otherwise they are drawn and dropped. A ``DataLoader`` that shuffles needs
+        ``InputOptions(seed=...)`` to repeat its order; without a seed the epoch starts from the beginning, with a
+        warning. The program must tell `epoch` to a sampler with ``set_epoch``, as it would without restarts.
 
         Raises:
-            ConfigError: If it is no such state, or holds that of a dataset of another kind.
+            ConfigError: If the state is invalid, or holds the state of a dataset of another kind.
         """
         position = _position(state)
         if "dataset" in state:
             self._source.restore(state["dataset"])
         elif position.batches and not self._source.repeats:
             logger.warning(
-                "epoch %d begins anew, though %d of its batches were taken before: the DataLoader shuffles in another "
-                "order now; to go on in the middle of an epoch, set InputOptions(seed=...)",
+                "epoch %d starts from its beginning, although %d of its batches were taken before: the DataLoader "
+                "shuffles in another order now; to continue in the middle of an epoch, set InputOptions(seed=...)",
                 position.epoch,
                 position.batches,
             )
@@ -129,31 +129,33 @@ class DistributedDataset(Generic[T]):
         for batch in batches:
             position.batches += 1
             yield batch
-        if self._position is position:
+        if self._position is position:  # otherwise a later iteration has begun
             self._position = Position(position.epoch + 1)
 
 
 def distribute_dataset(
     strategy: Worker, dataset: Iterable[Any], options: InputOptions | None
 ) -> DistributedDataset[Any]:
-    """The batches of a dataset, each divided among the replicas of this worker.
+    """Divide each batch of a dataset among the replicas of this worker.
 
     Args:
-        strategy: Whose replicas.
-        dataset: Of *global* batches: a torch DataLoader, with all its settings; a map-style Dataset or IterableDataset
-            of batches, of torch or in the torch format of Hugging Face; any other iterable of batches. A batch is a
-            nest of tensors, arrays or lists ``[rows, ...]``; with one replica it can be anything. Not changed.
-        options: How; by default every worker reads the whole dataset.
+        strategy: The strategy of the replicas.
+        dataset: A dataset of *global* batches: a torch DataLoader, with all its settings; a map-style Dataset or
+            IterableDataset of batches, of torch or in the torch format of Hugging Face; any other iterable of batches.
+            A batch is a nest of tensors, arrays or lists ``[rows, ...]``; with one replica it can be anything. The
+            dataset is not changed.
+        options: The options; by default every worker reads the whole dataset.
 
     Returns:
-        What to iterate over. Of several replicas the first ones get a row more where the rows do not go round, so that
-        a mean over replicas weighs rows of uneven batches a little differently; a batch of fewer rows than replicas is
-        left out, since an empty batch has no mean loss. Avoid both with ``drop_last=True``.
+        The dataset to iterate over. If the rows of a batch do not divide evenly among several replicas, the first ones
+        get one row more, so that a mean over replicas weighs the rows of uneven batches slightly differently. A batch
+        with fewer rows than replicas is left out, since an empty batch has no mean loss. Avoid both with
+        ``drop_last=True``.
 
     Raises:
         NotImplementedError: For the PER_REPLICA mode.
-        ValueError: On a task that does not train, for what is no dataset or cannot be sharded, and for examples
-            that several replicas would have to divide, when the first batch is drawn at the latest.
+        ValueError: On a task that does not train; for an object that is not a dataset or cannot be sharded; and for
+            single examples with several replicas, when the first batch is drawn at the latest.
         RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     chosen = _checked(options, "distribute_dataset")
@@ -173,21 +175,21 @@ def distribute_dataset(
 def distribute_datasets_from_function(
     strategy: Worker, fn: Callable[[InputContext], Iterable[Any]], options: InputOptions | None
 ) -> DistributedDataset[Any]:
-    """The batches of the dataset that a function makes for this worker, each for one replica.
+    """Deal the batches of a function's dataset to the replicas of this worker, each batch to one replica.
 
     Args:
-        strategy: Whose replicas.
-        fn: Called once, here, with what this worker is to read; returns a dataset of *per-replica* batches, of any
-            kind that `distribute_dataset` takes.
-        options: How; sharding is the function's.
+        strategy: The strategy of the replicas.
+        fn: Called once, in this call, with the part of the input that this worker is to read; returns a dataset of
+            *per-replica* batches, of any kind that `distribute_dataset` takes.
+        options: The options; sharding is the function's task.
 
     Returns:
-        What to iterate over. With R replicas, R batches that follow each other are dealt at a time; a last group that
-        is short is dropped.
+        The dataset to iterate over. With R replicas, R consecutive batches are dealt at a time; an incomplete last
+        group is dropped.
 
     Raises:
         NotImplementedError: For the PER_REPLICA mode.
-        ValueError: On a task that does not train, for sharding in the options, or if ``fn`` returns no dataset.
+        ValueError: On a task that does not train, for sharding in the options, or if ``fn`` does not return a dataset.
         RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     chosen = _checked(options, "distribute_datasets_from_function")
@@ -220,7 +222,7 @@ def _share(options: InputOptions, own: InputContext) -> Share:
 
 def _seed(options: InputOptions, own: InputContext) -> Seed | None:
     if options.sharding == "static":
-        return Seed(options.seed or 0)  # of one stream: parts of one order
+        return Seed(options.seed or 0)  # one stream for all workers, which read parts of one order
     return None if options.seed is None else Seed(options.seed, own.input_pipeline_id)
 
 

@@ -1,11 +1,11 @@
-"""From the batches of a dataset to what the replicas of a worker get, each its own.
+"""The dealing of a dataset's batches to the replicas of a worker.
 
 Rules
-    * With one replica a batch passes as it is; with several, each leaf of it becomes a `PerReplica`.
+    * With one replica a batch passes unchanged; with several, each leaf of it becomes a `PerReplica`.
     * A leaf is a tensor or array, or a *column*: a list of plain values, such as texts. Anything else is a structure.
-    * A batch is either *global*, and divided among the replicas, or one replica's, and dealt out with those that
-      follow it. Examples that do not go round are left out: of a global batch that is smaller than the number of
-      replicas all, of a last group that is short the whole group. An empty batch would make a mean loss NaN.
+    * A batch is either *global*, and divided among the replicas, or for one replica, and dealt out with the batches
+      that follow it. Left out are a global batch with fewer rows than replicas, and an incomplete last group of
+      batches: an empty batch would make a mean loss NaN.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from paramserver.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Destination = torch.device | None
-"""Where a replica's tensors are brought; None leaves them where they are."""
+"""The device for a replica's tensors; None leaves them where they are."""
 
 
 def places(strategy: Worker, prefetch: bool) -> tuple[Destination, ...]:
-    """Where a strategy's replicas compute; None where nothing has to be brought."""
+    """Return the device of each replica; None for a replica whose batches need not be moved."""
     devices = [Device.parse(name).torch_device for name in strategy.worker_devices]
     return tuple(device if prefetch and device.type != "cpu" else None for device in devices)
 
 
 def dealing_to(places: Sequence[Destination], *, is_global: bool) -> Dealing:
-    """How batches are dealt to replicas at these places."""
+    """Return the way to deal batches to replicas at these places."""
     if len(places) == 1:
         return Whole(places)
     return Divided(places) if is_global else Grouped(places)
 
 
 class Dealing(abc.ABC):
-    """Makes what the replicas get.
+    """Converts batches into the replicas' data.
 
     Args:
-        places: One for each replica.
+        places: The place of each replica.
     """
 
     def __init__(self, places: Sequence[Destination]) -> None:
@@ -57,15 +57,15 @@ class Dealing(abc.ABC):
 
     @abc.abstractmethod
     def deal(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """What the replicas get of these batches, in order. Takes a batch when it is asked for what needs it."""
+        """Yield the replicas' data from these batches, in order. Draws each batch only when it is needed."""
 
     def length(self, batches: int) -> int:
-        """How often something is dealt, at most."""
+        """Return the largest number of elements that these batches can give."""
         return batches
 
 
 class Whole(Dealing):
-    """To one replica: every batch as it is."""
+    """Deals every batch unchanged to a single replica."""
 
     def deal(self, batches: Iterator[Any]) -> Iterator[Any]:
         (place,) = self._places
@@ -73,7 +73,7 @@ class Whole(Dealing):
 
 
 class Divided(Dealing):
-    """To several, of each batch a part: parts differ by one row at most, and the first replicas have more."""
+    """Divides each batch among several replicas: parts differ by one row at most, and the first ones are larger."""
 
     _has_dropped = False
 
@@ -85,7 +85,7 @@ class Divided(Dealing):
             elif not self._has_dropped:
                 self._has_dropped = True
                 logger.warning(
-                    "a batch of %d rows is left out, as all are that have fewer than the %d replicas",
+                    "a batch of %d rows is left out, like every batch with fewer rows than the %d replicas",
                     rows,
                     len(self._places),
                 )
@@ -100,7 +100,7 @@ class Divided(Dealing):
 
 
 class Grouped(Dealing):
-    """To several, as many batches at a time as there are replicas."""
+    """Deals as many batches at a time as there are replicas."""
 
     _has_dropped = False
 
@@ -111,7 +111,7 @@ class Grouped(Dealing):
         if group and not self._has_dropped:
             self._has_dropped = True
             logger.warning(
-                "the last %d batches are left out, as all groups are that have fewer than the %d replicas",
+                "the last %d batches are left out, like every group of fewer batches than the %d replicas",
                 len(group),
                 len(self._places),
             )
@@ -121,14 +121,14 @@ class Grouped(Dealing):
 
 
 def brought(batch: Any, place: Destination) -> Any:
-    """A batch whose tensors are at a place; from pinned memory they are copied without waiting."""
+    """Move a batch's tensors to a place; from pinned memory, without waiting for the copy."""
     if place is None:
         return batch
     return map_leaves(lambda leaf: leaf.to(place, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
 
 def is_column(part: object) -> bool:
-    """Whether a list holds one plain value for each row, or a tuple one text, as torch collates texts.
+    """Return whether a list holds one plain value for each row, or a tuple one text, as torch collates texts.
 
     >>> is_column(["a", "b"]), is_column([1.5, 2.5]), is_column([torch.zeros(2)]), is_column((1.5, 2))
     (True, True, False, False)
@@ -139,10 +139,10 @@ def is_column(part: object) -> bool:
 
 
 def count_rows(batch: Any, replicas: int) -> int:
-    """The rows of a batch that is to be divided.
+    """Return the number of rows of a batch that is to be divided.
 
     Raises:
-        ConfigError: If a leaf has no leading dimension, or two have different ones.
+        ConfigError: If a leaf has no leading dimension, or the leading dimensions differ.
     """
     found: set[int] = set()
     map_leaves(lambda leaf: found.update(_rows(leaf, replicas)), batch, is_leaf=is_column)

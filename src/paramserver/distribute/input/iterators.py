@@ -1,4 +1,4 @@
-"""Iterators that are asked for one element after the other, and can be made to begin anew."""
+"""Iterators that give one element at a time, and can start again from the beginning."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ElementSpec:
-    """What a leaf of an element is.
+    """The description of a leaf of an element.
 
     Attributes:
-        shape: Of a tensor or array; ``(rows,)`` of a list of plain values, ``()`` of anything else.
-        dtype: Of a tensor or array; the type of anything else.
+        shape: The shape of a tensor or array; ``(rows,)`` for a list of plain values, ``()`` for anything else.
+        dtype: The dtype of a tensor or array; the type of anything else.
     """
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class ElementSpec:
 
 
 class DistributedIterator(Generic[T]):
-    """Gives the replicas of this worker one element at a time. Not thread-safe.
+    """An iterator that gives the replicas of this worker one element at a time. Not thread-safe.
 
     >>> import paramserver as ps
     >>> strategy = ps.CentralStorageStrategy(["cpu:0", "cpu:1"])
@@ -47,7 +47,7 @@ class DistributedIterator(Generic[T]):
     (10, 11)
 
     Args:
-        elements: What it gives. A dataset is begun when its first element is asked for; an iterator cannot begin anew.
+        elements: The elements. A dataset begins when its first element is asked for; an iterator cannot start again.
     """
 
     def __init__(self, elements: Iterable[T]) -> None:
@@ -56,12 +56,12 @@ class DistributedIterator(Generic[T]):
         self._spec: Any = None
 
     def initialize(self) -> None:
-        """Begin anew with the next element. Does nothing if a callable makes the elements."""
+        """Start again from the beginning with the next element. Does nothing if a callable makes the elements."""
         if not isinstance(self._elements, Iterator):
             self._current = None
 
     def get_next(self) -> T:
-        """The next element. Blocks as the dataset does.
+        """Return the next element. Blocks as the dataset does.
 
         Raises:
             StopIteration: At the end, and from then on until `initialize`.
@@ -70,15 +70,15 @@ class DistributedIterator(Generic[T]):
         return next(self._running())
 
     def get_next_as_optional(self) -> T | None:
-        """The next element, or None at the end."""
+        """Return the next element, or None at the end."""
         return next(self._running(), None)
 
     @property
     def element_spec(self) -> Any:
         """The structure of the elements, with an `ElementSpec` for each leaf, by replica if there are several.
 
-        It is that of the element that comes next when this is first asked for, which may block. Sizes of later ones
-        may differ.
+        The description is of the next element at the time of the first call, which may block. Later elements may have
+        other sizes.
 
         Raises:
             ValueError: If no element is left.
@@ -86,7 +86,7 @@ class DistributedIterator(Generic[T]):
         if self._spec is None:
             upcoming = self.get_next_as_optional()
             if upcoming is None:
-                raise ValueError("element_spec: no element is left to tell it by; initialize() begins anew")
+                raise ValueError("element_spec: no element is left to describe; call initialize() to start again")
             self._current = itertools.chain([upcoming], self._running())
             self._spec = map_leaves(_spec, upcoming, is_leaf=is_column)
         return self._spec
@@ -109,26 +109,26 @@ class DistributedIterator(Generic[T]):
 
 
 def make_dataset_iterator(strategy: Worker, dataset: Iterable[Any]) -> DistributedIterator[Any]:
-    """An iterator over a dataset of global batches, each divided among the replicas; see `distribute_dataset`."""
+    """Return an iterator over a dataset whose global batches are divided among replicas; see `distribute_dataset`."""
     return DistributedIterator(distribute_dataset(strategy, dataset, None))
 
 
 def make_input_fn_iterator(
     strategy: Worker, input_fn: Callable[[InputContext], Any], replication_mode: str
 ) -> DistributedIterator[Any]:
-    """An iterator over what a function gives, one element for each replica in turn.
+    """Return an iterator over a function's elements, one for each replica in turn.
 
-    A last group of elements that is short of the number of replicas is dropped.
+    An incomplete last group of elements, with fewer than the number of replicas, is dropped.
 
     Args:
-        strategy: Whose replicas.
-        input_fn: Called once, here and in the strategy's scope, with what this worker is to read. Returns a
-            dataset of per-replica batches, or a callable that is called for each replica in each step, and raises
-            StopIteration at its end.
+        strategy: The strategy of the replicas.
+        input_fn: Called once, in this call and in the strategy's scope, with the part of the input that this worker is
+            to read. Returns a dataset of per-replica batches, or a callable. The callable is called for each replica in
+            each step, and raises StopIteration at its end.
         replication_mode: ``"PER_WORKER"``.
 
     Raises:
-        ValueError: For another mode, on a task that does not train, or if ``input_fn`` returns neither.
+        ValueError: For another mode, on a task that does not train, or if ``input_fn`` returns anything else.
         RuntimeError: Inside a replica, or inside the scope of another strategy.
     """
     if replication_mode != InputReplicationMode.PER_WORKER:

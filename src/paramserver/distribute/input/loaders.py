@@ -1,4 +1,4 @@
-"""DataLoaders that load a part of what another one loads, in an order that can be repeated."""
+"""DataLoaders that load a part of another loader's data, in an order that can be repeated."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from paramserver.distribute.input.share import Seed, Share
 
 
 class PlacedSampler(Sampler[Any]):
-    """The indices that a loader loads, by batches if it makes batches: those of a share, in an epoch, from a position.
+    """The indices of a loader, or batches of indices: those of a share, in an epoch, from a position on.
 
-    Where the loader's batches are made of a sampler's indices in turn, every worker takes every n-th index and makes
-    batches of those; where the program samples whole batches, every worker takes every n-th batch.
+    If the loader makes its batches from a sampler's indices in turn, every worker takes every n-th index and makes
+    batches of those; if the program samples whole batches, every worker takes every n-th batch.
 
     Args:
-        loader: Whose indices.
-        share: Which of them.
-        seed: What samplers that are random draw from; None leaves them as they are.
+        loader: The loader of the indices.
+        share: The share of its indices or batches.
+        seed: The seed of random samplers; None leaves them unchanged.
     """
 
     def __init__(self, loader: DataLoader[Any], share: Share, seed: Seed | None) -> None:
@@ -35,7 +35,7 @@ class PlacedSampler(Sampler[Any]):
         self._epoch = self._skip = 0
 
     def place(self, epoch: int, skip: int) -> None:
-        """Where iterations that begin from now on are: in which epoch, and how many batches behind its start."""
+        """Set the epoch of later iterations, and the number of batches that they skip at its start."""
         self._epoch, self._skip = epoch, skip
 
     def __iter__(self) -> Iterator[Any]:
@@ -50,7 +50,7 @@ class PlacedSampler(Sampler[Any]):
 
     @property
     def is_seeded(self) -> bool:
-        """Whether it draws an order of ours, which is the same in the same epoch."""
+        """Whether the order comes from the seed, and is therefore the same whenever an epoch is repeated."""
         return self._seed is not None
 
     def _batches(self, indices: Iterable[int]) -> BatchSampler:
@@ -59,7 +59,7 @@ class PlacedSampler(Sampler[Any]):
 
 
 def rebuilt(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
-    """A loader like another one, with its own sampler: of batches where the other makes batches, else of items."""
+    """Return a loader like another one, with a sampler: of batches if the other makes batches, otherwise of items."""
     batching: dict[str, Any] = (
         {"batch_size": None, "sampler": sampler} if loader.batch_sampler is None else {"batch_sampler": sampler}
     )
@@ -81,7 +81,7 @@ def rebuilt(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
 
 
 def shuffles(loader: DataLoader[Any]) -> bool:
-    """Whether a loader's order is random.
+    """Return whether a loader's order is random.
 
     >>> shuffles(DataLoader(range(3))), shuffles(DataLoader(range(3), shuffle=True))
     (False, True)
@@ -90,7 +90,7 @@ def shuffles(loader: DataLoader[Any]) -> bool:
 
 
 def can_seed(loader: DataLoader[Any]) -> bool:
-    """Whether a `PlacedSampler` finds in it what draws."""
+    """Return whether a `PlacedSampler` can seed the loader's random sampler."""
     return type(loader) is DataLoader and _is_random(_drawn(loader))
 
 
@@ -104,11 +104,11 @@ def _index_sampler(loader: DataLoader[Any]) -> Iterable[Any]:
 
 
 def _is_random(sampler: object) -> bool:
-    return hasattr(sampler, "generator")  # torch's word, in all samplers of its own that draw
+    return hasattr(sampler, "generator")  # all of torch's own random samplers have this attribute
 
 
 def _seeded(sampler: Iterable[Any], seed: Seed, epoch: int) -> Iterable[Any]:
     mixed = np.random.SeedSequence((seed.value, epoch, seed.stream)).generate_state(1, np.uint64)
     twin = copy.copy(sampler)
-    twin.generator = torch.Generator().manual_seed(int(mixed[0]))  # type: ignore[attr-defined]  # it has one
+    twin.generator = torch.Generator().manual_seed(int(mixed[0]))  # type: ignore[attr-defined]  # see `_is_random`
     return twin

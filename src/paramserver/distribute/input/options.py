@@ -1,4 +1,4 @@
-"""How a dataset is distributed."""
+"""The options for the distribution of a dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHARDINGS = ("none", "static")
 
 
 class InputReplicationMode(enum.StrEnum):
-    """Who has an input pipeline: a worker, whose replicas share it, or each replica, which is refused."""
+    """The owner of an input pipeline: a worker, whose replicas share it, or each replica, which is refused."""
 
     PER_WORKER = "PER_WORKER"
     PER_REPLICA = "PER_REPLICA"
@@ -25,19 +25,19 @@ class InputOptions:
     'PER_WORKER'
 
     Attributes:
-        prefetch: Whether batches are brought to the devices that compute, without waiting for the copy where memory
-            is pinned; False leaves them as the dataset gives them. On CPU devices nothing is brought anywhere.
-        sharding: ``"none"``, every worker reads the whole dataset, or ``"static"``, worker i of n reads every
-            n-th part of it from the i-th on. Of a torch ``DataLoader`` over a map-style dataset parts are examples; of
-            all else they are batches, and all workers must see these in the same order.
-        seed: Makes a ``DataLoader`` that shuffles do so by this number and the epoch, so that a worker which starts
-            again finds the same order. Without sharding, each worker has an order of its own nevertheless. None leaves
-            the order to torch; with static sharding, where all workers must shuffle alike, None means 0.
+        prefetch: Whether batches are moved to the compute devices, without waiting for the copy if their memory is
+            pinned; False leaves them where the dataset makes them. On CPU devices nothing is moved.
+        sharding: ``"none"``: every worker reads the whole dataset; ``"static"``: worker i of n reads every n-th part
+            of it, starting with the i-th. For a torch ``DataLoader`` over a map-style dataset, parts are examples;
+            otherwise parts are batches, and all workers must see them in the same order.
+        seed: Determines, with the epoch, the order of a ``DataLoader`` that shuffles, so that a restarted worker
+            repeats its order. Without sharding, each worker still has an order of its own. None leaves the order to
+            torch; with static sharding, where all workers must shuffle alike, None means 0.
         replication_mode: A mode or its name; only ``PER_WORKER`` is supported.
         place_on_device: Whether the pipeline itself runs on devices; needs ``PER_REPLICA``.
 
     Raises:
-        ConfigError: If a field is none of what it may be, or two contradict each other.
+        ConfigError: If a field has an invalid value, or two fields contradict each other.
     """
 
     prefetch: bool = True

@@ -1,4 +1,4 @@
-"""Which share of a dataset a worker reads, and what its order is drawn from."""
+"""The share of a dataset that a worker reads, and the seed of its order."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Share:
-    """Every ``count``-th of something, from the ``index``-th on."""
+    """Every ``count``-th element of a dataset, starting with the ``index``-th."""
 
     index: int = 0
     count: int = 1
 
     def start(self, skip: int) -> int:
-        """Where the share goes on after its first ``skip``.
+        """Return the index at which the share continues after its first ``skip`` elements.
 
         >>> Share(1, 3).start(0), Share(1, 3).start(2)
         (1, 7)
@@ -21,7 +21,7 @@ class Share:
         return self.index + skip * self.count
 
     def length(self, total: int) -> int:
-        """How many of ``total`` there are in it.
+        """Return how many of ``total`` elements belong to the share.
 
         >>> Share(0, 2).length(5), Share(1, 2).length(5)
         (3, 2)
@@ -34,7 +34,7 @@ WHOLE = Share()
 
 @dataclass(frozen=True)
 class Seed:
-    """What an order is drawn from, beside the epoch. Workers of the same ``stream`` draw the same."""
+    """The seed of an order, used together with the epoch. Workers with the same ``stream`` draw the same order."""
 
     value: int
     stream: int = 0

@@ -1,11 +1,11 @@
-"""Datasets of any kind, gone through once an epoch: this worker's share of them, from a position on.
+"""Datasets of any kind, read once an epoch: this worker's share of them, from a position on.
 
 Rules
-    * A source takes every ``count``-th of the batches that its dataset gives, from the ``index``-th on: a *share*.
-    * A position is how many batches of the share were taken. What comes before it is skipped without loading it where
-      the dataset can be indexed, else it is drawn and dropped.
-    * The dataset belongs to the caller, and is not changed; one with a state of its own is asked to load it, and told
-      the epoch if it has a word for that.
+    * A source takes every ``count``-th batch of its dataset, starting with the ``index``-th: a *share*.
+    * A position is the number of batches of the share that were taken. Earlier batches are skipped without loading if
+      the dataset can be indexed; otherwise they are drawn and dropped.
+    * The dataset belongs to the caller and is not changed, except that a dataset with a state of its own is asked to
+      load it, and is told the epoch if it has ``set_epoch``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Stateful(Protocol):
     """A dataset that saves its own position, as torchdata's StatefulDataLoader and Hugging Face's streams do."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
+        """Return the dataset's position."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there with the next iteration."""
+        """Continue at this position with the next iteration."""
 
 
 class Source(abc.ABC):
@@ -38,30 +38,30 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, epoch: int, skip: int) -> Iterator[Any]:
-        """Its batches in an epoch, without the first ``skip``. Blocks as the dataset does."""
+        """Return the share's batches in an epoch, without the first ``skip``. Blocks as the dataset does."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Its batches in an epoch.
+        """Number of the share's batches in an epoch.
 
         Raises:
-            TypeError: If the dataset does not know it.
+            TypeError: If the dataset does not know its length.
         """
 
     @property
     def repeats(self) -> bool:
-        """Whether an epoch that is gone through again has the same order, as far as one can tell."""
+        """Whether an epoch that is repeated has the same order, as far as one can tell."""
         return True
 
     def state(self) -> dict[str, Any] | None:
-        """What the dataset itself says of where it is; None if it says nothing."""
+        """Return the dataset's own state of its position; None if it has none."""
         return None
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Let the dataset itself find the place where the next iteration goes on.
+        """Have the dataset itself find the position of the next iteration.
 
         Raises:
-            ConfigError: If it cannot.
+            ConfigError: If it has no state of its own.
         """
         raise ConfigError(
             "load_state_dict: the state was saved for a dataset with a state of its own, and this one has none; "
@@ -70,10 +70,10 @@ class Source(abc.ABC):
 
 
 def source_of(dataset: Any, share: Share = WHOLE, seed: Seed | None = None) -> Source:
-    """What reads a dataset: a DataLoader, a Dataset or any other iterable of batches.
+    """Return the source for a dataset: a DataLoader, a Dataset or any other iterable of batches.
 
     Raises:
-        ConfigError: If it is none of these, or shuffles in a way that cannot be sharded.
+        ConfigError: If the dataset has another type, or shuffles in a way that cannot be sharded.
     """
     if isinstance(dataset, DataLoader):
         _check_order(dataset, share)
@@ -90,7 +90,7 @@ def source_of(dataset: Any, share: Share = WHOLE, seed: Seed | None = None) -> S
 
 
 def is_dataset(value: object) -> bool:
-    """Whether it can be read; a dict or a text is taken for a mistake.
+    """Return whether a value can be read as a dataset; a dict or a text is regarded as a mistake.
 
     >>> is_dataset([1]), is_dataset("train.csv"), is_dataset(3)
     (True, False, False)
@@ -99,17 +99,17 @@ def is_dataset(value: object) -> bool:
 
 
 def is_indexed(value: object) -> bool:
-    """Whether it is map-style: has a length, and an item for each index."""
+    """Return whether a value is map-style: has a length, and an item for each index."""
     return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, Mapping)
 
 
 def has_examples(dataset: object) -> bool:
-    """Whether its items are examples and not batches: those of a map-style Dataset are, as far as one can tell."""
+    """Return whether a dataset's items are examples and not batches: so with map-style Datasets, by assumption."""
     return is_indexed(dataset) and not isinstance(dataset, Sequence)
 
 
 class IterableSource(Source):
-    """Reads whatever can be iterated over."""
+    """A source for any iterable."""
 
     def __init__(self, dataset: Any, share: Share) -> None:
         self._dataset = dataset
@@ -129,19 +129,20 @@ class IterableSource(Source):
 
 
 class IndexedSource(IterableSource):
-    """Reads a map-style dataset, whose items are the batches."""
+    """A source for a map-style dataset whose items are the batches."""
 
     def begin(self, epoch: int, skip: int) -> Iterator[Any]:
         start, step = self._share.start(skip), self._share.count
         if (start, step) == (0, 1) and isinstance(self._dataset, Iterable):
-            return iter(self._dataset)  # may know a faster way than index by index
+            return iter(self._dataset)  # may be faster than index by index
         return (self._dataset[index] for index in range(start, len(self._dataset), step))
 
 
 class StatefulSource(IterableSource):
-    """Reads a dataset that finds its own place again.
+    """A source for a dataset that finds its own position again.
 
-    One with ``set_epoch`` is told the epoch: Hugging Face's streams go back to a state in every iteration of its epoch.
+    A dataset with ``set_epoch`` is told the epoch: Hugging Face's streams return to a loaded state in every iteration
+    of the state's epoch.
     """
 
     def __init__(self, dataset: Any, share: Share) -> None:
@@ -153,7 +154,7 @@ class StatefulSource(IterableSource):
             self._dataset.set_epoch(epoch)
         if not self._is_restored:
             return super().begin(epoch, skip)
-        self._is_restored = False  # it stands behind the last batch that was taken, so one round of others comes first
+        self._is_restored = False  # the position is after the last batch taken: first skip those of the other workers
         return itertools.islice(iter(self._dataset), self._share.count - 1, None, self._share.count)
 
     @property
@@ -169,10 +170,10 @@ class StatefulSource(IterableSource):
 
 
 class LoaderSource(Source):
-    """Reads a torch DataLoader over a map-style dataset.
+    """A source for a torch DataLoader over a map-style dataset.
 
-    As long as it is read from the start, whole and in torch's own order, the loader itself is iterated over; else one
-    like it, whose sampler leaves out what is not wanted before it is loaded.
+    The loader itself is iterated over while it is read from the start, whole and in torch's own order. Otherwise a
+    loader like it is used, whose sampler skips unwanted items before they are loaded.
     """
 
     def __init__(self, loader: DataLoader[Any], share: Share, seed: Seed | None) -> None:
@@ -185,7 +186,7 @@ class LoaderSource(Source):
         if self._is_as_given and not skip:
             return iter(self._loader)
         if self._placed is None:
-            self._placed = rebuilt(self._loader, self._sampler)  # kept, as its worker processes may be persistent
+            self._placed = rebuilt(self._loader, self._sampler)  # kept, because its worker processes may be persistent
         self._sampler.place(epoch, skip)
         return iter(self._placed)
 

@@ -1,4 +1,4 @@
-"""A value for each replica, by a function."""
+"""Values of a function, one for each replica."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def distribute_values_from_function(strategy: Worker, fn: Callable[[ValueContext], T]) -> PerReplica[T]:
-    """A value for each replica, also if there is one replica or all values are equal.
+    """Call a function for each replica; return a `PerReplica`, even for one replica or if all values are equal.
 
     Args:
-        strategy: Whose replicas.
+        strategy: The strategy of the replicas.
         fn: Called for one replica after the other, in order.
 
     Raises:

@@ -1,11 +1,11 @@
-"""What replicas combine among themselves, with gradients.
+"""Differentiable operations that combine tensors of all replicas.
 
 Rules
-    * A call is one merge of all replicas, however many tensors there are, and so is its backward: all replicas make the
-      same calls in the same order, and all of them run backward, or none does.
-    * Every replica gets memory of its own, on the device of the value that it gave.
-    * Backward runs inside the function that `Strategy.run` runs. Autograd does the work of a GPU on a thread of that
-      GPU's own, which waits in the merge: replicas that combine gradients need a GPU each.
+    * A call is one merge of all replicas, for any number of tensors, and so is its backward: all replicas make the same
+      calls in the same order, and all of them run backward, or none does.
+    * Every replica gets memory of its own, on the device of its value.
+    * Backward runs inside the function that `Strategy.run` runs. Autograd runs a GPU's work on a thread of that GPU,
+      which waits in the merge: replicas that combine gradients need a GPU each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from paramserver.distribute.reduce.reduction import TO_ONE_DEVICE, ReduceOp
 
 
 def all_reduce(replica: Replica, op: str | ReduceOp, nest: Any) -> Any:
-    """Combine what all replicas give, leaf by leaf; every replica gets the result. See `ReplicaContext.all_reduce`."""
+    """Combine the values of all replicas, leaf by leaf, for each of them. See `ReplicaContext.all_reduce`."""
     parsed = ReduceOp.parse(op)
     if replica.num_replicas_in_sync == 1:
         return nest
@@ -38,7 +38,7 @@ def all_reduce(replica: Replica, op: str | ReduceOp, nest: Any) -> Any:
 
 
 def all_gather(replica: Replica, nest: Any, axis: int) -> Any:
-    """Concatenate what all replicas give, leaf by leaf; every replica gets it. See `ReplicaContext.all_gather`."""
+    """Concatenate the values of all replicas, leaf by leaf, for each of them. See `ReplicaContext.all_gather`."""
     tensors = map_leaves(as_tensor, nest)
     for tensor in leaves(tensors):
         check_gatherable(tensor, axis)
@@ -50,7 +50,7 @@ def all_gather(replica: Replica, nest: Any, axis: int) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Given:
-    """What one replica brings into a merge: no nest, so that an object that all replicas give counts for each."""
+    """One replica's contribution to a merge. Not a nest, so that an object that all replicas pass counts for each."""
 
     nest: Any
     how: ReduceOp | int
@@ -58,14 +58,14 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Gathered:
-    """All parts, one after the other, and where the replica's own part starts."""
+    """The concatenation of all parts, and the start of the replica's own part in it."""
 
     value: torch.Tensor
     start: int
 
 
 class _AllReduce(torch.autograd.Function):
-    """A sum of all replicas, used by all: its gradient is the sum of their gradients; a mean, likewise."""
+    """A sum or mean of all replicas, used by all: its gradient is the sum or mean of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, replica: Replica, op: ReduceOp, nest: Any, *_: torch.Tensor) -> tuple[Any, ...]:
@@ -79,7 +79,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 class _AllGather(torch.autograd.Function):
-    """All parts, used by all replicas: the gradient of a part is its slice of the sum of their gradients."""
+    """The concatenation of all parts, used by all: a part's gradient is its slice of the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, replica: Replica, axis: int, nest: Any, *tensors: torch.Tensor) -> tuple[Any, ...]:
@@ -122,7 +122,7 @@ def _gathered(axis: int, *tensors: torch.Tensor) -> Any:
 
 
 def _agreed(given: Any, call: str) -> tuple[list[Any], Any]:
-    """What each replica gives, and how it is to be combined."""
+    """Return the nest of each replica, and the op or axis that all replicas agree on."""
     each: tuple[_Given, ...] = local_results(given)
     ways = {one.how for one in each}
     if len(ways) > 1:
@@ -135,15 +135,15 @@ def _agreed(given: Any, call: str) -> tuple[list[Any], Any]:
 
 @contextlib.contextmanager
 def _inside(replica: Replica) -> Iterator[None]:
-    """In a backward: the context of the replica that made the forward, also on a thread of autograd's own."""
+    """Enter, for a backward, the context of the replica that made the forward, also on a thread of autograd."""
     frame = context.current()
     if frame is None and not replica.is_done:
         with context.entered(Frame(replica.strategy, replica)):
             yield
     elif frame is None or frame.replica is not replica:
         raise RuntimeError(
-            f"backward through all_reduce or all_gather of {replica!r}: it combines the gradients of all replicas, and "
-            "they have ended, or this is another; call backward() inside the function that run() runs"
+            f"backward through all_reduce or all_gather of {replica!r}: it combines the gradients of all replicas, but "
+            "they have ended, or this thread is in another replica; call backward() inside the function that run() runs"
         )
     else:
         yield

@@ -1,10 +1,10 @@
-"""The arithmetic of reductions: tensors into one tensor.
+"""The arithmetic of reductions: several tensors become one.
 
 Rules
-    * Numbers count as tensors, truth values as 0 and 1.
-    * Sparse tensors (``sparse_coo``) stay sparse: their indices and values are concatenated, and an index that is there
-      twice means the sum of both.
-    * Nothing is broadcast: values that are combined have one shape.
+    * Numbers are treated as tensors, truth values as 0 and 1.
+    * Sparse tensors (``sparse_coo``) stay sparse: their indices and values are concatenated, and an index that occurs
+      twice means the sum of both values.
+    * Nothing is broadcast: the values to combine have one shape.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ NUMBERS = (bool, int, float, complex, np.generic, np.ndarray)
 
 
 def as_tensor(value: Any) -> torch.Tensor:
-    """A replica's value as a tensor.
+    """Return a replica's value as a tensor.
 
     Raises:
-        TypeError: If it is neither a tensor nor a number.
+        TypeError: If the value is neither a tensor nor a number.
     """
     if isinstance(value, torch.Tensor):
         return value
@@ -34,13 +34,13 @@ def as_tensor(value: Any) -> torch.Tensor:
 
 
 def add_all(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors ``[...]`` on one device; of sparse ones by concatenation, without merging duplicates.
+    """Return the sum of tensors ``[...]`` on one device; sparse ones are concatenated, without merging duplicates.
 
     >>> add_all([torch.ones(2), torch.ones(2)])
     tensor([2., 2.])
 
     Raises:
-        ValueError: If their shapes differ, or some are sparse and some are not.
+        ValueError: If the shapes differ, or some tensors are sparse and some are not.
     """
     first = tensors[0]
     if any(tensor.shape != first.shape for tensor in tensors):
@@ -52,18 +52,18 @@ def add_all(tensors: list[torch.Tensor]) -> torch.Tensor:
         raise ValueError("reduce: some replicas have a sparse value and some a dense one; expected one kind")
     if first.layout is torch.sparse_coo:
         return _concatenated_sparse(tensors)
-    # True + True is True to torch, where 2 is meant.
+    # In torch True + True is True, but here it must be 2.
     return functools.reduce(torch.add, tensors[1:], first.long() if first.dtype is torch.bool else first)
 
 
 def sum_inside(tensor: torch.Tensor, axes: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-    """The sum over axes of a dense tensor, and how many of its values are in each sum.
+    """Return the sum of a dense tensor over axes, and the number of its values in each sum.
 
     >>> sum_inside(torch.ones(2, 3), (0,))
     (tensor([2., 2., 2.]), 2)
 
     Raises:
-        ValueError: If an axis is out of range, or there twice.
+        ValueError: If an axis is out of range, or occurs twice.
         NotImplementedError: For a sparse tensor.
     """
     if tensor.layout is not torch.strided:
@@ -73,10 +73,10 @@ def sum_inside(tensor: torch.Tensor, axes: tuple[int, ...]) -> tuple[torch.Tenso
 
 
 def concatenate(tensors: Sequence[torch.Tensor], axis: int, device: torch.device) -> torch.Tensor:
-    """Dense tensors one after the other on one device.
+    """Concatenate dense tensors on one device.
 
     Raises:
-        ValueError: If their shapes differ in other axes, and as `check_gatherable`.
+        ValueError: If their shapes differ along other axes, and as `check_gatherable`.
         NotImplementedError: As `check_gatherable`.
         TypeError: As `check_gatherable`.
     """
@@ -92,9 +92,9 @@ def check_gatherable(tensor: torch.Tensor, axis: int) -> None:
     """Check that a tensor can be concatenated with others.
 
     Raises:
-        NotImplementedError: If it is sparse.
-        ValueError: If it has no axes, or the axis is out of range.
-        TypeError: If the axis is no int.
+        NotImplementedError: If the tensor is sparse.
+        ValueError: If the tensor has no axes, or the axis is out of range.
+        TypeError: If the axis is not an int.
     """
     if tensor.layout is not torch.strided:
         raise NotImplementedError("gather: sparse tensors are not supported; gather their indices and values instead")
@@ -106,10 +106,10 @@ def check_gatherable(tensor: torch.Tensor, axis: int) -> None:
 
 
 def as_axes(axis: int | Sequence[int] | None) -> tuple[int, ...]:
-    """What a program gives as axes, as a tuple; empty for None.
+    """Return a program's axes as a tuple; empty for None.
 
     Raises:
-        TypeError: If it is neither an int nor a list or tuple of ints.
+        TypeError: If the value is neither an int nor a list or tuple of ints.
     """
     axes = () if axis is None else tuple(axis) if isinstance(axis, (list, tuple)) else (axis,)
     if not all(map(_is_axis, axes)):
@@ -122,7 +122,7 @@ def _is_axis(axis: object) -> bool:
 
 
 def _in_rank(tensor: torch.Tensor, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes counted from the start."""
+    """Return the axes counted from the start."""
     rank = tensor.ndim
     for axis in axes:
         if not -rank <= axis < rank:
@@ -138,7 +138,7 @@ def _concatenated_sparse(tensors: list[torch.Tensor]) -> torch.Tensor:
         torch.cat([tensor._indices() for tensor in tensors], dim=1),
         torch.cat([tensor._values() for tensor in tensors]),
         tensors[0].shape,
-        check_invariants=False,  # each of them was checked, or not, when it was made
+        check_invariants=False,  # the program chose whether to check each tensor when it was made
     )
 
 

@@ -1,8 +1,8 @@
-"""Where the result of a reduction is to be: devices by any of the ways in which programs name them.
+"""The destinations of a reduction: devices, in all the ways in which programs name them.
 
 Rules
-    * A device of a ps stands for the host: what is on its way to a ps is sent from there.
-    * No worker reduces to another one; chief and workers are one family.
+    * A device of a ps means this host: data for a ps is sent from there.
+    * No worker reduces to another worker; the chief counts as a worker.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from paramserver.distribute.core.values import Mirrored, local_results
 from paramserver.distribute.core.worker import Worker
 
 Destinations = Any
-"""A device or its name, or a variable, a tensor or a distributed value, which stand for the devices that they are on.
+"""A device or its name; or a variable, tensor or distributed value, which means the devices that it is on.
 
-None stands for torch's default device: the host, unless a program sets another.
+None means torch's default device: the host, unless a program sets another.
 """
 
 TorchDevices = tuple[torch.device, ...]
 
 
 def places(destinations: Destinations) -> TorchDevices:
-    """Destinations as torch's devices, seen from this task; a distributed value has one for each component.
+    """Return destinations as torch devices, as seen by this task; a distributed value has one for each component.
 
     >>> places("/job:ps/task:1")
     (device(type='cpu'),)
 
     Raises:
-        ValueError: If they are none, or empty.
-        AssertionError: If they are a list or a tuple.
+        ValueError: If the destinations are invalid or empty.
+        AssertionError: If the destinations are a list or a tuple.
     """
     if destinations is None:
         return (default_device(),)
@@ -41,10 +41,10 @@ def places(destinations: Destinations) -> TorchDevices:
 
 
 def places_for(strategy: Worker, destinations: Destinations, call: str) -> TorchDevices:
-    """`places`, for a call of a strategy that must not reach another worker.
+    """Return destinations as `places` does, and check that none of them is on another worker.
 
     Raises:
-        ValueError: As `places`, or if a destination is another worker's.
+        ValueError: As `places`, or if a destination is on another worker.
         AssertionError: As `places`.
     """
     if destinations is not None:
@@ -54,9 +54,9 @@ def places_for(strategy: Worker, destinations: Destinations, call: str) -> Torch
 
 
 def put(value: Any, places: TorchDevices) -> Any:
-    """A tensor at a single place, `Mirrored` at several; what is no tensor has no place and is returned as it is.
+    """Move a tensor to a single place, or to several as `Mirrored`; return any other value as it is.
 
-    A tensor that is in a place already is not copied.
+    A tensor that is at a place already is not copied.
 
     >>> put(torch.ones(1), (torch.device("cpu"), torch.device("cpu"))).values
     (tensor([1.]), tensor([1.]))
@@ -80,7 +80,7 @@ def _all(destinations: Destinations) -> tuple[Device, ...]:
 def _device(destination: Any) -> Device:
     if isinstance(destination, (str, torch.device, Device)):
         return Device.parse(destination)
-    if isinstance(destination, torch.Tensor) or hasattr(destination, "assign"):  # which is what a variable has
+    if isinstance(destination, torch.Tensor) or hasattr(destination, "assign"):  # a variable, not imported here
         return Device.parse(destination.device)
     raise ValueError(
         "destinations must be one of: the name of a device, a variable, a tensor, a distributed value of these; "

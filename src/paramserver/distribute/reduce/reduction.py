@@ -1,10 +1,10 @@
 """Many values into one: sums and means over replicas, concatenations, and one value on several devices.
 
 Rules
-    * The values of the replicas are moved to the first one's device and accumulated there, then the one result is moved
-      to its destination: gradients on a GPU are summed on the GPU and copied to the host once.
-    * What there is only one of is not reduced: it keeps its type, and may come back as the very same object.
-    * A mean of integers is a float, as with ``/``.
+    * The values of the replicas are moved to the first one's device and accumulated there; then the one result is moved
+      to its destination. Gradients on a GPU are thus summed on the GPU and copied to the host once.
+    * A single value is not reduced: it keeps its type, and may be returned as the same object.
+    * The mean of integers is a float, as with ``/``.
     * A nest is reduced leaf by leaf.
 """
 
@@ -33,21 +33,21 @@ logger = logging.getLogger(__name__)
 
 
 class ReduceOp(enum.Enum):
-    """How values are combined."""
+    """The way to combine values."""
 
     SUM = "SUM"
     MEAN = "MEAN"
 
     @classmethod
     def parse(cls, op: str | ReduceOp) -> ReduceOp:
-        """An op by name, in any case.
+        """Return an op by its name, in any case.
 
         >>> ReduceOp.parse("mean")
         <ReduceOp.MEAN: 'MEAN'>
 
         Raises:
             ValueError: If there is no such op.
-            TypeError: If it is no name.
+            TypeError: If ``op`` is neither a `ReduceOp` nor a text.
         """
         if isinstance(op, ReduceOp):
             return op
@@ -64,11 +64,11 @@ class ReductionToOneDevice:
     """Combines values by moving all of them to one device and accumulating them there. Thread-safe.
 
     Args:
-        reduce_to_device: That device; None for the one that the first value is on.
-        accumulation_fn: Makes one tensor of a list of tensors on that device; None for `combining.add_all`.
+        reduce_to_device: The device; None for that of the first value.
+        accumulation_fn: Combines a list of tensors on that device into one; None for `combining.add_all`.
 
     Raises:
-        ValueError: If ``reduce_to_device`` names no device.
+        ValueError: If ``reduce_to_device`` is not the name of a device.
 
     >>> ReductionToOneDevice().reduce("mean", PerReplica([1.0, 2.0]), "cpu:0")
     tensor(1.5000)
@@ -82,18 +82,18 @@ class ReductionToOneDevice:
             Device.parse(self.reduce_to_device)
 
     def reduce(self, op: str | ReduceOp, value: DistributedValues[Any], destinations: Destinations) -> Any:
-        """Combine the components of one value. Blocks where they have to be copied to the host.
+        """Combine the components of one value. Blocks if they have to be copied to the host.
 
         Args:
-            op: Sum, or the sum divided by the number of components.
-            value: Tensors ``[...]`` of one shape, or numbers. A single one is not accumulated, but moved.
-            destinations: Where the result is to be.
+            op: The sum, or the mean: the sum divided by the number of components.
+            value: Tensors ``[...]`` of one shape, or numbers. A single component is moved, but not accumulated.
+            destinations: The destinations of the result.
 
         Returns:
             A tensor ``[...]`` of that shape at a single destination, `Mirrored` at several.
 
         Raises:
-            ValueError: If the op is unknown, the destinations are none, or the shapes differ.
+            ValueError: If the op is unknown, the destinations are invalid, or the shapes differ.
             AssertionError: If the destinations are a list or a tuple.
             TypeError: If a component is neither a tensor nor a number.
         """
@@ -102,17 +102,17 @@ class ReductionToOneDevice:
     def batch_reduce(
         self, op: str | ReduceOp, pairs: Sequence[tuple[DistributedValues[Any], Destinations]]
     ) -> list[Any]:
-        """`reduce` of several pairs of a value and its destinations, in their order."""
+        """Combine several values, each to its own destinations, in their order; see `reduce`."""
         return [self.reduce(op, value, destinations) for value, destinations in pairs]
 
     def combine(self, op: ReduceOp, values: Sequence[Any], at: TorchDevices) -> Any:
-        """`reduce`, of components, where the destinations are known as devices."""
+        """Combine components at destinations that are given as torch devices; see `reduce`."""
         if len(values) == 1:
             return put(values[0], at)
         return self.accumulate(op, list(map(as_tensor, values)), len(values), at)
 
     def accumulate(self, op: ReduceOp, tensors: list[torch.Tensor], count: int, at: TorchDevices) -> Any:
-        """One or more tensors into one, which for MEAN is divided by ``count``."""
+        """Combine one or more tensors into one; MEAN divides the sum by ``count``."""
         named = self.reduce_to_device
         device = tensors[0].device if named is None else Device.parse(named).torch_device
         logger.debug("reduce to %s, then broadcast to %s", device, ", ".join(map(str, at)))
@@ -126,22 +126,22 @@ TO_ONE_DEVICE = ReductionToOneDevice()
 def reduce(strategy: Worker, op: str | ReduceOp, value: Any, axis: int | Sequence[int] | None = None) -> Any:
     """Combine a value of all replicas into one, on torch's default device. Blocks while it is copied there.
 
-    With an axis, SUM adds up inside each replica as well, and MEAN divides the sum of all by the number of all:
-    replicas with batches of different sizes count by their sizes.
+    With an axis, SUM also adds up inside each replica, and MEAN divides the sum of all elements by their number, so
+    replicas with larger batches weigh more.
 
     Args:
-        strategy: Whose replicas.
+        strategy: The strategy of the replicas.
         op: ``"sum"`` or ``"mean"``, in any case, or a `ReduceOp`.
-        value: What `Strategy.run` returned, or a nest of that.
+        value: A result of `Strategy.run`, or a nest of such results.
         axis: Axes of dense tensors to combine inside each replica; None combines across replicas only.
 
     Returns:
-        A nest of tensors, without the axes. A value that is the same for all replicas is its own mean.
+        A nest of tensors, without the axes. The mean of a value that is the same for all replicas is that value.
 
     Raises:
-        ValueError: If the op is unknown, an axis is out of range or there twice, shapes differ, or a value that is the
-            same for all of several replicas is to be summed and is not 0.
-        TypeError: If ``op`` is no op, ``axis`` no axis, or a replica's value neither a tensor nor a number.
+        ValueError: If the op is unknown, an axis is out of range or occurs twice, shapes differ, or a nonzero value
+            that is the same for all of several replicas is to be summed.
+        TypeError: If ``op`` or ``axis`` has the wrong type, or a replica's value is neither a tensor nor a number.
         NotImplementedError: For an axis of a sparse tensor.
         RuntimeError: Inside a replica, or in the scope of another strategy.
 
@@ -157,23 +157,23 @@ def reduce(strategy: Worker, op: str | ReduceOp, value: Any, axis: int | Sequenc
 
 
 def reduce_to(strategy: Worker, op: str | ReduceOp, value: Any, destinations: Destinations) -> Any:
-    """Combine a value of all replicas into one at its destinations. Blocks where it is copied to the host.
+    """Combine a value of all replicas into one at its destinations. Blocks if it is copied to the host.
 
-    A ps task is a destination like others: the result is on the host, from where it is sent.
+    A ps task is a valid destination: the result is then on the host, from where it is sent.
 
     Args:
-        strategy: Whose replicas.
+        strategy: The strategy of the replicas.
         op: ``"sum"`` or ``"mean"``, in any case, or a `ReduceOp`.
-        value: What `Strategy.run` returned, or a nest of that.
-        destinations: A device's name, or a variable, tensor or distributed value whose devices are meant.
+        value: A result of `Strategy.run`, or a nest of such results.
+        destinations: The name of a device, or a variable, tensor or distributed value whose devices are meant.
 
     Returns:
-        A tensor at a single destination, `Mirrored` at several, where places on one device share one tensor; of a nest
-        a nest of these.
+        A tensor at a single destination, `Mirrored` at several, where places on one device share one tensor; for a
+        nest, a nest of these.
 
     Raises:
-        ValueError: As `reduce`, or if the destinations are none, or of another worker.
-        AssertionError: If they are a list or a tuple.
+        ValueError: As `reduce`, or if a destination is invalid or on another worker.
+        AssertionError: If the destinations are a list or a tuple.
         TypeError: As `reduce`.
         RuntimeError: As `reduce`.
     """
@@ -182,12 +182,12 @@ def reduce_to(strategy: Worker, op: str | ReduceOp, value: Any, destinations: De
 
 
 def batch_reduce_to(strategy: Worker, op: str | ReduceOp, pairs: Sequence[tuple[Any, Destinations]]) -> list[Any]:
-    """`reduce_to` of each pair of a value and its destinations, in their order.
+    """Combine several values, each to its own destinations, in their order; see `reduce_to`.
 
     All destinations are checked before anything is reduced.
 
     Raises:
-        ValueError: As `reduce_to`, or if a pair is none.
+        ValueError: As `reduce_to`, or if an element of ``pairs`` is not a pair.
         AssertionError: As `reduce_to`.
         TypeError: As `reduce_to`.
         RuntimeError: As `reduce_to`.
@@ -196,11 +196,11 @@ def batch_reduce_to(strategy: Worker, op: str | ReduceOp, pairs: Sequence[tuple[
 
 
 def broadcast_to(strategy: Worker, value: Any, destinations: Destinations) -> Any:
-    """A tensor on all destinations. Blocks where it is copied to the host.
+    """Copy a tensor to all destinations. Blocks if it is copied to the host.
 
     Args:
-        strategy: Whose devices.
-        value: A tensor; a number is returned as it is, since it has no device.
+        strategy: The strategy of the devices.
+        value: A tensor. A number is returned as it is, since it has no device.
         destinations: As for `reduce_to`; ``""`` for all compute devices of this worker.
 
     Returns:
@@ -208,7 +208,7 @@ def broadcast_to(strategy: Worker, value: Any, destinations: Destinations) -> An
 
     Raises:
         AssertionError: If the destinations are None, a list or a tuple.
-        ValueError: If they are something else, or of another worker.
+        ValueError: If a destination is otherwise invalid or on another worker.
         TypeError: If the value is neither a tensor nor a number.
         RuntimeError: Inside a replica, or in the scope of another strategy.
     """
@@ -228,9 +228,10 @@ def gather(strategy: Worker, value: Any, axis: int) -> Any:
     """Concatenate a value of all replicas, in the order of the replicas, on torch's default device.
 
     Args:
-        strategy: Whose replicas.
-        value: What `Strategy.run` returned, or a nest of that: dense tensors, which may differ in size along the axis.
-        axis: Along which, from the end if negative.
+        strategy: The strategy of the replicas.
+        value: A result of `Strategy.run`, or a nest of such results: dense tensors, which may differ in size along the
+            axis.
+        axis: The axis of the concatenation, counted from the end if negative.
 
     Returns:
         A nest of tensors. A value that is the same for all replicas comes back unchanged.
@@ -238,8 +239,8 @@ def gather(strategy: Worker, value: Any, axis: int) -> Any:
     Raises:
         NotImplementedError: For sparse tensors.
         ValueError: For a tensor without axes, an axis out of range, or shapes that differ in other axes.
-        TypeError: If the axis is no int, or a replica's value neither a tensor nor a number.
-        RuntimeError: Inside a replica, where `ReplicaContext.all_gather` does it, or in the scope of another strategy.
+        TypeError: If the axis is not an int, or a replica's value is neither a tensor nor a number.
+        RuntimeError: Inside a replica (use `ReplicaContext.all_gather` there), or in the scope of another strategy.
 
     >>> from paramserver import CentralStorageStrategy
     >>> strategy = CentralStorageStrategy(["cpu:0", "cpu:1"])
@@ -250,11 +251,11 @@ def gather(strategy: Worker, value: Any, axis: int) -> Any:
 
 
 def gather_to(strategy: Worker, value: Any, destinations: Destinations, axis: int) -> Any:
-    """`gather`, with the result at its destinations: a tensor at a single one, `Mirrored` at several.
+    """Concatenate as `gather` does, with the result at its destinations: a tensor at one, `Mirrored` at several.
 
     Raises:
         AssertionError: If the destinations are a list or a tuple.
-        ValueError: As `gather`, or if the destinations are none, or of another worker.
+        ValueError: As `gather`, or if a destination is invalid or on another worker.
         NotImplementedError: As `gather`.
         TypeError: As `gather`.
         RuntimeError: As `gather`.
@@ -273,12 +274,12 @@ def _reduced(strategy: Worker, op: ReduceOp, leaf: Any, axes: tuple[int, ...], a
 
 
 def _check_same_for_all(strategy: Worker, op: ReduceOp, value: Any) -> None:
-    """A value of no replica in particular has a mean, but no sum over several replicas, unless that is 0."""
+    """Refuse to sum a value that is the same for all of several replicas, unless it is 0; its mean is defined."""
     count = strategy.num_replicas_in_sync
     if op is ReduceOp.MEAN or count == 1 or (isinstance(value, NUMBERS) and not np.any(value)):
         return
     raise ValueError(
-        f"reduce: {value!r} is no PerReplica but the same for all {count} replicas, and cannot be reduced with the "
+        f"reduce: {value!r} is not a PerReplica but the same for all {count} replicas, and cannot be reduced with the "
         "given reduce op SUM; pass what run() returned for each replica, or use MEAN"
     )
 

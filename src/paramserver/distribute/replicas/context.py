@@ -1,4 +1,4 @@
-"""What a function that runs on a replica knows of it, and how it asks for something to be done for all replicas."""
+"""The context of a function that runs on a replica: its place among the replicas, and calls on behalf of all."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ReplicaContext:
 
     Args:
         strategy: The strategy.
-        replica_id_in_sync_group: Which of its replicas, from 0; an int, a tensor of one, or None if unknown.
+        replica_id_in_sync_group: The index of the replica, from 0; an int, a tensor of one, or None if unknown.
 
     Raises:
-        ValueError: If the id is none of these.
+        ValueError: If the id has another type.
 
     Attributes:
-        is_done: Whether the function that runs on it has ended.
+        is_done: Whether the function on this replica has ended.
     """
 
     is_done = False
@@ -43,12 +43,12 @@ class ReplicaContext:
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """The replicas of this worker."""
+        """The number of replicas of this worker."""
         return self.strategy.num_replicas_in_sync
 
     @property
     def index(self) -> int:
-        """Which of the worker's replicas this is; 0 where it is not known."""
+        """The index of this replica among those of the worker; 0 if it is unknown."""
         return int(self.replica_id_in_sync_group or 0)
 
     @property
@@ -61,35 +61,35 @@ class ReplicaContext:
     ) -> Any:
         """Call ``fn(strategy, *args, **kwargs)`` once for all replicas, in cross-replica context.
 
-        Blocks until every replica has come to its ``merge_call``. What differs between the replicas' arguments reaches
-        ``fn`` as `PerReplica`; of what it returns, each replica gets its own.
+        Blocks until every replica has reached its ``merge_call``. Where the replicas' arguments differ, ``fn`` receives
+        a `PerReplica`. Each replica receives its own component of the result.
 
         Raises:
-            RuntimeError: If this is not the replica that the thread is in, or the replicas call it a different
-                number of times.
+            RuntimeError: If this is not the replica of the present thread, or the replicas make different numbers of
+                merge calls.
         """
         self._check_current("merge_call")
         return self._merge(fn, tuple(args), dict(kwargs or {}))
 
     def all_reduce(self, op: str | ReduceOp, value: Any) -> Any:
-        """Combine what all replicas give, leaf by leaf; every replica gets the result.
+        """Combine the values of all replicas, leaf by leaf; every replica gets the result.
 
-        Blocks until every replica has come here, once for the whole nest. Differentiable: a gradient is combined over
-        the replicas as the values were, so backward blocks, too, and must run on all replicas or on none; backward is
-        called inside the function that `Strategy.run` runs, and replicas with GPUs need a GPU each for it. With one
-        replica it returns what it is given.
+        Blocks until every replica has reached the call, once for the whole nest. Differentiable: gradients are combined
+        over the replicas as the values were, so backward blocks, too, and must run on all replicas or on none. Call
+        backward inside the function that `Strategy.run` runs; for backward, replicas on GPUs need a GPU each. With one
+        replica, the value itself is returned.
 
         Args:
             op: ``"sum"`` or ``"mean"``, in any case, or a `ReduceOp`.
             value: A nest of tensors ``[...]``, dense or sparse, or numbers, which become tensors.
 
         Returns:
-            The same structure, of tensors ``[...]`` that are this replica's own, on the device of what it gave.
+            The same structure, of tensors ``[...]`` that belong to this replica, on the device of its value.
 
         Raises:
             ValueError: If the op is unknown, or shapes, ops or kinds of tensors differ between the replicas.
             TypeError: If a leaf is neither a tensor nor a number.
-            AssertionError: If the replicas give different structures.
+            AssertionError: If the structures differ between the replicas.
             RuntimeError: As `merge_call`.
 
         >>> from paramserver import CentralStorageStrategy, get_replica_context
@@ -102,24 +102,24 @@ class ReplicaContext:
         return collectives.all_reduce(self, op, value)
 
     def all_gather(self, value: Any, axis: int) -> Any:
-        """Concatenate what all replicas give, leaf by leaf, in the order of the replicas; every replica gets it.
+        """Concatenate the values of all replicas, leaf by leaf, in the order of the replicas; all get the result.
 
-        Blocks until every replica has come here, once for the whole nest. Differentiable: each replica gets its own
-        slice of the sum of all gradients; what `all_reduce` says of backward holds here, too. With one replica it
-        returns what it is given.
+        Blocks until every replica has reached the call, once for the whole nest. Differentiable: each replica gets its
+        own slice of the sum of all gradients; backward has the same requirements as in `all_reduce`. With one replica,
+        the value itself is returned.
 
         Args:
             value: A nest of dense tensors of rank 1 or more, which may differ between replicas in size along the axis.
-            axis: Along which, from the end if negative.
+            axis: The axis of the concatenation, counted from the end if negative.
 
         Returns:
-            The same structure, of tensors that are this replica's own, on the device of what it gave.
+            The same structure, of tensors that belong to this replica, on the device of its value.
 
         Raises:
             NotImplementedError: For sparse tensors.
-            ValueError: If a tensor has no axes, the axis is out of range, or shapes differ in another one.
-            TypeError: If the axis is no int, or a leaf neither a tensor nor a number.
-            AssertionError: If the replicas give different structures.
+            ValueError: If a tensor has no axes, the axis is out of range, or shapes differ along another axis.
+            TypeError: If the axis is not an int, or a leaf is neither a tensor nor a number.
+            AssertionError: If the structures differ between the replicas.
             RuntimeError: As `merge_call`.
         """
         return collectives.all_gather(self, value, axis)

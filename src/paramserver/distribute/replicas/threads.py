@@ -1,12 +1,11 @@
 """Runs a function on several replicas in lock step: each has a thread of its own, and one of them runs at a time.
 
 Rules
-    * The replicas take turns in the order of their ids. A turn ends when the function returns or comes to a
-      `ReplicaContext.merge_call`; when all have come to one, it is made on the calling thread.
-    * So nothing that a replica does between two merges runs beside another replica, and the same program does the same
-      thing every time.
-    * What goes wrong in a replica or in a merge ends all of them: threads that wait in a merge are unwound, and the
-      call raises what was raised, after every thread has ended.
+    * The replicas take turns in the order of their ids. A turn ends when the function returns or reaches a
+      `ReplicaContext.merge_call`. When all replicas have reached one, the calling thread makes the merge.
+    * So no two replicas run code between merges at the same time, and the same program always runs in the same order.
+    * An exception in a replica or in a merge ends all replicas: threads that wait in a merge are unwound, and the call
+      raises the exception after every thread has ended.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ def call_for_each_replica(
     kwargs: Mapping[str, Any],
     activate: Callable[[int], None],
 ) -> Any:
-    """Call ``fn`` on every replica of a strategy, and regroup what it returns. Blocks.
+    """Call ``fn`` on every replica of a strategy, and regroup the results. Blocks.
 
     Args:
         strategy: The strategy, in cross-replica context.
         fn: The function.
         args: Its arguments; distributed values among them are taken apart.
-        kwargs: Its arguments by name, likewise.
-        activate: Called before each turn with the id of the replica whose turn it is, and with 0 before each merge.
+        kwargs: Its arguments by name, taken apart likewise.
+        activate: Called before each turn with the id of the replica, and before each merge with 0.
 
     Raises:
         RuntimeError: If the replicas make different numbers of merge calls.
-        Exception: Whatever ``fn`` or a function that it merges with raises.
+        Exception: Any exception of ``fn``, or of a function that it merges with.
     """
     count = strategy.num_replicas_in_sync
     inputs = [(select_replica(index, tuple(args)), select_replica(index, dict(kwargs))) for index in range(count)]
@@ -67,7 +66,7 @@ def call_for_each_replica(
 
 
 class _MergeCall(NamedTuple):
-    """What a replica asks to be called for all."""
+    """The call that a replica asks for on behalf of all replicas."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
@@ -75,11 +74,11 @@ class _MergeCall(NamedTuple):
 
 
 class _Ended(BaseException):
-    """Unwinds a replica that waits in a merge which will not come. No Exception, so that programs let it pass."""
+    """Unwinds a replica that waits in a merge that will not happen. Not an Exception, so that programs let it pass."""
 
 
 class _Replica(ReplicaContext):
-    """A replica and its thread. Public names are for the calling thread, `_merge` is run by the replica's own."""
+    """A replica and its thread. The calling thread uses the public names; the replica's own thread runs `_merge`."""
 
     def __init__(self, strategy: Worker, index: int, body: Callable[[], Any]) -> None:
         super().__init__(strategy, index)
@@ -89,6 +88,7 @@ class _Replica(ReplicaContext):
         self._merged: Any = None
         self._error: BaseException | None = None
         self._is_ending = False
+        # The replica's thread runs between `_turn` and `_paused`, the calling thread at all other times.
         self._turn = threading.Semaphore(0)
         self._paused = threading.Semaphore(0)
         surroundings, inherited = contextvars.copy_context(), _TorchState()
@@ -97,7 +97,7 @@ class _Replica(ReplicaContext):
         )
 
     def take_turn(self) -> None:
-        """Let it run until it is done or comes to a merge call; raises what it raises."""
+        """Let the replica run until it is done or reaches a merge call. Raises any exception of the replica."""
         self.merge_call_made = None
         if not self.is_done:
             self._go_on()
@@ -106,17 +106,17 @@ class _Replica(ReplicaContext):
             raise self._error
 
     def give(self, merged: Any) -> None:
-        """Its own part of what a merge has returned, for its next turn."""
+        """Provide the replica's component of a merge's result, for its next turn."""
         self._merged = merged
 
     def end(self) -> None:
-        """Unwind it if it has not ended, and wait until it has. Idempotent."""
+        """Unwind the replica if it has not ended, and wait for its thread. Idempotent."""
         if self._thread.ident is not None:
             self._is_ending = True
             self._turn.release()
             self._thread.join()
-        self._error = None  # it holds frames that hold this: a circle
-        self.result = None  # its graph may hold this, for the backward of a collective: another one
+        self._error = None  # its traceback refers to this object: a reference cycle
+        self.result = None  # its graph may refer to this object, for the backward of a collective: another cycle
 
     def _go_on(self) -> None:
         if self._thread.ident is None:
@@ -130,7 +130,7 @@ class _Replica(ReplicaContext):
                 self.result = body()
         except _Ended:
             pass
-        except BaseException as error:  # noqa: BLE001  # raised on the calling thread, whatever it is
+        except BaseException as error:  # noqa: BLE001  # `take_turn` raises it on the calling thread
             self._error = error
         finally:
             self.is_done = True
@@ -148,7 +148,7 @@ class _Replica(ReplicaContext):
 
 
 class _TorchState:
-    """What torch keeps for each thread and a replica inherits from the calling one."""
+    """The state that torch keeps for each thread, which a replica inherits from the calling thread."""
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
@@ -160,7 +160,7 @@ class _TorchState:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """The same, on another thread."""
+        """Enter the same state on another thread."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._grad))
@@ -201,6 +201,7 @@ def _ended(replicas: Sequence[_Replica]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leaving_first(activate: Callable[[int], None]) -> Iterator[None]:
+    """Activate the first replica after an exception, so that the program finds its tensors in the model."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""A variable of a worker with several replicas: their values become one before the ps hears of them."""
+"""A variable of a worker with several replicas: combines their values before the ps receives one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from paramserver.distribute.variables.variable import Assignment, Variable, Vari
 
 
 class AggregatingVariable(Variable):
-    """Wraps a variable, and is what the program knows; see `Variable`.
+    """Wrapper of a variable, and the object that the program holds; see `Variable`.
 
-    * In a replica an assignment waits for those of the others, and one is made of their sum, mean or first value.
-      A value that is the same on all of them counts for each of them.
-    * In cross-replica context it is an `update` of what is wrapped, whatever the aggregation; outside of all
-      scopes as well.
-    * In an update it acts on what is wrapped itself.
+    * In a replica, an assignment waits for those of the other replicas; then the sum, mean or first value of all is
+      assigned once. A value that is the same object on all replicas counts once for each replica.
+    * In cross-replica context and outside of all scopes, an assignment is an `update` of the wrapped variable, with any
+      aggregation.
+    * In an update, an assignment goes directly to the wrapped variable.
 
     Args:
-        inner: What lies on a ps; gets a weak link to this.
+        inner: The variable on a ps; gets a weak reference to this object.
     """
 
     def __init__(self, inner: Variable) -> None:
@@ -36,7 +36,7 @@ class AggregatingVariable(Variable):
         inner.container = weakref.ref(self)
 
     def get(self) -> Variable:
-        """What is wrapped."""
+        """Return the wrapped variable."""
         return self._inner
 
     def value(self) -> torch.Tensor:
@@ -66,8 +66,8 @@ class AggregatingVariable(Variable):
     def _aggregate(self, replica: Replica, assignment: Assignment, value: Any) -> torch.Tensor:
         if self.aggregation is VariableAggregation.NONE:
             raise ValueError(
-                f"{assignment} to variable {self.name!r} in a replica: its aggregation is NONE, so it is not said what "
-                "becomes of the values of several replicas; pass `aggregation=` to ps.Variable, or use "
+                f"{assignment} to variable {self.name!r} in a replica: its aggregation is NONE, so the values of "
+                "several replicas cannot be combined; pass `aggregation=` to ps.Variable, or use "
                 "get_replica_context().merge_call() and strategy.extended.update()"
             )
         aggregated: torch.Tensor = replica.merge_call(
@@ -81,14 +81,14 @@ class AggregatingVariable(Variable):
         if self.aggregation is VariableAggregation.ONLY_FIRST_REPLICA:
             return replicas[0]
         count = self.strategy.num_replicas_in_sync
-        if len(replicas) != count:  # all have passed the same tensor
+        if len(replicas) != count:  # all replicas have passed the same tensor
             replicas *= count
         total = sum(replicas[1:], start=replicas[0])
         if self.aggregation is VariableAggregation.SUM:
             return total
         return (total if total.is_floating_point() else total.double()) / count
 
-    # --- what the wrapped one has and this has not
+    # --- attributes that only the wrapped variable has
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name) if name.startswith("_") else getattr(self._inner, name)

@@ -1,4 +1,4 @@
-"""The variable that others are created beside, in the middle of a ``with`` block."""
+"""The variable beside which a ``with`` block creates others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _anchor: ContextVar[Any] = ContextVar("the variable that others are created besi
 
 @contextlib.contextmanager
 def beside(variable: Any) -> Iterator[None]:
-    """In the ``with`` block this thread, and replicas that it runs, create variables on this variable's ps."""
+    """Have this thread, and the replicas that it runs, create variables in the ``with`` block on this variable's ps."""
     token = _anchor.set(variable)
     try:
         yield
@@ -21,5 +21,5 @@ def beside(variable: Any) -> Iterator[None]:
 
 
 def current() -> Any:
-    """Return that variable; None outside of such blocks."""
+    """Return the variable of the innermost `beside` block; None outside of such blocks."""
     return _anchor.get()

@@ -1,4 +1,4 @@
-"""How a variable of a program's own comes into being: its name, its place, its parts, and what is wrapped around it."""
+"""The creation of a program's own variable: its name, its ps, its parts, and its wrapper."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 def create(strategy: Worker, options: VariableOptions) -> Variable:
-    """Create a variable, in the scope of its strategy; on replicas one for all of them. See `Variable`.
+    """Create a variable in the scope of its strategy; on replicas, one for all of them. See `Variable`.
 
     Raises:
-        RuntimeError: If the replicas create it by different names.
+        RuntimeError: If the replicas create it under different names.
     """
     replica, anchor = context.current_replica(), anchors.current()
     if anchor is not None and anchor.strategy is not strategy:
-        anchor = None  # the block of another strategy, whose scope was left inside it
+        anchor = None  # set by a `beside` block of another strategy, whose scope was left inside the block
     if replica is None:
         return _create(strategy, options, anchor)
     created: Variable = replica.merge_call(
@@ -73,7 +73,7 @@ def _create(strategy: Worker, options: VariableOptions, anchor: Variable | None)
 
 
 class _Maker:
-    """Brings the parts of a variable to their ps tasks."""
+    """Creates the parts of a variable on their ps tasks."""
 
     def __init__(self, strategy: Worker, options: VariableOptions, anchor: Variable | None) -> None:
         self.client: ParameterClient = strategy.connect()
@@ -82,7 +82,7 @@ class _Maker:
         self._anchor = anchor
 
     def make(self, spec: VariableSpec, value: torch.Tensor) -> PlainVariable:
-        """One part, on the next ps or beside the anchor, where it takes no turn. Blocks until it is made."""
+        """Create one part, on the next ps, or beside the anchor without taking a turn. Blocks until it exists."""
         anchor, variables = self._anchor, self.client.variables
         ps = variables.ps_of(spec.name, lambda: self._strategy.place(spec)) if anchor is None else anchor.ps
         if self._strategy.is_chief:
@@ -93,7 +93,7 @@ class _Maker:
 
 
 class _Announcement:
-    """Says once that a variable is waited for."""
+    """A log line, written once, that this task waits for a variable."""
 
     def __init__(self, name: str) -> None:
         self._name = name

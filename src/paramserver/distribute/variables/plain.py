@@ -1,4 +1,4 @@
-"""A variable that lies in one piece on one ps: what all others are made of."""
+"""A variable in one piece on one ps: the building block of all others."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from paramserver.layout.variables import DTYPES, VariableSpec
 
 
 class PlainVariable(Variable):
-    """See `Variable`. Exists on its ps already.
+    """A variable that exists on its ps already; see `Variable`.
 
     Args:
-        strategy: Whose it is.
-        client: Talks to its ps.
-        ps: The index of that ps.
-        spec: What the ps knows it as.
-        options: What the program has asked for.
+        strategy: The strategy of the variable.
+        client: The client of the ps tasks.
+        ps: The index of the variable's ps.
+        spec: The name, shape and dtype of the variable on the ps.
+        options: The options that the program created it with.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class PlainVariable(Variable):
         return here(self._client.variables.read(self.ps, self._spec, (0, self._spec.size)).view(self.shape))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """The present value of rows ``[start, stop)``, ``[stop - start, ...]``; no other is read."""
+        """Return a copy of rows ``[start, stop)``, of shape ``[stop - start, ...]``; no other rows are read."""
         row = math.prod(self.shape[1:])
         flat = self._client.variables.read(self.ps, self._spec, (start * row, stop * row))
         return here(flat.view(stop - start, *self.shape[1:]))
 
     def _apply(self, assignment: Assignment, value: torch.Tensor) -> torch.Tensor:
         operation: Literal["assign", "add"] = "assign" if assignment == "assign" else "add"
-        values = -value if assignment == "assign_sub" else value  # exact, in integers also where it wraps around
+        values = -value if assignment == "assign_sub" else value  # exact, even where integers wrap around
         return self._client.variables.update(self.ps, self._spec, operation, values.flatten()).view(self.shape)

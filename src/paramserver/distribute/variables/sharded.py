@@ -17,10 +17,9 @@ from paramserver.distribute.variables.variable import Assignment, Variable, here
 
 
 class ShardedVariable(Variable):
-    """Looks like one variable of all rows, and is assigned to and indexed like one; see `Variable`.
+    """A variable whose parts look like one variable of all rows; assigned to and indexed like one. See `Variable`.
 
-    Rows are read and assigned part by part: others' assignments may come in between. Iterating over it yields its
-    parts.
+    Rows are read and assigned part by part: assignments of other tasks may come in between. Iteration yields the parts.
 
     Args:
         variables: The parts, in the order of their rows.
@@ -30,8 +29,8 @@ class ShardedVariable(Variable):
         variables: The parts.
 
     Raises:
-        TypeError: If there is no part, or one is no variable.
-        ValueError: If they differ in dtype, or in the shape of a row.
+        TypeError: If there is no part, or a part is not a variable.
+        ValueError: If the parts differ in dtype, or in the shape of a row.
     """
 
     def __init__(self, variables: Sequence[PlainVariable], name: str) -> None:
@@ -56,16 +55,16 @@ class ShardedVariable(Variable):
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> torch.Tensor:
-        """Rows, or what else an array gives for ``key``; for a row or a slice of rows only their parts are read.
+        """Return a part of the value, indexed like an array; a row or a slice reads only the parts that it needs.
 
         Args:
             key: An int, a slice (its step may be negative), a mask of bools, ``...`` or None; or a tuple that begins
-                with one of them, and goes on with what a tensor can be indexed with.
+                with one of these and continues with any indices of a tensor.
 
         Raises:
             IndexError: If a row is out of range, or a mask has another shape.
             ValueError: If the step of a slice is 0.
-            TypeError: If it is anything else; a tensor or array of indices for one, also in a slice. There is
+            TypeError: If the key is anything else, such as a tensor or array of indices, also inside a slice. Use
                 `sparse_read` for these.
         """
         first, *others = (key or (...,)) if isinstance(key, tuple) else (key,)
@@ -93,7 +92,7 @@ class ShardedVariable(Variable):
             )
         row = operator.index(key)
         if not -len(self) <= row < len(self):
-            raise IndexError(f"variable {self.name!r} has {len(self)} rows, and none of index {row}")
+            raise IndexError(f"variable {self.name!r} has {len(self)} rows, got index {row}")
         return row % len(self)
 
     def _row(self, row: int) -> torch.Tensor:
@@ -102,7 +101,7 @@ class ShardedVariable(Variable):
         return self.variables[part].rows(local, local + 1)[0]
 
     def _slice(self, wanted: range) -> torch.Tensor:
-        """The rows of a range of them, in its order, read in theirs."""
+        """Return a range of rows in its order. The parts are read in ascending order, each at most once."""
         ascending = wanted if wanted.step > 0 else wanted[::-1]
         read = [_rows(part, rows, ascending) for rows, part in self._parts() if _inside(ascending, rows)]
         if not read:
@@ -129,13 +128,13 @@ def _checked(variables: Sequence[PlainVariable], name: str) -> PlainVariable:
     for part in variables:
         if part.dtype is not first.dtype or not first.shape or part.shape[1:] != first.shape[1:]:
             raise ValueError(
-                f"variable {name!r}: its parts must be alike but for the number of rows, got {first!r} and {part!r}"
+                f"variable {name!r}: its parts may differ in the number of rows only, got {first!r} and {part!r}"
             )
     return first
 
 
 def _inside(wanted: range, rows: range) -> range:
-    """Those of an ascending range that are among ``rows``."""
+    """Return the part of an ascending range that is inside ``rows``."""
     first, last = (max(-((wanted.start - bound) // wanted.step), 0) for bound in (rows.start, rows.stop))
     return wanted[first:last]
 
@@ -146,7 +145,7 @@ def _rows(part: PlainVariable, rows: range, wanted: range) -> torch.Tensor:
 
 
 def _is_int(key: Any) -> bool:
-    """Whether it is a number of the program's: not a tensor, which would have to be waited for and read."""
+    """Return whether a key is the program's own number, not a tensor: reading a tensor could block on its device."""
     return hasattr(key, "__index__") and not isinstance(key, (torch.Tensor, TensorLike, np.ndarray, bool))
 
 

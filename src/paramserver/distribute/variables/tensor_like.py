@@ -1,4 +1,4 @@
-"""What can be used in the place of a tensor: operators, torch functions and conversions work on its present value."""
+"""Stand-ins for tensors: operators, torch functions and conversions work on the present value."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def _two(name: str) -> Callable[[Any, Any], torch.Tensor]:
 
 
 class TensorLike(abc.ABC):
-    """A value that is read anew each time that something is done with it.
+    """A value that is read anew for every operation on it.
 
-    Comparisons are element by element, as a tensor's are; as the key of a dict it is itself.
+    Comparisons are element by element, like a tensor's. As the key of a dict, an object equals only itself.
     """
 
     @abc.abstractmethod
     def value(self) -> torch.Tensor:
-        """The present value."""
+        """Return the present value."""
 
     @classmethod
     def __torch_function__(

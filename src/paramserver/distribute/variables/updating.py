@@ -1,6 +1,6 @@
-"""Updates of variables from the cross-replica context: a function runs on the worker, its assignments on the ps.
+"""Updates of variables from the cross-replica context: the function runs on the worker, its assignments on the ps.
 
-Nothing that can be executed ever travels: a ps is told to assign or to add, and carries that out at once.
+No code travels to a ps: it is told to assign or to add, and does so at once.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def update(
 ) -> Any:
     """Call ``fn(variable, *args, **kwargs)`` once to change a variable.
 
-    The function gets what lies on the ps, without what aggregates replicas' values around it; what it assigns is
-    assigned at once. Blocks as its assignments do; inside a replica until all replicas have come to the same update.
+    The function receives the variable on the ps, without the wrapper that aggregates replicas' values; its assignments
+    take effect at once. Blocks while they do; inside a replica, until all replicas have reached the same update.
 
     Args:
         strategy: The strategy.
         variable: One of its variables.
         fn: The function.
-        args: Its other arguments. A value that is on several devices must be on one, and gets unwrapped.
-        kwargs: Its arguments by name, likewise.
-        group: Whether to return what the function returns; otherwise each leaf of that comes as a tuple.
+        args: Its other arguments. A value on several devices must be on exactly one, and is unwrapped.
+        kwargs: Its arguments by name, treated alike.
+        group: Whether to return the function's result as it is; otherwise each leaf of it becomes a tuple.
 
     Raises:
-        ValueError: If it is no variable of this strategy, or an argument has a value for each replica.
+        ValueError: If ``variable`` is not one of this strategy, or an argument has a value for each replica.
         RuntimeError: Inside the scope of another strategy.
     """
     _check_variable(strategy, variable, "update")
@@ -68,14 +68,14 @@ def update_non_slot(
     kwargs: Mapping[str, Any],
     group: bool,
 ) -> Any:
-    """Call ``fn(*args, **kwargs)`` once to change state that belongs to no one variable.
+    """Call ``fn(*args, **kwargs)`` once to change state that belongs to no single variable.
 
     Args:
         strategy: The strategy.
-        colocate_with: Where the state lies: what `non_slot_devices` gave, or a device by its name.
+        colocate_with: The place of the state: a result of `non_slot_devices`, or a device by its name.
         fn: The function.
         args: Its arguments, which are passed as they are.
-        kwargs: Its arguments by name, likewise.
+        kwargs: Its arguments by name, passed as they are.
         group: As for `update`.
 
     Raises:
@@ -90,10 +90,10 @@ def update_non_slot(
 
 
 def colocate_vars_with(strategy: Worker, variable: Any) -> contextlib.AbstractContextManager[None]:
-    """Variables that this thread creates in the ``with`` block go to the ps of this one, and take no turn.
+    """Create variables of this thread in the ``with`` block on the ps of this variable, without taking a turn.
 
     Raises:
-        ValueError: If it is no variable of this strategy.
+        ValueError: If ``variable`` is not one of this strategy.
         RuntimeError: Outside of the strategy's scope.
     """
     context.check_scope(strategy, "colocate_vars_with")
@@ -102,7 +102,7 @@ def colocate_vars_with(strategy: Worker, variable: Any) -> contextlib.AbstractCo
 
 
 def non_slot_devices(variables: Iterable[Variable]) -> Variable:
-    """The variable of the smallest name: the same one on every worker.
+    """Return the variable with the smallest name, which is the same on every worker.
 
     Raises:
         ValueError: If there is no variable.
@@ -111,12 +111,12 @@ def non_slot_devices(variables: Iterable[Variable]) -> Variable:
 
 
 def read_var(variable: Variable) -> torch.Tensor:
-    """The present value of a variable, a copy; nothing is reduced."""
+    """Return a copy of a variable's present value; nothing is reduced."""
     return variable.value()
 
 
 def value_container(value: Any) -> Any:
-    """What aggregates a variable's values, as long as it is alive; for anything else the thing itself."""
+    """Return the wrapper that aggregates a variable's values while it is alive; any other value is returned itself."""
     container = value.container() if isinstance(value, Variable) else None
     return value if container is None else container
 

@@ -1,4 +1,4 @@
-"""Variables of a program's own: named states on parameter servers, which its tasks read and assign to."""
+"""Variables of a program's own: named states on parameter servers, which the program's tasks read and assign to."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Assignment = Literal["assign", "assign_add", "assign_sub"]
 
 
 class VariableAggregation(enum.Enum):
-    """What becomes of the values that the replicas of a worker assign to one variable.
+    """The way to combine the values that the replicas of a worker assign to one variable.
 
-    ``NONE``: they cannot; ``SUM`` and ``MEAN``: their sum or mean is assigned, once; ``ONLY_FIRST_REPLICA``: that of
-    replica 0 is.
+    ``NONE``: replicas cannot assign. ``SUM`` and ``MEAN``: the sum or mean of their values is assigned once.
+    ``ONLY_FIRST_REPLICA``: the value of replica 0 is assigned.
     """
 
     NONE = "NONE"
@@ -38,7 +38,7 @@ class VariableAggregation(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class VariableOptions:
-    """What a program asks for when it creates a variable; see `Variable`."""
+    """The arguments with which a program creates a variable; see `Variable`."""
 
     initial_value: Any
     name: str
@@ -48,7 +48,7 @@ class VariableOptions:
 
 
 class _Created(abc.ABCMeta):
-    """Calling `Variable` itself gives what the strategy in effect makes of it: one of its subclasses."""
+    """Metaclass by which a call of `Variable` returns the subclass that the strategy in effect chooses."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return _create(*args, **kwargs) if cls is Variable else super().__call__(*args, **kwargs)
@@ -57,41 +57,39 @@ class _Created(abc.ABCMeta):
 class Variable(TensorLike, metaclass=_Created):
     """A named state on a parameter server, beside the model's. Created inside ``strategy.scope()``, also on replicas.
 
-    Every worker creates the same variables in the same order. The chief's initial value becomes everyone's; other
-    workers wait until the chief has created it, so creation blocks. A chief that starts again finds the present value.
-    It is saved with the model by checkpoints, and restored by them where it was created before ``strategy.prepare``.
+    Every worker creates the same variables in the same order. Every worker starts from the chief's initial value. Other
+    workers wait until the chief has created the variable, so creation blocks. A chief that restarts finds the present
+    value. Checkpoints save the variable with the model, and restore it if it was created before ``strategy.prepare``.
 
-    Operators, torch functions and conversions work on its value, which each of them reads anew from its ps: read it
-    once, with `value`, where it is needed several times. Assignments are carried out by the ps that holds it, at once,
-    each exactly once; none is lost, whoever else assigns. A value of more than `arena.BLOCK` elements is read and
-    assigned block by block: others' assignments may come between two blocks, never into one. What a program computes
-    from a value that it has read, and assigns, may undo what others assigned meanwhile: use `assign_add`.
+    Operators, torch functions and conversions work on the variable's value, and each of them reads the value anew from
+    the ps: if you need it several times, read it once with `value`. The ps carries out assignments at once, each
+    exactly once; none is lost, even if other tasks assign too. A value of more than `arena.BLOCK` elements is read and
+    assigned block by block: assignments of other tasks may come between two blocks, never into one. Reading a value and
+    assigning a result computed from it may undo assignments that other tasks made in between: use `assign_add`.
 
-    With one replica it lies plainly on its ps. With several, each of which assigns, their values become one by its
-    ``aggregation`` first. Not thread-safe.
+    With several replicas, the values that they assign are first combined by the variable's ``aggregation``. Not
+    thread-safe.
 
-    Everything that talks to a ps raises `UnavailableError` if the ps is lost, `RefusedError` if it refuses.
+    Every call that talks to a ps raises `UnavailableError` if the ps is lost, and `RefusedError` if the ps refuses.
 
     Args:
         initial_value: A tensor, a number, an array, or a function that returns one.
-        name: ``Variable`` by default; a number is put behind one that is taken, such as ``Variable_1``.
+        name: ``Variable`` by default; a name that is taken gets a number, such as ``Variable_1``.
         dtype: By default that of the initial value.
         trainable: A mark for the program's own use.
-        aggregation: What becomes of the values that replicas assign.
-
-    Attributes:
+        aggregation: The way to combine the values that replicas assign.
         name: Its unique name.
         shape: Its shape, fixed.
         dtype: Its dtype, fixed.
-        device: Where it lies, ``/job:ps/task:1/device:CPU:0``; of one that is partitioned, where its first rows do.
-        ps: The index of that ps.
+        device: Its device, such as ``/job:ps/task:1/device:CPU:0``; of a partitioned variable, that of its first rows.
+        ps: The index of the ps of that device.
         trainable: As given.
         aggregation: As given.
-        strategy: Whose it is.
+        strategy: The strategy of the scope in which it was created.
 
     Raises:
-        RuntimeError: Outside of all scopes, or if the replicas create it by different names.
-        ValueError: If the aggregation is none, or a ps cannot hold the dtype.
+        RuntimeError: Outside of all scopes, or if the replicas create it under different names.
+        ValueError: If the aggregation is not a `VariableAggregation`, or a ps cannot hold the dtype.
         DeadlineError: If the chief has not created it within the strategy's ``session_creation_timeout``.
         ModelMismatchError: If the chief has created it with another shape or dtype.
 
@@ -116,7 +114,7 @@ class Variable(TensorLike, metaclass=_Created):
     aggregation: VariableAggregation
     strategy: Worker
     container: Callable[[], Variable | None] = staticmethod(lambda: None)
-    """What aggregates its replicas' values, if anything does and is still alive."""
+    """Returns the wrapper that aggregates its replicas' values; None if there is none, or it is no longer alive."""
 
     if TYPE_CHECKING:
 
@@ -132,20 +130,20 @@ class Variable(TensorLike, metaclass=_Created):
 
     # --- reading
 
-    # Not abstract, though only subclasses have it: for type checkers this is the class that a program makes one of.
+    # Not abstract, although only subclasses implement it: to type checkers this is the class that a program creates.
     def value(self) -> torch.Tensor:
-        """The present value, a copy; inside a replica it lies on the replica's device."""
+        """Return a copy of the present value; inside a replica, on the replica's device."""
         raise NotImplementedError
 
     def read_value(self) -> torch.Tensor:
-        """The present value, a copy."""
+        """Return a copy of the present value."""
         return self.value()
 
     def sparse_read(self, indices: Any) -> torch.Tensor:
-        """Some rows of the present value, ``[len(indices), ...]``.
+        """Return a copy of some rows of the present value, of shape ``[len(indices), ...]``.
 
         Raises:
-            ValueError: If the indices have not one dimension.
+            ValueError: If the indices do not have exactly one dimension.
         """
         rows = torch.as_tensor(indices)
         if rows.ndim != 1:
@@ -155,36 +153,37 @@ class Variable(TensorLike, metaclass=_Created):
 
     @property
     def distribute_strategy(self) -> Worker:
-        """Whose it is: `strategy`, by its other name."""
+        """The strategy of the variable: another name of `strategy`."""
         return self.strategy
 
     # --- assigning
 
     def assign(self, value: Any) -> torch.Tensor:
-        """Replace its value.
+        """Replace the value.
 
-        On a replica, all replicas of the worker have to assign; what becomes of it then depends on the aggregation.
+        On a replica, all replicas of the worker have to assign; the aggregation determines the result.
 
         Args:
-            value: A tensor or an array of its shape, or a number for all elements. Integers of another dtype, and
-                floating values that are whole, become its dtype; so does anything for a floating variable.
+            value: A tensor or an array of the variable's shape, or a number for all elements. Integers of another
+                dtype, and whole floating-point values, are converted to its dtype. A floating-point variable accepts
+                any real dtype.
 
         Returns:
-            What this assignment made of it, a copy.
+            A copy of the value that this assignment produced.
 
         Raises:
-            ValueError: If the value does not fit its shape or dtype, if replicas assign and the aggregation is
-                ``NONE``, or for a value of several replicas.
+            ValueError: If the value does not fit the variable's shape or dtype, if replicas assign and the aggregation
+                is ``NONE``, or if the value is distributed over several replicas.
             RuntimeError: Inside the scope of another strategy.
         """
         return self._assign("assign", value)
 
     def assign_add(self, value: Any) -> torch.Tensor:
-        """Add to its value; as `assign`, and a variable of bools raises ValueError."""
+        """Add to the value; like `assign`, but raises ValueError for a variable of bools."""
         return self._assign("assign_add", value)
 
     def assign_sub(self, value: Any) -> torch.Tensor:
-        """Subtract from its value; as `assign`, and a variable of bools raises ValueError."""
+        """Subtract from the value; like `assign`, but raises ValueError for a variable of bools."""
         return self._assign("assign_sub", value)
 
     def _assign(self, assignment: Assignment, value: Any) -> torch.Tensor:
@@ -192,18 +191,18 @@ class Variable(TensorLike, metaclass=_Created):
         return here(self._apply(assignment, self.fitted(assignment, value)))
 
     def _apply(self, assignment: Assignment, value: torch.Tensor) -> torch.Tensor:
-        """Carry out an assignment of a value that fits; the result."""
+        """Carry out an assignment of a value that fits, and return the result."""
         raise NotImplementedError
 
     def fitted(self, assignment: str, value: Any) -> torch.Tensor:
-        """A value as a tensor of the shape and dtype of this variable.
+        """Return a value as a tensor of the shape and dtype of this variable.
 
         Args:
-            assignment: What it is for, for messages.
+            assignment: The name of the call, for messages.
             value: As for `assign`.
 
         Raises:
-            ValueError: If it does not fit.
+            ValueError: If the value does not fit.
         """
         what = f"{assignment} to variable {self.name!r}"
         if isinstance(value, DistributedValues):
@@ -227,11 +226,15 @@ class Variable(TensorLike, metaclass=_Created):
     # --- wrapping and copying
 
     def get(self) -> Variable:
-        """What lies on the ps: itself, where nothing is wrapped around it."""
+        """Return the variable on the ps: this object itself, unless it is a wrapper."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
-        """A new variable beside this one, of the same value; under its own strategy or none."""
+        """Return a new variable with the same value on the same ps, in this variable's own strategy.
+
+        Raises:
+            RuntimeError: Inside the scope of another strategy.
+        """
         self._check_strategy("deepcopy")
         in_scope = context.scope(self.strategy) if context.current() is None else contextlib.nullcontext()
         with in_scope, anchor.beside(self):
@@ -245,22 +248,22 @@ class Variable(TensorLike, metaclass=_Created):
 
 
 def tensor_of(value: Any, what: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A value as a plain tensor in the memory of this process, outside of autograd.
+    """Return a value as a plain tensor in the memory of this process, outside of autograd.
 
     Args:
         value: The value.
-        what: What it is for, for messages.
+        what: The purpose of the value, for messages.
         dtype: By default that of the value.
 
     Raises:
-        ValueError: If it is no tensor, number or array.
+        ValueError: If the value is not a tensor, a number or an array.
     """
     if isinstance(value, TensorLike):
         value = value.value()
     if isinstance(value, torch.Tensor):
         return _strided(value.detach()).cpu().to(dtype or value.dtype)
     try:
-        return torch.tensor(value, dtype=dtype, device="cpu")  # whatever device the program is on
+        return torch.tensor(value, dtype=dtype, device="cpu")  # not on the program's default device
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{what}: expected a tensor, a number or an array of numbers: {error}") from error
 
@@ -270,7 +273,7 @@ def _strided(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def here(value: torch.Tensor) -> torch.Tensor:
-    """A value on the device of the replica that asks for it; outside of replicas where it is."""
+    """Move a value to the device of this thread's replica; outside of replicas, leave it where it is."""
     replica = context.current_replica()
     return value if replica is None else value.to(Device.parse(replica.devices[0]).torch_device)
 

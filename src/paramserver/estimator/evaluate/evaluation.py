@@ -23,13 +23,13 @@ from paramserver.estimator.specs import EstimatorSpec
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSession:
-    """What hooks see as ``session`` during an evaluation or a prediction.
+    """The ``session`` that hooks see during an evaluation or a prediction.
 
     Attributes:
-        global_step: Of the checkpoint that is read.
-        task: Which task reads it.
-        model_dir: Where the checkpoints lie.
-        is_chief: Always False: neither writes a checkpoint.
+        global_step: The global step of the checkpoint.
+        task: The name of the task that reads the checkpoint.
+        model_dir: The folder of the checkpoints.
+        is_chief: Always False: neither an evaluation nor a prediction writes a checkpoint.
     """
 
     global_step: int
@@ -38,27 +38,27 @@ class EvaluationSession:
     is_chief: bool = False
 
     def read_global_step(self) -> int:
-        """The checkpoint's: it stays what it is."""
+        """Return the global step of the checkpoint, which never changes."""
         return self.global_step
 
     def refresh(self) -> int:
-        """Does nothing: a checkpoint stays what it is."""
+        """Do nothing, since a checkpoint never changes; return the global step."""
         return self.global_step
 
     def values(self) -> NoReturn:
-        """Refused. Raises ConfigError."""
+        """Refuse to return values. Raises ConfigError."""
         raise ConfigError(f"values: {self.task} reads a checkpoint; a training has values of its own")
 
     def save(self) -> NoReturn:
-        """Refused. Raises ConfigError."""
+        """Refuse to write a checkpoint. Raises ConfigError."""
         raise ConfigError(f"save: {self.task} reads a checkpoint, and only a training can write one")
 
     def statistics(self) -> StepTimes:
-        """None: nothing is pushed."""
+        """Return times of zero: nothing is pushed."""
         return StepTimes(0, 0.0, 0.0, 0.0, ())
 
     def should_stop(self) -> bool:
-        """Never: the input or a hook ends it."""
+        """Return False: only the input or a hook ends an evaluation."""
         return False
 
 
@@ -70,17 +70,17 @@ def evaluate(
     hooks: Sequence[TrainingHook] = (),
     replicas: ModelReplicas | None = None,
 ) -> dict[str, Any]:
-    """The metrics of a model over its input, and ``loss``, the mean over the batches. Blocks.
+    """Return the metrics of a model over its input, and ``loss``, the mean over the batches. Blocks.
 
     Args:
-        spec: What the model_fn returned for EVAL, its model filled already. Metrics get predictions and labels: what
-            ``predict_fn`` or else the model makes of the features.
+        spec: The result of the model_fn for EVAL, with final values in its model. Metrics get the labels and the
+            predictions, which are the result of ``predict_fn`` or else of the model.
         batches: The input.
-        steps: How many batches, None for all.
-        session: Shown to the hooks.
+        steps: Number of batches; None takes all.
+        session: The session for the hooks.
         hooks: Called around every batch, or around each group of batches that several replicas take; may end the
             evaluation early.
-        replicas: Of the spec's model; by default one, where the model is.
+        replicas: The replicas of the spec's model; by default one, on the device of the model.
 
     Raises:
         ConfigError: If there is no batch, or a metric is neither a number nor a nest of numbers.
@@ -115,7 +115,7 @@ class _Tally:
             metric.reset()
 
     def add(self, group: list[Batch]) -> RunValues:
-        """Take a group of batches into account; the loss that comes back is their mean."""
+        """Take a group of batches into account. The returned loss is the mean over the group."""
         before = self._total
         for (_, labels), (loss, predictions) in zip(group, self._replicas.apply(self._computed, group), strict=True):
             self._total += float(loss)
@@ -131,7 +131,7 @@ class _Tally:
         return {**results, "loss": self._total / self._count}
 
     def _computed(self, batch: Batch) -> tuple[torch.Tensor, Any]:
-        """The loss of a batch, and the predictions if a metric asks for them. Called on each replica."""
+        """Return the loss of a batch, and the predictions if there are metrics. Called on each replica."""
         features, labels = batch
         with _watched(self._model) as outputs:
             loss = as_loss(self._loss_fn(self._model, features, labels))
@@ -145,7 +145,7 @@ class _Tally:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module) -> Iterator[list[Any]]:
-    """What the model returns inside the block, so that a metric need not compute it again."""
+    """Collect the outputs of the model inside the block, so that metrics need not compute them again."""
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:

@@ -1,4 +1,4 @@
-"""The evaluator's part: evaluate each new checkpoint, export, and finish with the run."""
+"""The evaluator's part of a run: evaluate each new checkpoint, export it, and finish with the run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Wait = Callable[[float], object]
 
 
 class EvaluatingEstimator(ExportingEstimator, Protocol):
-    """What an evaluator asks of an estimator."""
+    """The part of an estimator that an evaluator uses."""
 
     @property
     def model_dir(self) -> str:
-        """Where the checkpoints lie."""
+        """The folder of the checkpoints."""
 
     def latest_checkpoint(self) -> str | None:
-        """The newest one."""
+        """Return the path of the newest checkpoint; None if there is none."""
 
     def evaluate(
         self,
@@ -46,12 +46,12 @@ class EvaluatingEstimator(ExportingEstimator, Protocol):
         checkpoint_path: str,
         name: str | None,
     ) -> dict[str, Any]:
-        """The metrics of a checkpoint."""
+        """Return the metrics of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated checkpoint: its path, its metrics, what each exporter made of it, and whether it was the last."""
+    """One evaluated checkpoint: its path, its metrics, each exporter's result, and whether it was the last."""
 
     checkpoint: str
     metrics: dict[str, Any]
@@ -63,10 +63,10 @@ class Evaluator:
     """Evaluates checkpoints by an EvalSpec, each once.
 
     Args:
-        estimator: Evaluates and exports.
-        spec: What to evaluate, and with which exporters.
-        max_steps: The step whose evaluation is the last, None if there is none.
-        reporter: Tells the launcher.
+        estimator: The estimator, which evaluates and exports.
+        spec: The input and the exporters.
+        max_steps: The step whose evaluation is the last; None if there is none.
+        reporter: Reports to the launcher.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Evaluator:
         return self.last is not None and self._is_final(self.last.metrics)
 
     def evaluate(self, checkpoint: str, *, is_last: bool = False) -> Evaluation:
-        """Evaluate and export one checkpoint. ``is_last``: no newer one will come, whatever its step."""
+        """Evaluate and export one checkpoint. With ``is_last`` it is the final one, whatever its step."""
         self._reporter.tell(state=f"evaluating {Path(checkpoint).name}")
         metrics = self._estimator.evaluate(
             self._spec.input_fn,
@@ -98,20 +98,20 @@ class Evaluator:
         return self._exported(checkpoint, metrics, is_last or self._is_final(metrics))
 
     def conclude(self) -> None:
-        """No newer checkpoint will come: the exporters learn it of the last one, if they did not know."""
+        """Export the last checkpoint as the final one, unless that is done: no newer checkpoint will come."""
         if self.last is not None and not self.last.is_final:
             self._exported(self.last.checkpoint, self.last.metrics, is_final=True)
 
     def follow(self, run_id: str, *, wait: Wait, clock: Callable[[], float] = time.time) -> None:
         """Evaluate each new checkpoint until the run has ended. Blocks.
 
-        An end that comes early, by a hook or with the input, is learnt from the model_dir, and then the
-        last checkpoint is evaluated at once instead of after the throttle's time.
+        If a hook or the end of the input ends the run early, the model_dir says so, and the last checkpoint is
+        evaluated at once, without waiting for ``throttle_secs``.
 
         Args:
-            run_id: Of the run, "" if nobody gave it one.
-            wait: Waits for so many seconds.
-            clock: Seconds since 1970.
+            run_id: The id of the run; "" if it has none.
+            wait: Waits for a number of seconds.
+            clock: Returns seconds since 1970.
         """
         began = clock()
         self._reporter.tell(state="waiting for a checkpoint")
@@ -137,7 +137,7 @@ class Evaluator:
                 wait(POLL_INTERVAL)
 
     def _evaluate_if_there(self, checkpoint: str, *, is_last: bool) -> None:
-        """Evaluate a checkpoint that the chief may delete at any moment, when it has written newer ones."""
+        """Evaluate a checkpoint that the chief may delete at any moment, after it has written newer ones."""
         try:
             self.evaluate(checkpoint, is_last=is_last)
         except CheckpointError:
@@ -146,7 +146,7 @@ class Evaluator:
             logger.info("evaluator: %s was deleted before it was read; going on with a newer one", checkpoint)
 
     def _is_over(self, run_id: str, began: float) -> bool:
-        """Whether the run that this evaluator follows, and not one before it, says that it has ended."""
+        """Return whether the present run, and not an earlier one in this model_dir, is marked as ended."""
         state = read_state(self._estimator.model_dir)
         if state is None or not state.finished:
             return False
@@ -171,7 +171,7 @@ class Evaluator:
 
 
 def wait_for(seconds: float) -> None:
-    """Let time pass: another process writes the checkpoints, on a file system that tells nobody."""
+    """Wait for a number of seconds: the file system that checkpoints come from sends no notice of them."""
     threading.Event().wait(seconds)
 
 

@@ -11,21 +11,21 @@ from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook
 
 
 class InMemoryEvaluatorHook(TrainingHook):
-    """Evaluates before the first step, every so many steps, and after the last one.
+    """Evaluates before the first step, every ``every_n_iter`` steps, and after the last one.
 
-    The results are logged and written like those of `Estimator.evaluate`, for the values that the model has at that
-    moment. The training waits meanwhile.
+    It evaluates the values that the model has at that moment, and logs and writes the results like
+    `Estimator.evaluate`. Training waits meanwhile.
 
     Args:
-        estimator: Which trains, in one process.
+        estimator: The estimator that trains, in one process.
         input_fn: Returns the batches to evaluate on; called for each evaluation.
-        steps: Batches of an evaluation; None evaluates until the input ends.
+        steps: Number of batches of an evaluation; None evaluates until the input ends.
         hooks: Called around every batch of an evaluation.
-        name: Tells evaluations on different data apart.
+        name: Distinguishes evaluations on different data.
         every_n_iter: Steps between two evaluations.
 
     Raises:
-        TypeError: If the estimator is none, the input_fn no function, or a hook none.
+        TypeError: If the estimator is not an Estimator, input_fn is not a function, or a hook is not a TrainingHook.
         ConfigError: In a cluster, where an evaluator task follows the checkpoints; or if a number is not positive.
     """
 
@@ -55,22 +55,22 @@ class InMemoryEvaluatorHook(TrainingHook):
         self.begin()
 
     def begin(self) -> None:
-        """Counts the steps of a training anew."""
+        """Start to count the steps of a training."""
         self._timer = SecondOrStepTimer(every_steps=self._every)
         self._iteration = 0
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """Shows what the training begins with."""
+        """Evaluate the values that training starts from."""
         self._evaluate(session)
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Evaluates when due."""
+        """Evaluate when due."""
         self._iteration += 1
         if self._timer.should_trigger_for_step(self._iteration):
             self._evaluate(context.session)
 
     def end(self, session: TrainingSession) -> None:
-        """Evaluates the final model, if that was not just done."""
+        """Evaluate the final model, unless that was just done."""
         if self._timer.last_triggered_step != self._iteration:
             self._evaluate(session)
 

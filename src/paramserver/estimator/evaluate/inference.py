@@ -1,10 +1,10 @@
-"""A model applied to batches: where it is, or on the replicas of a strategy, each of which takes a batch in turn.
+"""A model applied to batches: on its own device, or on the replicas of a strategy, each of which takes a batch in turn.
 
 Rules
-    * Batches are dealt in groups of as many as there are replicas; nothing is left out: of a group that is short, the
-      first replicas take one each and the others nothing.
-    * What the replicas make comes back in the order of the batches, so that sums and metrics are those of one replica.
-    * With a strategy it comes back to the CPU, where metrics and the program are.
+    * Batches are dealt in groups of as many as there are replicas. None is left out: if a group is incomplete, the
+      first replicas take one batch each and the others none.
+    * Results come back in the order of the batches, so that sums and metrics equal those of one replica.
+    * With a strategy, results are moved to the CPU, where metrics and the program are.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ R = TypeVar("R")
 
 
 def own_strategy(eval_distribute: object) -> ParameterServerStrategy | None:
-    """A strategy of one process over the devices that ``RunConfig.eval_distribute`` computes on; None without it.
+    """Return a strategy of one process over the devices of ``RunConfig.eval_distribute``; None without it.
 
-    The configured one is not touched: it may be training at this moment, or belong to a cluster, whose tasks an
+    The configured strategy is not touched: it may be training at this moment, or belong to a cluster, whose tasks an
     evaluation never talks to.
 
     Raises:
-        ConfigError: If it is no strategy of ours.
+        ConfigError: If it is not a ParameterServerStrategy.
     """
     if eval_distribute is None:
         return None
@@ -56,8 +56,8 @@ class ModelReplicas:
     """A model's replicas, without parameter servers.
 
     Args:
-        model: Its values are final. With a strategy its tensors are moved to the first replica's device.
-        strategy: Says where to compute; None leaves the model where it is.
+        model: The model, with final values. With a strategy its tensors are moved to the first replica's device.
+        strategy: The strategy whose devices compute; None leaves the model where it is.
     """
 
     def __init__(self, model: nn.Module, strategy: ParameterServerStrategy | None = None) -> None:
@@ -67,21 +67,21 @@ class ModelReplicas:
 
     @property
     def count(self) -> int:
-        """How many batches are taken at a time."""
+        """Number of batches that are taken at a time."""
         return self._strategy.num_replicas_in_sync if self._strategy else 1
 
     def groups(self, batches: Iterator[T]) -> Iterator[list[T]]:
-        """The batches, as many at a time as there are replicas; the last group may be short."""
+        """Yield the batches, as many at a time as there are replicas; the last group may be smaller."""
         while group := list(islice(batches, self.count)):
             yield group
 
     def apply(self, fn: Callable[[Any], R], group: Sequence[Any]) -> list[R]:
-        """``fn`` of each batch of a group, in order, each on a replica of its own. Blocks.
+        """Return ``fn`` of each batch of a group, in order, each computed on a replica of its own. Blocks.
 
         Raises:
-            Exception: Whatever ``fn`` raises.
+            Exception: Any exception of ``fn``.
         """
-        if self._strategy is None or self._tensors is None:  # both or none
+        if self._strategy is None or self._tensors is None:  # the two are None together
             return [fn(batch) for batch in group]
         places = self._tensors.devices
         dealt = [brought(batch, place) for batch, place in zip(group, places, strict=False)]
@@ -97,24 +97,24 @@ class ModelReplicas:
 
 
 def replicas_of(spec: EstimatorSpec, strategy: ParameterServerStrategy | None) -> ModelReplicas:
-    """The replicas of a spec's model."""
+    """Return the replicas of a spec's model."""
     assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
     return ModelReplicas(spec.model, strategy)
 
 
 def input_context(strategy: ParameterServerStrategy | None) -> InputContext:
-    """What an input_fn for such replicas is offered."""
+    """Return the input context for the input_fn of such replicas."""
     return strategy.input_context if strategy else InputContext()
 
 
 def on_cpu(value: Any) -> Any:
-    """The same nest, its tensors on the CPU. Blocks until they are there."""
+    """Return the same nest with its tensors on the CPU. Blocks until they are there."""
     return map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 @dataclass(frozen=True)
 class _Made(Generic[R]):
-    """What a replica made, kept together: replicas need not make things of one structure."""
+    """A replica's result, kept in one piece: results of different replicas may differ in structure."""
 
     value: R
 

@@ -1,4 +1,4 @@
-"""Predictions: what a model makes of each batch, whole or row by row."""
+"""Predictions of a model for each batch, whole or row by row."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def predict(
     hooks: Sequence[TrainingHook],
     replicas: ModelReplicas,
 ) -> Generator[Any, None, None]:
-    """The predictions for each batch, on the CPU, in the order of the batches.
+    """Yield the predictions for each batch, on the CPU, in the order of the batches.
 
     Args:
-        spec: What the model_fn returned for PREDICT, its model filled already.
+        spec: The result of the model_fn for PREDICT, with final values in its model.
         features: The input.
-        session: Shown to the hooks.
+        session: The session for the hooks.
         hooks: Called around every batch, or around each group of batches that several replicas take; may end the
-            prediction early. The loss that they see is NaN.
-        replicas: Of the spec's model.
+            prediction early. The hooks see a loss of NaN.
+        replicas: The replicas of the spec's model.
     """
     assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
     spec.model.eval()
@@ -51,10 +51,10 @@ def predict(
 
 
 def checked_keys(predict_keys: object) -> tuple[str, ...] | None:
-    """What `Estimator.predict` was given to choose predictions by; one name counts as a list of it.
+    """Return the ``predict_keys`` of `Estimator.predict` as a tuple; a single name becomes a tuple of it.
 
     Raises:
-        ConfigError: If it is no name, and no list of names.
+        ConfigError: If they are neither a name nor a list of names.
     """
     if predict_keys is None:
         return None
@@ -65,13 +65,13 @@ def checked_keys(predict_keys: object) -> tuple[str, ...] | None:
 
 
 def selected(predictions: Any, keys: Sequence[str] | None) -> Any:
-    """Those of the predictions that were asked for.
+    """Return the predictions with the given names.
 
     >>> selected({"class": 1, "scores": 2}, ["class", "other"])
     {'class': 1}
 
     Raises:
-        ConfigError: If there are none of these names.
+        ConfigError: If no prediction has one of the names.
     """
     if keys is None:
         return predictions
@@ -87,13 +87,13 @@ def selected(predictions: Any, keys: Sequence[str] | None) -> Any:
 
 
 def rows(predictions: Any) -> Iterator[Any]:
-    """The predictions for one example after the other: of each leaf its row.
+    """Yield the predictions for one example after the other: of each leaf its row.
 
     >>> [row["class"].item() for row in rows({"class": torch.tensor([3, 5])})]
     [3, 5]
 
     Raises:
-        ConfigError: If the leaves have different numbers of rows, or one has none.
+        ConfigError: If the leaves have different numbers of rows, or a leaf has no rows.
     """
     lengths: dict[str, int] = {}
     _measure(predictions, "", lengths)
@@ -121,7 +121,7 @@ def _predicted(spec: EstimatorSpec, features: Any) -> Any:
 
 
 def _measure(part: Any, name: str, lengths: dict[str, int]) -> None:
-    """Write down the rows of each leaf, by a name that tells where it stands."""
+    """Note the number of rows of each leaf under a name that shows its place in the nest."""
     if is_nest(part) and not is_column(part):
         items = part.items() if isinstance(part, dict) else enumerate(part)
         for key, value in items:

@@ -1,11 +1,11 @@
-"""The results of an evaluation: a number for each metric, or a nest of numbers where a metric computes several.
+"""The results of an evaluation: for each metric a number, or a nest of numbers.
 
 Rules
-    * A nest is made of dicts, lists, tuples and arrays. A tensor of several numbers becomes a NumPy array, one of a
-      single number a float.
-    * Each number of a nest has a name of its own, for summaries, early stopping and progress: the metric's, and below
-      it the key or index, as in ``accuracy/0``, ``confusion/1/2`` or ``metrics/recall``.
-    * Of a metric with more than `MAX_NUMBERS` none is written: nobody looks at so many curves.
+    * A nest is made of dicts, lists, tuples and arrays. A tensor of several numbers becomes a NumPy array, a tensor of
+      a single number a float.
+    * Each number of a nest has a name of its own, for summaries, early stopping and progress: the metric's, followed by
+      the key or index, as in ``accuracy/0``, ``confusion/1/2`` or ``metrics/recall``.
+    * A metric with more than `MAX_NUMBERS` numbers is not written: so many curves are of no use.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from paramserver.distribute.core.nest import is_nest, map_leaves
 from paramserver.errors import ConfigError
 
 EvalResult = Mapping[str, Any]
-"""The metrics of one evaluation, ``loss`` and ``global_step`` among them: numbers, or nests of them."""
+"""The metrics of one evaluation, including ``loss`` and ``global_step``: numbers, or nests of numbers."""
 
 MAX_NUMBERS = 1000
 SHOWN_NUMBERS = 8
 
 
 def as_result(name: str, value: Any) -> Any:
-    """Make plain numbers and arrays of what a metric has computed.
+    """Convert a metric's result into plain numbers and arrays.
 
     >>> as_result("metrics", {"recall": torch.tensor(0.5), "of_class": torch.tensor([0.25, 0.75])})
     {'recall': 0.5, 'of_class': array([0.25, 0.75], dtype=float32)}
 
     Raises:
-        ConfigError: If it is neither a number nor a nest of numbers.
+        ConfigError: If the result is neither a number nor a nest of numbers.
     """
     return map_leaves(lambda leaf: _plain(name, leaf), dict(value) if isinstance(value, Mapping) else value)
 
 
 def scalars(results: EvalResult) -> dict[str, float]:
-    """Name each number of the results.
+    """Return each number of the results under its own name.
 
     >>> scalars({"loss": 0.5, "accuracy": np.array([0.25, 0.75]), "metrics": {"recall": 1.0}})
     {'loss': 0.5, 'accuracy/0': 0.25, 'accuracy/1': 0.75, 'metrics/recall': 1.0}
@@ -53,12 +53,12 @@ def scalars(results: EvalResult) -> dict[str, float]:
 
 
 def unwritten(results: EvalResult) -> list[str]:
-    """The metrics with too many numbers to write any."""
+    """Return the names of the metrics with too many numbers to be written."""
     return [name for name, value in results.items() if _count(value) > MAX_NUMBERS]
 
 
 def shown(value: Any) -> str:
-    """A result as text: a number, or the first numbers of a nest.
+    """Return a result as text: a number, or the first numbers of a nest.
 
     >>> shown(0.25), shown({"recall": 0.5, "precision": 1.0})
     ('0.25', '[0.5, 1]')
@@ -70,9 +70,9 @@ def shown(value: Any) -> str:
 
 
 def rebuilt(like: EvalResult, written: Mapping[str, float]) -> dict[str, Any] | None:
-    """Give the numbers that were written the structure of other results; None if some were not.
+    """Arrange written numbers in the structure of other results; return None if a number is missing.
 
-    Numbers that nobody writes, of metrics with too many, are NaN.
+    The numbers of metrics that have too many to be written are NaN.
 
     >>> rebuilt({"loss": 0.5, "accuracy": np.zeros(2)}, {"loss": 2.0, "accuracy/0": 0.25, "accuracy/1": 0.75})
     {'loss': 2.0, 'accuracy': array([0.25, 0.75])}
@@ -84,7 +84,7 @@ def rebuilt(like: EvalResult, written: Mapping[str, float]) -> dict[str, Any] | 
 
 
 class Watched(dict[str, Any]):
-    """Results that notice whether a number that is read by its name is NaN."""
+    """Results that record whether a number that was read by its name is NaN."""
 
     def __init__(self, results: EvalResult) -> None:
         super().__init__(
@@ -94,7 +94,7 @@ class Watched(dict[str, Any]):
 
     @property
     def has_given_nan(self) -> bool:
-        """Whether one was."""
+        """Whether a number that was read is NaN."""
         inner = (value for value in self.values() if isinstance(value, Watched))
         return self._has_given_nan or any(value.has_given_nan for value in inner)
 
@@ -104,8 +104,8 @@ class Watched(dict[str, Any]):
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As a dict's."""
-        return self[name] if name in self else default  # noqa: SIM401  # that is this method
+        """Return a value or a default, like ``dict.get``; the read is recorded."""
+        return self[name] if name in self else default  # noqa: SIM401  # `get` is the method defined here
 
 
 def _plain(name: str, leaf: Any) -> Any:

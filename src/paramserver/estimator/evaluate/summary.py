@@ -1,4 +1,4 @@
-"""What remains of an evaluation: a line in the log, and summaries for TensorBoard, early stopping and exporters."""
+"""The record of an evaluation: a line in the log, and summaries for TensorBoard, early stopping and exporters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def write_results(eval_dir: str, results: EvalResult, checkpoint: str | None) ->
     """Log results and write them as event files, at their global step.
 
     Args:
-        eval_dir: Such as ``model_dir/eval``, a path or URL.
-        results: Of the evaluation, ``global_step`` among them.
-        checkpoint: Where the values came from, None if from none.
+        eval_dir: The folder, such as ``model_dir/eval``, a path or URL.
+        results: The results of the evaluation, including ``global_step``.
+        checkpoint: The path of the evaluated checkpoint; None without one.
     """
     step = int(results["global_step"])
     found = {name: value for name, value in results.items() if name != "global_step"}

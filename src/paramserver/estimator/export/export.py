@@ -5,17 +5,18 @@
     1760000000/            named by the time of the export, in seconds since 1970
       model.safetensors    the weights, as plain PyTorch and Hugging Face's tools read them
       model.pt2            the program: torch.export.load("model.pt2").module()(features)
-      signature.json       names, dtypes and shapes of what the program takes and returns; the global step; versions
+      signature.json       names, dtypes and shapes of the program's inputs and outputs; the global step; versions
       assets.extra/        files of the user's own
 
-Without an example of the features there is no program to write, and the folder holds the weights and the assets only.
+Without an example of the features no program can be written, and the folder holds the weights and the assets only.
 
 Rules
-
-1. The folder is written aside and then put in place; `export_folder` knows how. If anything fails, there is none.
-2. The program is the model in evaluation mode, with ``predict_fn`` around it if the spec has one. It holds no
-   gradients, no optimizer, and not the example that it was traced with.
-3. Nothing in it is pickled; that is looked up in every file that is written (docs/decisions/0010-exported-models.md).
+    * The folder is written under a temporary name and then moved into place; see `folder`. If anything fails, no
+      folder is left.
+    * The program is the model in evaluation mode, with ``predict_fn`` around it if the spec has one. It holds no
+      gradients, no optimizer, and not the example that it was traced with.
+    * The folder contains no pickled data; every file that is written is checked for it
+      (docs/decisions/0010-exported-models.md).
 """
 
 from __future__ import annotations
@@ -58,19 +59,19 @@ def write_export(
     serving_input: Callable[[], Any] | None = None,
     assets_extra: Mapping[str, str] | None = None,
 ) -> str:
-    """Write a model into a new folder; the folder's path. Blocks, for some seconds if a program is written.
+    """Write a model into a new folder, and return its path. Blocks, for some seconds if a program is written.
 
     Args:
-        export_path: Where the folder is made, a path or URL; need not exist.
-        spec: Its model is filled; it is in evaluation mode and needs no gradients afterwards.
-        global_step: Of the weights.
+        export_path: The folder, a path or URL, in which the new folder is made; need not exist.
+        spec: The spec, with final values in its model, which is put into evaluation mode without gradients.
+        global_step: The global step of the weights.
         serving_input: Returns one example batch of features; None writes no program.
-        assets_extra: By name below ``assets.extra`` the path or URL of the file to copy.
+        assets_extra: The path or URL of each file to copy, by its name below ``assets.extra``.
 
     Raises:
-        ConfigError: If an asset is missing or named beyond its folder, the example is no batch, or the model cannot be
-            traced.
-        OSError: If ``export_path`` cannot be written, or an asset not be read.
+        ConfigError: If an asset is missing or its name leads out of the folder, the example is not a batch, or the
+            model cannot be traced.
+        OSError: If ``export_path`` cannot be written, or an asset cannot be read.
     """
     assert spec.model is not None  # noqa: S101  # EstimatorSpec has checked it
     _check_assets(assets_extra or {})
@@ -93,7 +94,7 @@ def write_export(
 
 
 class _Predicting(nn.Module):
-    """A model with the function that makes predictions of it."""
+    """A model together with the function that makes its predictions."""
 
     def __init__(self, model: nn.Module, predict_fn: Callable[[Any, Any], Any]) -> None:
         super().__init__()
@@ -109,15 +110,15 @@ def _served(spec: EstimatorSpec, model: nn.Module) -> nn.Module:
 
 
 def trace(model: nn.Module, example: Any) -> ExportedProgram:
-    """The program of a model for batches of any size.
+    """Return the program of a model, for batches of any size.
 
     Args:
-        model: Called with the features alone.
+        model: The model, called with the features alone.
         example: One batch of features: a tensor, an array, or a nest of them. Their first dimension is the batch;
-            a scalar has none.
+            scalars have none.
 
     Raises:
-        ConfigError: If the example is no batch, or the model cannot be traced.
+        ConfigError: If the example is not a batch, or the model cannot be traced.
     """
     features = map_leaves(_example, example)
     tensors = [leaf for leaf in leaves(features) if isinstance(leaf, torch.Tensor)]
@@ -132,15 +133,15 @@ def trace(model: nn.Module, example: Any) -> ExportedProgram:
             shapes[tensor] = {0: Dim.DYNAMIC}
     try:
         program = torch.export.export(model, (features,), dynamic_shapes=shapes)  # type: ignore[arg-type]  # takes both
-    except Exception as error:  # the model's own code runs in it, and may raise anything
+    except Exception as error:  # the model's own code runs here, and may raise any exception
         raise ConfigError(_untraceable(error)) from error
-    with contextlib.suppress(ValueError):  # torch 2.6 insists on them; what it writes is refused anyway
-        program.example_inputs = None  # it would be pickled, and is the user's data
+    with contextlib.suppress(ValueError):  # torch 2.6 refuses; `_write_program` refuses its pickled files anyway
+        program.example_inputs = None  # the example would be pickled, and is the user's data
     return program
 
 
 def _example(leaf: Any) -> Any:
-    """A tensor of two rows at least: of one row torch.export takes it that there is never another number."""
+    """Return a tensor of at least two rows: from one row, torch.export infers that there is always exactly one."""
     tensor = torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
     if not isinstance(tensor, torch.Tensor):
         return leaf
@@ -149,7 +150,7 @@ def _example(leaf: Any) -> Any:
 
 
 def _untraceable(error: Exception) -> str:
-    reason = " ".join(str(error).partition("\n\n")[0].split())  # what follows is advice for users of torch.export
+    reason = " ".join(str(error).partition("\n\n")[0].split())  # the rest is advice for users of torch.export
     return (
         "export: torch.export cannot trace the model, so nothing was written. It must be tensor code for any batch "
         "size, without branches on values: change forward or predict_fn, or leave out serving_input_fn to export the "
@@ -161,15 +162,15 @@ def _write_program(program: ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
     if pickled := _pickled_members(path):
         raise ConfigError(
-            f"export: the program would hold pickled data ({', '.join(pickled)}), which runs code of whoever wrote it "
-            "when it is loaded, so nothing was written. Its weights and constants must be plain tensors, written by a "
+            f"export: the program would hold pickled data ({', '.join(pickled)}), which can run any code when it "
+            "is loaded, so nothing was written. Its weights and constants must be plain tensors, written by a "
             f"version of torch that stores them as they are (2.13 does, this is {torch.__version__}); or leave out "
             "serving_input_fn to export the weights only"
         )
 
 
 def _pickled_members(path: Path) -> list[str]:
-    """What in an archive would be unpickled when it is loaded: whole members, or payloads that a config marks so."""
+    """Return the parts of an archive that loading would unpickle: whole members, or payloads marked in a config."""
     with zipfile.ZipFile(path) as archive:
         whole = [info.filename for info in archive.infolist() if info.filename.endswith(".pt") and info.file_size]
         configs = [archive.read(name) for name in archive.namelist() if name.endswith("_config.json")]
@@ -181,10 +182,10 @@ def _pickled_members(path: Path) -> list[str]:
 
 
 def signature(program: ExportedProgram) -> dict[str, Any]:
-    """What a program takes and returns: dtype and shape by name, None for a dimension of any size.
+    """Return dtype and shape of a program's inputs and outputs by name; None for a dimension of any size.
 
-    A tensor alone is called ``features`` or ``predictions``; one in a nest by its way there, such as ``image`` or
-    ``logits/0``.
+    A tensor alone is called ``features`` or ``predictions``; a tensor in a nest is named by its path, such as ``image``
+    or ``logits/0``.
 
     >>> program = trace(torch.nn.Linear(3, 1), torch.zeros(4, 3))
     >>> signature(program)["inputs"]
@@ -209,7 +210,7 @@ def _described(nest: Any, alone: str) -> dict[str, Any]:
 
 
 def _named(nest: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """The tensors of a nest, with the way to each; what is none is part of the program, not of its signature."""
+    """Yield the tensors of a nest, each with its path; other leaves are constants of the program, not inputs."""
     if isinstance(nest, torch.Tensor):
         yield path, nest
     elif is_nest(nest):
@@ -233,7 +234,7 @@ def _check_assets(assets: Mapping[str, str]) -> None:
             raise ConfigError(f"export: assets_extra: expected names below {ASSETS_FOLDER}, got {name!r}")
         place, file = split(str(source))
         if not storage_of(place).is_file(file):
-            raise ConfigError(f"export: assets_extra: {name!r} is to be a copy of {source}, and there is no such file")
+            raise ConfigError(f"export: assets_extra: there is no file {source} to copy to {name!r}")
 
 
 def _copy(assets: Mapping[str, str], folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Exporters: what is made of an evaluated checkpoint.
+"""Exporters: the treatment of evaluated checkpoints.
 
-Each exporter of an EvalSpec has a folder of its own, ``model_dir/export/NAME``; `export_folder` has the rules for the
+Each exporter of an EvalSpec has a folder of its own, ``model_dir/export/NAME``; see `folder` for the rules of the
 models in it.
 """
 
@@ -25,11 +25,11 @@ _COMPARED = ("best_eval_result", "current_eval_result")
 
 
 class ExportingEstimator(Protocol):
-    """What an exporter asks of an estimator."""
+    """The part of an estimator that an exporter uses."""
 
     @property
     def model_dir(self) -> str:
-        """Where checkpoints and summaries lie."""
+        """The folder of checkpoints and summaries."""
 
     def export_model(
         self,
@@ -38,16 +38,16 @@ class ExportingEstimator(Protocol):
         checkpoint_path: str,
         assets_extra: Mapping[str, str] | None,
     ) -> str:
-        """Write the model of a checkpoint into ``export_path`` and return where it lies."""
+        """Write the model of a checkpoint into a new folder in ``export_path``, and return the new folder's path."""
 
 
 class Exporter(ABC):
-    """Called by the evaluator after each evaluation, and by a local training after each of its own."""
+    """Exports evaluated models. Called after each evaluation, by the evaluator or by a local training."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name of this exporter's folder in ``model_dir/export``; differs among those of one EvalSpec."""
+        """The name of this exporter's folder in ``model_dir/export``; unique among those of one EvalSpec."""
 
     @abstractmethod
     def export(
@@ -58,17 +58,17 @@ class Exporter(ABC):
         eval_result: EvalResult,
         is_the_final_export: bool,
     ) -> str | None:
-        """Export the evaluated model, or decide not to. Blocks; called on one thread.
+        """Export the evaluated model, or choose not to. Blocks; called on one thread.
 
         Args:
-            estimator: Writes the model.
+            estimator: The estimator, which writes the model.
             export_path: ``model_dir/export/NAME``; need not exist.
             checkpoint_path: The checkpoint that was evaluated.
-            eval_result: Its metrics, ``loss`` and ``global_step`` among them.
+            eval_result: Its metrics, including ``loss`` and ``global_step``.
             is_the_final_export: Whether training is over and no newer checkpoint will come.
 
         Returns:
-            Where the exported model lies, None where nothing was exported.
+            The path of the exported model; None if nothing was exported.
 
         Raises:
             CheckpointError: If the checkpoint cannot be read.
@@ -84,11 +84,11 @@ class _ModelExporter(Exporter):
         name: The name of the folder in ``model_dir/export``.
         serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
             only.
-        assets_extra: Files to put beside the model: source path by name.
+        assets_extra: Files to put beside the model: the source path of each by name.
 
     Raises:
-        ConfigError: If the name is empty, no string, or a path.
-        TypeError: If serving_input_fn is no function.
+        ConfigError: If the name is empty, not a string, or a path.
+        TypeError: If serving_input_fn is not a function.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class FinalExporter(_ModelExporter):
         name: The name of the folder in ``model_dir/export``.
         serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
             only.
-        assets_extra: Files to put beside the model: source path by name.
+        assets_extra: Files to put beside the model: the source path of each by name.
 
     Raises:
-        ConfigError: If the name is empty, no string, or a path.
-        TypeError: If serving_input_fn is no function.
+        ConfigError: If the name is empty, not a string, or a path.
+        TypeError: If serving_input_fn is not a function.
     """
 
     def export(
@@ -157,12 +157,12 @@ class LatestExporter(_ModelExporter):
         name: The name of the folder in ``model_dir/export``.
         serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
             only.
-        assets_extra: Files to put beside the model: source path by name.
-        exports_to_keep: How many; older ones are deleted after each export. None keeps all.
+        assets_extra: Files to put beside the model: the source path of each by name.
+        exports_to_keep: Number of exports to keep; older ones are deleted after each export. None keeps all.
 
     Raises:
-        ConfigError: If the name is empty, no string, or a path, or ``exports_to_keep`` is not positive.
-        TypeError: If serving_input_fn is no function.
+        ConfigError: If the name is empty, not a string, or a path, or ``exports_to_keep`` is not positive.
+        TypeError: If serving_input_fn is not a function.
     """
 
     def __init__(
@@ -184,17 +184,17 @@ class LatestExporter(_ModelExporter):
         eval_result: EvalResult,
         is_the_final_export: bool,
     ) -> str | None:
-        """Export, and delete what is too old; see `Exporter.export`."""
+        """Export the model, and delete old exports; see `Exporter.export`."""
         exported = self._write(estimator, export_path, checkpoint_path)
         delete_old_exports(export_path, self._exports_to_keep)
         return exported
 
 
 def loss_smaller(best_eval_result: EvalResult, current_eval_result: EvalResult) -> bool:
-    """Whether the present evaluation has a smaller loss than the best one. One that is equal is not better.
+    """Return whether the present evaluation has a smaller loss than the best one; an equal loss is not better.
 
     Raises:
-        ConfigError: If one of them has no ``loss``.
+        ConfigError: If one of the results has no ``loss``.
 
     >>> loss_smaller({"loss": 0.5}, {"loss": 0.25}), loss_smaller({"loss": 0.5}, {"loss": 0.5})
     (True, False)
@@ -209,25 +209,25 @@ def loss_smaller(best_eval_result: EvalResult, current_eval_result: EvalResult) 
 class BestExporter(_ModelExporter):
     """Exports when an evaluation is better than all before it, and keeps the newest exports.
 
-    The best evaluation of earlier processes is read from the event files, so that after a restart only a better one is
-    exported, too; where the folder holds no export yet, the first evaluation is, whatever earlier runs have reached.
-    An evaluation is never the best if what ``compare_fn`` reads of it is NaN.
+    The best evaluation of earlier processes is read from the event files, so that after a restart, too, only better
+    evaluations are exported. If the folder holds no export yet, the first evaluation is exported, whatever earlier runs
+    have reached. An evaluation is never the best if a number that ``compare_fn`` reads of it is NaN.
 
     Args:
         name: The name of the folder in ``model_dir/export``.
         serving_input_fn: Returns one example batch of features; see `Estimator.export_model`. None exports the weights
             only.
-        assets_extra: Files to put beside the model: source path by name.
-        event_file_pattern: The event files of earlier evaluations, below model_dir; of an EvalSpec with a name they
-            are ``"eval_NAME/*.tfevents.*"``. None reads none.
-        compare_fn: ``(best_eval_result, current_eval_result) -> bool``, called with these names: whether the present
-            one is better.
-        exports_to_keep: How many; older ones are deleted after each export. None keeps all.
+        assets_extra: Files to put beside the model: the source path of each by name.
+        event_file_pattern: The event files of earlier evaluations, below model_dir; for an EvalSpec with a name they
+            are ``"eval_NAME/*.tfevents.*"``. None reads no files.
+        compare_fn: ``(best_eval_result, current_eval_result) -> bool``, called with these names: returns whether the
+            present evaluation is better.
+        exports_to_keep: Number of exports to keep; older ones are deleted after each export. None keeps all.
 
     Raises:
-        ConfigError: If the name is empty, no string, or a path, ``exports_to_keep`` is not positive, or compare_fn
+        ConfigError: If the name is empty, not a string, or a path, ``exports_to_keep`` is not positive, or compare_fn
             cannot be called with its two arguments.
-        TypeError: If serving_input_fn is no function.
+        TypeError: If serving_input_fn is not a function.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class BestExporter(_ModelExporter):
         eval_result: EvalResult,
         is_the_final_export: bool,
     ) -> str | None:
-        """Export if it is the best, or there is no export yet, and delete what is too old; see `Exporter.export`."""
+        """Export the best evaluation, or the first one without an export; delete old ones. See `Exporter.export`."""
         if not isinstance(eval_result, Mapping):
             raise ConfigError(f"{self!r}: eval_result: expected the metrics of an evaluation, got {eval_result!r}")
         is_first = self._model_dir != estimator.model_dir
@@ -275,9 +275,9 @@ class BestExporter(_ModelExporter):
         return exported
 
     def _best_before(self, model_dir: str, like: EvalResult) -> EvalResult | None:
-        """The best of the other evaluations in the event files, which hold the present one as well.
+        """Return the best of the earlier evaluations in the event files, which also hold the present one.
 
-        One that lacks a metric is no evaluation of this kind.
+        An evaluation that lacks a metric is of another kind, and is ignored.
         """
         best: EvalResult | None = None
         earlier = read_metrics(model_dir, self._pattern) if self._pattern else {}
@@ -295,7 +295,7 @@ class BestExporter(_ModelExporter):
         return is_better and not now.has_given_nan
 
     def _reads_nan(self, result: EvalResult) -> bool:
-        """Whether what the comparison goes by is NaN."""
+        """Return whether a number that ``compare_fn`` reads is NaN."""
         watched = Watched(result)
         self._compare_fn(best_eval_result=watched, current_eval_result=watched)
         return watched.has_given_nan
@@ -303,7 +303,7 @@ class BestExporter(_ModelExporter):
     def _warn_of_unknown(self, export_path: str) -> None:
         logger.warning(
             "%r: there are exports in %s, and no earlier evaluation in %r to compare with, so this one counts as the "
-            "best; event_file_pattern says where the evaluations of this EvalSpec are written",
+            "best; event_file_pattern must match the event files of this EvalSpec",
             self,
             export_path,
             self._pattern,
@@ -311,16 +311,16 @@ class BestExporter(_ModelExporter):
 
 
 def _is_same(result: EvalResult, written: EvalResult) -> bool:
-    """Whether this is what was written of a result, as float32."""
+    """Return whether the written numbers are those of a result, stored as float32."""
     known = scalars(written)
-    with np.errstate(over="ignore"):  # beyond its range it was written as infinity
+    with np.errstate(over="ignore"):  # numbers beyond the range of float32 were written as infinity
         return "global_step" in result and all(
             float(np.float32(value)) == float(np.float32(known[name])) for name, value in scalars(result).items()
         )
 
 
 def check_exporter_name(name: object, where: str) -> str:
-    """``name`` if it can name a folder. Raises ConfigError where it is empty, no string, or a path."""
+    """Return ``name`` if it can name a folder. Raises ConfigError if it is empty, not a string, or a path."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}: expected a string that is not empty, got {name!r}")
     if "/" in name or "\\" in name or name in (".", ".."):

@@ -1,11 +1,10 @@
-"""The folders of exported models: their names, what makes one whole, and which are deleted.
+"""The folders of exported models: their names, their completeness, and the deletion of old ones.
 
 Rules
-
-1. A model is a folder that is named by the time of its export, in seconds since 1970: ten digits. What is named
-   otherwise is nobody's, and is never deleted. Each has a later time than those that are there.
-2. One on a file system comes into place in one move. At a URL ``model.safetensors`` is uploaded last and deleted
-   first: a folder that holds it is whole.
+    * A model is a folder whose name is the time of its export, in seconds since 1970: ten digits. Folders with other
+      names are left alone and never deleted. Each new name is a later time than all existing ones.
+    * On a file system a folder comes into place in one move. At a URL ``model.safetensors`` is uploaded last and
+      deleted first: a folder that holds it is complete.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def new_export(export_path: str, write: Callable[[Path], object]) -> str:
-    """Make the folder of a model below ``export_path``; its path or URL. Blocks. If anything fails, there is none.
+    """Make the folder of a model below ``export_path``; return its path or URL. Blocks. On failure none is left.
 
     Args:
         export_path: A path or URL; need not exist.
-        write: Called with a folder on a file system of this task, to fill it; it comes into place afterwards.
+        write: Fills a folder on a file system of this task, which is moved into place afterwards.
 
     Raises:
-        OSError: If it cannot be made, renamed or uploaded.
+        OSError: If the folder cannot be made, renamed or uploaded.
     """
     storage = storage_of(export_path)
     folder = storage.new_folder(".export-model")
@@ -49,17 +48,17 @@ def new_export(export_path: str, write: Callable[[Path], object]) -> str:
 
 
 def has_exports(export_path: str) -> bool:
-    """Whether a folder, a path or URL, holds an export."""
+    """Return whether a folder, a path or URL, holds an export."""
     storage = storage_of(export_path)
     return any(not storage.is_file(name) for name in _exports(storage))
 
 
 def delete_old_exports(export_path: str, keep: int | None) -> None:
-    """Delete all but the newest exports in a folder: of its folders those that are named by ten digits.
+    """Delete all but the newest exports in a folder; an export is a folder whose name is ten digits.
 
     Args:
         export_path: The folder, a path or URL; need not exist.
-        keep: How many stay; None deletes none.
+        keep: Number of exports to keep; None keeps all.
     """
     if keep is None:
         return
@@ -70,7 +69,7 @@ def delete_old_exports(export_path: str, keep: int | None) -> None:
 
 
 def delete_export(path: str | os.PathLike[str]) -> None:
-    """Delete one export. One that cannot be deleted, or is gone already, is warned of."""
+    """Delete one export. Logs a warning if that fails, or the export is gone already."""
     folder, name = split(os.fspath(path))
     storage = storage_of(folder)
     try:
@@ -82,7 +81,7 @@ def delete_export(path: str | os.PathLike[str]) -> None:
 
 
 def _next_name(storage: Storage) -> str:
-    """The time, or one that is later than all there are: of two exports in a second the second one is newer, too."""
+    """Return the time, or a later one than all names: the second of two exports in one second must be the newer one."""
     there = [int(name) + 1 for name in _exports(storage)]
     return str(max([int(time.time()), *there]))
 

@@ -1,7 +1,7 @@
-"""The hooks that say when a session goes on and when it stops, and the timer that most hooks have.
+"""The hooks that decide when a session continues and when it stops, and the timer that most hooks use.
 
-Clocks are callables that return seconds, so that a test needs no waiting. A *step* is a global step, the updates of
-all workers, unless it says *local*.
+Clocks are callables that return seconds, so that a test needs no waiting. A *step* is a global step, which counts the
+updates of all workers, unless it is called *local*.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook
 Clock = Callable[[], float]
 Wait = Callable[[float], object]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class SecondOrStepTimer:
-    """Says when something is due that happens every so many seconds or steps.
+    """Decides when an action is due that repeats after a number of seconds or steps.
 
-    The first question is always answered yes, and never two for the same step.
+    The action is due at the first step that is asked about, and never twice at the same step.
 
     Args:
         every_secs: Seconds between two triggers; exactly one of the two is given.
@@ -33,7 +33,7 @@ class SecondOrStepTimer:
         clock: Returns seconds that never go back.
 
     Raises:
-        ConfigError: If both or none are given, or one is not positive.
+        ConfigError: If not exactly one interval is given, or it is not positive.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class SecondOrStepTimer:
         self._clock = clock
         self._last_time: float | None = None
         self.last_triggered_step: int | None = None
-        """The step of the last `update_last_triggered_step`, None before the first."""
+        """The step of the last `update_last_triggered_step`; None before the first."""
 
     def should_trigger_for_step(self, step: int) -> bool:
-        """Whether it is due at ``step``. Changes nothing."""
+        """Return whether the action is due at ``step``. Changes nothing."""
         if self.last_triggered_step is None or self._last_time is None:
             return True
         if step == self.last_triggered_step:
@@ -62,7 +62,7 @@ class SecondOrStepTimer:
         return self._every_steps is not None and step >= self.last_triggered_step + self._every_steps
 
     def update_last_triggered_step(self, step: int) -> tuple[float | None, int | None]:
-        """It was done at ``step``. Returns the seconds and steps since the last time, None the first time."""
+        """Note that the action was done at ``step``; return seconds and steps since the last time, or Nones."""
         now = self._clock()
         elapsed_secs = None if self._last_time is None else now - self._last_time
         elapsed_steps = None if self.last_triggered_step is None else step - self.last_triggered_step
@@ -78,22 +78,22 @@ class StopAtStepHook(TrainingHook):
         last_step: Stop at this step; exactly one of the two is given.
 
     Raises:
-        ConfigError: If both or none are given, or one is not positive.
+        ConfigError: If not exactly one step is given, or it is not positive.
     """
 
     def __init__(self, num_steps: int | None = None, last_step: int | None = None) -> None:
         _check_exactly_one("StopAtStepHook", num_steps=num_steps, last_step=last_step)
         self._num_steps = num_steps
         self.last_step = last_step
-        """The step to stop at; None until the session tells where ``num_steps`` counts from."""
+        """The step to stop at; None until a session provides the start for ``num_steps``."""
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """Counts ``num_steps`` from the first session, not anew from a recreated one."""
+        """Count ``num_steps`` from the first session, not again from a recreated one."""
         if self.last_step is None and self._num_steps is not None:
             self.last_step = session.global_step + self._num_steps
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Other workers move the step as well, so the session's own count is asked, too."""
+        """Request a stop at the step; the session's own count includes later updates of other workers."""
         if self.last_step is None:
             return
         if values.global_step >= self.last_step or context.session.global_step >= self.last_step:
@@ -105,25 +105,25 @@ def _let_time_pass(seconds: float) -> None:
 
 
 class GlobalStepWaiterHook(TrainingHook):
-    """Holds a worker back before its first step until the others have brought the global step so far.
+    """Holds a worker back before its first step until the other workers have reached a global step.
 
-    Starting workers one after the other makes the first updates, which are the largest, less stale. The worker begins
-    with the values of the step that it waited for. Where the session should stop, because `max_steps` is reached, it
-    goes on to learn that. A run may also end before the step comes, by early stopping or because the chief's input
-    ends, and the chief would wait for this worker: give a ``timeout`` then.
+    Starting workers one after the other makes the first updates, which are the largest, less stale. The worker starts
+    with the values of the step that it waited for. If the session should stop because `max_steps` is reached, the
+    worker goes on and finds that out. A run may also end before the step is reached, by early stopping or because the
+    chief's input ends, and the chief would then wait for this worker: in such cases give a ``timeout``.
 
     Args:
-        wait_until_step: The global step; 0 waits for nothing.
-        timeout: Seconds after which the worker starts anyway, with a warning; None waits for as long as it takes.
+        wait_until_step: The global step; with 0 the worker does not wait.
+        timeout: Seconds after which the worker starts anyway, with a warning; None waits without a limit.
         clock: Returns seconds.
-        wait: Lets seconds pass.
+        wait: Waits for a number of seconds.
 
     Raises:
-        ConfigError: If the step is negative or no whole number, or the timeout is not positive.
+        ConfigError: If the step is negative or not a whole number, or the timeout is not positive.
     """
 
     POLL_INTERVAL = 0.5
-    """Seconds between two questions for the global step."""
+    """Seconds between two requests for the global step."""
     LOG_INTERVAL = 30.0
 
     def __init__(
@@ -147,7 +147,7 @@ class GlobalStepWaiterHook(TrainingHook):
         self._has_started = False
 
     def before_run(self, context: RunContext) -> None:
-        """Blocks before the first step; later ones are let through."""
+        """Wait before the first step. Blocks; later steps pass at once."""
         if self._has_started:
             return
         if context.session.global_step < self._step:
@@ -160,7 +160,7 @@ class GlobalStepWaiterHook(TrainingHook):
         while (step := session.read_global_step()) < self._step and not session.should_stop():
             now = self._clock()
             if self._timeout is not None and now >= began + self._timeout:
-                _log.warning(
+                logger.warning(
                     "%s starts at global step %d: step %d did not come within %g s",
                     session.task,
                     step,
@@ -169,17 +169,17 @@ class GlobalStepWaiterHook(TrainingHook):
                 )
                 return
             if now >= say_at:
-                _log.info("%s waits for global step %d, now %d", session.task, self._step, step)
+                logger.info("%s waits for global step %d, now %d", session.task, self._step, step)
                 say_at = now + self.LOG_INTERVAL
             self._wait(self.POLL_INTERVAL)
 
 
 class StopAfterNEvalsHook(TrainingHook):
-    """Ends an evaluation after some batches; each evaluation counts anew.
+    """Ends an evaluation after a number of batches, counted for each evaluation anew.
 
     Args:
-        num_evals: How many batches; None lets the input end it.
-        log_progress: Log about ten times in an evaluation how far it is.
+        num_evals: Number of batches; None lets the input end the evaluation.
+        log_progress: Whether to log progress, about ten times in an evaluation.
 
     Raises:
         ConfigError: If the number is not positive.
@@ -193,27 +193,27 @@ class StopAfterNEvalsHook(TrainingHook):
         self._count = 0
 
     def begin(self) -> None:
-        """A new evaluation begins."""
+        """Start to count the batches of an evaluation."""
         self._count = 0
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Counts one batch."""
+        """Count one batch."""
         self._count += 1
         is_last = self._count == self._num_evals
         if self._log_every and (is_last or self._count % self._log_every == 0):
-            _log.info("evaluation [%d/%s]", self._count, self._num_evals or "?")
+            logger.info("evaluation [%d/%s]", self._count, self._num_evals or "?")
         if is_last:
             context.request_stop()
 
 
 class FinalOpsHook(TrainingHook):
-    """Calls functions when the session ends cleanly, and keeps what they return.
+    """Calls functions when the session ends cleanly, and keeps their results.
 
     Args:
-        final_ops: A function without arguments, or a nest of them.
+        final_ops: A function without arguments, or a nest of such functions.
 
     Raises:
-        TypeError: If a leaf of the nest is no function.
+        TypeError: If a leaf of the nest is not a function.
 
     >>> hook = FinalOpsHook({"ratio": lambda: 1 / 4})
     """
@@ -224,10 +224,10 @@ class FinalOpsHook(TrainingHook):
                 raise TypeError(f"FinalOpsHook: expected functions without arguments, got {leaf!r}; use a lambda")
         self._final_ops = final_ops
         self.final_ops_values: Any = None
-        """What the functions returned, in the structure they were given in; None before the end."""
+        """The results of the functions, in the structure of ``final_ops``; None before the end."""
 
     def end(self, session: TrainingSession) -> None:
-        """Calls them, in order; whatever one raises is raised."""
+        """Call the functions in order. Raises any exception of theirs."""
         self.final_ops_values = map_leaves(lambda final_op: final_op(), self._final_ops)
 
 

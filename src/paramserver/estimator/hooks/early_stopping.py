@@ -1,13 +1,12 @@
-"""Hooks that end a training before its last step, by what evaluations have found.
+"""Hooks that end a training before its last step, based on the results of evaluations.
 
 Rules
-
-1. The chief asks a predicate: at its first step, then at most every so many seconds or global steps.
-2. What it finds, the other workers learn of one number on a ps, STOP, which they read after each of their steps. More
-   than 0 stops a worker. In one process there is nobody to tell.
-3. STOP is made after the model has its values, so that what a checkpoint of an earlier run holds of it never counts: a
-   training that was stopped can be gone on with.
-4. The evaluator reads of the end in model_dir, as of any other.
+    * The chief asks a predicate: at its first step, then at most once in a number of seconds or global steps.
+    * The other workers learn the decision from one number on a ps, STOP, which they read after each of their steps. A
+      number above 0 stops a worker. In one process there is no other worker to tell.
+    * STOP is created after the model has its values, so that the STOP in a checkpoint of an earlier run never counts: a
+      training that was stopped can be continued.
+    * The evaluator learns of the end from model_dir, as it learns of any other end.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ def make_early_stopping_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """A hook that ends the training of all workers when a function says so.
+    """Return a hook that ends the training of all workers when a function returns True.
 
     It belongs into ``TrainSpec.hooks`` of every task, or into the hooks of `Estimator.train`. Works in one process and
-    in a cluster, with any strategy. In a cluster a worker other than the chief asks a ps one small question more
-    in each step.
+    in a cluster, with any strategy. In a cluster, each worker except the chief makes one additional small request to a
+    ps in each step.
 
     Args:
-        estimator: Which trains.
-        should_stop_fn: Called without arguments, on the chief only, between two steps, which wait for it.
+        estimator: The estimator that trains.
+        should_stop_fn: Called without arguments, on the chief only, between two steps; training waits for it.
         run_every_secs: Seconds between two calls; exactly one of the two is set.
-        run_every_steps: Global steps between two calls; ``run_every_secs`` has to be None then.
+        run_every_steps: Global steps between two calls; ``run_every_secs`` must then be None.
 
     Raises:
-        TypeError: If the estimator is none, or should_stop_fn no function.
-        ConfigError: If both or none of the intervals are set, or one is not positive.
+        TypeError: If the estimator is not an Estimator, or should_stop_fn is not a function.
+        ConfigError: If not exactly one interval is set, or it is not positive.
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"make_early_stopping_hook: estimator: expected an Estimator, got {estimator!r}")
@@ -82,15 +81,15 @@ def stop_if_higher_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """A hook that ends the training once a metric was higher than a threshold, in any evaluation.
+    """Return a hook that ends the training once a metric was higher than a threshold in any evaluation.
 
     Args:
-        estimator: Which trains.
-        metric_name: Such as ``"accuracy"``.
-        threshold: To be higher than; equal is not.
-        eval_dir: Where the evaluations are written, a path or URL; ``model_dir/eval`` by default, for an EvalSpec with
-            a name ``model_dir/eval_NAME``.
-        min_steps: Evaluations of an earlier global step do not count.
+        estimator: The estimator that trains.
+        metric_name: The name of the metric, such as ``"accuracy"``.
+        threshold: The threshold; a value equal to it does not count.
+        eval_dir: The folder of the evaluations, a path or URL; by default ``model_dir/eval``. For an EvalSpec with a
+            name it is ``model_dir/eval_NAME``.
+        min_steps: The first global step whose evaluation counts.
         run_every_secs: As for `make_early_stopping_hook`.
         run_every_steps: As for `make_early_stopping_hook`.
 
@@ -111,7 +110,7 @@ def stop_if_lower_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """A hook that ends the training once a metric was lower than a threshold; see `stop_if_higher_hook`."""
+    """Return a hook that ends the training once a metric was lower than a threshold; see `stop_if_higher_hook`."""
     rule = partial(_crosses, operator.lt, threshold)
     return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
 
@@ -125,12 +124,13 @@ def stop_if_no_increase_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """A hook that ends the training when a metric has not become higher for a number of global steps.
+    """Return a hook that ends the training when a metric has not increased for a number of global steps.
 
     Args:
-        estimator: Which trains.
-        metric_name: Such as ``"accuracy"``.
-        max_steps_without_increase: Global steps from the evaluation with the highest value to a later one that end it.
+        estimator: The estimator that trains.
+        metric_name: The name of the metric, such as ``"accuracy"``.
+        max_steps_without_increase: Number of global steps from the evaluation with the highest value to a later
+            evaluation at which the training ends.
         eval_dir: As for `stop_if_higher_hook`.
         min_steps: As for `stop_if_higher_hook`.
         run_every_secs: As for `make_early_stopping_hook`.
@@ -153,7 +153,7 @@ def stop_if_no_decrease_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """A hook that ends the training when a metric has not become lower; see `stop_if_no_increase_hook`."""
+    """Return a hook that ends the training when a metric has not decreased; see `stop_if_no_increase_hook`."""
     rule = partial(_stalls, operator.lt, max_steps_without_decrease)
     return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
 
@@ -183,7 +183,7 @@ def _metric_hook(
 
 
 def _values(eval_dir: PathLike, name: str, min_steps: int) -> _Values:
-    """The values of a metric. The newest evaluation may lack it: perhaps it is being written."""
+    """Yield the values of a metric. The newest evaluation may lack it, since it may still be being written."""
     results = read_eval_metrics(eval_dir)
     for step, metrics in results.items():
         if step < min_steps:
@@ -218,19 +218,19 @@ def _stalls(is_better: Compare, max_steps: int, values: _Values) -> str:
 
 
 class _StopHook(TrainingHook):
-    """What the hooks of all tasks of a cluster have in common: the variable STOP, made once in each training."""
+    """The common part of the hooks of all tasks of a cluster: the variable STOP, created once in each training."""
 
     def begin(self) -> None:
         self.stop: Variable | None = None
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """A session that was recreated has its variables already."""
+        """Create STOP; a session that was recreated has it already."""
         if self.stop is None:
             self.stop = Variable(0, name=STOP, trainable=False, aggregation=VariableAggregation.SUM)
 
 
 class _AskingHook(_StopHook):
-    """The chief's: asks the predicate, and tells the others."""
+    """The hook of the chief: asks the predicate, and tells the other workers."""
 
     def __init__(self, should_stop: Callable[[], bool], timer: SecondOrStepTimer, has_others: bool) -> None:
         self._should_stop, self._timer = should_stop, timer
@@ -241,7 +241,7 @@ class _AskingHook(_StopHook):
         self._is_decided = False
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """Says what is decided: what a ps that was lost holds of it now may be of another time."""
+        """Assign the present decision to STOP: after the loss of a ps, it may hold an outdated one."""
         if self._has_others:
             super().after_create_session(session)
             self._tell()
@@ -252,11 +252,11 @@ class _AskingHook(_StopHook):
             context.request_stop()
 
     def while_waiting(self, context: RunContext) -> None:
-        """The others, which go on, can still be stopped."""
+        """Decide also while waiting: the other workers still train, and can be stopped."""
         self._decide(context.session.global_step)
 
     def _decide(self, step: int) -> None:
-        """Ask the predicate if that is due, and tell the others once."""
+        """Ask the predicate if that is due, and tell the other workers once."""
         if self._is_decided or not self._timer.should_trigger_for_step(step):
             return
         self._timer.update_last_triggered_step(step)
@@ -271,7 +271,7 @@ class _AskingHook(_StopHook):
 
 
 class _ObeyingHook(_StopHook):
-    """Every other worker's: stops when the chief has said so."""
+    """The hook of every other worker: stops when the chief has decided so."""
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
         if self.stop is not None and int(self.stop.value()) > 0:

@@ -1,19 +1,18 @@
-"""Hooks: a user's own code at fixed moments of a training session, and the order in which it is called.
+"""Hooks: a user's own code at fixed moments of a training session, and the order of the calls.
 
-Rules:
-
-1. ``begin`` of all hooks -> the session is created -> ``after_create_session`` of all -> [``before_run`` of
-   all -> one step -> ``after_run`` of all] repeated -> ``end`` of all.
-2. While the chief, whose own input is at its end, waits for the other workers, ``while_waiting`` of all is called about
-   every second: what it does for all workers goes on.
-3. ``end`` is called after a clean stop only: a hook asked for it, the session ends by itself, or the input is
-   at its end (StopIteration). After any other exception it is not called: what a hook writes at the end would
-   look like a result.
-4. Every hook sees a step whole: a stop that one hook asks for takes effect after all have seen the step.
-5. No step is made after a stop was asked for.
-6. What a hook wraps a step in (`RunContext.wrap_step`) is entered after all ``before_run``, in the order of the hooks,
-   and left before the first ``after_run``, also when the step fails.
-7. The chief's own hooks come before the user's, the user's before those that may end the run on a bad loss.
+Rules
+    * ``begin`` of all hooks -> the session is created -> ``after_create_session`` of all -> [``before_run`` of
+      all -> one step -> ``after_run`` of all] repeated -> ``end`` of all.
+    * While the chief, whose own input has ended, waits for the other workers, ``while_waiting`` of all hooks is called
+      about once a second, so that work for all workers, such as checkpoints, continues.
+    * ``end`` is called after a clean stop only: a hook has asked for it, the session ends by itself, or the input has
+      ended (StopIteration). After any other exception it is not called, because the data that a hook writes at the end
+      would look like a result.
+    * All hooks see every complete step: a stop that one hook asks for takes effect after all have seen the step.
+    * No step is made after a stop was asked for.
+    * The context managers around a step (`RunContext.wrap_step`) are entered after all ``before_run``, in the order of
+      the hooks, and left before the first ``after_run``, also when the step fails.
+    * The chief's own hooks come before the user's, and the user's before those that may end the run on a bad loss.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from paramserver.distribute.bound.step_times import StepTimes
 
 
 class TrainingSession(Protocol):
-    """What a hook may ask of the running training."""
+    """The part of the running training that hooks may use."""
 
     @property
     def global_step(self) -> int:
-        """The last known updates of the model, those of other workers included. Does not block."""
+        """The last known number of updates of the model, including those of other workers. Does not block."""
 
     @property
     def is_chief(self) -> bool:
@@ -40,42 +39,42 @@ class TrainingSession(Protocol):
 
     @property
     def task(self) -> str:
-        """This task's name, such as ``worker:1``."""
+        """The name of this task, such as ``worker:1``."""
 
     @property
     def model_dir(self) -> str:
-        """Where checkpoints and summaries lie."""
+        """The folder of checkpoints and summaries."""
 
     def read_global_step(self) -> int:
-        """Ask for the updates of the model by now. Blocks for a round trip.
+        """Request the present number of updates of the model. Blocks for a round trip.
 
         Raises:
             UnavailableError: If the ps task cannot be reached.
         """
 
     def refresh(self) -> int:
-        """Bring the model's values up to date with the ps tasks', as every step does; the global step. Blocks.
+        """Read the model's values from the ps tasks, as every step does; return the global step. Blocks.
 
         Raises:
             UnavailableError: If a ps task cannot be reached.
         """
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The values of the model by name, as checkpoints have them. Blocks where it has tables."""
+        """Return the values of the model by name, as in checkpoints. Blocks if the model has tables."""
 
     def save(self) -> str:
-        """Write a checkpoint and return its path. Blocks until it is whole.
+        """Write a checkpoint and return its path. Blocks until it is complete.
 
         Raises:
-            CheckpointError: If it cannot be written.
+            CheckpointError: If the checkpoint cannot be written.
             UnavailableError: If a ps task cannot be reached.
         """
 
     def statistics(self) -> StepTimes:
-        """Where the time of this task's steps has gone. Does not block."""
+        """Return where the time of this task's steps has gone. Does not block."""
 
     def should_stop(self) -> bool:
-        """Whether the session ends by itself, because the run is over or `max_steps` is reached."""
+        """Return whether the session ends by itself, because the run is over or `max_steps` is reached."""
 
 
 SessionT = TypeVar("SessionT", bound=TrainingSession)
@@ -83,18 +82,18 @@ T = TypeVar("T")
 
 
 class RunValues(NamedTuple):
-    """What one step gave. A named tuple, because one is made every step."""
+    """The result of one step. A named tuple, which is cheap, because one is made every step."""
 
     loss: torch.Tensor | float
-    """The loss of this worker's batch, one element. Read with ``float()``, which waits for the device."""
+    """The loss of this worker's batch, one element. Read it with ``float()``, which waits for the device."""
     global_step: int
     """The global step when this step's update was applied."""
     staleness: int
-    """The updates of others between this step's pull and its push."""
+    """Number of updates of other workers between this step's pull and its push."""
 
 
 class RunContext:
-    """What the hooks of one session share: the session, and the wish to stop."""
+    """The state that the hooks of one session share: the session, and the request to stop."""
 
     def __init__(self, session: TrainingSession) -> None:
         self.session = session
@@ -114,14 +113,14 @@ class RunContext:
         self._stop_requested = True
 
     def wrap_step(self, manager: contextlib.AbstractContextManager[object]) -> None:
-        """Enter a context manager around the coming step, and that one alone. For ``before_run``.
+        """Enter a context manager around the next step, and only that step. For use in ``before_run``.
 
-        A hook that wants more of a step than its values, such as a profile of it, gets it this way.
+        It serves hooks that need more of a step than its values, such as a profile.
         """
         self._wraps.append(manager)
 
     def make(self, step: Callable[[], RunValues]) -> RunValues:
-        """Make a step inside what it is wrapped in."""
+        """Make a step inside the context managers of `wrap_step`."""
         if not self._wraps:
             return step()
         wraps, self._wraps = self._wraps, []
@@ -132,39 +131,39 @@ class RunContext:
 
 
 class TrainingHook:
-    """Code that is called at fixed moments of a session. Override what you need; the rest does nothing.
+    """Code that is called at fixed moments of a session. Override the methods you need; the others do nothing.
 
-    All methods are called on the thread that trains. One object serves one session at a time. An exception
-    from any of them ends the training, ``end`` of the other hooks is then not called.
+    All methods are called on the thread that trains. One object serves one session at a time. An exception in any
+    method ends the training; then ``end`` of the other hooks is not called.
     """
 
     def begin(self) -> None:
-        """Before the session is created: once, also when the session is later recreated."""
+        """Called once before the session is created, and not again when the session is recreated."""
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """The variables hold their values (initialised or restored); again after each recreation."""
+        """Called when the variables are initialized or restored; again after each recreation of the session."""
 
     def before_run(self, context: RunContext) -> None:
-        """Before each step. The step is still made when a stop is requested here."""
+        """Called before each step. The step is still made if a stop is requested here."""
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """After each step, with what it gave."""
+        """Called after each step, with its values."""
 
     def while_waiting(self, context: RunContext) -> None:
-        """About every second while the chief, which has made its last step, waits for the other workers to finish.
+        """Called about once a second while the chief, after its last step, waits for the other workers to finish.
 
-        The session's ``global_step`` is fresh. Duties that a hook has for all workers, such as checkpoints, go on here.
+        The session's ``global_step`` is fresh. A hook's work for all workers, such as checkpoints, continues here.
         """
 
     def end(self, session: TrainingSession) -> None:
-        """After a clean stop. Variables can still be read and saved."""
+        """Called after a clean stop. Variables can still be read and saved."""
 
 
 def as_tuple(items: Iterable[T] | None, kind: type[T], where: str) -> tuple[T, ...]:
-    """``items`` as a tuple whose elements are all of ``kind``; None counts as empty.
+    """Return ``items`` as a tuple of objects of one type; None counts as empty.
 
     Raises:
-        TypeError: If ``items`` is one object instead of several, or an element is of another type.
+        TypeError: If ``items`` is a single object, or an element is of another type.
     """
     if items is None:
         return ()
@@ -184,13 +183,13 @@ def order_hooks(
     user: Sequence[TrainingHook] = (),
     last: Sequence[TrainingHook] = (),
 ) -> tuple[TrainingHook, ...]:
-    """The hooks of one task in the order in which they are called.
+    """Return the hooks of one task in the order in which they are called.
 
     Args:
-        is_chief: Whether this task is the chief; others drop ``chief_only``.
-        chief_only: Checkpoints, summaries, and what the user gave for the chief.
-        user: What the user gave for every worker.
-        last: What may end the run on what it sees (`NanLossHook`), and logging.
+        is_chief: Whether this task is the chief; other tasks drop ``chief_only``.
+        chief_only: The hooks for checkpoints and summaries, and the user's for the chief.
+        user: The user's hooks for every worker.
+        last: The hooks that may end the run on the values they see (`NanLossHook`), and logging.
     """
     return (*(chief_only if is_chief else ()), *user, *last)
 
@@ -198,8 +197,7 @@ def order_hooks(
 class HookRunner:
     """Calls hooks around the steps of one training, in the order of this module's rules.
 
-    `run` is the whole loop; the other methods are its parts, for a loop that recreates its session.
-    Not thread-safe.
+    `run` is the whole loop; the other methods are its parts, for a loop that recreates its session. Not thread-safe.
     """
 
     def __init__(self, hooks: Sequence[TrainingHook]) -> None:
@@ -216,22 +214,22 @@ class HookRunner:
         return self._context is not None and self._context.stop_requested
 
     def begin(self) -> None:
-        """Before the first session is created; once per training."""
+        """Call ``begin`` of all hooks, before the first session is created; once per training."""
         for hook in self.hooks:
             hook.begin()
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """A session is there, for the first time or after it was recreated."""
+        """Call ``after_create_session`` of all hooks, for a session that is new or was recreated."""
         self._context = RunContext(session)
         for hook in self.hooks:
             hook.after_create_session(session)
 
     def step(self, step: Callable[[], RunValues]) -> RunValues:
-        """One step with the hooks around it.
+        """Make one step with the hooks around it.
 
         Raises:
             RuntimeError: If a stop was requested, or there is no session yet.
-            Exception: Whatever ``step`` or a hook raises; StopIteration is how input ends.
+            Exception: Any exception of ``step`` or a hook; StopIteration means the end of the input.
         """
         context = self._context
         if context is None:
@@ -246,7 +244,7 @@ class HookRunner:
         return values
 
     def while_waiting(self) -> None:
-        """This task has made its last step, and waits for others.
+        """Call ``while_waiting`` of all hooks: this task has made its last step, and waits for others.
 
         Raises:
             RuntimeError: If there is no session yet.
@@ -257,24 +255,24 @@ class HookRunner:
             hook.while_waiting(self._context)
 
     def end(self, session: TrainingSession) -> None:
-        """After a clean stop."""
+        """Call ``end`` of all hooks, after a clean stop."""
         for hook in self.hooks:
             hook.end(session)
 
     def run(self, create_session: Callable[[], SessionT], step: Callable[[SessionT], RunValues]) -> SessionT:
         """Train until a hook requests a stop, the session should stop, or the input ends.
 
-        Blocks for the whole training. Closing the session is the caller's part.
+        Blocks for the whole training. The caller closes the session.
 
         Args:
-            create_session: Makes the session, with the variables initialised or restored.
-            step: Makes one step; raises StopIteration when the input is at its end.
+            create_session: Makes the session, with the variables initialized or restored.
+            step: Makes one step; raises StopIteration at the end of the input.
 
         Returns:
             The session, after ``end`` of all hooks.
 
         Raises:
-            Exception: Whatever ``create_session``, ``step`` or a hook raises, except a step's StopIteration.
+            Exception: Any exception of ``create_session``, ``step`` or a hook, except a step's StopIteration.
         """
         self.begin()
         session = create_session()
@@ -283,6 +281,6 @@ class HookRunner:
             while not self.stop_requested and not session.should_stop():
                 self.step(lambda: step(session))
         except StopIteration:
-            pass  # the input's way of saying that it is at its end
+            pass  # the input has ended
         self.end(session)
         return session

@@ -13,30 +13,30 @@ from paramserver.estimator.hooks.basic import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession
 from paramserver.memory.torch_internals import all_threads
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ProfilerHook(TrainingHook):
-    """Writes what happens in a step, operator by operator, every so many global steps or seconds.
+    """Writes a trace of a step, operator by operator, after each interval of global steps or seconds.
 
-    One step is profiled each time, the first of them one interval after the start, and never this task's first step, in
-    which much is done once. A trace is a JSON file
-    ``TASK.STEP.pt.trace.json``, such as ``chief-0.100.pt.trace.json``, that ui.perfetto.dev, chrome://tracing and
-    TensorBoard's profiler plugin open; it holds the threads of all replicas, and their GPUs. Profiling slows that step
-    down, the first time by about a second.
+    One step is profiled each time. The first is one interval after the start, and never this task's first step, which
+    contains work that is done only once. A trace is a JSON file ``TASK.STEP.pt.trace.json``, such as
+    ``chief-0.100.pt.trace.json``, that ui.perfetto.dev, chrome://tracing and TensorBoard's profiler plugin open; it
+    covers the threads of all replicas, and their GPUs. Profiling slows that step down, the first time by about a
+    second.
 
     Args:
         save_steps: Global steps between two traces; exactly one of the two is given.
         save_secs: Seconds between two traces.
-        output_dir: Where traces go, a path or URL, from every task that has this hook. By default into the model_dir,
-            where only the chief writes: other workers write none.
-        record_shapes: Note the shapes of operators' arguments.
-        profile_memory: Note what is allocated and freed.
-        with_stack: Note the Python lines that called; slow.
+        output_dir: The folder of the traces, a path or URL; every task that has this hook writes there. By default the
+            model_dir, where only the chief writes.
+        record_shapes: Whether to record the shapes of operators' arguments.
+        profile_memory: Whether to record allocations and deallocations.
+        with_stack: Whether to record the calling Python lines; slow.
         clock: Returns seconds.
 
     Raises:
-        ConfigError: If both or none are given, or one is not positive.
+        ConfigError: If not exactly one interval is given, or it is not positive.
 
     >>> hook = ProfilerHook(save_steps=500, profile_memory=True)
     """
@@ -65,16 +65,16 @@ class ProfilerHook(TrainingHook):
         self._profile: torch.profiler.profile | None = None
 
     def begin(self) -> None:
-        """A new training begins with a step that is not profiled."""
+        """Note that the next step is the training's first, which is not profiled."""
         self._has_begun = False
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """The first interval begins here."""
+        """Start the first interval."""
         self._is_on = session.is_chief or bool(self._output_dir)
         self._timer.update_last_triggered_step(session.global_step)
 
     def before_run(self, context: RunContext) -> None:
-        """Has the step profiled if one is due."""
+        """Profile the step if that is due."""
         self._profile = None
         is_first, self._has_begun = not self._has_begun, True
         is_due = self._is_on and self._timer.should_trigger_for_step(context.session.global_step + 1)
@@ -83,7 +83,7 @@ class ProfilerHook(TrainingHook):
             context.wrap_step(self._profile)
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Writes the trace.
+        """Write the trace of a profiled step.
 
         Raises:
             OSError: If the trace cannot be written or uploaded.
@@ -96,4 +96,4 @@ class ProfilerHook(TrainingHook):
         with storage.new_file(name) as path:
             self._profile.export_chrome_trace(str(path))
         self._profile = None
-        _log.info("wrote a profile of step %d to %s", values.global_step, storage.path(name))
+        logger.info("wrote a profile of step %d to %s", values.global_step, storage.path(name))

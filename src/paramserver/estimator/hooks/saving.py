@@ -1,6 +1,6 @@
 """The hooks that write into model_dir, on the chief: summaries and checkpoints.
 
-A *step* is a global step, the updates of all workers.
+A *step* is a global step, which counts the updates of all workers.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from paramserver.estimator.hooks.basic import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession, as_tuple
 from paramserver.summary import Point, Writer, collecting
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class SummarySaverHook(TrainingHook):
-    """Writes summaries for TensorBoard, on the chief: loss, staleness, speed, times, and what the model records.
+    """Writes summaries for TensorBoard, on the chief: loss, staleness, speed, times, and the model's own records.
 
-    In the steps that it writes it takes what the model's code records with `paramserver.summary`; in all others those
-    calls do nothing. All points of a step have the global step of its update. A ``loss`` that the code records itself
-    stands in for the loss. ``staleness`` is that of all of this task's pushes since the last time;
-    ``milliseconds/`` is where the time of its steps has gone since then. Closes nothing.
+    In the steps that it writes, it collects the points that the model's code records with `paramserver.summary`; in all
+    other steps those calls do nothing. All points of a step have the global step of its update. A ``loss`` that the
+    code records itself replaces the hook's. ``staleness`` is that of all of this task's pushes since the last time;
+    ``milliseconds/`` is the time of its steps since then, by use. The hook does not close the writer.
 
     Args:
-        writer: Where they go.
+        writer: The writer of the summaries.
         save_steps: Global steps between two points; exactly one of the two is given.
         save_secs: Seconds between two points.
         clock: Returns seconds.
 
     Raises:
-        ConfigError: If both or none are given, or one is not positive.
+        ConfigError: If not exactly one interval is given, or it is not positive.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SummarySaverHook(TrainingHook):
         self._times: StepTimes | None = None
 
     def before_run(self, context: RunContext) -> None:
-        """Has the first step recorded, then those that are due."""
+        """Record the coming step if it is the first, or if it is due."""
         session = context.session
         self._is_due = session.is_chief and self._timer.should_trigger_for_step(session.global_step + 1)
         if self._is_due:
@@ -63,20 +63,20 @@ class SummarySaverHook(TrainingHook):
             context.wrap_step(collecting(self._points.append))
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Writes what was recorded."""
+        """Write the recorded points."""
         self._staleness[values.staleness] += 1
         if self._is_due:
             self._write(values)
             self._write_times(context.session.statistics(), values.global_step)
 
     def while_waiting(self, context: RunContext) -> None:
-        """Writes the speed of the other workers when due; a loss of its own this task has no more."""
+        """Write the speed of the other workers when due; this task has no more losses of its own."""
         session = context.session
         if session.is_chief and self._timer.should_trigger_for_step(session.global_step):
             self._write_speed(session.global_step)
 
     def end(self, session: TrainingSession) -> None:
-        """Makes all points visible."""
+        """Make all points visible."""
         self._writer.flush()
 
     def _write(self, values: RunValues) -> None:
@@ -91,13 +91,13 @@ class SummarySaverHook(TrainingHook):
         self._staleness.clear()
 
     def _write_speed(self, step: int) -> None:
-        """Steps a second since the last time."""
+        """Write the number of steps a second since the last time."""
         seconds, steps = self._timer.update_last_triggered_step(step)
         if seconds and steps is not None:
             self._writer.scalar("global_step/sec", steps / seconds, step)
 
     def _write_times(self, times: StepTimes, step: int) -> None:
-        """Mean milliseconds of a step since the last time, in a group of their own."""
+        """Write the mean milliseconds of a step since the last time, in a group of their own."""
         since = times.since(self._times) if self._times else times
         for name, seconds in since.per_step().items():
             self._writer.scalar(f"milliseconds/{name}", seconds * 1e3, step)
@@ -105,36 +105,36 @@ class SummarySaverHook(TrainingHook):
 
 
 class CheckpointSaverListener:
-    """Told about every checkpoint that a `CheckpointSaverHook` writes. Override what you need."""
+    """Code that is called for every checkpoint of a `CheckpointSaverHook`. Override the methods you need."""
 
     def begin(self) -> None:
-        """Before the session is created."""
+        """Called before the session is created."""
 
     def before_save(self, session: TrainingSession, step: int) -> None:
-        """A checkpoint of ``step`` is about to be written."""
+        """Called before a checkpoint of ``step`` is written."""
 
     def after_save(self, session: TrainingSession, step: int) -> bool | None:
-        """A checkpoint of ``step`` is whole. Return True to stop the training."""
+        """Called when a checkpoint of ``step`` is complete. Return True to stop the training."""
 
     def end(self, session: TrainingSession, step: int) -> None:
-        """The training ended cleanly at ``step``; its checkpoint is written."""
+        """Called when the training has ended cleanly at ``step``, after its checkpoint."""
 
 
 class CheckpointSaverHook(TrainingHook):
-    """Saves when the session starts, every so many global steps or seconds, and at the end.
+    """Saves when the session starts, after each interval of global steps or seconds, and at the end.
 
-    From the step to stop at on only the end saves: workers may still be in their last steps, and what an evaluator
-    takes for the last checkpoint should hold these.
+    Once the step to stop at is reached, only the end saves: workers may still be in their last steps, and the
+    checkpoint that an evaluator regards as the last one should contain these.
 
     Args:
         save_secs: Seconds between two checkpoints; exactly one of the two is given.
         save_steps: Global steps between two checkpoints.
-        listeners: Told about every checkpoint.
+        listeners: Called for every checkpoint.
         clock: Returns seconds.
 
     Raises:
-        ConfigError: If both or none are given, or one is not positive.
-        TypeError: If a listener is none.
+        ConfigError: If not exactly one interval is given, or it is not positive.
+        TypeError: If a listener is not a CheckpointSaverListener.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class CheckpointSaverHook(TrainingHook):
         self._stop = False
 
     def with_listeners(self, more: Sequence[CheckpointSaverListener]) -> CheckpointSaverHook:
-        """A copy of this hook that tells ``more`` listeners, too; the hook itself if there are none."""
+        """Return a copy of this hook that also calls ``more`` listeners; the hook itself if there are none."""
         if not more:
             return self
         new = copy.copy(self)
@@ -158,27 +158,27 @@ class CheckpointSaverHook(TrainingHook):
         return new
 
     def begin(self) -> None:
-        """Tells the listeners."""
+        """Call ``begin`` of the listeners."""
         for listener in self.listeners:
             listener.begin()
 
     def after_create_session(self, session: TrainingSession) -> None:
-        """Saves what training starts from; a stop that a listener asks for here follows the first step."""
+        """Save the start of the training. A stop that a listener asks for here follows the first step."""
         if not session.should_stop():
             self._save(session)
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Saves when due, and stops if a listener wants it."""
+        """Save when due, and stop if a listener asks for it."""
         self._save_if_due(context.session, values.global_step)
         if self._stop:
             context.request_stop()
 
     def while_waiting(self, context: RunContext) -> None:
-        """Saves when due what the other workers do."""
+        """Save the other workers' updates when due."""
         self._save_if_due(context.session, context.session.global_step)
 
     def end(self, session: TrainingSession) -> None:
-        """Saves the last step if it is not saved yet."""
+        """Save the last step if it is not saved yet."""
         if session.global_step != self._timer.last_triggered_step:
             self._save(session)
         for listener in self.listeners:
@@ -194,8 +194,8 @@ class CheckpointSaverHook(TrainingHook):
         for listener in self.listeners:
             listener.before_save(session, step)
         path = session.save()
-        step = session.global_step  # other workers may have moved it until the checkpoint was begun
-        _log.info("saved a checkpoint of step %d to %s", step, path)
+        step = session.global_step  # other workers may have made updates before the checkpoint was begun
+        logger.info("saved a checkpoint of step %d to %s", step, path)
         for listener in self.listeners:
-            # All are told, also after the first that wants to stop.
+            # All listeners are called, also those after the first that asks for a stop.
             self._stop = bool(listener.after_save(session, step)) or self._stop

@@ -1,6 +1,6 @@
-"""The hooks that look at a training: how fast it is, what its loss is, and whether that is still a number.
+"""The hooks that watch a training: its speed, its loss, and whether the loss is still a number.
 
-A *step* is a global step, the updates of all workers, unless it says *local*.
+A *step* is a global step, which counts the updates of all workers, unless it is called *local*.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from paramserver.errors import ParameterServerError
 from paramserver.estimator.hooks.basic import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class NanLossDuringTrainingError(ParameterServerError):
     """The loss of a worker became NaN; the variables are most likely NaN by now as well.
 
     Attributes:
-        task: The worker whose loss it was.
-        global_step: The global step at which it was seen.
+        task: The worker that computed the loss.
+        global_step: The global step at which the worker noticed it.
     """
 
     def __init__(self, message: str, task: str, global_step: int) -> None:
@@ -34,7 +34,7 @@ class NanLossDuringTrainingError(ParameterServerError):
 
 
 class StepCounterHook(TrainingHook):
-    """Logs how many global steps all workers together make in a second, from this task's first step on.
+    """Logs the number of global steps that all workers together make in a second, from this task's first step on.
 
     Args:
         every_n_steps: Global steps between two lines; exactly one of the two is given.
@@ -43,7 +43,7 @@ class StepCounterHook(TrainingHook):
     """
 
     STEPS_WITHOUT_PROGRESS = 20
-    """After so many local steps in which the global step stood still, a warning is due."""
+    """Number of local steps without a change of the global step after which a warning is due."""
     MAX_WARNINGS = 5
 
     def __init__(
@@ -57,16 +57,16 @@ class StepCounterHook(TrainingHook):
         self._stalled = 0
         self._warnings = 0
         self.steps_per_second: float | None = None
-        """The last rate that was logged, None before the first."""
+        """The last rate that was logged; None before the first."""
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Logs when due, warns where the step stands still."""
+        """Log when due, and warn if the global step does not change."""
         step = values.global_step
         self._watch_progress(step, context.session.task)
         self._log_if_due(step)
 
     def while_waiting(self, context: RunContext) -> None:
-        """Logs when due how fast the other workers are."""
+        """Log the speed of the other workers when due."""
         self._log_if_due(context.session.global_step)
 
     def _log_if_due(self, step: int) -> None:
@@ -74,7 +74,7 @@ class StepCounterHook(TrainingHook):
             seconds, steps = self._timer.update_last_triggered_step(step)
             if seconds and steps is not None:
                 self.steps_per_second = steps / seconds
-                _log.info("global_step/sec: %.4g", self.steps_per_second)
+                logger.info("global_step/sec: %.4g", self.steps_per_second)
 
     def _watch_progress(self, step: int, task: str) -> None:
         self._stalled = self._stalled + 1 if step == self._last_step else 0
@@ -82,7 +82,7 @@ class StepCounterHook(TrainingHook):
         due = self._stalled and self._stalled % self.STEPS_WITHOUT_PROGRESS == 0
         if due and self._warnings < self.MAX_WARNINGS:
             self._warnings += 1
-            _log.warning(
+            logger.warning(
                 "%s made %d steps while the global step stayed at %d: does the optimizer come from "
                 "strategy.prepare(), and is optimizer.step() called?",
                 task,
@@ -92,19 +92,19 @@ class StepCounterHook(TrainingHook):
 
 
 class LoggingHook(TrainingHook):
-    """Logs the loss and the step, and what else is asked for, at the first local step and every so many local steps.
+    """Logs the loss, the step and further values, at the first local step and then at intervals of local steps.
 
     Args:
-        every_n_steps: Local steps between two lines; of this and ``every_n_secs`` exactly one is given, or none to log
-            ``at_end`` only.
+        every_n_steps: Local steps between two lines. Give exactly one of this and ``every_n_secs``, or neither of them
+            to log ``at_end`` only.
         every_n_secs: Seconds between two lines.
-        at_end: Log the last step as well.
-        values: Functions without arguments by the name of what they return, read when a line is due.
+        at_end: Whether to log the last step as well.
+        values: Functions without arguments, by the name of their result; called when a line is due.
         formatter: Makes the line from all values by name, ``loss`` and ``step`` first.
         clock: Returns seconds.
 
     Raises:
-        ConfigError: If the limits do not fit, or one is not positive.
+        ConfigError: If the intervals do not fit together, or one is not positive.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     >>> hook = LoggingHook(every_n_steps=50, values={"lr": lambda: optimizer.param_groups[0]["lr"]})
@@ -133,14 +133,14 @@ class LoggingHook(TrainingHook):
         self._unlogged: RunValues | None = None
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Logs when due."""
+        """Log when due."""
         self._unlogged = values
         if self._timer.should_trigger_for_step(self._local_step):
             self._write(values)
         self._local_step += 1
 
     def end(self, session: TrainingSession) -> None:
-        """Logs the last step if that was asked for and not done yet."""
+        """Log the last step if that was asked for and is not done yet."""
         if self._at_end and self._unlogged is not None:
             self._write(self._unlogged)
 
@@ -149,10 +149,10 @@ class LoggingHook(TrainingHook):
         shown: dict[str, object] = {"loss": float(values.loss), "step": values.global_step}
         shown |= {name: read() for name, read in self._values.items()}
         if self._formatter is not None:
-            _log.info("%s", self._formatter(shown))
+            logger.info("%s", self._formatter(shown))
         else:
             line = ", ".join(f"{name} = {_text(value)}" for name, value in shown.items())
-            _log.info("%s%s", line, "" if seconds is None else f" ({seconds:.3f} sec)")
+            logger.info("%s%s", line, "" if seconds is None else f" ({seconds:.3f} sec)")
         self._unlogged = None
 
 
@@ -165,21 +165,21 @@ def _text(value: object) -> str:
 class NanLossHook(TrainingHook):
     """Ends the training when the loss is NaN.
 
-    It looks at every step. That costs no wait of its own on a GPU: a step has waited for its device already,
-    because its gradients went to the ps tasks.
+    It checks every step. That causes no additional wait on a GPU: a step has waited for its device already, because its
+    gradients went to the ps tasks.
 
     Args:
-        fail_on_nan_loss: False stops the training cleanly instead of raising.
+        fail_on_nan_loss: Whether to raise; False stops the training cleanly instead.
     """
 
     def __init__(self, fail_on_nan_loss: bool = True) -> None:
         self._fail = fail_on_nan_loss
 
     def after_run(self, context: RunContext, values: RunValues) -> None:
-        """Checks one loss.
+        """Check the loss of one step.
 
         Raises:
-            NanLossDuringTrainingError: If it is NaN, unless ``fail_on_nan_loss`` is False.
+            NanLossDuringTrainingError: If the loss is NaN, unless ``fail_on_nan_loss`` is False.
         """
         if not math.isnan(float(values.loss)):
             return
@@ -191,5 +191,5 @@ class NanLossHook(TrainingHook):
         )
         if self._fail:
             raise NanLossDuringTrainingError(message, task, step)
-        _log.warning("%s; training stops", message)
+        logger.warning("%s; training stops", message)
         context.request_stop()

@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 10_000
-"""Steps that a scheduler makes one by one, so that its rates are those of plain PyTorch to the last bit."""
+"""Most steps that every scheduler makes one by one, so that its rates equal plain PyTorch's to the last bit."""
 MANY_STEPS = 1_000_000
-"""Steps one by one that take so long that it is said."""
+"""Number of steps one by one that takes so long that the log says so."""
 
 _BY_STEP: frozenset[type[LRScheduler]] = frozenset(
     {
@@ -31,20 +31,20 @@ _BY_STEP: frozenset[type[LRScheduler]] = frozenset(
         lr_scheduler.OneCycleLR,
     }
 )
-"""Those whose ``step(epoch)`` works the rate of a step out by itself, whatever the rate was before. No subclasses: what
-they do differently may need every step."""
+"""Schedulers whose ``step(epoch)`` computes the rate of a step independently of earlier rates. Subclasses are not
+included: their own code may need every step."""
 
 
 class Schedule:
-    """Steps a learning-rate scheduler once for each update of the model, those of other workers included.
+    """Steps a learning-rate scheduler once for each update of the model, including those of other workers.
 
-    So its length is counted in the same steps as ``max_steps``, however many workers there are; all workers use the
-    same rate at the same time; and a training that is resumed goes on where the schedule was, with nothing to save.
+    So a schedule's length is counted in the same steps as ``max_steps``, for any number of workers; all workers use the
+    same rate at the same time; and a resumed training continues the schedule without any saved state.
 
     Args:
-        scheduler: Fresh, as the model_fn made it; None for a rate that stays.
-        last_step: Where it stops, None for nowhere: the last updates of other workers may lead beyond ``max_steps``,
-            where some schedulers refuse to go.
+        scheduler: A fresh scheduler, as the model_fn made it; None for a constant rate.
+        last_step: The last step of the schedule; None for no limit. The last updates of other workers may lead beyond
+            ``max_steps``, where some schedulers raise.
     """
 
     def __init__(self, scheduler: LRScheduler | None, last_step: int | None) -> None:
@@ -53,21 +53,21 @@ class Schedule:
         self._step = 0
 
     def resume(self, global_step: int) -> None:
-        """Go to where training starts from.
+        """Advance to the step that training starts from.
 
-        More than `FEW_STEPS` are made in one, but for schedulers whose rate depends on all rates before: these take
-        about 2 microseconds for each step.
+        More than `FEW_STEPS` are made at once, except for schedulers whose rate depends on all earlier rates: these
+        take about 2 microseconds for each step.
         """
         with warnings.catch_warnings():
-            # The steps of the optimizer that the scheduler misses were made before this process was started.
+            # The scheduler misses steps of the optimizer that were made before this process was started.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            # torch would do without step(epoch), and has nothing in its place.
+            # torch deprecates step(epoch), but has no replacement for it.
             warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step", category=UserWarning)
             self._leap(global_step)
             self.follow(global_step)
 
     def follow(self, global_step: int) -> None:
-        """Go to the rate of ``global_step``; never back."""
+        """Advance to the rate of ``global_step``; never go back."""
         if self._scheduler is None:
             return
         end = self._end(global_step)
@@ -76,7 +76,7 @@ class Schedule:
             self._step += 1
 
     def _leap(self, global_step: int) -> None:
-        """Go a long way in one step, if the scheduler can."""
+        """Advance many steps at once, if the scheduler can."""
         end = self._end(global_step)
         if self._scheduler is None or end - self._step <= FEW_STEPS:
             return
@@ -94,7 +94,7 @@ class Schedule:
 
 
 def _leap(scheduler: LRScheduler, step: int) -> bool:
-    """Take a scheduler to a step; False if it is none that can be taken there."""
+    """Take a scheduler directly to a step; return False if it cannot be taken there."""
     if type(scheduler) is SequentialLR:
         return _leap_sequence(scheduler, step)
     if type(scheduler) not in _BY_STEP:
@@ -104,8 +104,8 @@ def _leap(scheduler: LRScheduler, step: int) -> bool:
 
 
 def _leap_sequence(sequence: SequentialLR, step: int) -> bool:
-    """As `_leap`: each scheduler of a sequence begins at 0 where the one before has ended."""
-    milestones = [0, *sequence._milestones]  # torch shows neither these nor the schedulers by public names
+    """Take a sequence directly to a step, as `_leap`: each of its schedulers counts from the end of the one before."""
+    milestones = [0, *sequence._milestones]  # torch has no public names for these and for the schedulers
     which = bisect_right(milestones, step) - 1
     scheduler: LRScheduler = sequence._schedulers[which]
     if not _leap(scheduler, step - milestones[which]):

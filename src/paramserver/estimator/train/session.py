@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 LOG_WAIT_EVERY = 30.0
 
 LOSSES_IN_A_ROW = 10
-"""How often a ps may be lost between two steps before the training gives up."""
+"""Number of losses of a ps without a step between them after which the training gives up."""
 
 
 class TrainingRun:
-    """One training of one task, from connecting to the goodbye; what hooks see as ``session``.
+    """One training of one task, from connecting to the goodbye; the ``session`` of hooks.
 
     Args:
-        strategy: Prepares the model.
-        spec: What the model_fn returned for TRAIN.
-        config: Of the run; its model_dir is set.
-        max_steps: The global step to stop at, None for the end of the input.
-        reporter: Tells the launcher what this task does.
+        strategy: The strategy, which prepares the model.
+        spec: The result of the model_fn for TRAIN.
+        config: The configuration of the run; its model_dir is set.
+        max_steps: The global step to stop at; None trains until the input ends.
+        reporter: Reports the state of this task to the launcher.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class TrainingRun:
 
     @property
     def global_step(self) -> int:
-        """Updates of the model, as this task last heard of them. Does not block."""
+        """Updates of the model that this task knows of. Does not block."""
         return self._strategy.global_step
 
     def read_global_step(self) -> int:
-        """Ask for the updates of the model by now. Blocks for a round trip.
+        """Request the present number of updates of the model. Blocks for a round trip.
 
         Raises:
             UnavailableError: If ps:0 is lost.
@@ -102,7 +102,7 @@ class TrainingRun:
         return self._client.read_global_step()
 
     def refresh(self) -> int:
-        """Bring the model's values up to date with the ps tasks'; the global step. Blocks.
+        """Read the model's values from the ps tasks; return the global step. Blocks.
 
         Raises:
             UnavailableError: If a ps is lost.
@@ -110,7 +110,7 @@ class TrainingRun:
         return self._strategy.refresh()
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The values of the model by name, as checkpoints have them. Blocks where it has tables.
+        """Return the values of the model by name, as in checkpoints. Blocks if the model has tables.
 
         Raises:
             UnavailableError: If a ps is lost.
@@ -118,20 +118,20 @@ class TrainingRun:
         return {plain_name(name): value for name, value in self.model.state_dict().items()}
 
     def statistics(self) -> StepTimes:
-        """Where the time of this task's steps has gone. Does not block."""
+        """Return where the time of this task's steps has gone. Does not block."""
         return self._strategy.statistics()
 
     def should_stop(self) -> bool:
-        """Whether the step to stop at is reached."""
+        """Return whether the step to stop at is reached."""
         return self._max_steps is not None and self.global_step >= self._max_steps
 
     def step(self, batches: Iterator[Batch]) -> RunValues:
-        """One step on the next batch of each replica; its loss is their mean.
+        """Make one step on the next batch of each replica. The loss of the result is the mean over the replicas.
 
-        A loss that is NaN is not pushed, so that it cannot spoil the model of others.
+        If the loss is NaN, nothing is pushed, so that the model of other workers stays intact.
 
         Raises:
-            StopIteration: If the input is at its end.
+            StopIteration: If the input has ended.
             UnavailableError: If a ps is lost.
         """
         for optimizer in self.optimizers:
@@ -149,10 +149,10 @@ class TrainingRun:
         return RunValues(loss, push.global_step, push.staleness)
 
     def save(self) -> str:
-        """Write a checkpoint of the present global step, unless there is one; its path. Blocks.
+        """Write a checkpoint of the present global step, unless there is one; return its path. Blocks.
 
         Raises:
-            CheckpointError: If it cannot be written.
+            CheckpointError: If the checkpoint cannot be written.
             ConfigError: On a worker that is not the chief.
         """
         if not self.is_chief:
@@ -166,19 +166,19 @@ class TrainingRun:
         return path
 
     def recover(self, error: UnavailableError) -> None:
-        """A ps was lost: wait until it is back, and go on with what the ps tasks hold then. Blocks.
+        """Wait until a lost ps is back, and continue with the values of the ps tasks. Blocks.
 
-        The chief brings back the latest checkpoint where a ps has lost its variables; without one, its own values.
+        If a ps has lost its variables, the chief restores the latest checkpoint; without one, its own values.
 
         Raises:
-            UnavailableError: The given one, without a cluster; the last one after `LOSSES_IN_A_ROW`.
+            UnavailableError: The given error, without a cluster; the last one after `LOSSES_IN_A_ROW` losses.
             DeadlineError: If a ps or the chief does not come back in time.
         """
         while True:
             self._losses += 1
             if self._strategy.task is None or self._losses > LOSSES_IN_A_ROW:
                 raise error
-            # As text: a kept record must not keep the values that the error has passed by.
+            # As text: a kept log record must not keep alive the tensors in the frames of the error's traceback.
             logger.warning("%s goes on when its ps tasks are back: %s", self.task, str(error))
             self._reporter.tell(state=f"waiting for {error.task}")
             try:
@@ -193,12 +193,12 @@ class TrainingRun:
                 return
 
     def finish(self, while_waiting: Callable[[], object] = lambda: None) -> None:
-        """Bring the loop to its end, with a fresh global step. Blocks for as long as other workers take.
+        """End the loop with a fresh global step. Blocks for as long as other workers take.
 
-        The chief waits until all other workers have finished, so that its last checkpoint holds what they did.
+        The chief waits until all other workers have finished, so that its last checkpoint contains their updates.
 
         Args:
-            while_waiting: Called about every second of this wait, with a fresh global step.
+            while_waiting: Called about once a second during this wait, with a fresh global step.
 
         Raises:
             UnavailableError: If a ps is lost.
@@ -214,7 +214,7 @@ class TrainingRun:
         self._client.read_global_step()
 
     def close(self) -> None:
-        """The training ended cleanly: say so in model_dir and to the ps tasks."""
+        """Record in model_dir, and tell the ps tasks, that the training has ended cleanly."""
         if self.is_chief:
             self._manager.mark_finished(self._run_id)
         self._strategy.close()
@@ -246,7 +246,7 @@ class TrainingRun:
             optimizer.step()
 
     def _waiting(self) -> Callable[[float], None]:
-        """What is done about every second of a wait for the chief, with the seconds so far: it is said now and then."""
+        """Return a callback for a wait for the chief, which gets the seconds so far and logs them at times."""
         said = -math.inf
 
         def on_wait(seconds: float) -> None:

@@ -49,23 +49,23 @@ def train(
     steps: int | None = None,
     max_steps: int | None = None,
 ) -> int:
-    """Train on this task until ``max_steps``, ``steps`` more, the end of the input, or a hook's wish. Blocks.
+    """Train on this task to ``max_steps``, ``steps`` more, the end of the input, or a hook's request. Blocks.
 
     Args:
-        strategy: Of the training.
-        config: Of the run; its model_dir is set.
+        strategy: The strategy of the training.
+        config: The configuration of the run; its model_dir is set.
         build: Makes the model and optimizer, inside the strategy's scope.
         read: Opens the input.
-        hooks: The user's, for every worker.
-        saving_listeners: Told of every checkpoint, on the chief.
-        steps: Global steps to make from where the session starts.
+        hooks: The user's hooks for every worker.
+        saving_listeners: Called for every checkpoint, on the chief.
+        steps: Number of global steps to make, counted from the session's start.
         max_steps: The global step to stop at.
 
     Returns:
-        The steps that this task made.
+        The number of steps that this task made.
 
     Raises:
-        Exception: Whatever the user's functions, the hooks or the session raise; the ps tasks are told of it first.
+        Exception: Any exception of the user's functions, the hooks or the session; the ps tasks are told of it first.
     """
     reporter = Reporter(str(strategy.task or ALONE), environment.read().report_fd)
     reporter.tell(state="building the model", max_steps=max_steps)
@@ -103,38 +103,38 @@ def _loop(runner: HookRunner, create: Callable[[], TrainingRun], read: Callable[
 
 
 def _train_on(session: TrainingRun, runner: HookRunner, batches: Iterator[Batch]) -> None:
-    with contextlib.suppress(StopIteration):  # the input's way of saying that it is at its end
+    with contextlib.suppress(StopIteration):  # the input has ended
         while not runner.stop_requested and not session.should_stop():
             _persist(lambda: runner.step(lambda: session.step(batches)), session, runner)
 
 
 def _finish(session: TrainingRun, runner: HookRunner) -> bool:
-    """End a training; False if a ps was lost meanwhile, and steps with it that were made already."""
+    """End a training; return False if a ps was lost meanwhile together with steps that were already made."""
     reached = session.global_step
     _persist(lambda: session.finish(runner.while_waiting), session, runner)
     if session.global_step >= reached:
         _persist(lambda: runner.end(session), session, runner)
     if session.global_step < reached:
-        back = "%s was done at step %d, and is back at step %d: it trains on, as far as its input goes"
+        back = "%s had finished at step %d, but lost updates put it back at step %d: it trains on while it has input"
         logger.warning(back, session.task, reached, session.global_step)
     return session.global_step >= reached
 
 
 def _persist(action: Callable[[], object], session: TrainingRun, runner: HookRunner) -> None:
-    """Do something with the ps tasks, and again after each loss of one that the session recovers from."""
+    """Do something with the ps tasks, and repeat it after each loss that the session recovers from."""
     while (loss := _loss(action)) is not None:
         session.recover(loss)
         _announce(session, runner)
 
 
 def _announce(session: TrainingRun, runner: HookRunner) -> None:
-    """Tell the hooks of a session that is new or has recovered, again where a ps is lost while they are told."""
+    """Call the hooks for a session that is new or has recovered; again after each loss of a ps during these calls."""
     while (loss := _loss(lambda: runner.after_create_session(session))) is not None:
         session.recover(loss)
 
 
 def _loss(action: Callable[[], object]) -> UnavailableError | None:
-    """Do something; the error if a ps was lost meanwhile."""
+    """Do something; return the error if a ps was lost meanwhile."""
     try:
         action()
     except UnavailableError as error:
@@ -147,10 +147,10 @@ def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
     try:
         yield
     except RunOverError:
-        strategy.close()  # it came too late to be of use, but nothing is wrong with it
+        strategy.close()  # this task came too late to be of use, but it has not failed
         raise
     except BaseException as error:
-        in_cluster = strategy.task is not None  # else there is nobody to tell
+        in_cluster = strategy.task is not None  # otherwise there is no other task to tell
         strategy.close(failure=f"{type(error).__name__}: {error}" if in_cluster else "")
         raise
 
@@ -158,7 +158,7 @@ def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
 def _savers(
     config: RunConfig, user: Sequence[TrainingHook], listeners: Sequence[CheckpointSaverListener]
 ) -> list[TrainingHook]:
-    """What saves checkpoints: the user's own hooks for that, or else one as the config says."""
+    """Return the hooks that save checkpoints: the user's own, or else one from the configuration."""
     theirs = [hook for hook in user if isinstance(hook, CheckpointSaverHook)]
     if theirs:
         return [theirs[0].with_listeners(listeners), *theirs[1:]]
@@ -201,7 +201,7 @@ class _LocalSteps(TrainingHook):
 
 
 class _ReportHook(TrainingHook):
-    """Tells the launcher how the training goes, a few times a second, and how its last step was."""
+    """Reports the progress of the training to the launcher a few times a second, and the result of its last step."""
 
     def __init__(self, reporter: Reporter, config: RunConfig) -> None:
         self._reporter = reporter

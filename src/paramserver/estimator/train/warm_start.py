@@ -1,11 +1,12 @@
-"""A model that begins with values of another one.
+"""A model that starts with values of another one.
 
 Rules
-    * What ``vars_to_warm_start`` chooses takes the values, all else stays as the model_fn made it.
-    * One expression chooses among the parameters, trained or frozen; a list chooses among parameters and buffers
+    * Variables that ``vars_to_warm_start`` chooses take the values; all others stay as the model_fn made them.
+    * A single expression chooses among the parameters, trained or frozen; a list chooses among parameters and buffers
       (BatchNorm's running statistics), as in tf.estimator.
-    * An expression is matched from the beginning of a name; one that is a variable's whole name means that one only.
-    * Each name of a tied weight stands for it. Optimizers begin anew: slots are not taken over.
+    * An expression is matched from the beginning of a name; an expression that is a variable's whole name means only
+      that variable.
+    * Each name of a tied weight stands for the weight. Optimizers start anew: slots are not taken over.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WarmStartSettings:
-    """Where a model's first values come from, and which of them.
+    """The source of a model's first values, and the choice among them.
 
     >>> WarmStartSettings("run/ckpt-100", vars_to_warm_start="encoder").expressions
     ('encoder',)
 
     Raises:
-        ConfigError: If the path is empty, or something is of a type that it cannot have.
+        ConfigError: If the path is empty, or a field has an invalid type.
     """
 
     ckpt_to_initialize_from: str
-    """A checkpoint, a model_dir (its latest checkpoint), the folder of an exported model, or a safetensors file: its
-    path or URL."""
+    """The path or URL of a checkpoint, of a model_dir (its latest checkpoint), of an exported model's folder, or of a
+    safetensors file."""
     _: KW_ONLY
     vars_to_warm_start: str | Sequence[str] = ".*"
     """A regular expression for names of parameters; or a list of expressions or names, of parameters and buffers."""
     var_name_to_prev_var_name: Mapping[str, str] = field(default_factory=dict)
-    """The name in the checkpoint, for variables that have another one there."""
+    """The names in the checkpoint of variables that have another name there."""
 
     def __post_init__(self) -> None:
         path = self.ckpt_to_initialize_from
@@ -60,16 +61,16 @@ class WarmStartSettings:
 
     @property
     def expressions(self) -> tuple[str, ...]:
-        """What chooses variables, one expression or several."""
+        """The expressions that choose variables, one or several."""
         chosen = self.vars_to_warm_start
         return (chosen,) if isinstance(chosen, str) else tuple(chosen)
 
 
 def as_settings(warm_start_from: object) -> WarmStartSettings | None:
-    """What an Estimator was given to start from.
+    """Return the ``warm_start_from`` of an Estimator as settings.
 
     Raises:
-        ConfigError: If it is no path and no settings.
+        ConfigError: If it is neither a path nor settings.
     """
     if warm_start_from is None or isinstance(warm_start_from, WarmStartSettings):
         return warm_start_from
@@ -81,10 +82,10 @@ def as_settings(warm_start_from: object) -> WarmStartSettings | None:
 
 
 def warm_start(model: nn.Module, settings: WarmStartSettings) -> None:
-    """Give a model its first values, in place; those of another dtype are converted. Blocks while they are read.
+    """Give a model its first values, in place, converted to its dtypes. Blocks while they are read.
 
     Raises:
-        ConfigError: If an expression chooses nothing, or a variable is renamed that is not chosen.
+        ConfigError: If an expression chooses nothing, or a renamed variable is not chosen.
         CheckpointError: If a value is missing, or has another shape than the variable.
     """
     source = SavedValues.at(settings.ckpt_to_initialize_from)
@@ -104,7 +105,7 @@ class _Target:
     """A variable of the model.
 
     Attributes:
-        names: Its own, and others if it is tied.
+        names: Its name, and further names if it is tied.
         tensor: The parameter or buffer.
     """
 
@@ -130,8 +131,8 @@ def _chosen(model: nn.Module, settings: WarmStartSettings) -> list[_Target]:
     for expression, names in matched.items():
         if not names:
             raise ConfigError(
-                f"warm start: {expression!r} of vars_to_warm_start is the name of no variable, and matches none from "
-                f"the beginning; there are {_some(known)}"
+                f"warm start: {expression!r} of vars_to_warm_start is not the name of a variable, and matches the "
+                f"beginning of none; the variables are {_some(known)}"
             )
     chosen: set[str] = set().union(*matched.values())
     found = [target for target in targets if not chosen.isdisjoint(target.names)]
@@ -164,7 +165,7 @@ def _matching(expression: str, names: set[str]) -> set[str]:
 
 
 def _saved_as(target: _Target, source: SavedValues, settings: WarmStartSettings) -> str:
-    """The saved variable whose value a variable takes."""
+    """Return the name of the saved variable whose value a variable takes."""
     known = {plain_name(name): name for name in source.names} | {name: name for name in source.names}
     renamed = settings.var_name_to_prev_var_name
     before = [renamed[name] for name in target.names if name in renamed] or list(target.names)
@@ -201,7 +202,7 @@ def _check_expression(expression: object) -> None:
         re.compile(expression)
     except re.error as error:
         raise ConfigError(
-            f"WarmStartSettings: vars_to_warm_start: {expression!r} is no regular expression: {error}"
+            f"WarmStartSettings: vars_to_warm_start: {expression!r} is not a regular expression: {error}"
         ) from error
 
 

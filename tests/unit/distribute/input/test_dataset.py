@@ -177,7 +177,7 @@ def test_a_batch_of_fewer_rows_than_replicas_is_left_out_and_one_line_says_so(
     distributed = replicas(2).distribute_dataset(DataLoader(range(5), batch_size=2))  # type: ignore[arg-type]
     assert [[plain(batch) for batch in distributed] for _ in range(2)] == [[[[0], [1]], [[2], [3]]]] * 2
     assert [(each.levelname, each.message) for each in caplog.records] == [
-        ("WARNING", "a batch of 1 rows is left out, as all are that have fewer than the 2 replicas")
+        ("WARNING", "a batch of 1 rows is left out, like every batch with fewer rows than the 2 replicas")
     ]
 
 
@@ -187,7 +187,7 @@ def test_i06_a_last_group_of_fewer_batches_than_replicas_is_left_out_and_one_lin
     distributed = replicas(3).distribute_datasets_from_function(lambda _: [torch.ones(1)] * 5)
     assert [len(list(distributed)) for _ in range(2)] == [1, 1]
     assert [(each.levelname, each.message) for each in caplog.records] == [
-        ("WARNING", "the last 2 batches are left out, as all groups are that have fewer than the 3 replicas")
+        ("WARNING", "the last 2 batches are left out, like every group of fewer batches than the 3 replicas")
     ]
 
 

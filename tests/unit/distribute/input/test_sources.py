@@ -376,7 +376,7 @@ def test_an_order_that_does_not_come_again_begins_anew_and_a_line_says_so(
 ) -> None:
     distributed = worker(0).distribute_dataset(given)
     distributed.load_state_dict({"epoch": 1, "batches": 2})
-    assert "epoch 1 begins anew, though 2 of its batches were taken before" in caplog.messages[-1]
+    assert "epoch 1 starts from its beginning, although 2 of its batches were taken before" in caplog.messages[-1]
     assert "InputOptions(seed=...)" in caplog.messages[-1]
     assert len(read(distributed)) == len(given)
     assert distributed.epoch == 2

@@ -252,7 +252,7 @@ def test_a_sum_of_zeros_is_zero(zero: Any, op: str) -> None:
 def test_an_object_that_all_replicas_return_is_the_same_for_all() -> None:
     """D09, E05."""
     runner = strategy()
-    with pytest.raises(ValueError, match="is no PerReplica but the same for all 2 replicas"):
+    with pytest.raises(ValueError, match="is not a PerReplica but the same for all 2 replicas"):
         runner.reduce("sum", runner.run(lambda: VALUE))
 
 

@@ -270,7 +270,7 @@ def test_q19_assets_are_copied(tmp_path):
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("words.txt", "missing.txt", "'words.txt' is to be a copy of missing.txt, and there is no such file"),
+        ("words.txt", "missing.txt", "there is no file missing.txt to copy to 'words.txt'"),
         ("../words.txt", os.devnull, "expected names below assets.extra, got '../words.txt'"),
         ("/words.txt", os.devnull, "expected names below assets.extra, got '/words.txt'"),
         ("", os.devnull, "expected names below assets.extra, got ''"),
@@ -369,6 +369,6 @@ def test_q19_a_model_and_its_assets_lie_at_urls(tmp_path, url):
 @pytest.mark.parametrize("source", ["memory://{}/missing", "memory://{}"])
 def test_q19_an_asset_that_is_missing_at_its_url_is_refused(tmp_path, source):
     storage_of(f"memory://{tmp_path}").replace("words.txt", b"")
-    with pytest.raises(ConfigError, match="'words' is to be a copy of memory://.*, and there is no such file"):
+    with pytest.raises(ConfigError, match="there is no file memory://.* to copy to 'words'"):
         write_export(f"memory://{tmp_path}/export", spec_of(net()), 7, assets_extra={"words": source.format(tmp_path)})
     assert storage_of(f"memory://{tmp_path}").names() == ["words.txt"]

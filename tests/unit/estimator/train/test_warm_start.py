@@ -133,7 +133,7 @@ def test_a_name_means_that_variable_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chosen", ["decoder", ["encoder", "decoder"], ["running_mean"]])
 def test_an_expression_that_chooses_nothing_is_a_mistake(trained: Estimator, chosen: Any) -> None:
-    with pytest.raises(ConfigError, match="is the name of no variable, and matches none from the beginning"):
+    with pytest.raises(ConfigError, match="is not the name of a variable, and matches the beginning of none"):
         warmed(trained, vars_to_warm_start=chosen)
 
 
@@ -266,7 +266,7 @@ def test_a_place_without_values_is_named(tmp_path: Path, content: str | None, me
         ({"ckpt_to_initialize_from": None}, "ckpt_to_initialize_from: expected a path, got None"),
         ({"vars_to_warm_start": None}, "vars_to_warm_start: expected a regular expression, .* got None"),
         ({"vars_to_warm_start": ["a", 3]}, "vars_to_warm_start: expected a regular expression, .* got 3"),
-        ({"vars_to_warm_start": "("}, r"'\(' is no regular expression"),
+        ({"vars_to_warm_start": "("}, r"'\(' is not a regular expression"),
         ({"var_name_to_prev_var_name": {"a": 1}}, "expected a dict of names to names"),
         ({"var_name_to_prev_var_name": "a"}, "expected a dict of names to names"),
     ],

@@ -2,10 +2,10 @@
 
 Rules
     * Rows come when a module looks them up. Their gradients go with the step, in the message that it sends anyway.
-    * The replicas' gradients are put together without making them dense; each row goes once, the sum of all that
-      replicas and batches have for it, or their mean.
-    * A part of a table takes part in every step in which the table has a gradient, also if none of its rows has: the
-      parts count the same steps.
+    * The replicas' gradients are merged without making them dense. Each row is sent once, with the sum of all gradients
+      that replicas and batches have for it, or their mean.
+    * Every part of a table takes part in each step in which the table has a gradient, even if no row of the part has
+      one, so that all parts count the same steps.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
 
 CHUNK_BYTES = 2 << 20
-"""The most that is sent in one go when a table gets its first values, or is read whole.
+"""Largest number of bytes in one message when a table gets its first values, or is read whole.
 
-As much as a large batch pushes: the memory that pushed rows lie in keeps the size of the largest push.
+It equals the push of a large batch, because the memory of pushed rows keeps the size of the largest push.
 """
 
 
 class _Part(NamedTuple):
-    """Where rows ``[start, stop)`` of a table are."""
+    """The position of rows ``[start, stop)`` of a table on the ps tasks."""
 
     start: int
     stop: int
@@ -47,20 +47,20 @@ class _Part(NamedTuple):
 
 
 class BoundTable:
-    """One table, in which modules look rows up.
+    """One table, in which modules look up rows.
 
     Args:
-        plans: The arenas of its parts.
+        plans: The arenas of the table's parts.
         memories: The memory of each ps.
         tensors: The replicas' parameters.
         group: The param group; read for every push.
-        client: Brings the rows.
-        mean: Whether the replicas' gradients are averaged; else they are added up.
+        client: The client, which pulls and pushes rows.
+        mean: Whether the replicas' gradients are averaged; otherwise they are added up.
 
     Attributes:
-        name: Of the variable.
+        name: The name of the variable.
         group: The index of its param group.
-        loops: What works on its rows, if it is large.
+        loops: The compiled loops over its rows; None for a small table.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class BoundTable:
         mean: bool,
     ) -> None:
         (first, *_), variable = plans, plans[0].members[0].variable
-        assert first.layout.rule is not None  # noqa: S101  # a table has one
+        assert first.layout.rule is not None  # noqa: S101  # every table has a rule
         self.name = variable.spec.name
         self.group = first.group
         self._rows = variable.spec.shape[0]
@@ -91,7 +91,7 @@ class BoundTable:
         self.loops = loops_for(self._rows * self._width * self._dtype.itemsize, self._dtype)
 
     def assign(self, values: torch.Tensor) -> None:
-        """Make these ``[rows, width]`` its rows on the ps tasks."""
+        """Make these values, of shape ``[rows, width]``, the table's rows on the ps tasks."""
         for part, ids in self._chunks():
             rows = TableRows(ids, values[part.start + ids[0] : part.start + ids[-1] + 1].cpu().contiguous())
             parts: list[list[Part]] = [[] for _ in self._client.push_times]
@@ -100,7 +100,7 @@ class BoundTable:
             self._client.push_pull(plans, counts=False, rows=[[rows] * len(each) for each in parts])
 
     def bind(self) -> None:
-        """Let go of the values that the replicas' parameters have: rows come when they are looked up."""
+        """Free the values of the replicas' parameters: from now on rows come when they are looked up."""
         for parameter in self._parameters:
             parameter.data = placeholder(parameter)
             vars(parameter)["__deepcopy__"] = types.MethodType(_copy_of_placeholder, parameter)
@@ -111,13 +111,13 @@ class BoundTable:
             del vars(first)["__deepcopy__"]
 
     def pull(self, ids: Ids) -> torch.Tensor:
-        """See `embeddings.Table`."""
+        """Return rows of the table; see `lookup.Table`."""
         rows = TableRows(ids, torch.empty(len(ids), self._width, dtype=self._dtype, device="cpu"))
         self._client.pull_rows([(part.ps, part.arena, each) for part, each in self._divided(rows)])
         return rows.values
 
     def pull_batch(self, lookup: Lookup) -> torch.Tensor:
-        """See `embeddings.Table`."""
+        """Return the rows of a batch; see `lookup.Table`."""
         batch = torch.empty(len(lookup.ids), self._width, dtype=self._dtype, device="cpu")
         part, *others = self._parts
         if not others and self._client.copy_rows(part.ps, part.arena, TableRows(lookup.ids, batch)):
@@ -125,7 +125,7 @@ class BoundTable:
         return Rows(self.pull(lookup.rows), in_cache=True).take(lookup.places(), batch)
 
     def whole(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """See `embeddings.Table`."""
+        """Return all rows of the table; see `lookup.Table`."""
         if self._is_in_place:
             held = self._parameters[0]
             return None if weight is held else held.detach().clone()
@@ -136,11 +136,11 @@ class BoundTable:
         return values
 
     def hold(self, held: set[int]) -> None:
-        """Push only if it is among these parameters; see `HeldParameters`."""
+        """Push the table only if it is among these parameters; see `HeldParameters`."""
         self._is_held = id(self._parameters[0]) in held
 
     def parts(self) -> list[tuple[int, Part, TableRows]]:
-        """What a step pushes of this table, and to which ps."""
+        """Return the parts of this table that a step pushes, each with its ps and its rows."""
         rows = self._gradients() if self._is_held else None
         if rows is None:
             return []
@@ -151,13 +151,13 @@ class BoundTable:
         ]
 
     def _gradients(self) -> TableRows | None:
-        """The replicas' gradients as one; None if none has one."""
+        """Return the replicas' combined gradient; None if no replica has one."""
         found = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         for gradient in found:
             if gradient.layout is not torch.sparse_coo or gradient.dtype is not self._dtype:
                 raise ConfigError(
-                    f"variable {self.name!r} is a table of {self._dtype}, of which workers hold no values, and it got "
-                    f"a gradient of {gradient.dtype} and {gradient.layout}; use its weight by nn.Embedding only, or "
+                    f"variable {self.name!r} is a table of {self._dtype}, whose values workers do not hold, and it got "
+                    f"a gradient of {gradient.dtype} and {gradient.layout}; use its weight in nn.Embedding only, or "
                     "make that sparse=False"
                 )
         if not found:
@@ -167,13 +167,13 @@ class BoundTable:
         if self._weight != 1:
             values = values * self._weight
         named = ids[0].numpy()
-        if np.any(named[1:] <= named[:-1]):  # else a lookup has made it, which names each row once
+        if np.any(named[1:] <= named[:-1]):  # otherwise it comes from a lookup, which names each row once
             merged = torch.sparse_coo_tensor(ids, values, found[0].shape, check_invariants=False).coalesce()
             ids, values = merged.indices(), merged.values()
         return TableRows(ids[0].numpy(), values.contiguous())
 
     def _divided(self, rows: TableRows) -> Iterator[tuple[_Part, TableRows]]:
-        """Which rows each part holds, by its own ids."""
+        """Yield each part with its rows, under the part's own ids."""
         ids, values = rows
         if len(self._parts) == 1:
             yield self._parts[0], rows
@@ -183,14 +183,14 @@ class BoundTable:
             yield part, TableRows(ids[first:last] - part.start, values[first:last])
 
     def _chunks(self) -> Iterator[tuple[_Part, Ids]]:
-        """All rows, by the ids of the part that holds them, a few at a time."""
+        """Yield all rows, a few at a time, by their ids in the part that holds them."""
         count = max(CHUNK_BYTES // max(self._width * self._dtype.itemsize, 1), 1)
         for part in self._parts:
             for start in range(0, part.stop - part.start, count):
                 yield part, np.arange(start, min(start + count, part.stop - part.start))
 
     def __deepcopy__(self, memo: object) -> BoundTable:
-        return self  # a copy of the model looks rows up in the same table
+        return self  # a copy of the model looks up rows in the same table
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -203,9 +203,9 @@ class BoundTable:
 
 
 def _copy_of_placeholder(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
-    """Copy a parameter of a table for a copy of the model, which looks rows up in the same table.
+    """Copy a table's parameter for a copy of the model, which looks up rows in the same table.
 
-    torch would make a tensor of all rows.
+    torch's own copy would be a tensor of all rows.
     """
     duplicate = memo[id(parameter)] = nn.Parameter(placeholder(parameter), parameter.requires_grad)
     vars(duplicate)["__deepcopy__"] = types.MethodType(_copy_of_placeholder, duplicate)
@@ -217,13 +217,13 @@ def _joined(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
 
 
 class Lookups(NamedTuple):
-    """The first values of a table, and the modules that look rows up in it."""
+    """The first values of a table, and the modules that look up rows in it."""
 
     values: torch.Tensor
     modules: Sequence[Embedding]
 
     def use(self, table: BoundTable) -> None:
-        """From now on they look them up in ``table``."""
+        """Have the modules look up rows in ``table`` from now on."""
         for module in self.modules:
             look_up_in(module, table)
 
@@ -231,9 +231,9 @@ class Lookups(NamedTuple):
 def take_tables(
     model: nn.Module, variables: Iterable[ModelVariable], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Lookups]:
-    """Take the values of tables out of a model, so that nothing moves or copies them with it; by the variable's name.
+    """Take the values of tables out of a model, so that no move or copy includes them; return them by variable name.
 
-    What an optimizer has made for them beforehand goes, too: it is as large, and the ps tasks have their own.
+    State that an optimizer has made for the tables goes, too: it is as large, and the ps tasks have their own.
     """
     modules, found = tables_of(model), dict[str, Lookups]()
     for variable in variables:
@@ -247,7 +247,7 @@ def take_tables(
 
 
 def by_table(arenas: Iterable[ArenaPlan]) -> list[list[ArenaPlan]]:
-    """The arenas that hold parts of each table."""
+    """Return the arenas with parts of a table, as one list for each table."""
     found: dict[str, list[ArenaPlan]] = defaultdict(list)
     for plan in arenas:
         if plan.kind is Kind.TABLE:

@@ -1,12 +1,12 @@
-"""Embeddings whose tables stay on the ps tasks: only the rows that a batch asks for come, and only their gradients go.
+"""Embeddings whose tables stay on the ps tasks: only the rows of a batch are pulled, and only their gradients pushed.
 
 Rules
-    * A table is a weight that only modules look rows up in: ``nn.Embedding`` and ``nn.EmbeddingBag`` with
-      ``sparse=True``. A weight that anything else uses as well (a tied output layer) is a parameter like others.
+    * A table is a weight in which modules only look up rows: modules ``nn.Embedding`` and ``nn.EmbeddingBag`` with
+      ``sparse=True``. A weight with any other use (a tied output layer) is an ordinary parameter.
     * A lookup fetches each row once, however often the batch names it, and the module's own function is computed on
-      what has come; where the rows lie in memory that is seen here, they are copied to where the batch names them. The
-      gradient has each row once, too, and is sparse as torch's own would be.
-    * On a worker of a cluster the weight holds no values: all of it reads as NaN, and takes no memory.
+      these rows. If the table's memory is visible here, rows are copied directly to the places of their ids. The
+      gradient also has each row once, and is sparse like torch's own.
+    * On a worker of a cluster the weight holds no values: it reads as NaN everywhere, and takes no memory.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from paramserver.memory.torch_internals import is_tracing, is_transformed, param
 Embedding = nn.Embedding | nn.EmbeddingBag
 
 MANY_IDS = 8192
-"""Ids of a batch from which on it takes longer to copy their rows than to get ready for it."""
+"""Smallest number of ids for which copying their rows takes longer than preparing the copy."""
 
 _FORWARDS = (nn.Embedding.forward, nn.EmbeddingBag.forward)
 
 
 class Lookup(NamedTuple):
-    """What the ids of a batch ask for.
+    """The ids of a batch, and the rows that they name.
 
     Attributes:
         ids: The ids ``[ids]``.
-        rows: The rows that they name, ascending, none twice ``[rows]``.
-        order: The places of the ids in the batch, those of the first row first, each row's ascending ``[ids]``.
-        numbers: Which of the rows is named at each of these places ``[ids]``.
+        rows: The rows that the ids name, ascending, each once ``[rows]``.
+        order: The positions of the ids in the batch, sorted by row, then by position ``[ids]``.
+        numbers: For each of these positions, the index into ``rows`` of the row named there ``[ids]``.
     """
 
     ids: Ids
@@ -51,11 +51,11 @@ class Lookup(NamedTuple):
 
     @classmethod
     def of(cls, ids: Ids, loops: ModuleType | None = None) -> Lookup:
-        """The lookup of ``ids [ids]``, in half of the time of `np.unique`: numbers are sorted, not places.
+        """Return the lookup of ``ids [ids]``, in half of the time of `np.unique`: it sorts numbers, not positions.
 
         Args:
-            ids: Not negative; the bits of the largest and of their count are 63 at most.
-            loops: What takes a third of that time, if there is something.
+            ids: Not negative. The largest id and the count of ids must together have at most 63 bits.
+            loops: The compiled loops, which take a third of that time; None without them.
 
         Example:
             >>> lookup = Lookup.of(np.array([7, 2, 7]))
@@ -66,25 +66,25 @@ class Lookup(NamedTuple):
             largest = int(ids.max(initial=0))
             return cls(ids, *(each.view(np.int64) for each in loops.arrange(ids.view(np.uint64), largest.bit_length())))
         bits = len(ids).bit_length()
-        keys = (ids << bits) | np.arange(len(ids))  # an id, and behind it where it stands
+        keys = (ids << bits) | np.arange(len(ids))  # each id, and its position in the lower bits
         keys.sort()
         at = (1 << bits) - 1
         is_new = np.ones(len(ids), dtype=bool)
-        np.greater(keys[1:] ^ keys[:-1], at, out=is_new[1:])  # not the same but for where they stand
+        np.greater(keys[1:] ^ keys[:-1], at, out=is_new[1:])  # different ids, not only different positions
         return cls(ids, keys[is_new] >> bits, keys & at, np.cumsum(is_new) - 1)
 
     def places(self) -> Ids:
-        """Which of the rows each id of the batch is ``[ids]``, in the order of the batch."""
+        """Return for each id of the batch ``[ids]``, in the batch's order, the index of its row in ``rows``."""
         places = np.empty_like(self.numbers)
         places[self.order] = self.numbers
         return places
 
 
 class Table(Protocol):
-    """Where the rows come from.
+    """A source of rows.
 
     Attributes:
-        name: Of the variable.
+        name: The name of the variable.
         loops: See `paramserver.memory.rows.loops_for`.
     """
 
@@ -92,24 +92,24 @@ class Table(Protocol):
     loops: ModuleType | None
 
     def pull(self, ids: Ids) -> Tensor:
-        """The rows ``[ids, width]``, on the CPU or where the table lies. Blocks.
+        """Return rows ``[ids, width]``, on the CPU or on the device of the table. Blocks.
 
         Args:
-            ids: Ascending, none twice.
+            ids: The ids of the rows, ascending, each once.
         """
 
     def pull_batch(self, lookup: Lookup) -> Tensor:
-        """The rows that a batch names, in its order ``[ids, width]``, on the CPU. Blocks."""
+        """Return the rows that a batch names, in its order ``[ids, width]``, on the CPU. Blocks."""
 
     def whole(self, weight: Tensor) -> Tensor | None:
-        """All rows; None where a module's weight itself holds them. Blocks."""
+        """Return all rows; None if the module's weight itself holds them. Blocks."""
 
 
 def tables_of(model: nn.Module) -> dict[int, list[Embedding]]:
-    """The modules that look rows up in each table, by the id of the weight.
+    """Return the modules that look up rows in each table, by the id of the weight.
 
     Raises:
-        ConfigError: If one of them changes rows when it looks them up.
+        ConfigError: If one of the modules changes rows when it looks them up.
     """
     holders: dict[int, list[Embedding | None]] = defaultdict(list)
     for module in model.modules():
@@ -132,12 +132,12 @@ def tables_of(model: nn.Module) -> dict[int, list[Embedding]]:
 
 
 def placeholder(weight: Tensor) -> Tensor:
-    """What stands in the place of a table's values: of the same shape, all NaN, and without memory for it."""
+    """Return a stand-in for a table's values: of the same shape, all NaN, and without memory for the values."""
     return torch.full((1, 1), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 def look_up_in(module: Embedding, table: Table) -> None:
-    """From now on a module gets its rows from ``table``, and ``state_dict()`` all of them. The module is changed."""
+    """Have a module get its rows from ``table``, and its ``state_dict()`` all rows. The module is changed."""
     look_up: Callable[..., Tensor] = _embed if isinstance(module, nn.Embedding) else _embed_bags
     module.forward = _Forward(_forward, look_up, module, table)  # type: ignore[method-assign]
     read_whole = functools.partial(_read_whole, table)
@@ -145,15 +145,15 @@ def look_up_in(module: Embedding, table: Table) -> None:
 
 
 class _Forward(functools.partial[Tensor]):
-    """What stands in the place of a module's ``forward``."""
+    """Replacement of a module's ``forward``."""
 
     @property
-    def __globals__(self) -> NoReturn:  # where TorchScript begins to compile a function
+    def __globals__(self) -> NoReturn:  # TorchScript reads it first when it compiles a function
         raise _not_seen(self.args[2], "torch.jit.script and torch.export")
 
 
 def _forward(look_up: Callable[..., Tensor], module: Embedding, table: Table, *args: Any, **kwargs: Any) -> Tensor:
-    if not isinstance(module.weight, nn.Parameter):  # the program's own, as torch.func.functional_call puts it there
+    if not isinstance(module.weight, nn.Parameter):  # a value of the program's, put there by torch.func.functional_call
         plain: Callable[..., Tensor] = type(module).forward
         return plain(module, *args, **kwargs)
     if torch.compiler.is_compiling():
@@ -162,7 +162,7 @@ def _forward(look_up: Callable[..., Tensor], module: Embedding, table: Table, *a
 
 
 def _check_seen(table: Table) -> None:
-    """Raise TypeError unless ids are there to be seen, as those that a tracer records are not."""
+    """Raise TypeError if the values of ids cannot be read, as under a tracer."""
     if is_tracing():
         raise _not_seen(table, "torch.jit.trace")
     if is_transformed():
@@ -182,7 +182,7 @@ def _read_whole(table: Table, module: nn.Module, state: dict[str, Tensor], prefi
 
 
 def _as_sparse_embedding(module: nn.Module) -> Embedding | None:
-    """The module, if it looks rows up as torch does, and has sparse gradients."""
+    """Return the module if it looks up rows as torch does and has sparse gradients; otherwise None."""
     if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or not module.sparse:
         return None
     return None if type(module).forward not in _FORWARDS or "forward" in vars(module) else module
@@ -198,7 +198,7 @@ def _embed(module: nn.Embedding, table: Table, ids: Tensor) -> Tensor:
 
 
 def _is_direct(weight: Tensor, table: Table, lookup: Lookup) -> bool:
-    """Whether rows are copied as the batch names them. NumPy takes long to get ready for it, and to add up repeats."""
+    """Return whether rows are copied in the batch's order. For few ids, or many repeats, NumPy would be slower."""
     is_many = len(lookup.ids) >= MANY_IDS and 2 * len(lookup.rows) >= len(lookup.ids)
     return weight.is_cpu and (table.loops is not None or is_many)
 
@@ -224,11 +224,11 @@ def _embed_bags(
 
 
 def _lookup(module: Embedding, table: Table, ids: Tensor) -> tuple[Lookup, int | None]:
-    """The lookup of a batch, and which of its rows is the padding."""
+    """Return the lookup of a batch, and the index of the padding among its rows."""
     _check_seen(table)
     flat = ids.detach().cpu().numpy().reshape(-1).astype(np.int64, copy=False)
     count = len(module.weight)
-    if len(flat) and flat.view(np.uint64).max() >= count:  # as such a number, one below 0 is larger than any other
+    if len(flat) and flat.view(np.uint64).max() >= count:  # unsigned, an id below 0 is larger than any other
         worst = least if (least := flat.min()) < 0 else flat.max()
         raise IndexError(f"looking up rows of {table.name!r}: expected ids from 0 to {count - 1}, got {worst}")
     lookup = Lookup.of(flat, table.loops)
@@ -243,9 +243,9 @@ def _place_of(wanted: int | None, ids: Ids) -> int | None:
 
 
 class _Batch(torch.autograd.Function):
-    """Rows of a table, as often as a batch names them: ``[*ids, width]``.
+    """Rows of a table, repeated as often as a batch names them: ``[*ids, width]``.
 
-    What `F.embedding` does, whose gradient takes much longer. Here it is known where each row is named.
+    Like `F.embedding`, whose gradient takes much longer: here the lookup already knows where each row is named.
     """
 
     @staticmethod
@@ -256,7 +256,7 @@ class _Batch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         lookup: Lookup = ctx.lookup
-        if torch.is_grad_enabled():  # this gradient is to have one, too
+        if torch.is_grad_enabled():  # double backward: this gradient needs a graph
             sums = gradient.new_zeros(len(lookup.rows), gradient.shape[-1])
             sums = sums.index_add(0, torch.from_numpy(lookup.places()), gradient.reshape(-1, gradient.shape[-1]))
         else:
@@ -265,7 +265,7 @@ class _Batch(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of a table, whose gradient is a sparse one of the whole table."""
+    """Rows of a table, whose gradient is a sparse gradient of the whole table."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, table: Table, ids: Ids, padding: int | None) -> Tensor:
@@ -278,7 +278,7 @@ class _Rows(torch.autograd.Function):
 
 
 def _sparse(rows: Ids, gradient: Tensor, padding: int | None, shape: torch.Size) -> Tensor:
-    """The gradient of a table of this shape that has rows, but for the padding."""
+    """Return the sparse gradient of a table of this shape, without the padding row."""
     ids = torch.from_numpy(rows)
     if padding is not None:
         ids, gradient = (torch.cat([each[:padding], each[padding + 1 :]]) for each in (ids, gradient))
