@@ -337,7 +337,7 @@ def test_an_embedding_that_changes_rows_when_they_are_looked_up_is_refused():
 def test_a_dense_gradient_of_a_table_is_refused():
     model, optimizer = a_table(ps.ParameterServerStrategy())
     model.weight.sum().backward()
-    with pytest.raises(ConfigError, match=r"'weight' is a table .* use its weight by nn.Embedding only"):
+    with pytest.raises(ConfigError, match=r"'weight' is a table .* use its weight in nn.Embedding only"):
         optimizer.step()
 
 
