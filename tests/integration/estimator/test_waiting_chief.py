@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
         self.cluster = Cluster(num_ps=1, num_workers=2)
+        self._worker_reads = threading.Event()
 
     def train(
         self,
@@ -83,11 +85,21 @@ class Run:
             options = {"save_checkpoints_steps": 20, "log_step_count_steps": None, **config}
             estimator = Estimator(model_fn, self.folder, RunConfig(**options))  # type: ignore[arg-type]
             told = listeners if index == 0 else ()
-            estimator.train_on(strategy, inputs[index], hooks=hooks[index], saving_listeners=told)
+            read = (self._chief_reads, self._worker_begins)[index]
+            estimator.train_on(strategy, lambda: read(inputs[index]), hooks=hooks[index], saving_listeners=told)
 
         with ThreadPoolExecutor(2) as pool:
             for done in [pool.submit(task, index) for index in range(2)]:
                 done.result(2 * PATIENCE)
+
+    def _chief_reads(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches that end when the worker trains: a chief does not wait for a worker that was never seen."""
+        yield from batches()
+        assert self._worker_reads.wait(PATIENCE)
+
+    def _worker_begins(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        self._worker_reads.set()
+        yield from batches()
 
     def close(self) -> None:
         self.cluster.close()
