@@ -443,7 +443,8 @@ class ParameterClient:
         rows: Sequence[Sequence[TableRows]] | None,
     ) -> list[Call]:
         lanes = self.lanes.each()
-        self.lanes.refusing.clear()
+        if self.lanes.refusing:
+            self.lanes.refusing.clear()
         if counts:
             self.lanes.has_updated = True
         return [
@@ -458,9 +459,9 @@ class ParameterClient:
         ]
 
     def _pushed(self, calls: Sequence[Call], answers: Answers) -> PushResult:
-        self.lanes.refusing.update(
-            ps for ps, reply in enumerate(answers.replies) if isinstance(reply, messages.Refused)
-        )
+        refusing = [ps for ps, reply in enumerate(answers.replies) if type(reply) is messages.Refused]
+        if refusing:
+            self.lanes.refusing.update(refusing)
         applied = expected(calls, answers.replies, messages.Applied)
         each_ps = zip(self.push_times, answers.sending, answers.waiting, applied, strict=True)
         for times, sending, waiting, each in each_ps:

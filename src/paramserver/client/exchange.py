@@ -237,18 +237,25 @@ class Exchange:
     def _begin(self, calls: Sequence[Call], aside: _Aside | None = None) -> Sequence[Call]:
         """Register calls as begun, on usable lanes, and return the calls with the lanes to use for them."""
         self.each()
-        unanswered = {self._numbers[call.lane.task]: call for call in calls}
+        numbers, before = self._numbers, self._outstanding
+        unanswered = {numbers[call.lane.task]: call for call in calls}
         if len(unanswered) < len(calls):
             count = len(unanswered)
             raise LocalProtocolError(f"{len(calls)} requests to {count} ps tasks at once: one each is answered")
-        if self._aside is not None or self._outstanding.calls:
+        if self._aside is not None or before.calls:
             self._mend(unanswered)
-            unanswered = self._outstanding.calls | unanswered
-        if any(call.lane is not self._lanes[ps] for ps, call in unanswered.items()):
-            calls = [call._replace(lane=self._lanes[self._numbers[call.lane.task]]) for call in calls]
-        number = max(map(_number_of, calls), default=0)
+            before = self._outstanding
+            unanswered = before.calls | unanswered
+        lanes, number = self._lanes, before.number
+        for call in calls:
+            if call.lane is not lanes[numbers[call.lane.task]]:
+                calls = [call._replace(lane=lanes[numbers[call.lane.task]]) for call in calls]
+                break
+        for call in calls:
+            if isinstance(call.request, NUMBERED) and call.request.sequence > number:
+                number = call.request.sequence
         # One assignment, so that after an interrupt either all calls have begun or none.
-        self._outstanding = _Outstanding(unanswered, max(number, self._outstanding.number), aside)
+        self._outstanding = _Outstanding(unanswered, number, aside)
         return calls
 
     def _run(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
@@ -395,7 +402,3 @@ class Exchange:
 def _asked_once_more(lane: Lane, call: Call) -> messages.Reply:
     lane.start(call.request, call.outgoing, call.rows_out)
     return lane.finish(call.incoming, call.rows_in)
-
-
-def _number_of(call: Call) -> int:
-    return call.request.sequence if isinstance(call.request, NUMBERED) else 0

@@ -76,9 +76,7 @@ def test_each_policy(
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_flag_and_a_pointer_that_one_worker_sets_are_set_for_all(
-    lane: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flag_and_a_pointer_that_one_worker_sets_are_set_for_all(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with workers(lane, monkeypatch, "last") as ((strategy, one, one_optimizer), (_, other, other_optimizer)):
         other.is_set = torch.tensor(True)
         other.pointer.fill_(5)

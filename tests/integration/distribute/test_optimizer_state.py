@@ -337,9 +337,7 @@ def test_hooks_of_all_optimizers_hear_nothing_of_it() -> None:
 
 
 @pytest.mark.parametrize("lane", ["auto", "tcp"])
-def test_the_chief_loads_for_all(
-    lane: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_chief_loads_for_all(lane: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("PARAMSERVER_LANE", lane)
     caplog.set_level("INFO", "paramserver")
     net, optimizer = built(ROWS[3])

@@ -8,7 +8,6 @@ Rules
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,9 +71,8 @@ class HeldParameters:
     def _is_seen(self, groups: Groups) -> bool:
         if len(groups) != len(self._seen):
             return False
-        for group, (before, parameters) in zip(groups, self._seen, strict=True):
-            now = group["params"]
-            if group is not before or len(now) != len(parameters) or not all(map(operator.is_, now, parameters)):
+        for group, (before, ids, _) in zip(groups, self._seen, strict=True):
+            if group is not before or [*map(id, group["params"])] != ids:
                 return False
         return True
 
@@ -95,5 +93,6 @@ class HeldParameters:
         return first
 
 
-def _seen(groups: Groups) -> list[tuple[Mapping[str, Any], tuple[torch.Tensor, ...]]]:
-    return [(group, tuple(group["params"])) for group in groups]
+def _seen(groups: Groups) -> list[tuple[Mapping[str, Any], list[int], list[torch.Tensor]]]:
+    """Note the groups and the ids of their parameters, which are kept so that no other gets one of these ids."""
+    return [(group, [*map(id, group["params"])], list(group["params"])) for group in groups]

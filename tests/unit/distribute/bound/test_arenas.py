@@ -505,9 +505,7 @@ def test_a_replica_that_stays_at_infinity_makes_no_number_of_others(devices: lis
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["before it begins", "after it has begun"])
-def test_a_step_that_fails_changes_nothing_that_the_next_one_pushes(
-    begun: bool, devices: list[torch.device]
-) -> None:
+def test_a_step_that_fails_changes_nothing_that_the_next_one_pushes(begun: bool, devices: list[torch.device]) -> None:
     model = Buffers(torch.tensor([10.0]))
     bound, tensors = bind(model, devices)
     for each in tensors.of(model.value):
