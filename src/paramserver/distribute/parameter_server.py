@@ -34,6 +34,7 @@ from paramserver.distribute.bound.direct_gradients import make_direct
 from paramserver.distribute.bound.model import BoundModel, ModelBinding, PipelinedModel
 from paramserver.distribute.bound.optimizer import PreparedOptimizer
 from paramserver.distribute.bound.optimizer_state import OptimizerState, State
+from paramserver.distribute.bound.plan import ArenaPlan
 from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.step_times import StepTimes
 from paramserver.distribute.bound.tables.bound_table import take_tables
@@ -42,7 +43,6 @@ from paramserver.distribute.core.input_context import InputContext
 from paramserver.distribute.reduce.reduction import ReduceOp
 from paramserver.distribute.saving import SavingStrategy
 from paramserver.errors import ConfigError, LocalProtocolError, RunOverError, UnavailableError
-from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import Range
 from paramserver.layout.variables import VariableSpec
 from paramserver.placement import Partitioner, Placement, as_placement, row_ranges
@@ -308,27 +308,24 @@ class ParameterServerStrategy(SavingStrategy):
         arenas = plan.plan(collected, optimizers, self._place, self.num_ps, self.row_ranges)
         # Set before anything moves: if a later line fails, the model may have lost its values.
         self._has_prepared = self._is_preparing = True
-        layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
         client = self.connect(limit)
-        is_ready = client.create(layouts) if self.is_chief else self._join(client, layouts, limit, on_wait)
+        is_ready = self._declare(client, arenas, limit, on_wait)
         carried = [optimizer_state.carried(optimizer) for optimizer in optimizers]  # before tables drop their state
         lookups = take_tables(model, collected, optimizers)
-        tensors = ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices])
-        kind = PipelinedModel if self._pipeline and self.task is not None else BoundModel
-        bound = kind(
-            ModelBinding(
-                arenas=arenas,
-                memories=client.open(),
-                optimizers=optimizers,
-                tensors=tensors,
-                reduction=gradient_reduction,
-                client=client,
-                first_rows={name: lookup.values for name, lookup in lookups.items()},
-                sharing=Sharing(num_workers=self._num_workers, is_chief=self.is_chief),
-            )
+        binding = ModelBinding(
+            arenas=arenas,
+            tensors=ReplicaTensors(model, optimizers, [device.torch_device for device in self.compute_devices]),
+            memories=client.open(),
+            optimizers=optimizers,
+            reduction=gradient_reduction,
+            client=client,
+            first_rows={name: lookup.values for name, lookup in lookups.items()},
+            sharing=Sharing(num_workers=self._num_workers, is_chief=self.is_chief),
         )
+        bound = (PipelinedModel if self._pipeline and self.task is not None else BoundModel)(binding)
+        task, is_chief = self._shown_task, self.is_chief
         states = [
-            OptimizerState(optimizer, collected, tensors, client, task=self._shown_task, is_chief=self.is_chief)
+            OptimizerState(optimizer, collected, binding.tensors, client, task=task, is_chief=is_chief)
             for optimizer in optimizers
         ]
         bound.begin_state = lambda: _begin_state(states, carried)
@@ -342,12 +339,8 @@ class ParameterServerStrategy(SavingStrategy):
         for name, lookup in lookups.items():
             lookup.use(bound.tables[name])
         make_direct(model, bound.gradient_places())
-        self._prepared, self._aliases = bound, plan.aliases(model)
         self._found_step = client.local_step if is_ready else None
-        self._models.add(bound)
-        self._bound[model] = weakref.ref(bound)
-        self._separate_random_streams()
-        self._is_preparing = False
+        self._keep(model, bound)
         return tuple(
             PreparedOptimizer(optimizer, bound, owner, self.num_replicas_in_sync, state)
             for owner, (optimizer, state) in enumerate(zip(optimizers, states, strict=True))
@@ -539,16 +532,28 @@ class ParameterServerStrategy(SavingStrategy):
                 "a ps runs 'paramserver server' or Server(...).join(), an evaluator reads checkpoints"
             )
 
-    def _join(
+    def _declare(
         self,
         client: ParameterClient,
-        layouts: Sequence[Sequence[ArenaLayout]],
+        arenas: Sequence[Sequence[ArenaPlan]],
         timeout: float,
         on_wait: Callable[[float], None],
     ) -> bool:
+        """Create the arenas, or wait for the chief and join; return whether the ps tasks hold values already."""
+        layouts = [[arena.layout for arena in ps_arenas] for ps_arenas in arenas]
+        if self.is_chief:
+            return client.create(layouts)
         client.await_ready(timeout, on_wait)
         client.join(layouts)
         return True
+
+    def _keep(self, model: nn.Module, bound: BoundModel) -> None:
+        """Note a model that is prepared now."""
+        self._prepared, self._aliases = bound, plan.aliases(model)
+        self._models.add(bound)
+        self._bound[model] = weakref.ref(bound)
+        self._separate_random_streams()
+        self._is_preparing = False
 
     def _separate_random_streams(self) -> None:
         index = id_in_cluster(self.cluster, *self.task) if self.task else 0
