@@ -28,8 +28,8 @@ project = "paramserver"
 version = release = paramserver.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**"]
-exclude_patterns = [".*", "benchmarks", "build", "examples", "run", "site", "src", "tests"]
+include_patterns = ["*.md", "docs/**", "benchmarks/*.md"]
+exclude_patterns = [".*", "build", "examples", "run", "site", "src", "tests"]
 
 html_theme = "furo"
 html_title = "paramserver"

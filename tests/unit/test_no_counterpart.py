@@ -101,7 +101,7 @@ def test_v27_the_evaluators_loop_has_no_listeners() -> None:
     assert fields == {"input_fn", "steps", "name", "hooks", "exporters", "start_delay_secs", "throttle_secs"}
 
 
-def test_z03_08_v2_09_v2_10_v2_11_v2_12_nothing_collects_updates_or_schedules_functions() -> None:
+def test_z03_v2_08_v2_09_v2_10_v2_11_v2_12_nothing_collects_updates_or_schedules_functions() -> None:
     """And nobody fetches results of others: V2-13 to V2-17. Every worker runs the program by itself."""
     names = {*ps.__all__, *ps.estimator.__all__, *dir(ps.ParameterServerStrategy)}
     assert not {
@@ -111,7 +111,7 @@ def test_z03_08_v2_09_v2_10_v2_11_v2_12_nothing_collects_updates_or_schedules_fu
 
 
 @pytest.mark.parametrize("evaluator", [{}, {"evaluator": ["e:1"]}])
-def test_z15_18_the_evaluator_may_be_in_the_cluster(evaluator: dict[str, list[str]]) -> None:
+def test_z15_v2_18_the_evaluator_may_be_in_the_cluster(evaluator: dict[str, list[str]]) -> None:
     cluster = ps.ClusterSpec({"chief": ["c:1"], "ps": ["p:1"], **evaluator})
     for task_type in ("chief", "evaluator"):
         strategy = ps.ParameterServerStrategy(ps.SimpleClusterResolver(cluster, task_type=task_type, task_id=0))

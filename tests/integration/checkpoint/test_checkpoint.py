@@ -71,7 +71,7 @@ class Chief:
 
 
 @pytest.mark.parametrize(("shards", "ps"), [((4, 1), (2, 1)), ((1, 4), (1, 3)), ((4, 2), (3, 2))])
-def test_b06_05_a_run_goes_on_with_another_partitioning(tmp_path, shards, ps):
+def test_b06_v2_05_a_run_goes_on_with_another_partitioning(tmp_path, shards, ps):
     gradients = torch.randn(3, *TABLE.shape, generator=torch.Generator().manual_seed(0))
     with LocalCluster(ps=ps[0], workers=1) as cluster:
         chief = Chief(cluster, shards[0])

@@ -73,7 +73,7 @@ def test_p01_each_strategy_counts_for_itself() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_p02_07_a_device_that_a_program_is_on_is_ignored(create: Any, device: str) -> None:
+def test_p02_v2_07_a_device_that_a_program_is_on_is_ignored(create: Any, device: str) -> None:
     with torch.device(device):
         variable = create(np.ones(2))
         assert variable.device == "/device:CPU:0"

@@ -258,7 +258,7 @@ def value_of(stores, name):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("stores", [(1, 2), (2, 3), (3, 1)], ids="ps {0[0]} to {0[1]}".format)
 @pytest.mark.parametrize("shards", [(4, 1), (1, 4), (4, 2), (3, 3)], ids="shards {0[0]} to {0[1]}".format)
-def test_b06_05_a_partitioned_variable_loads_into_any_partitioning(tmp_path, rule, stores, shards):
+def test_b06_v2_05_a_partitioned_variable_loads_into_any_partitioning(tmp_path, rule, stores, shards):
     before = divide(shards[0], stores[0], RULES[rule])
     after = divide(shards[1], stores[1], RULES[rule])
     train_rows(before, steps=3)
