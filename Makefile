@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## train on bundled data with five processes
 test: $(INSTALLED) ## all tests but whole programs, the examples of the docstrings included
 	@$(PYTEST) -m "not whole_program" tests src
 
-test-programs: $(INSTALLED) ## the examples, the demo, and runs whose tasks are all killed
+test-programs: $(INSTALLED) ## the examples, the demo, the benchmarks in short, and runs whose tasks are all killed
 	@$(PYTEST) -m whole_program tests
 
 lint: $(INSTALLED) ## ruff and codespell

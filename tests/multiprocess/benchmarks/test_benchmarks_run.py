@@ -16,7 +16,7 @@ from benchmarks.harness.participant import Window
 from benchmarks.harness.proxy import Proxy
 from tests.multiprocess.warm import Warm
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.whole_program]
 
 CASES = {
     "null": {

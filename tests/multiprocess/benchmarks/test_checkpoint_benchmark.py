@@ -7,7 +7,7 @@ import pytest
 from benchmarks.harness.figure import read
 from tests.multiprocess.warm import Warm
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.whole_program]
 
 
 @pytest.mark.parametrize("more", [[], ["--partitioned"]], ids=["whole", "partitioned"])

@@ -130,6 +130,7 @@ def test_t14_a_cluster_whose_run_is_over_ends_at_once(tmp_path, script, warm):
     assert "stopping it" not in done.stderr
 
 
+@pytest.mark.whole_program
 def test_everything_is_killed_and_training_goes_on_from_the_last_checkpoint(tmp_path, script, warm):
     endless = script("main('run', 10**9, keep_checkpoint_max=3)")
     with started(*LAUNCH, "--ps", "2", "--workers", "2", endless, cwd=tmp_path) as process:
