@@ -55,6 +55,11 @@ class UpdateRule:
     slot_settings: Mapping[str, str] = field(default_factory=dict)
     package: str = ""
 
+    @functools.cached_property
+    def setting_names(self) -> tuple[str, ...]:
+        """The names of its settings, in the order of the constructor."""
+        return setting_names(self.optimizer)
+
     @classmethod
     def of(cls, optimizer: object, package: str) -> UpdateRule:
         """Return the update rule for an optimizer class of a package.
@@ -199,10 +204,9 @@ def find_rule(rule: Rule) -> UpdateRule:
         raise UnsupportedOptimizerError(
             f"no update rule is called {rule.name!r} here{advice}; {_known(rule.name, there)}", rule.name
         )
-    names = setting_names(found.optimizer)
     for name in rule.settings:
-        if name not in names:
-            raise ConfigError(f"update rule {rule.name} has no setting {name!r}; {_known(name, names)}")
+        if name not in found.setting_names:
+            raise ConfigError(f"update rule {rule.name} has no setting {name!r}; {_known(name, found.setting_names)}")
     return found
 
 
@@ -232,7 +236,7 @@ def _described(optimizer: optim.Optimizer, group: int, rule: UpdateRule) -> Rule
             "an update on another machine; leave differentiable=False",
             name,
         )
-    numbers = settings(param_group, setting_names(type(optimizer)))
+    numbers = settings(param_group, rule.setting_names)
     if "initial_accumulator_value" in numbers:
         # torch.optim.Adagrad itself reads this one from its defaults and ignores the group.
         numbers["initial_accumulator_value"] = number(optimizer.defaults["initial_accumulator_value"])

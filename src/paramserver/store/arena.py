@@ -33,10 +33,11 @@ class StoredArena(StoredBlocks):
     def __init__(self, layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.uint64]) -> None:
         blocks = range(num_blocks(layout.size))
         rule = layout.rule
+        found = find_rule(rule) if rule else None
         cut = [values[block * BLOCK : (block + 1) * BLOCK] for block in blocks] if rule else []
-        self._rules = [BlockRule(rule, each) for each in cut] if rule else []
-        self._slot_settings = find_rule(rule).slot_settings if rule else {}
-        super().__init__(layout, values, versions, [threading.Lock() for _ in blocks], self._rules)
+        self._rules = [BlockRule(rule, each, found) for each in cut] if rule else []
+        self._slot_settings = found.slot_settings if found else {}
+        super().__init__(layout, values, versions, [threading.Lock() for _ in blocks], self._rules, found)
 
     def check(
         self, operation: Operation, ranges: Sequence[Range] | None, settings: Mapping[str, Setting] | None

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from paramserver.layout.rules import Rule, find_rule
-from paramserver.layout.settings import Setting, setting_names
+from paramserver.layout.rules import Rule, UpdateRule, find_rule
+from paramserver.layout.settings import Setting
 from paramserver.store.optimizers import build, kernel
 
 
@@ -40,6 +40,7 @@ class BlockRule:
     Args:
         rule: The rule and its first settings.
         values: `[size]`, contiguous; updated in place, never replaced.
+        found: What `find_rule` returns for the rule, from a caller that has looked it up already.
 
     Raises:
         UnsupportedOptimizerError: If there is no such rule.
@@ -56,11 +57,12 @@ class BlockRule:
         loss 5.73
     """
 
-    def __init__(self, rule: Rule, values: Tensor) -> None:
+    def __init__(self, rule: Rule, values: Tensor, found: UpdateRule | None = None) -> None:
         if values.dim() != 1 or not values.is_contiguous():
             raise ValueError(f"values of a block must be flat and contiguous, got {tuple(values.shape)}")
-        self._class = find_rule(rule).optimizer
-        self._names = frozenset(setting_names(self._class))
+        found = found or find_rule(rule)
+        self._class = found.optimizer
+        self._names = frozenset(found.setting_names)
         self._values = values
         self._size = len(values)
         self._settings = dict(rule.settings)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK, Range, num_blocks, pieces
-from paramserver.layout.rules import find_rule
-from paramserver.layout.settings import Setting, setting_names
+from paramserver.layout.rules import UpdateRule
+from paramserver.layout.settings import Setting
 
 Operation = Literal["rule", "assign", "add"]
 
@@ -101,6 +101,7 @@ class StoredBlocks:
         versions: A counter for each block, odd while the block is written.
         locks: A lock for each block; several blocks may share one.
         slots: The slots of each block; empty if no rule updates the values.
+        found: The rule that updates them, if any; looked up once for all blocks.
 
     Attributes:
         is_trained: Whether the rule has run since the object was made.
@@ -113,6 +114,7 @@ class StoredBlocks:
         versions: npt.NDArray[np.uint64],
         locks: Sequence[contextlib.AbstractContextManager[object]],
         slots: Sequence[BlockSlots],
+        found: UpdateRule | None,
     ) -> None:
         self.layout = layout
         self.values = values
@@ -120,8 +122,7 @@ class StoredBlocks:
         self._versions = versions
         self._locks = locks
         self._slots = slots
-        rule = find_rule(layout.rule) if layout.rule else None
-        self._setting_names = frozenset(setting_names(rule.optimizer) if rule else ())
+        self._setting_names = frozenset(found.setting_names if found else ())
 
     def check_settings(self, settings: Mapping[str, Setting]) -> None:
         """Check that the rule has all of these settings.

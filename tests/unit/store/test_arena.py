@@ -8,9 +8,10 @@ import torch
 
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK
-from paramserver.layout.rules import describe
+from paramserver.layout.rules import describe, find_rule
 from paramserver.layout.variables import VariableSpec
 from paramserver.memory.arena_memory import private_store_memory
+from paramserver.store import arena, block_rule
 from paramserver.store.arena import StoredArena
 from paramserver.store.blocks import BlockCopy, SlotKind
 from paramserver.store.shards.parts import overlaps
@@ -224,3 +225,12 @@ def test_after_a_restore_one_update_serves_all_variables_again():
         other.load_slots(span, slots_of(span, runs))
     other.join_runs()
     assert "1 runs" in repr(other._rules[0])
+
+
+def test_the_rule_of_an_arena_is_looked_up_once_for_all_blocks(monkeypatch):
+    """A rule of an installed package is searched for in the metadata of all packages, which takes milliseconds."""
+    looked_up = []
+    for module in (arena, block_rule):
+        monkeypatch.setattr(module, "find_rule", lambda rule: looked_up.append(rule) or find_rule(rule))
+    arena_of(3 * BLOCK)
+    assert looked_up == [SGD]

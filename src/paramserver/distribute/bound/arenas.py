@@ -34,7 +34,7 @@ from paramserver.distribute.bound.value_watch import ValueWatch
 from paramserver.layout.arena import ALIGNMENT
 from paramserver.layout.blocks import Range, join_ranges, pieces
 from paramserver.layout.rules import find_rule
-from paramserver.layout.settings import GroupSettings, setting_names
+from paramserver.layout.settings import GroupSettings
 from paramserver.memory.torch_internals import alias
 from paramserver.transport.lane import WorkerMemory
 from paramserver.wire.messages import Part
@@ -193,7 +193,7 @@ class TrainedArena(BoundArena):
         super().__init__(binding)
         plan = binding.plan
         assert plan.layout.rule is not None  # noqa: S101  # a group has a rule
-        self._settings = GroupSettings(group, setting_names(find_rule(plan.layout.rule).optimizer))
+        self._settings = GroupSettings(group, find_rule(plan.layout.rule).setting_names)
         self._gap = ALIGNMENT // plan.layout.itemsize - 1
         self._pushed_memory = pushed
         self._weight = 1 / len(binding.tensors.devices) if mean else 1.0

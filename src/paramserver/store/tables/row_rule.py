@@ -21,7 +21,7 @@ from torch import Tensor, nn, optim
 
 from paramserver.errors import UnsupportedOptimizerError
 from paramserver.layout.blocks import BLOCK
-from paramserver.layout.rules import Rule, find_rule, row_fault
+from paramserver.layout.rules import Rule, UpdateRule, find_rule, row_fault
 from paramserver.layout.settings import Setting
 from paramserver.memory import huge_pages
 from paramserver.memory.rows import Ids, Rows, flat
@@ -53,6 +53,7 @@ class RowRule:
     Args:
         rule: The rule and its first settings.
         values: ``[rows, width]``.
+        found: What `find_rule` returns for the rule, from a caller that has looked it up already.
 
     Attributes:
         rows: The values.
@@ -71,8 +72,8 @@ class RowRule:
         [[0.0, 0.0], [-0.5, -0.5], [0.0, 0.0], [-0.5, -0.5]]
     """
 
-    def __init__(self, rule: Rule, values: Tensor) -> None:
-        found = find_rule(rule)
+    def __init__(self, rule: Rule, values: Tensor, found: UpdateRule | None = None) -> None:
+        found = found or find_rule(rule)
         if found.row_slots is None:
             raise UnsupportedOptimizerError(f"the update rule {rule.name!r} has no form for rows of tables", rule.name)
         self._class = found.optimizer

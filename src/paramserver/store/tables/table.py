@@ -17,7 +17,7 @@ import torch
 
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import num_blocks, touched_blocks
-from paramserver.layout.rules import row_fault
+from paramserver.layout.rules import find_rule, row_fault
 from paramserver.layout.settings import Setting
 from paramserver.store.blocks import Operation, StoredBlocks
 from paramserver.store.tables.row_rule import RowRule, RowUpdate
@@ -30,12 +30,12 @@ class StoredTable(StoredBlocks):
         assert layout.rule is not None  # noqa: S101  # the store has checked it
         rows, self._width = layout.table_shape
         self._table = values.view(rows, self._width)
-        self._rule = RowRule(layout.rule, self._table)
+        found = find_rule(layout.rule)
+        self._rule = RowRule(layout.rule, self._table, found)
         self._lock = threading.Lock()  # for all blocks
         count = num_blocks(layout.size)
-        super().__init__(
-            layout, values, versions, [self._lock] * count, [self._rule.block(each) for each in range(count)]
-        )
+        slots = [self._rule.block(each) for each in range(count)]
+        super().__init__(layout, values, versions, [self._lock] * count, slots, found)
 
     def check_rows(self, operation: Operation, count: int, settings: dict[str, Setting] | None) -> None:
         """Check that `apply_rows` can do this with so many rows.

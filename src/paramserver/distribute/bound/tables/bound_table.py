@@ -25,7 +25,7 @@ from paramserver.distribute.bound.replica_tensors import ReplicaTensors
 from paramserver.distribute.bound.tables.lookup import Embedding, Lookup, look_up_in, placeholder, tables_of
 from paramserver.errors import ConfigError
 from paramserver.layout.rules import find_rule
-from paramserver.layout.settings import GroupSettings, setting_names
+from paramserver.layout.settings import GroupSettings
 from paramserver.memory.rows import Ids, Rows, loops_for
 from paramserver.transport.lane import TableRows, WorkerMemory
 from paramserver.wire.messages import Part
@@ -84,7 +84,7 @@ class BoundTable:
         memory = memories[first.ps]
         self._own_memory = memory.values[first.index] if memory.direct and len(plans) == 1 else None
         self._parameters = tensors.of(variable.tensor)
-        self._settings = GroupSettings(group, setting_names(find_rule(first.layout.rule).optimizer))
+        self._settings = GroupSettings(group, find_rule(first.layout.rule).setting_names)
         self._weight = 1 / len(self._parameters) if mean else 1.0
         self._client = client
         self._is_held = True
