@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from paramserver.cluster.exit_codes import exit_code
 from paramserver.errors import ConfigError, ParameterServerError
+from paramserver.launch.lifecycle import Limits
 from paramserver.launch.spec import LaunchOptions
 
 app = typer.Typer(
@@ -43,7 +45,7 @@ def main() -> None:
         app(prog_name="paramserver")
     except ParameterServerError as exc:
         typer.echo(f"error: {exc}", err=True)
-        sys.exit(1)
+        sys.exit(exit_code(exc))
 
 
 def _show_version(wanted: bool) -> None:
@@ -70,6 +72,9 @@ def _common(
 def launch(
     script: Annotated[str, typer.Argument(help="The program to train with.")],
     args: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
+    is_module: Annotated[
+        bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for python -m.")
+    ] = False,
     ps: Annotated[int, typer.Option(metavar="N", help="Parameter servers.")] = 1,
     workers: Annotated[int, typer.Option(metavar="N", help="Tasks that train, including the chief.")] = 1,
     evaluator: Annotated[bool, typer.Option("--evaluator", help="Start an evaluator, too.")] = False,
@@ -78,7 +83,15 @@ def launch(
         int | None,
         typer.Option(metavar="N", help="CPU threads per task (default: cores / workers)."),
     ] = None,
-    restarts: Annotated[int, typer.Option(metavar="N", help="Start each task that fails again, up to N times.")] = 0,
+    restarts: Annotated[
+        int, typer.Option(metavar="N", help="Start each task that fails again, up to N times in a restart window.")
+    ] = 0,
+    restart_window: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time after which a failure does not count any more.")
+    ] = 3600.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time for a task that is told to end, to save for example.")
+    ] = 30.0,
     start_method: Annotated[
         str,
         typer.Option(
@@ -105,10 +118,11 @@ def launch(
         evaluator=evaluator,
         lane=lane,
         threads=threads,
-        restarts=restarts,
+        limits=Limits(restarts=restarts, restart_window=restart_window, shutdown_timeout=shutdown_timeout),
         start_method=start_method,
+        is_module=is_module,
     )
-    if not Path(script).is_file():
+    if not is_module and not Path(script).is_file():
         raise ConfigError(f"launch: there is no script {script!r} in {Path.cwd()}")
     if dry_run:
         typer.echo(local.dry_run(options), nl=False)

@@ -487,6 +487,15 @@ class ParameterServerStrategy(SavingStrategy):
         if self.client is not None:
             self.client.goodbye(failure)
 
+    def leave(self) -> None:
+        """Close the connections without a goodbye: this task has not finished, and may come back. Idempotent.
+
+        For a task that is asked to leave. The run goes on without it, and waits for a chief that has left so as for a
+        lost one. An update that is under way may or may not be applied.
+        """
+        if self.client is not None:
+            self.client.close()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if self.client is not None:
             raise RuntimeError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FrameType
 
 import torch
 
@@ -19,12 +21,14 @@ from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
 from paramserver.server.models import Models
 from paramserver.server.threads import ServingThreads
-from paramserver.store.membership import Membership
+from paramserver.store.membership import Membership, Outlook
 from paramserver.store.store import Store
 from paramserver.transport.identity import Identity, new_incarnation
 from paramserver.transport.in_process import InProcessLane, InProcessSession
 from paramserver.transport.listener import Listener
 from paramserver.wire import messages
+
+logger = logging.getLogger(__name__)
 
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
@@ -47,7 +51,7 @@ class Server:
     Raises:
         ValueError: If the task is not in the cluster, or its role is not ps.
         TypeError: If ``cluster_spec`` does not describe a cluster.
-        UnavailableError: If the address is taken.
+        AddressError: If the address is taken.
     """
 
     def __init__(
@@ -153,6 +157,11 @@ class Server:
         self._listener.close()
         self._membership.stop()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over: the chief and all other workers have finished or are gone."""
+        return self._membership.outlook is Outlook.OVER
+
     def status(self) -> messages.Status:
         """Return the contents and counters of this ps."""
         return self._models.status()
@@ -168,18 +177,41 @@ class Server:
 def run_standard_server() -> None:
     """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
 
-    SIGTERM ends it early.
+    SIGTERM and SIGINT end it early, with the requests that are under way. Main thread only.
 
     Raises:
+        SystemExit: With code 128 + N after signal N, unless the run was over already.
         ValueError: If TF_CONFIG does not name a ps task of a cluster.
-        UnavailableError: If the address is taken, or the chief was lost and did not come back.
+        AddressError: If the address is taken.
+        UnavailableError: If the chief was lost and did not come back.
         ParameterServerError: If the chief failed.
     """
     cluster, task = server_task()
     server = Server(cluster, task.role, task.index)
-    signal.signal(signal.SIGTERM, lambda *_: server.request_stop())
-    with report_progress(server):
+    with report_progress(server), _stopped_by_signals(server) as received:
         server.join()
+    if received and not server.is_over:
+        code = 128 + received[0]
+        name, step = signal.Signals(received[0]).name, server.status().global_step
+        logger.warning("%s leaves at step %d, before the run is over (%s)", server.task, step, name)
+        raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(server: Server) -> Iterator[list[int]]:
+    """Provide a list of the signals that have asked the server to leave."""
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        server.request_stop()
+
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:

@@ -17,6 +17,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from paramserver.errors import ConfigError, DeadlineError, RefusedError, RemoteProtocolError, RunOverError, TokenError
 from paramserver.errors import UnavailableError as Unavailable
@@ -49,7 +50,7 @@ def connect(
     *,
     lane: str,
     timeout: float,
-    listens: bool = False,
+    is_over: Callable[[], bool] = lambda: False,
     kept: WorkerMemory | None = None,
 ) -> Lane:
     """Connect to the ps ``peer`` at ``address``, trying again until it is up. Blocks for about ``timeout`` at most.
@@ -60,13 +61,12 @@ def connect(
         me: The identity of this task.
         lane: The name of a lane, or ``auto``.
         timeout: Seconds to try.
-        listens: Whether the ps is known to have listened already: if it refuses the connection, it has ended, and the
-            run with it.
+        is_over: Returns whether the run is known to be over; asked while the ps cannot be reached.
         kept: The memory of an earlier lane, which the new lane will go on with.
 
     Raises:
         ConfigError: If there is no such lane.
-        RunOverError: If a ps that ``listens`` has ended.
+        RunOverError: If the run is over.
         DeadlineError: If the ps does not come up in time.
         TokenError: If this task or the ps does not hold the token of the run.
         RefusedError: If another ps is at the address, or the lane does not lead to the ps.
@@ -74,7 +74,7 @@ def connect(
         UnavailableError: If the ps goes away after its challenge.
     """
     kinds = usable_lanes(lane, kept)
-    frames, challenge = _reach(address, peer or "the ps", timeout, listens=listens)
+    frames, challenge = _reach(address, peer or "the ps", timeout, is_over)
     if peer is None:
         frames.task = peer = challenge.task
     try:
@@ -91,7 +91,7 @@ def connect(
         raise
 
 
-def _reach(address: str, peer: str, timeout: float, *, listens: bool) -> tuple[FrameSocket, Challenge]:
+def _reach(address: str, peer: str, timeout: float, is_over: Callable[[], bool]) -> tuple[FrameSocket, Challenge]:
     """Return a connection to the ps and its challenge, as soon as the ps is up.
 
     A connection that is closed before the challenge is tried again: a proxy may accept before its ps is up.
@@ -102,7 +102,7 @@ def _reach(address: str, peer: str, timeout: float, *, listens: bool) -> tuple[F
         try:
             return _try_to_reach(address, peer, give_up)
         except OSError as error:  # an UnavailableError is one
-            if listens and isinstance(error, ConnectionRefusedError):
+            if is_over():
                 raise RunOverError(f"{peer} at {address} has left: the run is over") from error
             if time.monotonic() + RETRY_INTERVAL > give_up:
                 raise DeadlineError(

@@ -10,7 +10,7 @@ import selectors
 import socket
 from collections.abc import Iterator
 
-from paramserver.errors import UnavailableError
+from paramserver.errors import AddressError
 from paramserver.memory import shared_file
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Listener:
         descriptor: An inherited listening socket to use instead of ``address``.
 
     Raises:
-        UnavailableError: If the address cannot be bound.
+        AddressError: If the address cannot be bound.
     """
 
     def __init__(self, address: str, task: str, descriptor: int | None = None) -> None:
@@ -96,7 +96,7 @@ def _listen(address: str, task: str) -> socket.socket:
             (host if _is_loopback(host) else "", int(port)), family=family, backlog=BACKLOG, dualstack_ipv6=False
         )
     except OSError as error:
-        raise UnavailableError(
+        raise AddressError(
             f"{task} cannot listen on {address}: {os.strerror(error.errno or 0)}; "
             "is another process using that port, or is the address in TF_CONFIG wrong?",
             task,

@@ -17,7 +17,7 @@ from paramserver.cluster.task import ALONE
 from paramserver.distribute.bound.model import BoundModel
 from paramserver.distribute.bound.plan import aliases, plain_name
 from paramserver.distribute.bound.step_times import StepTimes
-from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpoint
+from paramserver.distribute.checkpoints import lost_updates, restore_checkpoint, write_checkpoint
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.reduce.reduction import ReduceOp
 from paramserver.errors import ConfigError, UnavailableError
@@ -174,6 +174,7 @@ class TrainingRun:
             UnavailableError: The given error, without a cluster; the last one after `LOSSES_IN_A_ROW` losses.
             DeadlineError: If a ps or the chief does not come back in time.
         """
+        reached = self.global_step
         while True:
             self._losses += 1
             if self._strategy.task is None or self._losses > LOSSES_IN_A_ROW:
@@ -190,7 +191,9 @@ class TrainingRun:
             except UnavailableError as again:
                 error = again
             else:
-                return
+                break
+        if self.is_chief and self.global_step < reached:  # another task is warned by `Strategy.recover`
+            logger.warning("%s: %s", self.task, lost_updates(reached, self.global_step))
 
     def finish(self, while_waiting: Callable[[], object] = lambda: None) -> None:
         """End the loop with a fresh global step. Blocks for as long as other workers take.

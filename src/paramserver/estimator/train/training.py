@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,8 +13,10 @@ import torch
 
 from paramserver.checkpoint.storage import absolute
 from paramserver.cluster import environment
+from paramserver.cluster.exit_codes import is_request_to_leave
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
+from paramserver.cluster.termination import Termination
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError, RunOverError, UnavailableError
 from paramserver.estimator.calling import Batch
@@ -73,6 +77,7 @@ def train(
         torch.manual_seed(config.seed)
     counter = _LocalSteps()
     with contextlib.ExitStack() as stack, strategy.scope():
+        stack.enter_context(_terminating())
         stack.enter_context(_telling_failure(strategy))
         spec = build()
         writer = stack.enter_context(contextlib.closing(summary_writer(config.model_dir or "")))
@@ -94,12 +99,23 @@ def train(
 def _loop(runner: HookRunner, create: Callable[[], TrainingRun], read: Callable[[], Iterator[Batch]]) -> None:
     runner.begin()
     session = create()
-    _announce(session, runner)
-    batches = read()
-    _train_on(session, runner, batches)
-    while not _finish(session, runner):
+    with _saving_when_asked_to_leave(session, runner):
+        _announce(session, runner)
+        batches = read()
         _train_on(session, runner, batches)
+        while not _finish(session, runner):
+            _train_on(session, runner, batches)
     session.close()
+
+
+@contextlib.contextmanager
+def _saving_when_asked_to_leave(session: TrainingRun, runner: HookRunner) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if is_request_to_leave(error):
+            runner.leave(session)
+        raise
 
 
 def _train_on(session: TrainingRun, runner: HookRunner, batches: Iterator[Batch]) -> None:
@@ -142,12 +158,25 @@ def _loss(action: Callable[[], object]) -> UnavailableError | None:
     return None
 
 
+def _terminating() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which SIGTERM is an exception, unless the program handles it or cannot."""
+    is_handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    is_main = threading.current_thread() is threading.main_thread()
+    return contextlib.nullcontext() if is_handled or not is_main else Termination()
+
+
 @contextlib.contextmanager
 def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
     try:
         yield
     except RunOverError:
         strategy.close()  # this task came too late to be of use, but it has not failed
+        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        if is_request_to_leave(error):
+            strategy.leave()
+        else:
+            strategy.close(failure=f"{type(error).__name__}: {error}")
         raise
     except BaseException as error:
         in_cluster = strategy.task is not None  # otherwise there is no other task to tell
