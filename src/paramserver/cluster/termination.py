@@ -12,7 +12,7 @@ from typing import Self
 from paramserver.cluster.exit_codes import TERMINATED
 
 AGAIN = 0.01
-"""Seconds after which a SIGTERM that had no effect is sent again."""
+"""Seconds after which a SIGTERM that had no effect is sent again, until it has one."""
 
 
 class Termination:
@@ -27,6 +27,7 @@ class Termination:
         self._owner = os.getpid()
         self._exit: SystemExit | None = None
         self._is_dropping = False
+        self._has_landed = threading.Event()
 
     def __enter__(self) -> Self:
         self.install()
@@ -49,14 +50,15 @@ class Termination:
         return exc is not None
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
+        if self._is_dropping:
+            return  # an exception would be dropped here, too; the signal comes again
+        self._has_landed.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != self._owner:
             # A process that the program has forked, such as a worker of a DataLoader, inherits this handler, but its
             # parent expects the signal to kill it.
             os.kill(os.getpid(), signal.SIGTERM)
-        if self._is_dropping:
-            self._send_again()  # an exception would be dropped here, too
-        elif not self.is_over:
+        if not self.is_over:
             self._exit = SystemExit(TERMINATED)
             raise self._exit
 
@@ -66,9 +68,11 @@ class Termination:
             self._old_hook(unraisable)
             return
         self._is_dropping = True
-        self._send_again()
-        self._is_dropping = False  # the last statement: a signal is not handled between it and the return
+        self._has_landed.clear()
+        signal.signal(signal.SIGTERM, self._terminate)
+        threading.Thread(target=self._send_again, name="sends SIGTERM again", daemon=True).start()
+        self._is_dropping = False  # the last statement: no signal is handled between it and the return
 
     def _send_again(self) -> None:
-        signal.signal(signal.SIGTERM, self._terminate)
-        threading.Timer(AGAIN, os.kill, (self._owner, signal.SIGTERM)).start()
+        while not self._has_landed.wait(AGAIN):
+            os.kill(self._owner, signal.SIGTERM)
