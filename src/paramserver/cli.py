@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from paramserver.cluster import logs
 from paramserver.cluster.exit_codes import exit_code
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.lifecycle import Limits
@@ -36,6 +37,14 @@ Lane = Annotated[
         metavar="NAME",
         help="Lane: auto (shared memory on one host, else TCP), shared-memory, tcp, or an installed one.",
     ),
+]
+
+
+LogLevel = Annotated[
+    str | None, typer.Option(metavar="|".join(logs.LEVELS), help="Least level of the log (default: info).")
+]
+LogFormat = Annotated[
+    str | None, typer.Option(metavar="|".join(logs.FORMATS), help="json: each line is an object (default: text).")
 ]
 
 
@@ -99,13 +108,19 @@ def launch(
             help="forkserver: tasks are forks of one process that has imported torch; spawn: each imports it itself.",
         ),
     ] = "forkserver",
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Folder for a file with the output of each task.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
 ) -> None:
     """Run SCRIPT as a cluster of processes on this machine.
 
     Chief, workers and evaluator run the script; parameter servers run the standard server. Every line of
     output begins with the name of its task; on a terminal, a display below the lines shows the progress.
-    Ctrl-C stops all tasks. The exit code is that of the first task that failed.
+    The tasks' standard input is empty. Ctrl-C stops all tasks, ps tasks last. The exit code is that of the
+    first task that failed of its own.
     """
     from paramserver.launch import local
     from paramserver.launch.display import launch_displayed
@@ -121,6 +136,9 @@ def launch(
         limits=Limits(restarts=restarts, restart_window=restart_window, shutdown_timeout=shutdown_timeout),
         start_method=start_method,
         is_module=is_module,
+        log_level=log_level,
+        log_format=log_format,
+        log_dir=log_dir,
     )
     if not is_module and not Path(script).is_file():
         raise ConfigError(f"launch: there is no script {script!r} in {Path.cwd()}")
@@ -131,21 +149,31 @@ def launch(
 
 
 @app.command()
-def server() -> None:
+def server(log_level: LogLevel = None, log_format: LogFormat = None) -> None:
     """Serve as the ps task that TF_CONFIG names.
 
     Ends by itself when the run is over.
     """
-    from paramserver.cluster import server_task
+    from paramserver.cluster import environment, server_task
 
-    server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+    _, task = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+    surroundings = environment.read()
+    level, form = log_level or surroundings.log_level, log_format or surroundings.log_format
+    logs.check_level(level, "--log-level")
+    logs.check_format(form, "--log-format")
+    logs.set_up(str(task), level, form, names_task=surroundings.run_file is None)
     from paramserver.server.server import run_standard_server
 
     run_standard_server()
 
 
 @app.command()
-def inspect(checkpoint: Annotated[str, typer.Argument(help="Path or URL of the checkpoint.")]) -> None:
+def inspect(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Path or URL of a checkpoint, or of a model_dir for its latest one."),
+    ],
+) -> None:
     """Show the variables of a checkpoint.
 
     Prints its global step and each variable's type, shape and size.
@@ -168,19 +196,22 @@ def inspect(checkpoint: Annotated[str, typer.Argument(help="Path or URL of the c
 @app.command()
 def status(
     addresses: Annotated[
-        list[str] | None, typer.Argument(help="host:port of each ps (default: the ps tasks in TF_CONFIG).")
+        list[str] | None,
+        typer.Argument(metavar="RUN|ADDRESSES", help="host:port of each ps, or the id of a launched run."),
     ] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time to try to reach all of them.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the contents and counters of parameter servers.
 
-    Asks the ps tasks of a running run, whose PARAMSERVER_TOKEN must be set. Load is the size of the values,
-    relative to the mean of the tasks shown; staleness counts updates by other workers.
+    Without arguments, asks the ps tasks of TF_CONFIG, or else of the run that was launched on this machine by this
+    user. Addresses need the run's PARAMSERVER_TOKEN. Load is the size of the values, relative to the mean of the tasks
+    shown; staleness counts updates by other workers.
     """
     from paramserver.observe import status as run_status
 
-    statuses = run_status.ask(run_status.find_targets(addresses or ()), timeout)
+    found = run_status.find_run(addresses or ())
+    statuses = run_status.ask(found.targets, timeout, found.token)
     if as_json:
         typer.echo(run_status.as_json(statuses))
         return

@@ -16,6 +16,10 @@ PARAMSERVER_LISTEN_FD
 PARAMSERVER_RUN_FILE
     The path of the file of a launched run (``cluster/run_file.py``). It is gone when the run is over, so a task that
     comes later does not wait for ps tasks that have ended.
+PARAMSERVER_LOG_LEVEL
+    The least level of the log of a command: ``debug``, ``info`` (the default), ``warning`` or ``error``.
+PARAMSERVER_LOG_FORMAT
+    The format of this log: ``text`` (the default), or ``json`` with one object for each line.
 PARAMSERVER_REPORT_FD
     A pipe that a task inherits and writes its reports to (``cluster/report.py``).
 PARAMSERVER_FORK_SERVER_FD
@@ -31,6 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from paramserver.cluster.logs import check_format, check_level
 from paramserver.errors import ConfigError
 from paramserver.layout.lanes import check_lane
 
@@ -45,11 +50,15 @@ class Environment:
     lane: str = "auto"
     listen_fd: int | None = None
     run_file: Path | None = None
+    log_level: str = "info"
+    log_format: str = "text"
     report_fd: int | None = None
     fork_server_fd: int | None = None
 
     def __post_init__(self) -> None:
         check_lane(self.lane, "PARAMSERVER_LANE")
+        check_level(self.log_level, "PARAMSERVER_LOG_LEVEL")
+        check_format(self.log_format, "PARAMSERVER_LOG_FORMAT")
 
 
 def read() -> Environment:
@@ -65,6 +74,8 @@ def read() -> Environment:
         lane=os.environ.get("PARAMSERVER_LANE", "auto"),
         listen_fd=_descriptor("PARAMSERVER_LISTEN_FD"),
         run_file=_path("PARAMSERVER_RUN_FILE"),
+        log_level=os.environ.get("PARAMSERVER_LOG_LEVEL", "info"),
+        log_format=os.environ.get("PARAMSERVER_LOG_FORMAT", "text"),
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),
         fork_server_fd=_descriptor("PARAMSERVER_FORK_SERVER_FD"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import selectors
@@ -35,6 +36,9 @@ BACKLOG = 128
 """Number of connections that may wait for a ps that is still starting."""
 
 READ_BYTES = 65536
+
+SLOW_START = 10.0
+"""Seconds after which a start is said to be slow."""
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end the run."""
@@ -75,7 +79,7 @@ def launch(
 
 def dry_run(options: LaunchOptions) -> str:
     """Return a description of what `launch` would start. Binds and starts nothing."""
-    return describe(_plan(options, [None] * options.ps, "***", "<run id>", Path("<run file>")))
+    return describe(_plan(options, [None] * options.ps, "***", "<run id>"))
 
 
 def run(
@@ -131,6 +135,7 @@ class LocalRun:
         self._open_pipes = 0
         self._is_killing = self._has_named = False
         self._linger_until: float | None = None
+        self._say_slow_at = math.inf
 
     def __repr__(self) -> str:
         return f"<LocalRun {self._spec.run_id}: {self._lifecycle!r}>"
@@ -157,6 +162,7 @@ class LocalRun:
             self._start_all(method)
         else:
             self._selector.register(method.ready, selectors.EVENT_READ, partial(self._make_ready, method, method.ready))
+            self._say_slow_at = time.monotonic() + SLOW_START
 
     def _make_ready(self, method: StartMethod, descriptor: int) -> None:
         self._selector.unregister(descriptor)
@@ -200,8 +206,12 @@ class LocalRun:
             self._start_again(task, method)
         for task, number in self._lifecycle.take_due(now):
             self._tell(task, number)
-        ends = [end for end in (self._lifecycle.next_due(), self._linger_until) if end is not None]
-        timeout = max(0.0, min(ends) - now) if ends else None
+        if now >= self._say_slow_at:
+            self._say_slow_at = math.inf
+            if not self._processes:
+                self._say(f"tasks are not started yet: the import of torch has taken {SLOW_START:g} s so far")
+        ends = [end for end in (self._lifecycle.next_due(), self._linger_until, self._say_slow_at) if end is not None]
+        timeout = max(0.0, min(ends) - now) if min(ends) < math.inf else None
         for key, _ in self._selector.select(timeout):
             key.data()
 
@@ -308,7 +318,9 @@ def _start_method(spec: LaunchSpec) -> StartMethod:
     return inherited_fork_server() or OwnForkServer(python, shared_environment(spec), spec.preload)
 
 
-def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str, path: Path) -> LaunchSpec:
+def _plan(
+    options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str, path: Path | None = None
+) -> LaunchSpec:
     already_set = [name for name in LEFT_ALONE if environment.is_set(name)]
     cores = len(os.sched_getaffinity(0))
     return plan(options, ports, token, run_id, cores, already_set, run_file=path)

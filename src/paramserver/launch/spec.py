@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from paramserver.cluster.logs import check_format, check_level
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
 from paramserver.launch.lifecycle import Limits
@@ -73,6 +74,10 @@ class LaunchOptions:
         threads: Threads for the computations of each task; None shares the cores among chief and workers.
         limits: The limits of the run's end, and of restarts.
         start_method: One of `START_METHODS`.
+        log_level: The least level of the tasks' logs, one of `cluster.logs.LEVELS`; None for the environment's.
+        log_format: One of `cluster.logs.FORMATS`; None for the environment's. With ``json``, each line of output is an
+            object.
+        log_dir: A folder for a file with the output of each task; None for none.
         preload: With ``forkserver``, the modules to import before tasks are forked.
     """
 
@@ -86,6 +91,9 @@ class LaunchOptions:
     threads: int | None = None
     limits: Limits = field(default_factory=Limits)
     start_method: str = "forkserver"
+    log_level: str | None = None
+    log_format: str | None = None
+    log_dir: Path | None = None
     preload: tuple[str, ...] = PRELOADED
 
     def __post_init__(self) -> None:
@@ -96,6 +104,10 @@ class LaunchOptions:
         if self.threads is not None:
             _check_least("threads", self.threads, "leave it out to share the cores among the workers")
         check_lane(self.lane, "lane")
+        if self.log_level is not None:
+            check_level(self.log_level, "log level")
+        if self.log_format is not None:
+            check_format(self.log_format, "log format")
         if self.start_method not in START_METHODS:
             raise ConfigError(f"start method: expected one of {', '.join(START_METHODS)}, got {self.start_method!r}")
         _check_least("restarts", self.limits.restarts, "0 starts no task again", least=0)
@@ -174,6 +186,8 @@ def plan(
         "PARAMSERVER_TOKEN": token,
         "PARAMSERVER_RUN_ID": run_id,
         "PARAMSERVER_LANE": options.lane,
+        **({"PARAMSERVER_LOG_LEVEL": options.log_level} if options.log_level else {}),
+        **({"PARAMSERVER_LOG_FORMAT": options.log_format} if options.log_format else {}),
         "PYTHONUNBUFFERED": "1",
         **({} if run_file is None else {"PARAMSERVER_RUN_FILE": str(run_file)}),
         **runtime_variables(options, cores, already_set),

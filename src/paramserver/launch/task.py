@@ -8,12 +8,12 @@ without output, at any point of the program.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import runpy
 import sys
 from pathlib import Path
 from types import TracebackType
 
+from paramserver.cluster import environment, logs, task_name
 from paramserver.cluster.exit_codes import INTERRUPTED, TERMINATED, exit_code
 from paramserver.cluster.termination import Termination
 from paramserver.errors import ConfigError, ParameterServerError, RunOverError
@@ -21,7 +21,12 @@ from paramserver.errors import ConfigError, ParameterServerError, RunOverError
 
 def main(arguments: list[str]) -> int | str:
     """Run a script and return the argument for ``sys.exit``."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        surroundings = environment.read()
+        logs.set_up(task_name(), surroundings.log_level, surroundings.log_format, names_task=False)
+    except ConfigError as error:
+        _say(f"error: {error}")
+        return exit_code(error)
     termination = Termination()
     termination.install()  # exit handlers run after this function
     try:

@@ -188,6 +188,7 @@ def run_standard_server() -> None:
     """
     cluster, task = server_task()
     server = Server(cluster, task.role, task.index)
+    logger.info("%s serves at %s", server.task, server.target)
     with report_progress(server), _stopped_by_signals(server) as received:
         server.join()
     if received and not server.is_over:

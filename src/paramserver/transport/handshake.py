@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import logging
 import secrets
 import socket
 import threading
@@ -27,9 +28,12 @@ from paramserver.transport.identity import Identity
 from paramserver.transport.lane import Lane, Session, WorkerMemory
 from paramserver.transport.lanes import lane_kind, usable_lanes
 from paramserver.transport.tcp import expect_reply
+from paramserver.transport.waiting import WaitLog
 from paramserver.wire import codec
 from paramserver.wire.messages import Challenge, Hello, Refused, Welcome
 from paramserver.wire.refusals import raised
+
+logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT = 30.0
 """Seconds that a ps waits for each message of a peer during the handshake."""
@@ -74,7 +78,7 @@ def connect(
         UnavailableError: If the ps goes away after its challenge.
     """
     kinds = usable_lanes(lane, kept)
-    frames, challenge = _reach(address, peer or "the ps", timeout, is_over)
+    frames, challenge = _reach(address, peer or "the ps", timeout, is_over, WaitLog(me.task, timeout))
     if peer is None:
         frames.task = peer = challenge.task
     try:
@@ -91,12 +95,15 @@ def connect(
         raise
 
 
-def _reach(address: str, peer: str, timeout: float, is_over: Callable[[], bool]) -> tuple[FrameSocket, Challenge]:
+def _reach(
+    address: str, peer: str, timeout: float, is_over: Callable[[], bool], log: WaitLog
+) -> tuple[FrameSocket, Challenge]:
     """Return a connection to the ps and its challenge, as soon as the ps is up.
 
     A connection that is closed before the challenge is tried again: a proxy may accept before its ps is up.
     """
     give_up = time.monotonic() + timeout
+    is_resolved = True
     pause = threading.Event()  # only a pause: there is nothing to wait on before the peer listens
     while True:
         try:
@@ -110,6 +117,10 @@ def _reach(address: str, peer: str, timeout: float, is_over: Callable[[], bool])
                     "is it started, and is the address in TF_CONFIG right?",
                     timeout,
                 ) from error
+            if is_resolved and isinstance(error, socket.gaierror):
+                is_resolved = False  # said at once, but it may come to be known, as those of pods do
+                logger.warning("%s: the name in its address %s does not resolve: %s", peer, address, error.strerror)
+            log.say(f"{peer} at {address}", str(error))
         pause.wait(RETRY_INTERVAL)
 
 

@@ -579,7 +579,19 @@ print(os.WTERMSIG(os.waitpid(pid, 0)[1]))
     assert (done.stdout, done.stderr) == ("15\n", "")
 
 
-@pytest.mark.parametrize("arguments", [[], ["missing.py"]])
+def test_a_module_is_run_as_python_runs_it(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "near.py").write_text("")
+    (package / "train.py").write_text("import sys\nfrom . import near\nprint(__name__, sys.argv, sys.path[0])")
+    command = [sys.executable, "-m", "paramserver.launch.task", "-m", "package.train", "--lr", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout == f"__main__ {[str(package / 'train.py'), '--lr', '1']} {tmp_path}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["missing.py"], ["-m"], ["-m", "no.such.module"]])
 def test_a_missing_script_is_one_line(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "paramserver.launch.task", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)

@@ -29,8 +29,6 @@ from paramserver.estimator.train.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
-LOG_WAIT_EVERY = 30.0
-
 LOSSES_IN_A_ROW = 10
 """Number of losses of a ps without a step between them after which the training gives up."""
 
@@ -82,7 +80,7 @@ class TrainingRun:
             initialize=self._initialize,
             buffers=spec.buffers,
             timeout=self._patience,
-            on_wait=self._waiting(),
+            on_wait=self._waits_for_chief,
         )
         self.model.train()
         for schedule in self._schedules:
@@ -186,7 +184,7 @@ class TrainingRun:
                 self._strategy.recover(
                     initialize=self._initialize,
                     timeout=self._patience,
-                    on_wait=self._waiting(),
+                    on_wait=self._waits_for_chief,
                 )
             except UnavailableError as again:
                 error = again
@@ -248,20 +246,5 @@ class TrainingRun:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def _waiting(self) -> Callable[[float], None]:
-        """Return a callback for a wait for the chief, which gets the seconds so far and logs them at times."""
-        said = -math.inf
-
-        def on_wait(seconds: float) -> None:
-            nonlocal said
-            self._reporter.tell(state="waiting for the chief")
-            if seconds >= said + LOG_WAIT_EVERY:
-                said = seconds
-                logger.info(
-                    "%s waits for the chief to initialize the variables: %.0f s so far, %g s at most",
-                    self.task,
-                    seconds,
-                    self._patience,
-                )
-
-        return on_wait
+    def _waits_for_chief(self, seconds: float) -> None:
+        self._reporter.tell(state="waiting for the chief")
