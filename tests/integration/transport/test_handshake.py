@@ -356,9 +356,9 @@ def sending(data: bytes) -> Callable[[socket.socket], None]:
 NO_PS = {
     "another version": (struct.pack("<4sI", codec.MAGIC, 99), "ps:0 speaks protocol version 99, this task speaks"),
     "a web server": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "ps:0 is not a paramserver task"),
-    "a large message": (codec.preamble() + struct.pack("<IQ", 1 << 20, 0), "ps:0 announced a message of 1048576 bytes"),
+    "a large message": (codec.preamble() + codec.head(1 << 20, 0), "ps:0 announced a message of 1048576 bytes"),
     "garbage": (
-        codec.preamble() + struct.pack("<IQ", 3, 0) + b"\xc1\xc1\xc1",
+        codec.preamble() + codec.head(3, 0) + b"\xc1\xc1\xc1",
         "ps:0 sent bytes that are not a message",
     ),
     "another message": (codec.preamble() + codec.encode(Done()), "ps:0 was expected to start with a challenge"),
@@ -417,8 +417,8 @@ def test_a_ps_that_comes_up_late_is_reached(monkeypatch):
 STRANGERS = {
     "a browser": (b"GET / HTTP/1.1\r\n\r\n", "is not a paramserver task: .*GET"),
     "another version": (struct.pack("<4sI", codec.MAGIC, 99), "speaks protocol version 99"),
-    "a large message": (codec.preamble() + struct.pack("<IQ", 1 << 20, 0), "announced a message of 1048576 bytes"),
-    "garbage": (codec.preamble() + struct.pack("<IQ", 2, 0) + b"\xc1\xc1", "sent bytes that are not a message"),
+    "a large message": (codec.preamble() + codec.head(1 << 20, 0), "announced a message of 1048576 bytes"),
+    "garbage": (codec.preamble() + codec.head(2, 0) + b"\xc1\xc1", "sent bytes that are not a message"),
     "a request": (codec.preamble() + codec.encode(GetStatus()), "was challenged and answered GetStatus"),
 }
 
