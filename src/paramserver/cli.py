@@ -117,17 +117,22 @@ def launch(
 
 
 @app.command()
-def server() -> None:
+def server(
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen on any address, even if there is no token: everyone may connect.")
+    ] = False,
+) -> None:
     """Serve as the ps task that TF_CONFIG names.
 
-    Ends by itself when the run is over.
+    Ends by itself when the run is over. Without PARAMSERVER_TOKEN or PARAMSERVER_TOKEN_FILE, only a loopback address is
+    listened on.
     """
     from paramserver.cluster import server_task
 
     server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
     from paramserver.server.server import run_standard_server
 
-    run_standard_server()
+    run_standard_server(insecure=insecure)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from paramserver.transport.in_process import InProcessLane, InProcessSession
 from paramserver.transport.listener import Listener
 from paramserver.wire import messages
 
+logger = logging.getLogger(__name__)
+
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
 REPORT_INTERVAL = 0.5
@@ -39,7 +42,9 @@ class Server:
         job_name: The role of this task; may be omitted where the cluster has one job.
         task_index: The index of this task; may be omitted where the job has one task.
         start: Whether to serve at once.
-        token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``.
+        token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``, or the content of
+            ``PARAMSERVER_TOKEN_FILE``. Without one, only a loopback address is listened on.
+        insecure: Whether to listen on any address even without a token; by default whether ``PARAMSERVER_INSECURE=1``.
         grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
         descriptor: A listening socket to take over, instead of binding the task's address; by default the
             environment's ``PARAMSERVER_LISTEN_FD``.
@@ -47,6 +52,7 @@ class Server:
     Raises:
         ValueError: If the task is not in the cluster, or its role is not ps.
         TypeError: If ``cluster_spec`` does not describe a cluster.
+        ConfigError: If other hosts could reach this task, and there is no token.
         UnavailableError: If the address is taken.
     """
 
@@ -58,6 +64,7 @@ class Server:
         *,
         start: bool = True,
         token: str | None = None,
+        insecure: bool = False,
         grace: float = GRACE,
         descriptor: int | None = None,
     ) -> None:
@@ -70,9 +77,11 @@ class Server:
         self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
+        token = surroundings.token if token is None else token
+        if self._listener.is_exposed and not token:
+            self._admit_strangers(insecure or surroundings.insecure)
         # Daemon threads: a program that fails before it has stopped its server must still be able to exit.
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
-        token = surroundings.token if token is None else token
         self._host = Host(
             me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
             local_socket=self._listener.local_socket,
@@ -160,23 +169,38 @@ class Server:
     def __repr__(self) -> str:
         return f"<Server {self.task} at {self.target}: {self._models!r}>"
 
+    def _admit_strangers(self, insecure: bool) -> None:
+        """Check that every peer on the network may take part in the run, since there is no token."""
+        if not insecure:
+            self._listener.release()
+            raise ConfigError(
+                f"{self.task} has no token: everyone who reaches {self.target} could read and change the model; set "
+                "PARAMSERVER_TOKEN or PARAMSERVER_TOKEN_FILE to the same secret for all tasks of the run, let the ps "
+                "listen on 127.0.0.1, or accept this with --insecure (PARAMSERVER_INSECURE=1)"
+            )
+        logger.warning("%s has no token: everyone who reaches %s can read and change the model", self.task, self.target)
+
     def _accept(self) -> None:
         for connection in self._listener.connections():
             self._threads.add(Conversation(connection, self._host))
 
 
-def run_standard_server() -> None:
+def run_standard_server(*, insecure: bool = False) -> None:
     """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
 
     SIGTERM ends it early.
 
+    Args:
+        insecure: As in `Server`.
+
     Raises:
-        ValueError: If TF_CONFIG does not name a ps task of a cluster.
+        ValueError: If TF_CONFIG does not name a ps task of a cluster, or there is no token and other hosts could reach
+            this task.
         UnavailableError: If the address is taken, or the chief was lost and did not come back.
         ParameterServerError: If the chief failed.
     """
     cluster, task = server_task()
-    server = Server(cluster, task.role, task.index)
+    server = Server(cluster, task.role, task.index, insecure=insecure)
     signal.signal(signal.SIGTERM, lambda *_: server.request_stop())
     with report_progress(server):
         server.join()

@@ -48,6 +48,12 @@ class Listener:
         """TCP port of the listening socket."""
         return self._port
 
+    @property
+    def is_exposed(self) -> bool:
+        """Whether tasks on other hosts may reach it: it listens on an address that is not a loopback address."""
+        hosts = [each.getsockname()[0] for each in self._sockets if each.family != socket.AF_UNIX]
+        return not all(map(_is_loopback, hosts))
+
     def connections(self) -> Iterator[socket.socket]:
         """Yield each new connection, until `close`."""
         with selectors.DefaultSelector() as selector:

@@ -12,7 +12,7 @@ from tests.patience import patience
 
 from paramserver.cluster import ClusterSpec, Role, TaskId
 from paramserver.distribute import connection
-from paramserver.errors import RefusedError, RunOverError, TokenError, UnavailableError
+from paramserver.errors import ConfigError, RefusedError, RunOverError, TokenError, UnavailableError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.rules import describe
 from paramserver.layout.variables import VariableSpec
@@ -289,6 +289,51 @@ def test_a_task_that_is_not_in_the_cluster_is_refused(task):
         with pytest.raises(RefusedError, match=rf"{task} does not take part"):
             cluster.client(task).await_ready(PATIENCE)
         assert cluster.client("worker:0").status()[0].joined == ("worker:0",)
+
+
+EXPOSED = {"chief": ["chief.example.invalid:1"], "ps": ["ps.example.invalid:0"]}
+
+
+def test_without_a_token_no_other_host_is_listened_to():
+    with pytest.raises(ConfigError, match=r"ps:0 has no token, .* ps\.example\.invalid:\d+ .*PARAMSERVER_TOKEN_FILE"):
+        Server(EXPOSED, "ps", 0, token="")
+
+
+def test_an_inherited_socket_is_not_listened_to_either_where_others_reach_it():
+    listening = socket.create_server(("", 0))
+    with pytest.raises(ConfigError, match="ps:0 has no token"):
+        Server({"ps": ["127.0.0.1:0"]}, token="", descriptor=listening.detach())
+
+
+@pytest.mark.parametrize("address", ["localhost:0", "127.0.0.1:0", "127.0.0.3:0", "[::1]:0"])
+def test_on_a_loopback_address_no_token_is_needed(address):
+    server = Server({"ps": [address]}, token="")
+    server.stop()
+
+
+def test_a_token_is_enough_for_any_address(caplog):
+    Server(EXPOSED, "ps", 0, token="a secret").stop()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("said", ["argument", "environment"])
+def test_who_wants_no_token_says_so_and_is_warned(said, monkeypatch, caplog):
+    if said == "environment":
+        monkeypatch.setenv("PARAMSERVER_INSECURE", "1")
+    Server(EXPOSED, "ps", 0, token="", insecure=said == "argument").stop()
+    (warning,) = caplog.messages
+    assert warning.startswith("ps:0 has no token: everyone who reaches ps.example.invalid:")
+
+
+def test_a_token_in_a_file_is_the_token_of_a_server(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("from a file\n")
+    monkeypatch.delenv("PARAMSERVER_TOKEN", raising=False)
+    monkeypatch.setenv("PARAMSERVER_TOKEN_FILE", str(tmp_path / "token"))
+    cluster = ClusterSpec({"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]})
+    server = Server(cluster, "ps", 0)
+    me = Identity(task="chief:0", token="from a file", incarnation=new_incarnation())
+    connect(server.target, "ps:0", me, lane="auto", timeout=PATIENCE).close()
+    server.stop()
 
 
 def test_a_wrong_token_is_refused():

@@ -45,7 +45,9 @@ def test_a_flipped_bit_of_a_head_is_noticed_before_anything_is_waited_for(bit):
     frame = bytearray(codec.encode(Goodbye("why"), payload_bytes=100))
     frame[bit // 8] ^= 1 << bit % 8
     assert codec.frame_bytes(frame) == codec.HEADER_BYTES
-    with pytest.raises(RemoteProtocolError, match=f"{PEER} sent a frame with a damaged head, [0-9a-f]{{32}}: its check"):
+    with pytest.raises(
+        RemoteProtocolError, match=f"{PEER} sent a frame with a damaged head, [0-9a-f]{{32}}: its check"
+    ):
         codec.decode_header(frame, PEER)
 
 
