@@ -295,7 +295,7 @@ EXPOSED = {"chief": ["chief.example.invalid:1"], "ps": ["ps.example.invalid:0"]}
 
 
 def test_without_a_token_no_other_host_is_listened_to():
-    with pytest.raises(ConfigError, match=r"ps:0 has no token, .* ps\.example\.invalid:\d+ .*PARAMSERVER_TOKEN_FILE"):
+    with pytest.raises(ConfigError, match=r"ps:0 has no token: .* ps\.example\.invalid:\d+ .*PARAMSERVER_TOKEN_FILE"):
         Server(EXPOSED, "ps", 0, token="")
 
 
