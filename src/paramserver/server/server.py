@@ -14,7 +14,7 @@ import torch
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
-from paramserver.errors import ConfigError, UnavailableError
+from paramserver.errors import ConfigError, ParameterServerError, UnavailableError
 from paramserver.memory import arena_memory, heap
 from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
@@ -22,9 +22,11 @@ from paramserver.server.models import Models
 from paramserver.server.threads import ServingThreads
 from paramserver.store.membership import Membership
 from paramserver.store.store import Store
+from paramserver.transport.complaints import Complaints
 from paramserver.transport.identity import Identity, new_incarnation
 from paramserver.transport.in_process import InProcessLane, InProcessSession
 from paramserver.transport.listener import Listener
+from paramserver.transport.reception import Reception
 from paramserver.wire import messages
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ class Server:
         self._grace = grace
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
         self._membership = Membership(workers[0] if workers else "", workers)
-        self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership)
+        complaints = Complaints(logger.warning)
+        self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership, complaints)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
         token = surroundings.token if token is None else token
@@ -84,9 +87,9 @@ class Server:
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
         self._host = Host(
             me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
-            local_socket=self._listener.local_socket,
             membership=self._membership,
             models=self._models,
+            complaints=complaints,
         )
         self._waiters: list[threading.Thread] = []  # those that an interrupt of `join` has left behind
         self._threads = ServingThreads(f"{self.task} serves")
@@ -181,8 +184,22 @@ class Server:
         logger.warning("%s has no token: everyone who reaches %s can read and change the model", self.task, self.target)
 
     def _accept(self) -> None:
-        for connection in self._listener.connections():
-            self._threads.add(Conversation(connection, self._host))
+        for guest in Reception(self._listener, self._host.me, self._turn_away).guests():
+            try:
+                self._threads.add(Conversation(guest, self._host))
+            except Exception as error:  # noqa: BLE001  # no thread could be started: the next one may have more luck
+                guest.connection.close()
+                self._turn_away(error)
+
+    def _turn_away(self, error: Exception) -> None:
+        """Note why a connection was not accepted."""
+        if isinstance(error, UnavailableError):  # also a worker that goes on by the local socket instead
+            logger.debug("%s: %s", self.task, str(error))
+        elif isinstance(error, ParameterServerError):
+            self._host.complaints.add(type(error).__name__, f"{self.task}: {error}")
+        else:  # most likely no descriptor, thread or memory is left; connections that end will free some
+            what = f"{self.task} cannot take another connection: {type(error).__name__}: {error}"
+            self._host.complaints.add(type(error).__name__, f"{what}; raise the limit (ulimit -n, ulimit -u)?")
 
 
 def run_standard_server(*, insecure: bool = False) -> None:

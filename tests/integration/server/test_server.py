@@ -1,5 +1,6 @@
 """A ps on real sockets: how it starts, whom it serves, and when it ends (V01, V02, V05, V07; V04, Z10)."""
 
+import contextlib
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
 MODEL = [[ArenaLayout("float32", SGD, (VariableSpec("w", (4,), "float32"),))]]
+ME = Identity(task="worker:0", token="", incarnation="once")
 PATIENCE = patience(30.0)
 """Seconds after which a test gives up; nothing takes this long when it works."""
 
@@ -356,6 +358,40 @@ def test_a_stranger_that_says_nothing_does_not_delay_the_end():
         with socket.create_connection((host, int(port))) as stranger:
             assert stranger.recv(4) == b"PSRV"
             cluster.servers[0].stop()
+
+
+def test_any_number_of_strangers_is_worth_one_line(caplog):
+    with LocalCluster(ps=1, token="right") as cluster:
+        for _ in range(20):
+            me = Identity(task="worker:0", token="wrong", incarnation=new_incarnation())
+            with pytest.raises(TokenError):
+                connect(cluster.servers[0].target, "ps:0", me, lane="tcp", timeout=PATIENCE)
+        cluster.client("worker:0")
+    assert [message.partition(":0: ")[2] for message in caplog.messages] == [
+        "ps:0 refused worker:0: it does not hold the token of this run; set PARAMSERVER_TOKEN to the same value for "
+        "all tasks of a run"
+    ]
+
+
+def test_a_ps_that_cannot_start_a_thread_goes_on(monkeypatch, caplog):
+    start, refusals = threading.Thread.start, []
+
+    def refuse_once(thread):
+        if thread.name == "ps:0 serves" and not refusals:
+            refusals.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with LocalCluster(ps=1) as cluster:
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        unlucky = connect(cluster.servers[0].target, "ps:0", ME, lane="tcp", timeout=PATIENCE)
+        with contextlib.closing(unlucky), pytest.raises(UnavailableError):
+            unlucky.start(messages.GetStatus())
+            unlucky.finish()
+        assert cluster.client("worker:0").status()[0].joined == ("worker:0",)
+    assert refusals
+    (line,) = caplog.messages
+    assert line.startswith("ps:0 cannot take another connection: RuntimeError: can't start new thread; raise the limit")
 
 
 def test_a_signal_between_a_look_and_a_wait_is_not_lost(monkeypatch):
