@@ -373,6 +373,11 @@ def test_any_number_of_strangers_is_worth_one_line(caplog):
     ]
 
 
+def status_by(lane):
+    lane.start(messages.GetStatus())
+    return lane.finish()
+
+
 def test_a_ps_that_cannot_start_a_thread_goes_on(monkeypatch, caplog):
     start, refusals = threading.Thread.start, []
 
@@ -386,8 +391,7 @@ def test_a_ps_that_cannot_start_a_thread_goes_on(monkeypatch, caplog):
         monkeypatch.setattr(threading.Thread, "start", refuse_once)
         unlucky = connect(cluster.servers[0].target, "ps:0", ME, lane="tcp", timeout=PATIENCE)
         with contextlib.closing(unlucky), pytest.raises(UnavailableError):
-            unlucky.start(messages.GetStatus())
-            unlucky.finish()
+            status_by(unlucky)
         assert cluster.client("worker:0").status()[0].joined == ("worker:0",)
     assert refusals
     (line,) = caplog.messages
