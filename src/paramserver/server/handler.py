@@ -197,6 +197,7 @@ class RequestHandler:
 
     def _pull_rows(self, session: Session, pull: messages.PullRows) -> None:
         self._store.check_alive()
+        self.pushes.check_count(len(pull.wanted), len(self._store.arenas), "tables")
         rows = [self._read_rows(session, arena, count) for arena, count in pull.wanted]
         session.reply(messages.State(True, self._store.global_step), rows=list(map(tensor_bytes, rows)))
 
@@ -251,6 +252,7 @@ class RequestHandler:
         session.reply(messages.Remaining(left, absent))
 
     def _save(self, session: Session, save: messages.Save) -> None:
+        self._check_shard(save)
         directory = Path(save.directory)
         self._begin(session, saving(self._store, save), directory, is_here=_sees(directory))
 
@@ -259,10 +261,16 @@ class RequestHandler:
         self._begin(session, restoring(self._store, restore), directory, is_here=_sees(directory, restore.digest))
 
     def _read_slots(self, session: Session, request: messages.ReadSlots) -> None:
+        self._check_shard(request)
         self._begin_through_peer(session, reading_slots(self._store, request))
 
     def _load_slots(self, session: Session, request: messages.LoadSlots) -> None:
         self._begin_through_peer(session, loading_slots(self._store, request, f"from {session.task}"))
+
+    def _check_shard(self, request: messages.Save | messages.ReadSlots) -> None:
+        if request.shard >= request.num_shards:
+            task, shard, count = self._store.task, request.shard, request.num_shards
+            raise RefusedError(f"a checkpoint of {task} refused: there is no shard {shard} of {count}", task)
 
     def _begin_through_peer(self, session: Session, steps: Steps[messages.Reply]) -> None:
         self._store.check_alive()
