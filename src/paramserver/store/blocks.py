@@ -127,7 +127,8 @@ class StoredBlocks:
         self._setting_names = frozenset(found.setting_names if found else ())
         self._declared = layout.rule.settings if layout.rule else {}
         self._least_lr = -math.inf if found and found.package else 0.0  # a rule of another package knows what it takes
-        self.check_settings(self._declared)
+        for name, value in self._declared.items():
+            self._check_setting(name, value, value)
 
     def check_settings(self, settings: Mapping[str, Setting]) -> None:
         """Check that the rule has all of these settings, and that their values can be meant.
@@ -139,8 +140,13 @@ class StoredBlocks:
         if settings and not self._setting_names.issuperset(settings):
             raise ValueError(f"update rule {rule} has no setting {min(set(settings) - self._setting_names)!r}")
         for name, value in settings.items():
-            if fault := setting_fault(name, value, self._declared.get(name), self._least_lr):
-                raise ValueError(fault)
+            declared = self._declared.get(name)
+            if value != declared:
+                self._check_setting(name, value, declared)
+
+    def _check_setting(self, name: str, value: Setting, declared: Setting) -> None:
+        if fault := setting_fault(name, value, declared, self._least_lr):
+            raise ValueError(fault)
 
     def check_piece(self, piece: Range) -> None:
         """Check that a piece lies within one block.

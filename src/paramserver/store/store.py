@@ -345,12 +345,12 @@ def _room_for(task: str, layouts: Sequence[ArenaLayout]) -> Iterator[None]:
 def _check(task: str, layouts: Sequence[ArenaLayout]) -> None:
     seen: set[str] = set()
     for layout in layouts:
-        if layout.dtype not in DTYPES:
-            raise RefusedError(f"{task} cannot hold an arena of {layout.dtype}; expected {', '.join(DTYPES)}", task)
         for variable in layout.variables:
             for fault in _faults(layout, variable, seen):
                 raise RefusedError(f"{task} cannot hold variable {variable.name!r}: {fault}", task)
             seen.add(variable.name)
+        if layout.dtype not in DTYPES:  # of an arena without variables
+            raise RefusedError(f"{task} cannot hold an arena of {layout.dtype}; expected {', '.join(DTYPES)}", task)
 
 
 def _faults(layout: ArenaLayout, variable: VariableSpec, seen: set[str]) -> Iterator[str]:
