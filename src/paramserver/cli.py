@@ -149,10 +149,17 @@ def launch(
 
 
 @app.command()
-def server(log_level: LogLevel = None, log_format: LogFormat = None) -> None:
+def server(
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen on any address, even if there is no token: everyone may connect.")
+    ] = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+) -> None:
     """Serve as the ps task that TF_CONFIG names.
 
-    Ends by itself when the run is over.
+    Ends by itself when the run is over. Without PARAMSERVER_TOKEN or PARAMSERVER_TOKEN_FILE, only a loopback address is
+    listened on.
     """
     from paramserver.cluster import environment, server_task
 
@@ -164,7 +171,7 @@ def server(log_level: LogLevel = None, log_format: LogFormat = None) -> None:
     logs.set_up(str(task), level, form, names_task=surroundings.run_file is None)
     from paramserver.server.server import run_standard_server
 
-    run_standard_server()
+    run_standard_server(insecure=insecure)
 
 
 @app.command()

@@ -199,12 +199,13 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 PS_CONFIG = {"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}
 
 
-def test_server_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "insecure"), [([], False), (["--insecure"], True)])
+def test_server_serves(monkeypatch: pytest.MonkeyPatch, options: list[str], insecure: bool) -> None:
     monkeypatch.setenv("TF_CONFIG", json.dumps(PS_CONFIG))
-    served: list[bool] = []
-    replace_module(monkeypatch, "paramserver.server.server", run_standard_server=lambda: served.append(True))
-    assert invoke("server").exit_code == 0
-    assert served == [True]
+    served: list[dict[str, bool]] = []
+    replace_module(monkeypatch, "paramserver.server.server", run_standard_server=lambda **kw: served.append(kw))
+    assert invoke("server", *options).exit_code == 0
+    assert served == [{"insecure": insecure}]
 
 
 def test_a_server_that_cannot_know_who_it_is_says_so_before_it_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,12 @@ A launcher configures a task through these variables:
 TF_CONFIG
     JSON, as TensorFlow's: the cluster, and the task of this process.
 PARAMSERVER_TOKEN
-    The secret of the run. Tasks that do not hold it are refused.
+    The secret of the run. Tasks that do not hold it are refused. Without a secret, a ps listens on a loopback address
+    only.
+PARAMSERVER_TOKEN_FILE
+    The path of a file with the secret; line ends after it are ignored. Only read if PARAMSERVER_TOKEN is not set.
+PARAMSERVER_INSECURE
+    ``1`` if a ps may listen on any address without a secret.
 PARAMSERVER_RUN_ID
     The id of the run; with it an evaluator distinguishes a new run from an old one in the same model_dir.
 PARAMSERVER_LANE
@@ -46,6 +51,7 @@ class Environment:
 
     tf_config: str = ""
     token: str = ""
+    insecure: bool = False
     run_id: str = ""
     lane: str = "auto"
     listen_fd: int | None = None
@@ -69,7 +75,8 @@ def read() -> Environment:
     """
     return Environment(
         tf_config=os.environ.get("TF_CONFIG", ""),
-        token=os.environ.get("PARAMSERVER_TOKEN", ""),
+        token=os.environ.get("PARAMSERVER_TOKEN") or _secret_in(os.environ.get("PARAMSERVER_TOKEN_FILE", "")),
+        insecure=_flag("PARAMSERVER_INSECURE"),
         run_id=os.environ.get("PARAMSERVER_RUN_ID", ""),
         lane=os.environ.get("PARAMSERVER_LANE", "auto"),
         listen_fd=_descriptor("PARAMSERVER_LISTEN_FD"),
@@ -105,6 +112,26 @@ def is_set(name: str) -> bool:
 def _path(name: str) -> Path | None:
     text = os.environ.get(name)
     return Path(text) if text else None
+
+
+def _secret_in(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        secret = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError(f"PARAMSERVER_TOKEN_FILE: cannot read the secret of the run from {path!r}: {why}") from error
+    if not secret.strip():
+        raise ConfigError(f"PARAMSERVER_TOKEN_FILE: expected the secret of the run in {path!r}, and it is empty")
+    return secret
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name, "")
+    if text not in ("", "0", "1"):
+        raise ConfigError(f"{name}: expected 1, or 0 or nothing, got {text!r}")
+    return text == "1"
 
 
 def _descriptor(name: str) -> int | None:
