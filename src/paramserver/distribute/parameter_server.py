@@ -293,6 +293,8 @@ class ParameterServerStrategy(SavingStrategy):
     ) -> tuple[PreparedOptimizer, ...]:
         """Prepare a model with a given way to initialize the variables; see `prepare`.
 
+        :meta private:
+
         Args:
             model: As for `prepare`.
             optimizers: As for `prepare`.
@@ -434,11 +436,16 @@ class ParameterServerStrategy(SavingStrategy):
             model.activate(replica)
 
     def row_ranges(self, variable: VariableSpec) -> list[Range]:
-        """Return the row ranges that the partitioner divides a variable into; empty for one that stays whole."""
+        """Return the row ranges that the partitioner divides a variable into; empty for one that stays whole.
+
+        :meta private:
+        """
         return row_ranges(self._partitioner, variable) if self._partitioner else []
 
     def connect(self, timeout: float | None = None) -> ParameterClient:
         """Return the client of the ps tasks; the first call connects. Blocks until all ps tasks are up.
+
+        :meta private:
 
         Args:
             timeout: Seconds to wait for the ps tasks, in all; by default the strategy's.
@@ -461,6 +468,8 @@ class ParameterServerStrategy(SavingStrategy):
 
     def leave_unstarted(self) -> None:
         """Say goodbye to the ps tasks without training: for a task that finds the run's work already done.
+
+        :meta private:
 
         Blocks until the ps tasks are up; does nothing in one process.
 
