@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from paramserver.cluster import environment as process_environment
+from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.resolver import ClusterResolver, DescribedTask, format_master_url
 from paramserver.cluster.roles import find_task
 from paramserver.cluster.spec import ClusterSpec, parse_index
@@ -139,9 +140,11 @@ def server_task() -> tuple[ClusterSpec, TaskId]:
 def _cluster(config: Mapping[str, object]) -> ClusterSpec:
     jobs = _object(config, "cluster")
     try:
-        return ClusterSpec(jobs)  # type: ignore[arg-type]  # the constructor checks what JSON held
+        cluster = ClusterSpec(jobs)  # type: ignore[arg-type]  # the constructor checks what JSON held
+        check_addresses(cluster, "cluster")
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"TF_CONFIG: {error}") from error
+    return cluster
 
 
 def _object(config: Mapping[str, object], key: str) -> dict[str, object]:

@@ -26,6 +26,7 @@ from paramserver.cluster import (
     validate_cluster,
     worker_count,
 )
+from paramserver.cluster.addresses import check_addresses
 from paramserver.distribute import checkpoints, connection
 from paramserver.distribute.bound import optimizer_state, plan
 from paramserver.distribute.bound.buffer_policies import BufferPolicy
@@ -130,6 +131,7 @@ class ParameterServerStrategy(SavingStrategy):
 
     def _enter_cluster(self, cluster: ClusterSpec, task_type: str | None, task_id: int | None) -> None:
         self.task = validate_cluster(cluster, task_type, task_id) if cluster else None
+        check_addresses(cluster, "cluster")
         self.cluster = cluster
         self._begin()
 
@@ -514,8 +516,9 @@ class ParameterServerStrategy(SavingStrategy):
                 f"variables on {self.parameter_device}>"
             )
         jobs = ", ".join(f"{self.cluster.num_tasks(job)} {job}" for job in self.cluster.jobs)
+        is_chief = self.is_chief and self.task.role.trains  # an evaluator is its own chief only
         return (
-            f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {jobs}; "
+            f"<ParameterServerStrategy: {self.task}{' (chief)' if is_chief else ''} of {jobs}; "
             f"computing on {', '.join(self.worker_devices)}, variables on /job:ps>"
         )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, TFConfigClusterResolver, find_task, is_chief
+from paramserver.cluster.task import ALONE
 from paramserver.cluster.tf_config import load_tf_config
 from paramserver.errors import ConfigError
 
@@ -78,14 +79,14 @@ class ClusterView:
 
 
 def _local_view(resolver: TFConfigClusterResolver, config: Mapping[str, object]) -> ClusterView:
-    role, index = resolver.task_type or Role.WORKER, resolver.task_id or 0
-    if role != Role.WORKER or index != 0:
+    role, index = resolver.task_type or ALONE.role, resolver.task_id or ALONE.index
+    if (role, index) != ALONE:
         raise ConfigError(
             "TF_CONFIG: without a cluster, task.type must be WORKER ('worker') and task.index 0, got "
             f"{role!r} and {index}; add 'cluster', or leave out 'task'"
         )
     return ClusterView(
-        task=TaskId(Role.WORKER, 0),
+        task=ALONE,
         is_chief=True,
         num_worker_replicas=1,
         global_id_in_cluster=0,

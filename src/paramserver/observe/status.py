@@ -18,13 +18,12 @@ from rich.table import Table
 
 from paramserver.client.client import ParameterClient
 from paramserver.cluster import Role, TFConfigClusterResolver, environment
+from paramserver.cluster.addresses import parse_address
 from paramserver.errors import ConfigError
 from paramserver.transport.handshake import connect
 from paramserver.transport.identity import OBSERVER, Identity, new_incarnation
 from paramserver.transport.lane import Lane
 from paramserver.wire.messages import Status
-
-LAST_PORT = 65535
 
 
 class Target(NamedTuple):
@@ -44,9 +43,11 @@ def find_targets(addresses: Sequence[str]) -> list[Target]:
     [Target(address='localhost:2222', task=None)]
     """
     if addresses:
-        return [Target(_checked(address)) for address in dict.fromkeys(addresses)]
+        for address in addresses:
+            parse_address(address, "status")
+        return [Target(address) for address in dict.fromkeys(addresses)]
     cluster = TFConfigClusterResolver().cluster_spec()
-    targets = [Target(_checked(cluster.address(task)), str(task)) for task in cluster.tasks(Role.PS)]
+    targets = [Target(cluster.address(task), str(task)) for task in cluster.tasks(Role.PS)]
     if not targets:
         raise ConfigError(
             "status: expected the addresses of ps tasks, or a cluster with ps tasks in TF_CONFIG, got neither; "
@@ -118,13 +119,6 @@ def as_table(statuses: Sequence[Status]) -> Table:
             str(len(status.joined)),
         )
     return table
-
-
-def _checked(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) <= LAST_PORT:
-        raise ConfigError(f"status: {address!r} is not an address; expected one such as localhost:2222")
-    return address
 
 
 def _order(status: Status) -> tuple[str, int]:

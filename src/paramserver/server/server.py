@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
+from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
 from paramserver.errors import ConfigError, UnavailableError
@@ -35,7 +36,8 @@ class Server:
     """One ps task of a cluster: listens, serves, and ends with the run.
 
     Args:
-        cluster_spec: The cluster: a ClusterSpec, or anything that one is made from.
+        cluster_spec: The cluster: a ClusterSpec, or anything that one is made from. At port 0 the system picks a port
+            for this task, which `target` tells.
         job_name: The role of this task; may be omitted where the cluster has one job.
         task_index: The index of this task; may be omitted where the job has one task.
         start: Whether to serve at once.
@@ -45,7 +47,7 @@ class Server:
             environment's ``PARAMSERVER_LISTEN_FD``.
 
     Raises:
-        ValueError: If the task is not in the cluster, or its role is not ps.
+        ValueError: If the task is not in the cluster, its role is not ps, or an address is malformed.
         TypeError: If ``cluster_spec`` does not describe a cluster.
         UnavailableError: If the address is taken.
     """
@@ -62,6 +64,7 @@ class Server:
         descriptor: int | None = None,
     ) -> None:
         self.cluster_spec = ClusterSpec(cluster_spec)  # type: ignore[arg-type]  # checked there
+        check_addresses(self.cluster_spec, "Server: cluster", least_ps_port=0)
         self.task = _which_task(self.cluster_spec, job_name, task_index)
         surroundings = environment.read()
         self._grace = grace
