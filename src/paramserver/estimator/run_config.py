@@ -163,12 +163,15 @@ class RunConfig:
 
     @property
     def num_worker_replicas(self) -> int:
-        """Number of tasks that compute gradients, including the chief."""
+        """Number of tasks that compute gradients, including the chief; 0 if it is not known."""
         return self._view.num_worker_replicas
 
     @property
     def global_id_in_cluster(self) -> int | None:
-        """The number of this process: chief 0, then the other jobs by name, ps last; None on the evaluator."""
+        """The number of this process: chief 0, then the other jobs by name, ps last.
+
+        None on the evaluator, and if the number of workers is not known.
+        """
         return self._view.global_id_in_cluster
 
     @property

@@ -69,7 +69,10 @@ class Server:
         surroundings = environment.read()
         self._grace = grace
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
-        self._membership = Membership(workers[0] if workers else "", workers)
+        is_one_view = self.cluster_spec.is_one_view
+        if is_one_view and not workers:
+            workers = [str(TaskId(Role.WORKER, 0))]  # the chief, as there is no other
+        self._membership = Membership(workers[0] if workers else "", workers, takes_more=is_one_view)
         self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
