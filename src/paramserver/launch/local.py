@@ -19,6 +19,7 @@ from paramserver.cluster import environment
 from paramserver.cluster.report import Report, decode
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
+from paramserver.launch.cores import usable_cores
 from paramserver.launch.fork_server import OwnForkServer, inherited_fork_server
 from paramserver.launch.lifecycle import Ending, Lifecycle
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
@@ -249,8 +250,7 @@ def _start_method(spec: LaunchSpec) -> StartMethod:
 
 def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str) -> LaunchSpec:
     already_set = [name for name in LEFT_ALONE if environment.is_set(name)]
-    cores = len(os.sched_getaffinity(0))
-    return plan(options, ports, token, run_id, cores, already_set)
+    return plan(options, ports, token, run_id, usable_cores(), already_set)
 
 
 def _listener() -> socket.socket:
