@@ -99,6 +99,28 @@ raise OSError("no temporary folder")
 """
 
 
+LEAKS_REPORTED = """
+import os
+
+class nb_meta(type):
+    __module__ = "nanobind"
+
+class Watched:
+    def __del__(self, write=os.write):
+        write(1, b"freed")
+
+watched = Watched()
+watched.itself = watched
+"""
+
+
+def test_what_was_preloaded_is_freed_at_the_end_if_a_library_counts_what_is_not(tmp_path: Path) -> None:
+    (tmp_path / "leaks_reported.py").write_text(LEAKS_REPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        assert run(tmp_path, "", preload=("leaks_reported",)).said(CHIEF) == ["freed"]
+
+
 def test_the_error_of_a_preloaded_module_is_that_of_its_first_import(tmp_path: Path) -> None:
     """What a failed import leaves behind in the process that forks does not change the error."""
     (tmp_path / "half_imported.py").write_text(HALF_IMPORTED)
