@@ -27,6 +27,7 @@ from paramserver.cluster import (
     validate_cluster,
     worker_count,
 )
+from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.report import Reporter
 from paramserver.distribute import checkpoints, connection
 from paramserver.distribute.bound import optimizer_state, plan
@@ -133,6 +134,7 @@ class ParameterServerStrategy(SavingStrategy):
 
     def _enter_cluster(self, cluster: ClusterSpec, task_type: str | None, task_id: int | None) -> None:
         self.task = validate_cluster(cluster, task_type, task_id) if cluster else None
+        check_addresses(cluster, "cluster")
         self.cluster = cluster
         self._begin()
 
@@ -297,6 +299,8 @@ class ParameterServerStrategy(SavingStrategy):
     ) -> tuple[PreparedOptimizer, ...]:
         """Prepare a model with a given way to initialize the variables; see `prepare`.
 
+        :meta private:
+
         Args:
             model: As for `prepare`.
             optimizers: As for `prepare`.
@@ -456,11 +460,16 @@ class ParameterServerStrategy(SavingStrategy):
             model.activate(replica)
 
     def row_ranges(self, variable: VariableSpec) -> list[Range]:
-        """Return the row ranges that the partitioner divides a variable into; empty for one that stays whole."""
+        """Return the row ranges that the partitioner divides a variable into; empty for one that stays whole.
+
+        :meta private:
+        """
         return row_ranges(self._partitioner, variable) if self._partitioner else []
 
     def connect(self, timeout: float | None = None) -> ParameterClient:
         """Return the client of the ps tasks; the first call connects. Blocks until all ps tasks are up.
+
+        :meta private:
 
         Args:
             timeout: Seconds to wait for the ps tasks, in all; by default the strategy's.
@@ -483,6 +492,8 @@ class ParameterServerStrategy(SavingStrategy):
 
     def leave_unstarted(self) -> None:
         """Say goodbye to the ps tasks without training: for a task that finds the run's work already done.
+
+        :meta private:
 
         Blocks until the ps tasks are up; does nothing in one process.
 
@@ -536,8 +547,9 @@ class ParameterServerStrategy(SavingStrategy):
                 f"variables on {self.parameter_device}>"
             )
         jobs = ", ".join(f"{self.cluster.num_tasks(job)} {job}" for job in self.cluster.jobs)
+        is_chief = self.is_chief and self.task.role.trains  # an evaluator is its own chief only
         return (
-            f"<ParameterServerStrategy: {self.task}{' (chief)' if self.is_chief else ''} of {jobs}; "
+            f"<ParameterServerStrategy: {self.task}{' (chief)' if is_chief else ''} of {jobs}; "
             f"computing on {', '.join(self.worker_devices)}, variables on /job:ps>"
         )
 

@@ -22,6 +22,7 @@ from paramserver.cluster.exit_codes import CONSEQUENCE
 from paramserver.cluster.report import Report, decode
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
+from paramserver.launch.cores import usable_cores
 from paramserver.launch.fork_server import OwnForkServer, inherited_fork_server
 from paramserver.launch.lifecycle import Ending, Lifecycle
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
@@ -322,8 +323,7 @@ def _plan(
     options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str, path: Path | None = None
 ) -> LaunchSpec:
     already_set = [name for name in LEFT_ALONE if environment.is_set(name)]
-    cores = len(os.sched_getaffinity(0))
-    return plan(options, ports, token, run_id, cores, already_set, run_file=path)
+    return plan(options, ports, token, run_id, usable_cores(), already_set, run_file=path)
 
 
 def _listener() -> socket.socket:

@@ -171,7 +171,7 @@ def plan(
         ps_ports: The listening port of each ps; None if it is not chosen yet, as in a dry run.
         token: The secret of the run.
         run_id: The id of the run.
-        cores: Number of cores to share.
+        cores: Number of cores to share, such as `cores.usable_cores` finds.
         already_set: Those of `LEFT_ALONE` that the user has set.
         python: The interpreter for the tasks.
         run_file: The file by which the run is found; None for none.

@@ -18,13 +18,12 @@ from rich.table import Table
 
 from paramserver.client.client import ParameterClient
 from paramserver.cluster import Role, TaskId, TFConfigClusterResolver, environment, run_file
+from paramserver.cluster.addresses import parse_address
 from paramserver.errors import ConfigError
 from paramserver.transport.handshake import connect
 from paramserver.transport.identity import OBSERVER, Identity, new_incarnation
 from paramserver.transport.lane import Lane
 from paramserver.wire.messages import Status
-
-LAST_PORT = 65535
 
 
 class Target(NamedTuple):
@@ -55,9 +54,11 @@ def find_run(arguments: Sequence[str]) -> Found:
     if len(arguments) == 1 and arguments[0].isalnum():
         return _launched(arguments[0])
     if arguments:
-        return Found([Target(_checked(address)) for address in dict.fromkeys(arguments)])
+        for address in arguments:
+            parse_address(address, "status")
+        return Found([Target(address) for address in dict.fromkeys(arguments)])
     cluster = TFConfigClusterResolver().cluster_spec()
-    targets = [Target(_checked(cluster.address(task)), str(task)) for task in cluster.tasks(Role.PS)]
+    targets = [Target(cluster.address(task), str(task)) for task in cluster.tasks(Role.PS)]
     return Found(targets) if targets else _launched()
 
 
@@ -139,13 +140,6 @@ def as_table(statuses: Sequence[Status]) -> Table:
             str(len(status.joined)),
         )
     return table
-
-
-def _checked(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) <= LAST_PORT:
-        raise ConfigError(f"status: {address!r} is not an address; expected one such as localhost:2222")
-    return address
 
 
 def _order(status: Status) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
+from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
 from paramserver.errors import ConfigError, ParameterServerError, UnavailableError
@@ -41,7 +42,8 @@ class Server:
     """One ps task of a cluster: listens, serves, and ends with the run.
 
     Args:
-        cluster_spec: The cluster: a ClusterSpec, or anything that one is made from.
+        cluster_spec: The cluster: a ClusterSpec, or anything that one is made from. At port 0 the system picks a port
+            for this task, which `target` tells.
         job_name: The role of this task; may be omitted where the cluster has one job.
         task_index: The index of this task; may be omitted where the job has one task.
         start: Whether to serve at once.
@@ -53,7 +55,7 @@ class Server:
             environment's ``PARAMSERVER_LISTEN_FD``.
 
     Raises:
-        ValueError: If the task is not in the cluster, or its role is not ps.
+        ValueError: If the task is not in the cluster, its role is not ps, or an address is malformed.
         TypeError: If ``cluster_spec`` does not describe a cluster.
         AddressError: If the address is taken.
         ConfigError: If other hosts could reach this task, and there is no token.
@@ -72,11 +74,15 @@ class Server:
         descriptor: int | None = None,
     ) -> None:
         self.cluster_spec = ClusterSpec(cluster_spec)  # type: ignore[arg-type]  # checked there
+        check_addresses(self.cluster_spec, "Server: cluster", least_ps_port=0)
         self.task = _which_task(self.cluster_spec, job_name, task_index)
         surroundings = environment.read()
         self._grace = grace
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
-        self._membership = Membership(workers[0] if workers else "", workers)
+        is_one_view = self.cluster_spec.is_one_view
+        if is_one_view and not workers:
+            workers = [str(TaskId(Role.WORKER, 0))]  # the chief, as there is no other
+        self._membership = Membership(workers[0] if workers else "", workers, takes_more=is_one_view)
         complaints = Complaints(logger.warning)
         self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership, complaints)
         inherited = surroundings.listen_fd if descriptor is None else descriptor

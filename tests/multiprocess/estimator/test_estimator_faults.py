@@ -99,7 +99,7 @@ def launch(tmp_path: Path, warm: Warm) -> Callable[..., Outcome]:
 
 
 TASK = {"type": "ps", "index": 0}
-CLUSTER = {"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]}
+CLUSTER = {"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:2222"]}
 
 
 @pytest.mark.parametrize(

@@ -151,5 +151,5 @@ def test_w08_only_the_chief_saves(tmp_path):
 
 def test_it_shows_where_it_is(tmp_path):
     session = make(tmp_path)
-    assert repr(session) == f"<TrainingRun of chief:0 at global step 0 in {tmp_path}>"
+    assert repr(session) == f"<TrainingRun of worker:0 at global step 0 in {tmp_path}>"
     session.close()
