@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
@@ -22,6 +23,8 @@ from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
 from paramserver.server.models import Models
 from paramserver.server.threads import ServingThreads
+from paramserver.server.watch import Watch
+from paramserver.store.liveness import Liveness
 from paramserver.store.membership import Membership, Outlook
 from paramserver.store.store import Store
 from paramserver.transport.complaints import Complaints
@@ -92,14 +95,18 @@ class Server:
             self._admit_strangers(insecure or surroundings.insecure)
         # Daemon threads: a program that fails before it has stopped its server must still be able to exit.
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
+        self._threads = ServingThreads(f"{self.task} serves")
+        hang_up = partial(_hang_up, self._threads)  # no method, which would keep the server
         self._host = Host(
             me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
             membership=self._membership,
             models=self._models,
             complaints=complaints,
+            liveness=Liveness(time.monotonic),
+            hang_up=hang_up,
         )
+        self._watch = Watch(str(self.task), self._membership, self._host.liveness, hang_up)
         self._waiters: list[threading.Thread] = []  # those that an interrupt of `join` has left behind
-        self._threads = ServingThreads(f"{self.task} serves")
         if start:
             self.start()
 
@@ -119,6 +126,7 @@ class Server:
         if not self._acceptor.ident and not self._listener.is_closed:
             heap.keep_for_steps()
             self._acceptor.start()
+            self._watch.start()
 
     def join(self) -> None:
         """Serve until the run is over. Blocks, forever if no run comes to an end.
@@ -164,6 +172,7 @@ class Server:
             self._acceptor.join()
         for waiter in self._waiters:
             waiter.join()
+        self._watch.stop()
         self._listener.release()
         self._threads.stop()
 
@@ -307,6 +316,11 @@ def report_progress(server: Server) -> Iterator[None]:
         if thread.ident:
             thread.join()
         tell("done")
+
+
+def _hang_up(threads: ServingThreads, incarnation: str) -> None:
+    """End all connections of an incarnation."""
+    threads.hang_up(lambda served: isinstance(served, Conversation) and served.incarnation == incarnation)
 
 
 def _which_task(cluster: ClusterSpec, job_name: str | None, task_index: int | None) -> TaskId:

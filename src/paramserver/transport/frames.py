@@ -218,11 +218,16 @@ class FrameSocket:
             self._arrival = None  # the descriptor may soon belong to another connection
 
     def __repr__(self) -> str:
-        return f"<FrameSocket to {self.task}, {'closed' if self._is_closed else 'open'}>"
+        return f"<FrameSocket to {self.task}, {'closed' if self.is_closed else 'open'}>"
 
     @property
-    def _is_closed(self) -> bool:
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
         return self._socket.fileno() < 0
+
+    def fileno(self) -> int:
+        """Return the descriptor, which becomes readable when there is something to receive."""
+        return self._socket.fileno()
 
     def _send_some(self, views: list[memoryview]) -> int:
         if self.before_wait:
@@ -287,7 +292,7 @@ class FrameSocket:
             try:
                 return self._socket.recv_into(view, 0, flags)
             except OSError as error:
-                if self._is_closed:
+                if self.is_closed:
                     return 0
                 raise self._given_up(error) from error
 
@@ -324,7 +329,7 @@ class FrameSocket:
             return None
 
     def _lost(self, error: OSError) -> UnavailableError:
-        if self._is_closed:
+        if self.is_closed:
             return UnavailableError(f"the connection to {self.task} was closed by this task already", self.task)
         if isinstance(error, BlockingIOError):
             waited = f"{self.task} neither sent nor took anything for {self._timeout:g} s"
