@@ -30,7 +30,7 @@ from paramserver.estimator.hooks.watching import LoggingHook, NanLossHook, StepC
 from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.specs import EstimatorSpec
 from paramserver.estimator.train.session import TrainingRun
-from paramserver.estimator.uploading import summary_writer
+from paramserver.estimator.uploading import training_writer
 from paramserver.summary import SummaryWriter
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def train(
     with contextlib.ExitStack() as stack, strategy.scope():
         stack.enter_context(_telling_failure(strategy))
         spec = build()
-        writer = stack.enter_context(contextlib.closing(summary_writer(config.model_dir or "")))
+        writer = stack.enter_context(training_writer(config.model_dir or ""))
         stop = [StopAtStepHook(num_steps=steps, last_step=max_steps)] if steps or max_steps else []
         user = (*hooks, *spec.training_hooks)
         runner = HookRunner(
