@@ -6,6 +6,7 @@ INSTALLED := .venv/.installed
 PLOTTING := .venv/.plotting
 DOCS := .venv/.docs
 PYTEST := $(BIN)/pytest --doctest-modules --numprocesses auto --maxprocesses 4 --dist worksteal
+WHICH := import sys; print(sys.base_prefix, sys.version)
 PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
@@ -15,13 +16,21 @@ PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 help: ## show this
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
+# Without a PYTHON that is given, .venv stays as it is; that of another interpreter is made anew.
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) -c '$(WHICH)' 2>/dev/null),$(shell $(BIN)/python -c '$(WHICH)' 2>/dev/null))
+.PHONY: $(INSTALLED)
+CLEAR := --clear
+endif
+endif
+
 .venv: $(INSTALLED) ## the virtual environment with what is pinned, and the package
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "error: expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing into .venv, which takes a minute or two"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv $(CLEAR) .venv
 	@$(PIP) install -r requirements.lock
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@

@@ -87,7 +87,7 @@ def _leaks(before: Holdings) -> list[str]:
     after = _holdings()
     leaks = [_shown(thread) for thread in after.threads - before.threads]
     leaks += sorted(after.descriptors - before.descriptors)
-    leaks += [path for path in after.shared_memory - before.shared_memory if not _is_foreign(path)]
+    leaks += [path for path in after.shared_memory - before.shared_memory if _is_ours(path)]
     leaks += [f"a child process that nobody has waited for: {pid}" for pid in after.children - before.children]
     return leaks
 
@@ -108,9 +108,16 @@ def _children(thread: Path) -> list[str]:
         return []  # it has ended, and its process has adopted them
 
 
-def _is_foreign(path: str) -> bool:
-    """Whether another process of this machine uses a file in /dev/shm, so that it is none of ours."""
-    return any(
+def _is_ours(path: str) -> bool:
+    """Whether a new file in /dev/shm is of this process, or of a child that has ended, not of others."""
+    file = Path(path)
+    try:
+        is_of_another_user = file.stat().st_uid != os.getuid()
+    except OSError:  # it is gone by now
+        return False
+    if is_of_another_user or file.name.startswith("sem."):
+        return path in _maps(Path("/proc/self"))  # a semaphore that nobody has mapped is of a process that was killed
+    return not any(
         path in _maps(process)
         for process in Path("/proc").iterdir()
         if process.name.isdigit() and process.name != str(os.getpid())

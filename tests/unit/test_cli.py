@@ -34,7 +34,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
     """The options that `launch` was called with; nothing is started."""
     calls: list[LaunchOptions] = []
 
-    def launch(options: LaunchOptions) -> int:
+    def launch(options: LaunchOptions, *_: object) -> int:
         calls.append(options)
         return 7
 
@@ -51,9 +51,9 @@ def test_help_fits_in_80_columns(command: list[str]) -> None:
 
 
 def test_an_address_that_is_none_is_refused() -> None:
-    result = invoke("status", "localhost")
+    result = invoke("status", "localhost:")
     assert isinstance(result.exception, ConfigError)
-    assert "'localhost' is not an address" in str(result.exception)
+    assert "'localhost:' is not an address" in str(result.exception)
 
 
 def test_options_of_launch_reach_it_and_its_exit_code_is_ours(script: str, launched: list[LaunchOptions]) -> None:
@@ -132,7 +132,7 @@ def test_an_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_ctrl_c_gives_130(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: LaunchOptions) -> int:
+    def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(local, "launch", interrupted)

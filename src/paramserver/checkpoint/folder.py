@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 from paramserver.checkpoint.tensor_file import LENGTH_BYTES, FileTensor, header_length, parse_header, unreadable
 from paramserver.errors import CheckpointError
@@ -57,6 +57,28 @@ _Opening = tuple[str, int]
 
 Steps = Generator[Read | Write, None, R]
 """Generator that yields what to read and write, step by step, and returns a result."""
+
+
+class EachStep(Generic[R]):
+    """Iterates over steps, and keeps their result. A context manager, which closes them at its end.
+
+    Attributes:
+        result: The result of the steps; set when the iteration is over.
+    """
+
+    result: R
+
+    def __init__(self, steps: Steps[R]) -> None:
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Read | Write]:
+        self.result = yield from self._steps
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.close()
 
 
 class CheckpointFolder:
@@ -101,13 +123,10 @@ class CheckpointFolder:
         Raises:
             CheckpointError: If a step fails.
         """
-        with contextlib.closing(steps):
-            while True:
-                try:
-                    step = next(steps)
-                except StopIteration as end:
-                    return end.value  # type: ignore[no-any-return]  # typeshed types the value as Any
+        with EachStep(steps) as each:
+            for step in each:
                 self.carry_out(step)
+            return each.result
 
     def flush(self) -> None:
         """Bring all written bytes to the disk. Blocks.

@@ -44,6 +44,7 @@ _PLAIN = frozenset(string.ascii_lowercase + string.digits + "_.~")
 
 class _Metadata(msgspec.Struct):
     program_variables: tuple[str, ...] = ()
+    aliases: dict[str, str] = {}
 
 
 class _Index(msgspec.Struct):
@@ -58,6 +59,16 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: If the index is missing or malformed.
     """
     return _decoded(path).weight_map
+
+
+def read_aliases(path: Path) -> dict[str, str]:
+    """Return other names of tied weights from an index, and the variable that each name stands for.
+
+    Raises:
+        CheckpointError: If the index is missing or malformed.
+    """
+    metadata = _decoded(path).metadata
+    return metadata.aliases if metadata else {}
 
 
 def unclaimed(path: Path, known: Collection[str]) -> list[str]:

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from paramserver.checkpoint.index import VALUES_INDEX, WEIGHTS_FILE, read_index
+from paramserver.checkpoint.index import VALUES_INDEX, WEIGHTS_FILE, read_aliases, read_index
 from paramserver.checkpoint.model_dir import STATE_FILE, latest_checkpoint, readable
 from paramserver.checkpoint.reading import StoredTensor, by_file, stored_tensors
 from paramserver.checkpoint.storage import split, storage_of
@@ -62,7 +61,7 @@ class SavedValues:
         storage = storage_of(folder)
         if storage.is_file(VALUES_INDEX):
             with readable(folder, VALUES_INDEX) as local:
-                return cls(folder, read_index(local / VALUES_INDEX), _aliases(local / VALUES_INDEX))
+                return cls(folder, read_index(local / VALUES_INDEX), read_aliases(local / VALUES_INDEX))
         if (newest := latest_checkpoint(folder)) is not None:
             return cls._in(newest)
         if storage.is_file(WEIGHTS_FILE):
@@ -108,21 +107,6 @@ class SavedValues:
         """
         (value,) = (stored.read() for stored in self.stored([self.variable(name)]))
         return value
-
-
-class _Metadata(msgspec.Struct):
-    aliases: dict[str, str] = {}
-
-
-class _Index(msgspec.Struct):
-    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
-
-
-def _aliases(index: Path) -> dict[str, str]:
-    try:
-        return msgspec.json.decode(index.read_bytes(), type=_Index).metadata.aliases
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{index} is not an index of a checkpoint: {error}", str(index)) from error
 
 
 def _contents(file: Path) -> tuple[list[str], dict[str, str]]:

@@ -21,6 +21,7 @@ from paramserver.client.exchange import Answers, Call, Dialer, Exchange, Meanwhi
 from paramserver.client.variables import OwnVariables
 from paramserver.layout.arena import ArenaLayout
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
+from paramserver.transport.waiting import WaitLog
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
 from paramserver.wire.payload import dense_pieces
@@ -100,7 +101,7 @@ class ParameterClient:
         self.lanes = Exchange(lanes, dialer)
         self._sequence = itertools.count(1)
         self.variables = OwnVariables(self.lanes, self._sequence)
-        self._aside: tuple[list[Call], Future[Answers]] | None = None
+        self._under_way: tuple[list[Call], Future[Answers]] | None = None
         self.global_step = 0
         self.local_step = 0
         self.emptied: list[int] = []
@@ -200,7 +201,7 @@ class ParameterClient:
         assert self.lanes.dialer is not None  # noqa: S101  # only a client of a cluster loses a ps
         lanes = self.lanes.dialer.dial_all(timeout, self.lanes.memories)
         self.lanes.replace(lanes)
-        self._aside = None
+        self._under_way = None
         patience = Patience(timeout, on_wait)
         is_ready = self._create_again() if is_chief else self._join_again(patience)
         for lane, layouts, memory in zip(lanes, self.lanes.layouts, self.lanes.memories, strict=True):
@@ -281,7 +282,7 @@ class ParameterClient:
             number: As for `push_pull`.
         """
         calls = self._push(number or self.next_number(), plans, counts, computed_from, rows)
-        self._aside = calls, self.lanes.run_aside(calls)
+        self._under_way = calls, self.lanes.run_in_background(calls)
         self.global_step += counts
 
     def finish_push(self) -> PushResult | None:
@@ -290,10 +291,10 @@ class ParameterClient:
         Raises:
             ParameterServerError: Any error that `push_pull` raises.
         """
-        if self._aside is not None:
-            calls, replies = self._aside
+        if self._under_way is not None:
+            calls, replies = self._under_way
             wait([replies])  # an interrupt here leaves the push under way
-            self._aside = None
+            self._under_way = None
             answers = replies.result()
             if answers.replies:
                 return self._pushed(calls, answers)
@@ -408,7 +409,9 @@ class ParameterClient:
         Args:
             on_wait: Called about every second with the tasks that are still training.
         """
+        log = WaitLog("this task")
         while tasks := self._who_trains():
+            log.say(", ".join(sorted(tasks)), "the run is over when they have finished")
             on_wait(tuple(sorted(tasks)))
 
     # --- any time

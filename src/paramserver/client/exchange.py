@@ -78,16 +78,16 @@ class _Outstanding(NamedTuple):
     Attributes:
         calls: By the index of the ps.
         number: The highest number of a request that was ever begun.
-        aside: Set if a thread of its own carries out the calls.
+        background: Set if the background thread carries out the calls.
     """
 
     calls: dict[int, Call]
     number: int
-    aside: _Aside | None = None
+    background: _BackgroundRun | None = None
 
 
-class _Aside:
-    """An exchange on a thread of its own, which the asking thread may take back as long as it has not begun.
+class _BackgroundRun:
+    """An exchange on the background thread, which the asking thread may take back before it has begun.
 
     Uses no lock: an interrupt may come between the end of a ``with`` statement and the release of its lock.
     """
@@ -96,13 +96,13 @@ class _Aside:
         self._owner: dict[str, int] = {}
         self._is_over = threading.Event()
 
-    def take(self) -> bool:
-        """Return whether this thread carries out the exchange; the answer for a thread never changes."""
+    def claim(self) -> bool:
+        """Claim the exchange; return whether this thread carries it out. The answer for a thread never changes."""
         mine = threading.get_ident()
         return self._owner.setdefault("thread", mine) == mine  # atomic: the first thread wins
 
     def end(self) -> None:
-        """Note that the thread of its own is done and has received all answers that will come."""
+        """Note that the background thread is done and has received all answers that will come."""
         self._is_over.set()
 
     def wait(self) -> None:
@@ -151,7 +151,7 @@ class Exchange:
         self.has_updated = False
         self.refusing: set[int] = set()
         self._executor: ThreadPoolExecutor | None = None
-        self._aside: Future[Answers] | None = None
+        self._background: Future[Answers] | None = None
 
     def each(self) -> list[Lane]:
         """Return the lanes, by index.
@@ -195,8 +195,8 @@ class Exchange:
             self._later = self._later[1:]
         return replies
 
-    def run_aside(self, calls: Sequence[Call]) -> Future[Answers]:
-        """Do `run` on a thread of its own; the next request waits until that is over. Does not block for long.
+    def run_in_background(self, calls: Sequence[Call]) -> Future[Answers]:
+        """Do `run` on a background thread; the next request waits until that is over. Does not block for long.
 
         Until then the memory of the pieces belongs to that thread.
         """
@@ -204,9 +204,9 @@ class Exchange:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange")
         if self._later:
             self.mend()
-        calls = self._begin(calls, _Aside())
-        self._aside = self._executor.submit(self._run_aside, calls, self._outstanding)
-        return self._aside
+        calls = self._begin(calls, _BackgroundRun())
+        self._background = self._executor.submit(self._run_claimed, calls, self._outstanding)
+        return self._background
 
     def mend(self) -> list[messages.Reply]:
         """Wait for calls under way, complete interrupted ones, and return the answers to the latter. Blocks.
@@ -218,15 +218,15 @@ class Exchange:
 
     def _mend(self, tasks: Container[int]) -> list[messages.Reply]:
         """Do `mend` for some of the ps tasks only; the others may be lost."""
-        if self._aside is not None:
-            wait([self._aside])
-            self._aside = None
+        if self._background is not None:
+            wait([self._background])
+            self._background = None
         if not self._outstanding.calls and not self._later:
             return []
         self.each()
-        aside = self._outstanding.aside
-        if aside is not None and not aside.take():
-            aside.wait()
+        background = self._outstanding.background
+        if background is not None and not background.claim():
+            background.wait()
         return self._ask_again(tasks)
 
     @property
@@ -234,7 +234,7 @@ class Exchange:
         """The highest number of a request that was begun: it is carried out by now, or `mend` sends it once more."""
         return self._outstanding.number
 
-    def _begin(self, calls: Sequence[Call], aside: _Aside | None = None) -> Sequence[Call]:
+    def _begin(self, calls: Sequence[Call], background: _BackgroundRun | None = None) -> Sequence[Call]:
         """Register calls as begun, on usable lanes, and return the calls with the lanes to use for them."""
         self.each()
         numbers, before = self._numbers, self._outstanding
@@ -242,7 +242,7 @@ class Exchange:
         if len(unanswered) < len(calls):
             count = len(unanswered)
             raise LocalProtocolError(f"{len(calls)} requests to {count} ps tasks at once: one each is answered")
-        if self._aside is not None or before.calls:
+        if self._background is not None or before.calls:
             self._mend(unanswered)
             before = self._outstanding
             unanswered = before.calls | unanswered
@@ -255,7 +255,7 @@ class Exchange:
             if isinstance(call.request, NUMBERED) and call.request.sequence > number:
                 number = call.request.sequence
         # One assignment, so that after an interrupt either all calls have begun or none.
-        self._outstanding = _Outstanding(unanswered, number, aside)
+        self._outstanding = _Outstanding(unanswered, number, background)
         return calls
 
     def _run(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
@@ -289,14 +289,14 @@ class Exchange:
             raise failures[0]
         return Answers(replies, sending, waiting)
 
-    def _run_aside(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
-        assert begun.aside is not None  # noqa: S101  # it was begun so
-        if not begun.aside.take():  # the asking thread was interrupted, and has made up for this exchange
+    def _run_claimed(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
+        assert begun.background is not None  # noqa: S101  # it was begun so
+        if not begun.background.claim():  # the asking thread was interrupted, and has made up for this exchange
             return Answers([], [], [])
         try:
             return self._run(calls)
         finally:
-            begun.aside.end()
+            begun.background.end()
 
     def _ask_again(self, tasks: Container[int]) -> list[messages.Reply]:
         replies, unanswered = list[messages.Reply](), self._outstanding.calls
@@ -367,8 +367,8 @@ class Exchange:
         """
         if self._pid != os.getpid():
             return
-        if self._aside is not None:
-            wait([self._aside])
+        if self._background is not None:
+            wait([self._background])
         if self._lanes and self.memories and not self.has_updated and not failure:
             logger.warning(
                 "this task ends without having made an update of its model: optimizer.step() is to be called on what "
@@ -393,7 +393,7 @@ class Exchange:
         self._outstanding = _Outstanding({}, self._outstanding.number)
         if self._executor is not None:
             self._executor.shutdown()
-            self._executor = self._aside = None
+            self._executor = self._background = None
 
     def __repr__(self) -> str:
         return repr(self._lanes)

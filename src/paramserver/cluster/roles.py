@@ -18,6 +18,10 @@ from paramserver.cluster.spec import ClusterDef, ClusterLike, ClusterSpec, canon
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
 
+_ONLY_WORKERS = (
+    "; an operator of dynamic workers tells no chief or evaluator of them: leave these out, worker:0 is the chief then"
+)
+
 
 def normalize_cluster_spec(value: ClusterLike) -> ClusterSpec:
     """Return a cluster in any accepted form as a `ClusterSpec`; a ClusterSpec is returned unchanged.
@@ -66,7 +70,7 @@ def validate_cluster(cluster: ClusterLike, task_type: str | None, task_id: int |
     if not spec.tasks(Role.PS):
         raise ConfigError(
             f"cluster needs to have a 'ps' job, for its tasks hold the variables: got the jobs {spec.jobs}; "
-            "add 'ps': ['host:port']"
+            f"add 'ps': ['host:port']{_ONLY_WORKERS if spec.is_one_view else ''}"
         )
     return find_task(spec, task_type, task_id)
 
@@ -85,7 +89,8 @@ def find_task(cluster: ClusterLike, task_type: str | None, task_id: int | None) 
         )
     task = TaskId(_find_role(spec, task_type), task_id)
     known = [other.index for other in spec.tasks(task.role)]
-    if task_id < 0 or (known and task_id >= len(known)):
+    is_beyond = task_id >= len(known) and not (spec.is_one_view and task_id in known)
+    if task_id < 0 or (known and is_beyond):
         raise ConfigError(
             f"task {task} is not in the cluster: task_id {task_id} exceeds the maximum id of a cluster with "
             f"{len(known)} {task.role} tasks (ids start at 0); correct the id or add the task"
@@ -111,6 +116,9 @@ def is_chief(cluster: ClusterLike, task_type: str, task_id: int) -> bool:
 def worker_count(cluster: ClusterLike, task_type: str) -> int:
     """Return the number of tasks that share the work of this task type: chief and workers, or the one evaluator.
 
+    Returns:
+        The number; 0 if it is not known (`ClusterSpec.is_one_view`).
+
     Raises:
         ConfigError: If the type is ``ps``, or as for `find_task`.
 
@@ -123,6 +131,8 @@ def worker_count(cluster: ClusterLike, task_type: str) -> int:
         raise ConfigError("unexpected task_type 'ps': expected chief, worker or evaluator; a ps computes nothing")
     if role is Role.EVALUATOR:
         return 1
+    if spec.is_one_view:
+        return 0
     return len(spec.tasks(Role.CHIEF)) + len(spec.tasks(Role.WORKER))
 
 

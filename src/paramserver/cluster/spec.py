@@ -60,15 +60,33 @@ class ClusterSpec:
     ['ps:0', 'ps:2']
     """
 
-    __slots__ = ("_jobs",)
+    __slots__ = ("_is_one_view", "_jobs")
 
     def __init__(self, cluster: ClusterLike) -> None:
+        self._is_one_view: bool = isinstance(cluster, ClusterSpec) and cluster._is_one_view
         self._jobs: dict[str, dict[int, str]] = {}
         for name, tasks in _named_jobs(cluster):
             job = canonical_job(_text(name, "job name"))
             if job in self._jobs:
                 raise ConfigError(f"cluster: job {job!r} is given twice ('master' means 'chief'); keep one")
             self._jobs[job] = _parse_tasks(job, tasks)
+
+    @classmethod
+    def one_view(cls, cluster: ClusterLike) -> ClusterSpec:
+        """Return a cluster as seen by a task that does not know the other workers; see `is_one_view`."""
+        spec = cls(cluster)
+        spec._is_one_view = True
+        return spec
+
+    @property
+    def is_one_view(self) -> bool:
+        """Whether the number of workers is not known, because the cluster lists this task and ps tasks only.
+
+        An operator that adds and removes workers tells each task only of itself and of the ps tasks. A cluster that
+        lacks a worker of a lower index than another is taken for such a view, too.
+        """
+        workers = self._jobs.get(Role.WORKER, ())
+        return self._is_one_view or list(workers) != list(range(len(workers)))
 
     @property
     def jobs(self) -> list[str]:

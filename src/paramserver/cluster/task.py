@@ -46,5 +46,5 @@ class TaskId(NamedTuple):
         return cls(Role(role), int(index))
 
 
-ALONE = TaskId(Role.CHIEF, 0)
-"""The name of a process without a cluster, which has the duties of a chief."""
+ALONE = TaskId(Role.WORKER, 0)
+"""The name of a process without a cluster: the only worker, which has the duties of the chief."""

@@ -2,6 +2,10 @@
 
 ``{"cluster": {"chief": [...], "worker": [...], "ps": [...]}, "task": {"type": "worker", "index": 0}}``; also
 ``rpc_layer`` and ``session_master``. A missing value is None or empty; a wrong value is an error.
+
+An operator of dynamic workers, such as Kubeflow's with ``enableDynamicWorker``, tells a worker only of itself and of
+the ps tasks, ``{"worker": {"1": ...}, "ps": [...]}``, and a ps only of itself, ``{"worker": {}, "ps": [...]}``. Its
+older versions call that ``sparseCluster``. Here such a cluster is `ClusterSpec.one_view`.
 """
 
 from __future__ import annotations
@@ -11,10 +15,11 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from paramserver.cluster import environment as process_environment
+from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.resolver import ClusterResolver, DescribedTask, format_master_url
 from paramserver.cluster.roles import find_task
 from paramserver.cluster.spec import ClusterSpec, parse_index
-from paramserver.cluster.task import Role, TaskId
+from paramserver.cluster.task import ALONE, Role, TaskId
 from paramserver.errors import ConfigError
 
 CountDevices: TypeAlias = Callable[[str | None, int | None], Mapping[str, int]]
@@ -116,6 +121,17 @@ def load_tf_config() -> dict[str, object]:
     return config
 
 
+def task_name() -> str:
+    """Return the name of this process's task, such as ``worker:1``, for logs; that of a process alone without one.
+
+    Raises:
+        ConfigError: If TF_CONFIG is malformed.
+    """
+    task = _object(load_tf_config(), "task")
+    role, index = _task_type(task), _task_index(task)
+    return f"{role}:{index or 0}" if role else str(ALONE)
+
+
 def server_task() -> tuple[ClusterSpec, TaskId]:
     """Return the cluster and the task that TF_CONFIG names, for a process that serves.
 
@@ -131,17 +147,36 @@ def server_task() -> tuple[ClusterSpec, TaskId]:
     for key, value in (("cluster", cluster), ("task", task), ("task.type", task_type)):
         if not value:
             raise ConfigError(f"TF_CONFIG: {key!r} is missing, so there is nothing to serve; add it")
-    if not (cluster.tasks(Role.CHIEF) or cluster.tasks(Role.WORKER)):
+    if not (cluster.tasks(Role.CHIEF) or cluster.tasks(Role.WORKER) or cluster.is_one_view):
         raise ConfigError(f"TF_CONFIG: 'cluster': expected a chief or worker to serve, got the jobs {cluster.jobs}")
     return cluster, find_task(cluster, task_type, _task_index(task) or 0)
 
 
 def _cluster(config: Mapping[str, object]) -> ClusterSpec:
-    jobs = _object(config, "cluster")
+    name = "sparseCluster" if "sparseCluster" in config and "cluster" not in config else "cluster"
+    jobs = _object(config, name)
+    is_one_view = name == "sparseCluster" or _is_of_one_worker(jobs)
     try:
-        return ClusterSpec(jobs)  # type: ignore[arg-type]  # the constructor checks what JSON held
+        cluster = ClusterSpec(_own_part(jobs, config) if is_one_view else jobs)  # type: ignore[arg-type]  # checked there
+        cluster = ClusterSpec.one_view(cluster) if is_one_view else cluster
+        check_addresses(cluster, "cluster")
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"TF_CONFIG: {error}") from error
+    return cluster
+
+
+def _is_of_one_worker(jobs: Mapping[str, object]) -> bool:
+    """Return whether jobs are those that an operator of dynamic workers tells one task of."""
+    workers = jobs.get(Role.WORKER)
+    return isinstance(workers, dict) and len(workers) <= 1 and not {Role.CHIEF, "master"} & jobs.keys()
+
+
+def _own_part(jobs: Mapping[str, object], config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the jobs with the address of a ps, which is told of no other ps, at its own index."""
+    task, addresses = _object(config, "task"), jobs.get(Role.PS)
+    if _task_type(task) == Role.PS and isinstance(addresses, list) and len(addresses) == 1:
+        return {**jobs, Role.PS: {_task_index(task) or 0: addresses[0]}}
+    return jobs
 
 
 def _object(config: Mapping[str, object], key: str) -> dict[str, object]:

@@ -12,6 +12,7 @@ from paramserver.cluster.spec import ClusterSpec
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError
 from paramserver.estimator.calling import accepts, check_arguments
+from paramserver.estimator.hooks.basic import is_positive
 from paramserver.estimator.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ def check_steps(where: str, **counts: int | None) -> None:
     if len(given) > 1:
         raise ConfigError(f"{where}: {' and '.join(given)} cannot both be set")
     for name, value in given.items():
-        if value <= 0:
-            raise ConfigError(f"{where}: {name}: expected a positive number, got {value}")
+        if not is_positive(value):
+            raise ConfigError(f"{where}: {name}: expected a positive number, got {value!r}")
 
 
 def training_strategy(train_distribute: object) -> ParameterServerStrategy:

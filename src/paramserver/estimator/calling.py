@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from paramserver.distribute.core.nest import described
 from paramserver.errors import ConfigError
 
 Batch = tuple[Any, Any]
@@ -73,8 +74,8 @@ def batches_of(data: object, where: str) -> Iterator[Batch]:
             yield batch[0], batch[1] if len(batch) == 2 else None
         else:
             raise ConfigError(
-                f"{where}: expected batches that are pairs (features, labels), or features alone, got {_shown(batch)}; "
-                "put several features into a dict"
+                f"{where}: expected batches that are pairs (features, labels), or features alone, got "
+                f"{described(batch)}; put several features into a dict"
             )
 
 
@@ -94,7 +95,7 @@ def features_of(data: object, where: str) -> Iterator[Any]:
             yield batch[0]
         else:
             raise ConfigError(
-                f"{where}: expected batches of features, or pairs (features, labels), got {_shown(batch)}; "
+                f"{where}: expected batches of features, or pairs (features, labels), got {described(batch)}; "
                 "put several features into a dict"
             )
 
@@ -126,15 +127,10 @@ def _iterate(data: object, where: str) -> Iterable[Any]:
     if isinstance(data, Iterable):
         return data
     raise ConfigError(
-        f"{where}: expected a DataLoader, a Dataset of batches or an iterable of batches, got {_shown(data)}"
+        f"{where}: expected a DataLoader, a Dataset of batches or an iterable of batches, got {described(data)}"
     )
 
 
 def name_of(fn: Callable[..., Any]) -> str:
     """Return the name of a function for messages."""
     return getattr(fn, "__name__", None) or repr(fn)
-
-
-def _shown(value: object) -> str:
-    length = f" of length {len(value)}" if isinstance(value, (tuple, list)) else ""
-    return f"a {type(value).__name__}{length}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, TFConfigClusterResolver, find_task, is_chief
+from paramserver.cluster.task import ALONE
 from paramserver.cluster.tf_config import load_tf_config
 from paramserver.errors import ConfigError
 
@@ -28,9 +29,10 @@ class ClusterView:
     is_chief: bool = False
     num_ps_replicas: int = 0
     num_worker_replicas: int = 0
-    """Number of tasks that compute gradients, including the chief."""
+    """Number of tasks that compute gradients, including the chief; 0 if it is not known."""
     global_id_in_cluster: int | None = None
-    """The number of this task: the chief first, then the other jobs by name, ps last; None for the evaluator."""
+    """The number of this task: the chief first, then the other jobs by name, ps last; None for the evaluator, and if
+    the number of workers is not known."""
     master: str = ""
     evaluation_master: str = ""
     service: Mapping[str, object] | None = None
@@ -59,7 +61,7 @@ class ClusterView:
         _check_chiefs(cluster)
         if resolver.task_type == Role.EVALUATOR:
             return _evaluator_view(cluster, resolver, config)
-        roles = ClusterSpec({job: tasks for job, tasks in cluster.as_dict().items() if _is_role(job)})
+        roles = _only_roles(cluster)
         job, index = resolver.task_type, resolver.task_id
         is_foreign = job in cluster.jobs and not _is_role(job)
         task = _foreign_task(cluster, job, index) if is_foreign else find_task(roles, job, index)
@@ -68,8 +70,8 @@ class ClusterView:
             task=task,
             is_chief=not is_foreign and is_chief(roles, task.role, task.index),
             num_ps_replicas=len(cluster.tasks(Role.PS)),
-            num_worker_replicas=len(cluster.tasks(Role.CHIEF)) + len(cluster.tasks(Role.WORKER)),
-            global_id_in_cluster=_tasks_by_global_id(cluster).index(task),
+            num_worker_replicas=0 if cluster.is_one_view else len(roles.tasks(Role.CHIEF) + roles.tasks(Role.WORKER)),
+            global_id_in_cluster=None if cluster.is_one_view else _tasks_by_global_id(cluster).index(task),
             master=resolver.master(rpc_layer=resolver.rpc_layer or "grpc"),
             evaluation_master=_text(config, "eval_session_master"),
             service=_service(config),
@@ -78,14 +80,14 @@ class ClusterView:
 
 
 def _local_view(resolver: TFConfigClusterResolver, config: Mapping[str, object]) -> ClusterView:
-    role, index = resolver.task_type or Role.WORKER, resolver.task_id or 0
-    if role != Role.WORKER or index != 0:
+    role, index = resolver.task_type or ALONE.role, resolver.task_id or ALONE.index
+    if (role, index) != ALONE:
         raise ConfigError(
             "TF_CONFIG: without a cluster, task.type must be WORKER ('worker') and task.index 0, got "
             f"{role!r} and {index}; add 'cluster', or leave out 'task'"
         )
     return ClusterView(
-        task=TaskId(Role.WORKER, 0),
+        task=ALONE,
         is_chief=True,
         num_worker_replicas=1,
         global_id_in_cluster=0,
@@ -106,6 +108,11 @@ def _evaluator_view(
         service=_service(config),
         lacks_chief=not cluster.tasks(Role.CHIEF),
     )
+
+
+def _only_roles(cluster: ClusterSpec) -> ClusterSpec:
+    jobs = {job: tasks for job, tasks in cluster.as_dict().items() if _is_role(job)}
+    return ClusterSpec.one_view(jobs) if cluster.is_one_view else ClusterSpec(jobs)
 
 
 def _is_role(job: str | None) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 from paramserver.cluster import ClusterSpec, Role, TaskId
@@ -102,13 +101,18 @@ class RunConfig:
     variables are not used. Metrics get predictions and labels on the CPU. None computes where model_fn has put the
     model."""
     experimental_distribute: InitVar[DistributeConfig | None] = None
-    _view: ClusterView = field(init=False, repr=False)
+    _view: ClusterView = field(default_factory=ClusterView.from_environment, repr=False)
 
     def __post_init__(self, experimental_distribute: DistributeConfig | None) -> None:
-        self._set_default_saving()
-        self._set("_view", ClusterView.from_environment())
-        self._set("model_dir", _agreed_model_dir(self.model_dir, self._view.model_dir))
-        self._absorb(experimental_distribute, self.train_distribute, self.eval_distribute)
+        final = {
+            **_saving(self.save_checkpoints_steps, self.save_checkpoints_secs),
+            "model_dir": _agreed_model_dir(self.model_dir, self._view.model_dir),
+            "_view": replace(self._view, model_dir=None),  # a model_dir that replaces this one need not agree with it
+            **_strategies(experimental_distribute, self.train_distribute, self.eval_distribute),
+        }
+        for name, value in final.items():
+            # The only way in which a frozen dataclass can have fields whose values depend on other arguments.
+            object.__setattr__(self, name, value)
         self._check()
 
     def replace(self, **changes: object) -> RunConfig:
@@ -119,17 +123,13 @@ class RunConfig:
         Raises:
             ConfigError: If there is no such field, or a value is not allowed.
         """
-        known = [each.name for each in fields(self) if each.init] + ["experimental_distribute"]
+        known = [each.name for each in fields(self) if each.name != "_view"] + ["experimental_distribute"]
         for name in changes:
             if name not in known:
                 raise ConfigError(f"replacing {name} is not supported: {expected_one_of(known, name)}")
-        new = copy.copy(self)
         distribute = changes.pop("experimental_distribute", None)
-        for name, value in {**_cleared_by(changes), **changes}.items():
-            new._set(name, value)
-        new._absorb(distribute, changes.get("train_distribute"), changes.get("eval_distribute"))
-        new._check()
-        return new
+        changes |= _strategies(distribute, changes.get("train_distribute"), changes.get("eval_distribute"))
+        return replace(self, **{**_cleared_by(changes), **changes})  # type: ignore[arg-type]  # see _check
 
     @property
     def cluster_spec(self) -> ClusterSpec:
@@ -163,12 +163,15 @@ class RunConfig:
 
     @property
     def num_worker_replicas(self) -> int:
-        """Number of tasks that compute gradients, including the chief."""
+        """Number of tasks that compute gradients, including the chief; 0 if it is not known."""
         return self._view.num_worker_replicas
 
     @property
     def global_id_in_cluster(self) -> int | None:
-        """The number of this process: chief 0, then the other jobs by name, ps last; None on the evaluator."""
+        """The number of this process: chief 0, then the other jobs by name, ps last.
+
+        None on the evaluator, and if the number of workers is not known.
+        """
         return self._view.global_id_in_cluster
 
     @property
@@ -202,37 +205,12 @@ class RunConfig:
         limit = MAX_START_DELAY_SECS if self.max_worker_delay_secs is None else self.max_worker_delay_secs
         return min(limit, (self.task_id + 1) * START_DELAY_STEP_SECS)
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _set_default_saving(self) -> None:
-        steps_given = self.save_checkpoints_steps is not _DEFAULT
-        secs_given = self.save_checkpoints_secs is not _DEFAULT
-        if not secs_given:
-            self._set("save_checkpoints_secs", None if steps_given else DEFAULT_SAVE_SECS)
-        if not steps_given:
-            self._set("save_checkpoints_steps", None)
-
-    def _absorb(self, distribute: object, train: object, evaluation: object) -> None:
-        """Take the strategies from ``distribute``; ``train`` and ``evaluation`` are those given directly."""
-        if distribute is None:
-            return
-        if not isinstance(distribute, DistributeConfig):
-            raise TypeError(f"RunConfig: experimental_distribute: expected DistributeConfig, got {distribute!r}")
-        for name, direct in (("train_distribute", train), ("eval_distribute", evaluation)):
-            if (strategy := getattr(distribute, name)) is None:
-                continue
-            if direct is not None:
-                raise ConfigError(f"RunConfig: {name}: given directly and in experimental_distribute; give it once")
-            self._set(name, strategy)
-
     def _check(self) -> None:
         for name, (is_allowed, expected) in _RULES.items():
             if not is_allowed(value := getattr(self, name)):
                 raise ConfigError(f"RunConfig: {name}: expected {expected}, got {value!r}")
         if self.save_checkpoints_steps is not None and self.save_checkpoints_secs is not None:
             raise _both_saves(self.save_checkpoints_steps, self.save_checkpoints_secs)
-        self._set("model_dir", _path_text(self.model_dir, "RunConfig: model_dir"))
         for name in ("train_distribute", "eval_distribute"):
             strategy = getattr(self, name)
             if strategy is not None and (isinstance(strategy, type) or not isinstance(strategy, Strategy)):
@@ -242,6 +220,28 @@ class RunConfig:
                 'TF_CONFIG: the cluster must have one "chief" node without a train_distribute, got none; '
                 "add a chief, or pass train_distribute: then worker:0 is the chief"
             )
+
+
+def _saving(steps: object, secs: object) -> dict[str, object]:
+    """Return the values of the two fields that say when checkpoints are saved."""
+    default_secs = DEFAULT_SAVE_SECS if steps is _DEFAULT else None
+    return {
+        "save_checkpoints_steps": None if steps is _DEFAULT else steps,
+        "save_checkpoints_secs": default_secs if secs is _DEFAULT else secs,
+    }
+
+
+def _strategies(distribute: object, train: object, evaluation: object) -> dict[str, Strategy]:
+    """Return the strategies of ``distribute`` by field; ``train`` and ``evaluation`` are those given directly."""
+    if distribute is None:
+        return {}
+    if not isinstance(distribute, DistributeConfig):
+        raise TypeError(f"RunConfig: experimental_distribute: expected DistributeConfig, got {distribute!r}")
+    found = {"train_distribute": distribute.train_distribute, "eval_distribute": distribute.eval_distribute}
+    for name, direct in (("train_distribute", train), ("eval_distribute", evaluation)):
+        if found[name] is not None and direct is not None:
+            raise ConfigError(f"RunConfig: {name}: given directly and in experimental_distribute; give it once")
+    return {name: strategy for name, strategy in found.items() if strategy is not None}
 
 
 def _is_int(value: object, least: int | None = None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paramserver.distribute.bound.buffer_policies import BufferPolicy
+from paramserver.distribute.core.nest import described
 from paramserver.errors import ConfigError
 from paramserver.estimator.export.exporters import Exporter, check_exporter_name
 from paramserver.estimator.hooks.hook import TrainingHook, as_tuple
@@ -221,7 +222,7 @@ _NEEDED: dict[ModeKeys, tuple[str, ...]] = {
 def _checked_mode(mode: object) -> ModeKeys:
     """Return the mode; a text is accepted as well, since tf.estimator's modes are strings."""
     if not isinstance(mode, str):
-        raise TypeError(f"EstimatorSpec: mode: expected ModeKeys, got {_shown(mode)}")
+        raise TypeError(f"EstimatorSpec: mode: expected ModeKeys, got {described(mode)}")
     if mode not in tuple(ModeKeys):
         known = ", ".join(repr(str(each)) for each in ModeKeys)
         raise ConfigError(f"EstimatorSpec: mode: expected one of {known}, got {mode!r}")
@@ -231,7 +232,7 @@ def _checked_mode(mode: object) -> ModeKeys:
 def _check_type(where: str, name: str, value: object, kinds: type | tuple[type, ...]) -> None:
     if not isinstance(value, kinds):
         first = kinds[0] if isinstance(kinds, tuple) else kinds
-        raise TypeError(f"{where}: {name}: expected {first.__qualname__}, got {_shown(value)}")
+        raise TypeError(f"{where}: {name}: expected {first.__qualname__}, got {described(value)}")
 
 
 def _labelled(name: str, given: Several[T]) -> list[tuple[str, T]]:
@@ -258,37 +259,37 @@ def _check_several(name: str, given: object, kind: type) -> None:
 
 def _check_callable(where: str, name: str, value: object, optional: bool = False) -> None:
     if not callable(value) and not (optional and value is None):
-        raise TypeError(f"{where}: {name}: expected a function, got {_shown(value)}")
+        raise TypeError(f"{where}: {name}: expected a function, got {described(value)}")
 
 
 def _check_count(where: str, name: str, value: object) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{where}: {name}: expected a whole number or None, got {_shown(value)}")
+        raise TypeError(f"{where}: {name}: expected a whole number or None, got {described(value)}")
     if value <= 0:
         raise ConfigError(f"{where}: {name}: expected a positive number or None, got {value}")
 
 
 def _check_seconds(where: str, name: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{where}: {name}: expected a number of seconds, got {_shown(value)}")
+        raise TypeError(f"{where}: {name}: expected a number of seconds, got {described(value)}")
     if not value >= 0:
         raise ConfigError(f"{where}: {name}: expected seconds of at least 0, got {value!r}")
 
 
 def _check_metrics(metrics: object) -> None:
     if not isinstance(metrics, Mapping):
-        raise TypeError(f"EstimatorSpec: eval_metrics: expected a dict of metrics, got {_shown(metrics)}")
+        raise TypeError(f"EstimatorSpec: eval_metrics: expected a dict of metrics, got {described(metrics)}")
     for name, metric in metrics.items():
         if not isinstance(name, str):
-            raise TypeError(f"EstimatorSpec: eval_metrics: expected names that are strings, got {_shown(name)}")
+            raise TypeError(f"EstimatorSpec: eval_metrics: expected names that are strings, got {described(name)}")
         if name in RESERVED_METRICS:
             raise ConfigError(f"EstimatorSpec: eval_metrics: {name!r} is reported anyway; choose another name")
         if isinstance(metric, type) or not isinstance(metric, Metric):
             raise TypeError(
                 f"EstimatorSpec: eval_metrics[{name!r}]: expected an object with update, compute and reset, "
-                f"got {_shown(metric)}"
+                f"got {described(metric)}"
             )
 
 
@@ -307,8 +308,3 @@ def _checked_exporters(exporters: Exporter | Iterable[Exporter] | None) -> tuple
             raise ConfigError(f"EvalSpec: exporters: two have the name {name!r}; give each one its own")
         names.add(name)
     return checked
-
-
-def _shown(value: object) -> str:
-    """Return the text of a value, or its type if that text may be long."""
-    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"

@@ -78,7 +78,7 @@ def _run_worker(estimator: Estimator, spec: TrainSpec) -> None:
 
 def _strategy(config: RunConfig) -> ParameterServerStrategy:
     """Return the strategy of a task of a cluster; one in this process if no other task trains or serves."""
-    is_alone = config.num_ps_replicas + config.num_worker_replicas == 1
+    is_alone = not config.num_ps_replicas and config.num_worker_replicas == 1
     if is_alone:
         logger.info("%s is alone in its cluster: the variables stay in its process", config.task)
         return training_strategy(config.train_distribute)

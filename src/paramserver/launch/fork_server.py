@@ -16,6 +16,7 @@ The launcher's side is in this file, and imports no torch; the other side is the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -28,7 +29,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -174,7 +175,10 @@ def main(preload: Sequence[str]) -> None:
     """Obey orders, which come through stdout, until the launcher is gone, or become a task."""
     with socket.socket(fileno=os.dup(STDOUT)) as launcher:
         os.dup2(STDIN, STDOUT)  # the output of imported modules is dropped
-        _preload(preload)
+        imported = _preload(preload)
+        if len(imported) < len(preload):
+            os.dup2(launcher.fileno(), STDOUT)
+            _begin_again(imported)
         launcher.send(READY)
         task = _obey(launcher)
     if task is None:
@@ -182,13 +186,26 @@ def main(preload: Sequence[str]) -> None:
     runpy.run_module(task, run_name="__main__", alter_sys=True)
 
 
-def _preload(names: Sequence[str]) -> None:
-    for name in names:
-        # Errors are suppressed because a task that imports the module again gets and reports them.
-        with contextlib.suppress(Exception):
+def _preload(names: Sequence[str]) -> list[str]:
+    """Import modules up to the first that fails; return those that were imported."""
+    imported: list[str] = []
+    with contextlib.suppress(Exception):  # a task that imports the module gets the error, and reports it
+        for name in names:
             importlib.import_module(name)
+            imported.append(name)
     gc.collect()
     gc.freeze()  # the tasks' garbage collections then skip these objects, and do not copy their memory
+    return imported
+
+
+def _begin_again(preload: Sequence[str]) -> NoReturn:
+    """Become a fork server that has not tried to import anything else.
+
+    A module that was imported in part may fail in another way the next time, which would hide its own error: what it
+    has registered before the failure is registered still.
+    """
+    assert __spec__ is not None  # noqa: S101  # it was started with -m
+    os.execv(sys.executable, (sys.executable, "-m", __spec__.name, *preload))  # noqa: S606  # our own program
 
 
 def _obey(launcher: socket.socket) -> str | None:
@@ -233,8 +250,19 @@ def _become(order: Fork, descriptors: Sequence[int]) -> None:
     os.close(guard)
     environment.extend({**order.env, **as_text(dict(zip(order.inherited, inherited, strict=True)))})
     Path("/proc/self/comm").write_text(order.name)
+    if _leaks_are_reported():
+        atexit.register(gc.unfreeze)
     sys.argv[1:] = order.arguments
     _reseed()
+
+
+def _leaks_are_reported() -> bool:
+    """Return whether a library was imported that reports all of its objects that are left at the end of a process.
+
+    All extension modules made with nanobind do, such as Triton's, and would count frozen objects, which the interpreter
+    does not free.
+    """
+    return any(each.__module__ == "nanobind" for each in type.__subclasses__(type))
 
 
 def _reseed() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from paramserver.cluster import ClusterSpec
@@ -84,21 +85,39 @@ def replica_device_setter(
         raise TypeError(f"ps_strategy: expected a function from an op to the index of a ps task, got {ps_strategy!r}")
     if not merge_devices:
         logger.warning("merge_devices=False is deprecated: an op that names a part of a device gets no other part")
-    turns = itertools.cycle(range(count))
-    choose = ps_strategy or (lambda op: next(turns))
-    kinds = frozenset(PS_OPS if ps_ops is None else ps_ops)
+    return _DeviceSetter(
+        ps=ps,
+        worker=worker,
+        merges=merge_devices,
+        ps_ops=frozenset(PS_OPS if ps_ops is None else ps_ops),
+        choose_ps=ps_strategy or _in_turns(count),
+    )
 
-    def place(op: Op) -> str:
+
+@dataclass(frozen=True, kw_only=True)
+class _DeviceSetter:
+    """The function that `replica_device_setter` returns; its arguments, with devices as their parts."""
+
+    ps: Mapping[str, str]
+    worker: Mapping[str, str]
+    merges: bool
+    ps_ops: Collection[str]
+    choose_ps: Callable[[Op], int]
+
+    def __call__(self, op: Op) -> str:
         wanted = _parts(op.device)
-        if wanted and not merge_devices:
+        if wanted and not self.merges:
             return op.device
-        if op.kind not in kinds:
-            return _name({**worker, **wanted})
-        is_of_ps = "job" in ps and wanted.get("job", ps["job"]) == ps["job"]
-        task = {"task": str(choose(op))} if is_of_ps else {}
-        return _name({**ps, **task, **wanted})
+        if op.kind not in self.ps_ops:
+            return _name({**self.worker, **wanted})
+        is_of_ps = "job" in self.ps and wanted.get("job", self.ps["job"]) == self.ps["job"]
+        task = {"task": str(self.choose_ps(op))} if is_of_ps else {}
+        return _name({**self.ps, **task, **wanted})
 
-    return place
+
+def _in_turns(count: int) -> Callable[[Op], int]:
+    turns = itertools.cycle(range(count))
+    return lambda op: next(turns)
 
 
 def _num_tasks(cluster: object, job: str) -> int:

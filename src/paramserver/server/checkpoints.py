@@ -9,12 +9,11 @@ Rules
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Generator
 from pathlib import Path
 
-from paramserver.checkpoint.folder import CheckpointFolder, Read, Steps, Write
+from paramserver.checkpoint.folder import CheckpointFolder, EachStep, Read, Steps, Write
 from paramserver.errors import RemoteProtocolError
 from paramserver.store.shards.restore import read_shard, read_slots
 from paramserver.store.shards.save import write_shard, write_slots
@@ -95,25 +94,19 @@ class Transfer:
 
 def here(steps: Steps[messages.Reply], directory: Path) -> Rounds:
     """Carry out the steps in a folder on this host, one step in each round."""
-    with CheckpointFolder(directory) as folder, contextlib.closing(steps):
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]  # as above
+    with CheckpointFolder(directory) as folder, EachStep(steps) as each:
+        for step in each:
             folder.carry_out(step)
             yield messages.Underway()
+        return each.result
 
 
 def through_peer(steps: Steps[messages.Reply]) -> Rounds:
     """Have the peer carry out the steps, a piece of a step in each round."""
-    with contextlib.closing(steps):
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]  # as above
+    with EachStep(steps) as each:
+        for step in each:
             yield from _asked(step) if isinstance(step, Read) else _told(step)
+        return each.result
 
 
 def _asked(step: Read) -> Generator[messages.Reply, bytes, None]:

@@ -77,7 +77,7 @@ class Models:
         """Raise an error if the run has failed.
 
         Raises:
-            RefusedError: With the reason of the failure.
+            RunFailedError: With the reason of the failure.
         """
         with self._lock:
             stores = list(self._stores.values())

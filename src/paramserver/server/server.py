@@ -8,10 +8,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FrameType
 
 import torch
 
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_task
+from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
 from paramserver.errors import ConfigError, ParameterServerError, UnavailableError
@@ -20,7 +22,7 @@ from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
 from paramserver.server.models import Models
 from paramserver.server.threads import ServingThreads
-from paramserver.store.membership import Membership
+from paramserver.store.membership import Membership, Outlook
 from paramserver.store.store import Store
 from paramserver.transport.complaints import Complaints
 from paramserver.transport.identity import Identity, new_incarnation
@@ -40,7 +42,8 @@ class Server:
     """One ps task of a cluster: listens, serves, and ends with the run.
 
     Args:
-        cluster_spec: The cluster: a ClusterSpec, or anything that one is made from.
+        cluster_spec: The cluster: a ClusterSpec, or anything that one is made from. At port 0 the system picks a port
+            for this task, which `target` tells.
         job_name: The role of this task; may be omitted where the cluster has one job.
         task_index: The index of this task; may be omitted where the job has one task.
         start: Whether to serve at once.
@@ -52,10 +55,10 @@ class Server:
             environment's ``PARAMSERVER_LISTEN_FD``.
 
     Raises:
-        ValueError: If the task is not in the cluster, or its role is not ps.
+        ValueError: If the task is not in the cluster, its role is not ps, or an address is malformed.
         TypeError: If ``cluster_spec`` does not describe a cluster.
+        AddressError: If the address is taken.
         ConfigError: If other hosts could reach this task, and there is no token.
-        UnavailableError: If the address is taken.
     """
 
     def __init__(
@@ -71,11 +74,15 @@ class Server:
         descriptor: int | None = None,
     ) -> None:
         self.cluster_spec = ClusterSpec(cluster_spec)  # type: ignore[arg-type]  # checked there
+        check_addresses(self.cluster_spec, "Server: cluster", least_ps_port=0)
         self.task = _which_task(self.cluster_spec, job_name, task_index)
         surroundings = environment.read()
         self._grace = grace
         workers = [str(task) for role in (Role.CHIEF, Role.WORKER) for task in self.cluster_spec.tasks(role)]
-        self._membership = Membership(workers[0] if workers else "", workers)
+        is_one_view = self.cluster_spec.is_one_view
+        if is_one_view and not workers:
+            workers = [str(TaskId(Role.WORKER, 0))]  # the chief, as there is no other
+        self._membership = Membership(workers[0] if workers else "", workers, takes_more=is_one_view)
         complaints = Complaints(logger.warning)
         self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership, complaints)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
@@ -165,6 +172,11 @@ class Server:
         self._listener.close()
         self._membership.stop()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over: the chief and all other workers have finished or are gone."""
+        return self._membership.outlook is Outlook.OVER
+
     def status(self) -> messages.Status:
         """Return the contents and counters of this ps."""
         return self._models.status()
@@ -205,22 +217,46 @@ class Server:
 def run_standard_server(*, insecure: bool = False) -> None:
     """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
 
-    SIGTERM ends it early.
+    SIGTERM and SIGINT end it early, with the requests that are under way. Main thread only.
 
     Args:
         insecure: As in `Server`.
 
     Raises:
+        SystemExit: With code 128 + N after signal N, unless the run was over already.
         ValueError: If TF_CONFIG does not name a ps task of a cluster, or there is no token and other hosts could reach
             this task.
-        UnavailableError: If the address is taken, or the chief was lost and did not come back.
+        AddressError: If the address is taken.
+        UnavailableError: If the chief was lost and did not come back.
         ParameterServerError: If the chief failed.
     """
     cluster, task = server_task()
     server = Server(cluster, task.role, task.index, insecure=insecure)
-    signal.signal(signal.SIGTERM, lambda *_: server.request_stop())
-    with report_progress(server):
+    logger.info("%s serves at %s", server.task, server.target)
+    with report_progress(server), _stopped_by_signals(server) as received:
         server.join()
+    if received and not server.is_over:
+        code = 128 + received[0]
+        name, step = signal.Signals(received[0]).name, server.status().global_step
+        logger.warning("%s leaves at step %d, before the run is over (%s)", server.task, step, name)
+        raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(server: Server) -> Iterator[list[int]]:
+    """Provide a list of the signals that have asked the server to leave."""
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        server.request_stop()
+
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:

@@ -77,10 +77,12 @@ class Membership:
     Args:
         chief: The task whose goodbye ends the run.
         workers: All tasks that train, including the chief.
+        takes_more: Whether workers that are not among these may join, too. None of them is waited for before it joins.
     """
 
-    def __init__(self, chief: str, workers: Iterable[str]) -> None:
+    def __init__(self, chief: str, workers: Iterable[str], *, takes_more: bool = False) -> None:
         self.chief = chief
+        self._takes_more = takes_more
         self._presence = dict.fromkeys(workers, Presence.EXPECTED)
         self._processes: dict[str, _Process] = {}
         self._connections: dict[str, Counter[str]] = defaultdict(Counter)  # of each incarnation that has not left
@@ -95,7 +97,7 @@ class Membership:
             RefusedError: If no such task takes part in the run.
         """
         with self._changed:
-            if task not in self._presence:
+            if task not in self._presence and not self._takes_more:
                 raise RefusedError(f"{task} does not take part in this run; its workers are {self}", task)
             self.check_going_on(task)
             self._presence[task] = Presence.JOINED

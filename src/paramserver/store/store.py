@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.errors import ConfigError, ModelMismatchError, RefusedError
+from paramserver.errors import ConfigError, ModelMismatchError, RefusedError, RunFailedError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import Range, num_blocks
 from paramserver.layout.variables import DTYPES, VariableSpec, shown
@@ -140,7 +140,7 @@ class Store:
         """Wait at most ``timeout`` seconds for `mark_ready` or `close`; return whether the store is ready.
 
         Raises:
-            RefusedError: If the run has failed meanwhile.
+            RunFailedError: If the run has failed meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._failure or self._closed, timeout)
@@ -168,7 +168,7 @@ class Store:
             Whether a checkpoint was restored or an update was made.
 
         Raises:
-            RefusedError: If the run has failed meanwhile.
+            RunFailedError: If the run has failed meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._is_beyond_restoring or self._failure or self._closed, timeout)
@@ -189,10 +189,10 @@ class Store:
         """Raise an error if the run has failed.
 
         Raises:
-            RefusedError: With the reason of the failure.
+            RunFailedError: With the reason of the failure.
         """
         if self._failure:
-            raise RefusedError(self._failure, self.task)
+            raise RunFailedError(self._failure, self.task)
 
     def close(self) -> None:
         """End every wait. Idempotent."""
@@ -237,7 +237,7 @@ class Store:
 
         Raises:
             ModelMismatchError: If the variable has another shape or dtype.
-            RefusedError: If the run has failed meanwhile.
+            RunFailedError: If the run has failed meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: variable.name in self.variables or self._failure or self._closed, timeout)

@@ -14,10 +14,12 @@ Rules
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from paramserver.errors import DeadlineError, RefusedError, RemoteProtocolError, RunOverError, TokenError
 from paramserver.memory import shared_file
@@ -26,9 +28,12 @@ from paramserver.transport.identity import NONCE_BYTES, Identity
 from paramserver.transport.lane import Lane, WorkerMemory
 from paramserver.transport.lanes import usable_lanes
 from paramserver.transport.tcp import expect_reply
+from paramserver.transport.waiting import WaitLog
 from paramserver.wire import codec
 from paramserver.wire.messages import Challenge, Hello, Refused, Welcome
 from paramserver.wire.refusals import raised
+
+logger = logging.getLogger(__name__)
 
 LOCAL_TIMEOUT = 30.0
 """Seconds to wait until a ps takes a connection to its local socket."""
@@ -45,7 +50,7 @@ def connect(
     *,
     lane: str,
     timeout: float,
-    listens: bool = False,
+    is_over: Callable[[], bool] = lambda: False,
     kept: WorkerMemory | None = None,
 ) -> Lane:
     """Connect to the ps ``peer`` at ``address``, trying again until it is up. Blocks for about ``timeout`` at most.
@@ -56,13 +61,12 @@ def connect(
         me: The identity of this task.
         lane: The name of a lane, or ``auto``.
         timeout: Seconds to try.
-        listens: Whether the ps is known to have listened already: if it refuses the connection, it has ended, and the
-            run with it.
+        is_over: Returns whether the run is known to be over; asked while the ps cannot be reached.
         kept: The memory of an earlier lane, which the new lane will go on with.
 
     Raises:
         ConfigError: If there is no such lane.
-        RunOverError: If a ps that ``listens`` has ended.
+        RunOverError: If the run is over.
         DeadlineError: If the ps does not come up in time.
         TokenError: If this task or the ps does not hold the token of the run.
         RefusedError: If another ps is at the address, or the lane does not lead to the ps.
@@ -70,7 +74,7 @@ def connect(
         UnavailableError: If the ps goes away after its challenge.
     """
     kinds = usable_lanes(lane, kept)
-    frames, challenge = _reach(address, peer or "the ps", timeout, listens=listens)
+    frames, challenge = _reach(address, peer or "the ps", timeout, is_over, WaitLog(me.task, timeout))
     if peer is None:
         frames.task = peer = challenge.task
     try:
@@ -87,18 +91,21 @@ def connect(
         raise
 
 
-def _reach(address: str, peer: str, timeout: float, *, listens: bool) -> tuple[FrameSocket, Challenge]:
+def _reach(
+    address: str, peer: str, timeout: float, is_over: Callable[[], bool], log: WaitLog
+) -> tuple[FrameSocket, Challenge]:
     """Return a connection to the ps and its challenge, as soon as the ps is up.
 
     A connection that is closed before the challenge is tried again: a proxy may accept before its ps is up.
     """
     give_up = time.monotonic() + timeout
+    is_resolved = True
     pause = threading.Event()  # only a pause: there is nothing to wait on before the peer listens
     while True:
         try:
             return _try_to_reach(address, peer, give_up)
         except OSError as error:  # an UnavailableError is one
-            if listens and isinstance(error, ConnectionRefusedError):
+            if is_over():
                 raise RunOverError(f"{peer} at {address} has left: the run is over") from error
             if time.monotonic() + RETRY_INTERVAL > give_up:
                 raise DeadlineError(
@@ -106,6 +113,10 @@ def _reach(address: str, peer: str, timeout: float, *, listens: bool) -> tuple[F
                     "is it started, and is the address in TF_CONFIG right?",
                     timeout,
                 ) from error
+            if is_resolved and isinstance(error, socket.gaierror):
+                is_resolved = False  # said at once, but it may come to be known, as those of pods do
+                logger.warning("%s: the name in its address %s does not resolve: %s", peer, address, error.strerror)
+            log.say(f"{peer} at {address}", str(error))
         pause.wait(RETRY_INTERVAL)
 
 

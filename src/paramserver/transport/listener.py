@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
 import secrets
 import socket
 
-from paramserver.errors import UnavailableError
+from paramserver.errors import AddressError
 from paramserver.memory import shared_file
 
 BACKLOG = 1024
@@ -17,7 +19,8 @@ class Listener:
 
     Args:
         address: ``host:port`` to bind; port 0 lets the system choose. The host is the name by which workers reach this
-            task, so the task listens on all interfaces, unless the host is a loopback address.
+            task, so the task listens on all interfaces, unless the host is a loopback address: on those of IPv4 or IPv6
+            for an IP address, and on all for a name.
         task: The listening task, for messages.
         descriptor: An inherited listening socket to use instead of ``address``.
 
@@ -27,7 +30,7 @@ class Listener:
         local_socket: The abstract name of the local socket; "" if there is none.
 
     Raises:
-        UnavailableError: If the address cannot be bound.
+        AddressError: If the address cannot be bound.
     """
 
     def __init__(self, address: str, task: str, descriptor: int | None = None) -> None:
@@ -77,17 +80,33 @@ class Listener:
 def _listen(address: str, task: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host if _is_loopback(host) else "", int(port)), family=family, backlog=BACKLOG, dualstack_ipv6=False
-        )
+        return _listen_as(host, host if _is_loopback(host) else "", int(port))
     except OSError as error:
-        raise UnavailableError(
-            f"{task} cannot listen on {address}: {os.strerror(error.errno or 0)}; "
+        raise AddressError(
+            f"{task} cannot listen on {address}: {_reason(error)}; "
             "is another process using that port, or is the address in TF_CONFIG wrong?",
             task,
         ) from error
+
+
+def _listen_as(host: str, interface: str, port: int) -> socket.socket:
+    """Listen on the family of a host that is an IP address, and on IPv4 and IPv6 for a name.
+
+    Workers look the name up themselves, and may find an address of either family.
+    """
+    if ":" in host:
+        return socket.create_server((interface, port), family=socket.AF_INET6, backlog=BACKLOG)
+    if not interface and not _is_ipv4(host) and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # the system knows IPv6, and it is switched off
+                raise
+    try:
+        return socket.create_server((interface, port), backlog=BACKLOG)
+    except socket.gaierror:  # "localhost", where it is a name for IPv6 only
+        return socket.create_server((interface, port), family=socket.AF_INET6, backlog=BACKLOG)
 
 
 def _listen_locally(name: str) -> socket.socket:
@@ -99,3 +118,16 @@ def _listen_locally(name: str) -> socket.socket:
 
 def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _is_ipv4(host: str) -> bool:
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _reason(error: OSError) -> str:
+    is_of_lookup = isinstance(error, socket.gaierror)  # whose numbers are none of errno
+    return str(error.strerror) if is_of_lookup else os.strerror(error.errno or 0)

@@ -360,7 +360,7 @@ class Status(Message, frozen=True):
 class Refused(Message, frozen=True):
     """Says that a request was understood and refused. ``kind`` determines the exception that the client raises."""
 
-    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite"]
+    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite", "failed"]
     message: str
     subject: str = ""
 

@@ -93,7 +93,7 @@ def test_q05_v25_v28_y06_a_whole_run_lies_in_model_dir_and_nowhere_else(model_di
     assert results["loss"] < 0.2, "else the early stopping is not seen"
     assert 5 < step < 40
     assert estimator.latest_checkpoint() == join(place, f"ckpt-{step:.0f}")
-    assert {"chief-0.4.pt.trace.json", "checkpoint", "eval", "export"} <= set(names(place))
+    assert {"worker-0.4.pt.trace.json", "checkpoint", "eval", "export"} <= set(names(place))
     assert sum("tfevents" in name for name in names(place)) == 1
     evaluations = read_eval_metrics(join(model_dir, "eval"))
     assert len(evaluations) >= 2

@@ -15,6 +15,7 @@ from tests.patience import patience
 
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
+from paramserver.launch.lifecycle import Limits
 from paramserver.launch.spec import TaskSpec
 
 pytestmark = pytest.mark.multiprocess
@@ -90,6 +91,48 @@ def test_what_cannot_be_imported_is_the_scripts_own_to_complain_about(tmp_path: 
     assert done.said(CHIEF, is_error=True)[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
 
 
+HALF_IMPORTED = """
+import sys
+if hasattr(sys, "registered"):
+    raise RuntimeError("already registered")
+sys.registered = True
+raise OSError("no temporary folder")
+"""
+
+
+LEAKS_REPORTED = """
+import os
+
+class nb_meta(type):
+    __module__ = "nanobind"
+
+class Watched:
+    def __del__(self, write=os.write):
+        write(1, b"freed")
+
+watched = Watched()
+watched.itself = watched
+"""
+
+
+def test_what_was_preloaded_is_freed_at_the_end_if_a_library_counts_what_is_not(tmp_path: Path) -> None:
+    (tmp_path / "leaks_reported.py").write_text(LEAKS_REPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        assert run(tmp_path, "", preload=("leaks_reported",)).said(CHIEF) == ["freed"]
+
+
+def test_the_error_of_a_preloaded_module_is_that_of_its_first_import(tmp_path: Path) -> None:
+    """What a failed import leaves behind in the process that forks does not change the error."""
+    (tmp_path / "half_imported.py").write_text(HALF_IMPORTED)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); print('colorsys' in sys.modules); import half_imported"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        done = run(tmp_path, code, preload=("colorsys", "half_imported", "this"))
+    assert (done.code, done.said(CHIEF)) == (1, ["True"])
+    assert done.said(CHIEF, is_error=True)[-1] == "OSError: no temporary folder"
+
+
 def test_each_fork_draws_random_numbers_of_its_own(tmp_path: Path) -> None:
     done = run(tmp_path, RANDOM, RANDOM, preload=("numpy", "torch"))
     (first,), (second,) = done.said(CHIEF), done.said(WORKER)
@@ -114,7 +157,7 @@ def test_a_process_has_its_tasks_name(tmp_path: Path) -> None:
 def test_how_a_fork_ends_is_known(tmp_path: Path, code: str, exit_code: int, summary: str) -> None:
     done = run(tmp_path, code, "import signal; signal.pause()")
     assert done.code == exit_code
-    assert done.said(None, is_error=True) == [summary]
+    assert done.said(None, is_error=True)[-1] == summary
 
 
 def test_exit_handlers_run_at_the_end_of_a_fork(tmp_path: Path) -> None:
@@ -122,7 +165,7 @@ def test_exit_handlers_run_at_the_end_of_a_fork(tmp_path: Path) -> None:
 
 
 def test_a_fork_that_fails_is_started_again(tmp_path: Path) -> None:
-    done = run(tmp_path, FAIL_ONCE, restarts=1)
+    done = run(tmp_path, FAIL_ONCE, limits=Limits(restarts=1))
     assert (done.code, done.said(CHIEF)) == (0, ["fails", "again"])
 
 

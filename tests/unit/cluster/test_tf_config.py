@@ -90,7 +90,7 @@ def test_constructor_overrides_environment_and_setters_override_both(set_config:
         pytest.param({**CONFIG, "cluster": {}}, {}, "", id="L05-no-jobs"),
         pytest.param({**CONFIG, "cluster": {"worker": ["w0:1"]}}, {"task_type": "nonsense"}, "", id="L05-one-task"),
         pytest.param({**CONFIG, "cluster": {"worker": ["w0:1"], "ps": []}}, {}, "", id="L05-one-task-two-jobs"),
-        pytest.param({**CONFIG, "cluster": {"chief": ["c0"], "worker": {"1": "w1"}}}, {}, "grpc://w1", id="L05-two"),
+        pytest.param({**CONFIG, "cluster": {"chief": ["c:1"], "worker": {"1": "w:1"}}}, {}, "grpc://w:1", id="L05-two"),
     ],
 )
 def test_master(set_config: SetConfig, config: object, arguments: dict[str, Any], expected: str) -> None:
@@ -190,8 +190,8 @@ def test_master_beside_chief_is_refused(set_config: SetConfig) -> None:
     [
         (CLUSTER, {"type": "ps"}, "ps:0"),
         (CLUSTER, {"type": "worker", "index": "1"}, "worker:1"),
-        ({"chief": ["c0"], "ps": ["p0", "p1"]}, {"type": "ps", "index": 1}, "ps:1"),
-        ({"worker": ["w0"], "ps": ["p0"]}, {"type": "ps"}, "ps:0"),
+        ({"chief": ["c0:1"], "ps": ["p0:1", "p1:1"]}, {"type": "ps", "index": 1}, "ps:1"),
+        ({"worker": ["w0:1"], "ps": ["p0:1"]}, {"type": "ps"}, "ps:0"),
     ],
 )
 def test_server_task(set_config: SetConfig, cluster: Any, task: Any, expected: str) -> None:
@@ -210,7 +210,7 @@ def test_server_task(set_config: SetConfig, cluster: Any, task: Any, expected: s
         pytest.param({"cluster": CLUSTER}, "'task' is missing", id="V05-no-task"),
         pytest.param({"cluster": CLUSTER, "task": {"index": 0}}, "'task.type' is missing", id="V05-no-type"),
         pytest.param(
-            {"cluster": {"ps": ["p0"]}, "task": {"type": "ps"}},
+            {"cluster": {"ps": ["p0:1"]}, "task": {"type": "ps"}},
             r"'cluster': expected a chief or worker to serve, got the jobs \['ps'\]",
             id="V05-nobody-trains",
         ),

@@ -105,7 +105,7 @@ def test_a_batch_may_be_features_alone(features):
 
 
 def test_what_is_no_input_is_refused():
-    with pytest.raises(ConfigError, match="train_input: expected a DataLoader, .* got a NoneType"):
+    with pytest.raises(ConfigError, match="train_input: expected a DataLoader, .* got None"):
         list(batches_of(None, "train_input"))
 
 

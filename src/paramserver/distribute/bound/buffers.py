@@ -22,6 +22,7 @@ from paramserver.distribute.bound.arenas import Binding, BoundArena
 from paramserver.distribute.bound.parameters import same_kind
 from paramserver.distribute.bound.plan import Kind
 from paramserver.distribute.bound.replica_tensors import kept
+from paramserver.errors import ConfigError
 from paramserver.layout.blocks import Range
 from paramserver.memory.torch_internals import buffers_of
 from paramserver.wire.messages import Part
@@ -39,7 +40,7 @@ class Sharing:
     """The workers that share the buffers.
 
     Attributes:
-        num_workers: Number of tasks that train.
+        num_workers: Number of tasks that train; 0 if it is not known.
         is_chief: Whether this task is the chief.
     """
 
@@ -155,7 +156,13 @@ class BufferArena(LocalBufferArena):
     def __init__(self, binding: Binding, sharing: Sharing) -> None:
         super().__init__(replace(binding, is_apart=True))
         plan = binding.plan
-        self._adds = plan.kind in (Kind.COUNTED, Kind.AVERAGED) and sharing.num_workers > 1
+        if plan.kind is Kind.AVERAGED and not sharing.num_workers:
+            names = ", ".join(each.name for each in plan.layout.variables)
+            raise ConfigError(
+                f"prepare: buffers with the policy 'mean' ({names}) need the number of workers, which the operator of "
+                "this cluster does not tell; choose 'sum', 'last' or 'own'"
+            )
+        self._adds = plan.kind in (Kind.COUNTED, Kind.AVERAGED) and sharing.num_workers != 1
         self._weight = 1 / sharing.num_workers if plan.kind is Kind.AVERAGED else 1.0
         self._is_only_one = sharing.num_workers == 1
         self._pushes = sharing.is_chief or not self._is_own

@@ -42,7 +42,7 @@ class HeldParameters:
             for each in replicas_of(first)
         }
         self._held = {id(parameter) for group in groups for parameter in group["params"]}
-        self._seen = _seen(groups)
+        self._snapshot = _snapshot(groups)
 
     def changed(self, groups: Groups) -> set[int] | None:
         """Return the ids of the parameters that are held now; None if nothing has changed since the last call.
@@ -53,7 +53,7 @@ class HeldParameters:
         Raises:
             ConfigError: If a parameter or group was added, moved or replaced; the message names it.
         """
-        if self._is_seen(groups):
+        if self._is_unchanged(groups):
             return None
         held = {self._found(parameter, group) for group in groups for parameter in group["params"]}
         for group in groups:
@@ -62,16 +62,16 @@ class HeldParameters:
                     "optimizer.step: a param group was replaced by another dict, whose settings would not be seen; "
                     "change the settings of the prepared optimizer's groups in place"
                 )
-        self._seen = _seen(groups)
+        self._snapshot = _snapshot(groups)
         if held == self._held:
             return None
         self._held = held
         return held
 
-    def _is_seen(self, groups: Groups) -> bool:
-        if len(groups) != len(self._seen):
+    def _is_unchanged(self, groups: Groups) -> bool:
+        if len(groups) != len(self._snapshot):
             return False
-        for group, (before, ids, _) in zip(groups, self._seen, strict=True):
+        for group, (before, ids, _) in zip(groups, self._snapshot, strict=True):
             if group is not before or [*map(id, group["params"])] != ids:
                 return False
         return True
@@ -93,6 +93,6 @@ class HeldParameters:
         return first
 
 
-def _seen(groups: Groups) -> list[tuple[Mapping[str, Any], list[int], list[torch.Tensor]]]:
+def _snapshot(groups: Groups) -> list[tuple[Mapping[str, Any], list[int], list[torch.Tensor]]]:
     """Note the groups and the ids of their parameters, which are kept so that no other gets one of these ids."""
     return [(group, [*map(id, group["params"])], list(group["params"])) for group in groups]

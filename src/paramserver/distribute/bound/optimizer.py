@@ -29,7 +29,7 @@ class Prepared(Protocol):
         """Return every replica's tensor for the first replica's ``parameter``."""
 
 
-class _Elsewhere(defaultdict[torch.Tensor, Any]):
+class _LocalState(defaultdict[torch.Tensor, Any]):
     """The local optimizer state: empty, but true if the parameter servers hold state.
 
     If an optimizer has no state, torch.distributed.checkpoint makes a step with zero gradients to create some; being
@@ -93,7 +93,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         # The groups, defaults and registered hooks are the user's optimizer's own, so its constructor is not run.
         self.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name not in _REFUSALS})
         self._remote = remote
-        self.state = self._seen({})
+        self.state = self._local_state({})
         self.last_push: PushResult | None = None
         self._original = optimizer
         # Methods, because schedulers that hold the original expect its `step` to be one.
@@ -143,11 +143,11 @@ class PreparedOptimizer(torch.optim.Optimizer):
             UnavailableError: If a ps is lost.
         """  # noqa: D205
         if self._remote is not None:
-            self.state = self._seen(self._remote.read())
+            self.state = self._local_state(self._remote.read())
         try:
             return super().state_dict()
         finally:
-            self.state = self._seen({})
+            self.state = self._local_state({})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of ``state_dict()`` of this optimizer, or of the ``torch.optim`` one. Blocks.
@@ -164,7 +164,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         before = [dict(group) for group in groups]
         super().load_state_dict(state_dict)
-        state, self.state = self.state, self._seen({})
+        state, self.state = self.state, self._local_state({})
         # Schedulers and the push read the present group dicts, so these must stay the same objects.
         for group, loaded in zip(groups, self.param_groups, strict=True):
             group.update(loaded)
@@ -188,8 +188,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a prepared optimizer cannot be copied or pickled: its state lives on the parameter servers")
 
-    def _seen(self, state: Mapping[torch.Tensor, Any]) -> _Elsewhere:
-        return _Elsewhere(self._remote.is_there if self._remote else lambda: False, state)
+    def _local_state(self, state: Mapping[torch.Tensor, Any]) -> _LocalState:
+        return _LocalState(self._remote.is_there if self._remote else lambda: False, state)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

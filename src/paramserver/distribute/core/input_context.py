@@ -10,7 +10,8 @@ class InputContext:
     """The part of the input that a task is to read.
 
     Attributes:
-        num_input_pipelines: Number of workers that read input, including the chief.
+        num_input_pipelines: Number of workers that read input, including the chief; 0 if it is not known, because the
+            workers of the cluster come and go.
         input_pipeline_id: The index of this worker among them.
         num_replicas_in_sync: Number of replicas of this worker.
     """
@@ -33,7 +34,7 @@ class InputContext:
         return global_batch_size // self.num_replicas_in_sync
 
     def __str__(self) -> str:
-        return f"input pipeline {self.input_pipeline_id} of {self.num_input_pipelines}"
+        return f"input pipeline {self.input_pipeline_id} of {self.num_input_pipelines or 'an unknown number'}"
 
 
 @dataclass(frozen=True)

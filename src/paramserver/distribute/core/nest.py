@@ -81,13 +81,25 @@ def _check_alike(one: Any, other: Any) -> None:
 
 
 def _differ(how: str, one: Any, other: Any) -> str:
-    return f"structures of replicas have {how}: {_shown(one)} and {_shown(other)}"
+    return f"structures of replicas have {how}: {described(one)} and {described(other)}"
 
 
-def _shown(structure: Any) -> str:
-    if isinstance(structure, dict):
-        return f"{type(structure).__name__} with keys {sorted(map(str, structure))}"
-    return f"{type(structure).__name__} of length {len(structure)}" if is_nest(structure) else repr(structure)
+def described(value: object) -> str:
+    """Return a short text of any value, for messages.
+
+    >>> import torch
+    >>> [described(value) for value in ({"a": 1}, (1, 2), torch.zeros(2, 3), "a", {1})]
+    ["a dict with keys ['a']", 'a tuple of length 2', 'a Tensor of shape [2, 3]', "'a'", 'a set']
+    """
+    if value is None or isinstance(value, (str, int, float)):
+        return repr(value)
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, dict):
+        return f"{kind} with keys {sorted(map(str, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"{kind} of length {len(value)}"
+    shape = getattr(value, "shape", None)  # of a tensor or an array
+    return f"{kind} of shape {list(shape)}" if isinstance(shape, tuple) else kind
 
 
 def _is_named_tuple(structure: object) -> bool:

@@ -54,7 +54,10 @@ class Worker(abc.ABC):
 
     @abc.abstractmethod
     def activate(self, replica: int) -> None:
-        """Put a replica's tensors into the prepared models. Called before the replica's turn."""
+        """Put a replica's tensors into the prepared models. Called before the replica's turn.
+
+        :meta private:
+        """
 
     @abc.abstractmethod
     def connect(self) -> ParameterClient:
@@ -67,11 +70,17 @@ class Worker(abc.ABC):
 
     @abc.abstractmethod
     def place(self, variable: VariableSpec) -> int:
-        """Return the index of the ps for the next variable that is created; every call counts as a creation."""
+        """Return the index of the ps for the next variable that is created; every call counts as a creation.
+
+        :meta private:
+        """
 
     @abc.abstractmethod
     def row_ranges(self, variable: VariableSpec) -> list[Range]:
-        """Return the row ranges that a variable is divided into; empty for one that stays whole."""
+        """Return the row ranges that a variable is divided into; empty for one that stays whole.
+
+        :meta private:
+        """
 
     @abc.abstractmethod
     def create_variable(self, options: Any) -> Any:

@@ -217,6 +217,11 @@ def _checked(options: InputOptions | None, call: str) -> InputOptions:
 
 
 def _share(options: InputOptions, own: InputContext) -> Share:
+    if options.sharding == "static" and not own.num_input_pipelines:
+        raise ConfigError(
+            "distribute_dataset: sharding='static' needs the number of workers, which the operator of this cluster "
+            "does not tell; use sharding='none', which gives each worker all the data in an order of its own"
+        )
     return WHOLE if options.sharding == "none" else Share(own.input_pipeline_id, own.num_input_pipelines)
 
 

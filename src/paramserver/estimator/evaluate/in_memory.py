@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from paramserver.errors import ConfigError
+from paramserver.estimator.arguments import check_steps
 from paramserver.estimator.estimator import Estimator
 from paramserver.estimator.hooks.basic import SecondOrStepTimer
 from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession, as_tuple
@@ -42,8 +43,10 @@ class InMemoryEvaluatorHook(TrainingHook):
             raise TypeError(f"InMemoryEvaluatorHook: estimator: expected an Estimator, got {estimator!r}")
         if not callable(input_fn):
             raise TypeError(f"InMemoryEvaluatorHook: input_fn: expected a function, got {input_fn!r}")
-        if every_n_iter is None or every_n_iter <= 0:
-            raise ConfigError(f"InMemoryEvaluatorHook: every_n_iter: expected a positive number, got {every_n_iter!r}")
+        if every_n_iter is None:
+            raise ConfigError("InMemoryEvaluatorHook: every_n_iter: expected a positive number, got None")
+        check_steps("InMemoryEvaluatorHook", every_n_iter=every_n_iter)
+        check_steps("InMemoryEvaluatorHook", steps=steps)
         if estimator.config.cluster_spec:
             raise ConfigError(
                 f"InMemoryEvaluatorHook: {estimator.config.task} is a task of a cluster, and the hook is for training "

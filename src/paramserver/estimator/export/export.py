@@ -40,7 +40,7 @@ from paramserver import __version__
 from paramserver.checkpoint.index import WEIGHTS_FILE
 from paramserver.checkpoint.storage import local_file, split, storage_of
 from paramserver.distribute.bound.plan import without_compiling
-from paramserver.distribute.core.nest import is_nest, leaves, map_leaves
+from paramserver.distribute.core.nest import described, is_nest, leaves, map_leaves
 from paramserver.errors import ConfigError
 from paramserver.estimator.export.folder import new_export
 from paramserver.estimator.specs import EstimatorSpec
@@ -125,7 +125,7 @@ def trace(model: nn.Module, example: Any) -> ExportedProgram:
     if not tensors or any(tensor.ndim and not len(tensor) for tensor in tensors):
         raise ConfigError(
             f"export: serving_input_fn must return one batch of features, a tensor or a nest of tensors with at least "
-            f"one row, got {_shown(example)}"
+            f"one row, got {described(example)}"
         )
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]  # torch does not annotate it
     for tensor in tensors:
@@ -242,8 +242,3 @@ def _copy(assets: Mapping[str, str], folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with local_file(*split(str(source))) as file:
             shutil.copyfile(file, folder / name)
-
-
-def _shown(example: Any) -> str:
-    shape = f" of shape {list(example.shape)}" if isinstance(example, (torch.Tensor, np.ndarray)) else ""
-    return f"a {type(example).__name__}{shape}"

@@ -134,11 +134,11 @@ class GlobalStepWaiterHook(TrainingHook):
         clock: Clock = time.monotonic,
         wait: Wait = _let_time_pass,
     ) -> None:
-        if not isinstance(wait_until_step, int) or wait_until_step < 0:
+        if not isinstance(wait_until_step, int) or isinstance(wait_until_step, bool) or wait_until_step < 0:
             raise ConfigError(
                 f"GlobalStepWaiterHook: wait_until_step: expected a whole number of at least 0, got {wait_until_step!r}"
             )
-        if timeout is not None and not timeout > 0:
+        if timeout is not None and not is_positive(timeout):
             raise ConfigError(f"GlobalStepWaiterHook: timeout: expected positive seconds or None, got {timeout!r}")
         self._step = wait_until_step
         self._timeout = timeout
@@ -186,7 +186,7 @@ class StopAfterNEvalsHook(TrainingHook):
     """
 
     def __init__(self, num_evals: int | None, *, log_progress: bool = True) -> None:
-        if num_evals is not None and not num_evals > 0:
+        if num_evals is not None and not is_positive(num_evals):
             raise ConfigError(f"StopAfterNEvalsHook: num_evals: expected a positive number or None, got {num_evals!r}")
         self._num_evals = num_evals
         self._log_every = max((num_evals or 100) // 10, 1) if log_progress else 0
@@ -231,11 +231,16 @@ class FinalOpsHook(TrainingHook):
         self.final_ops_values = map_leaves(lambda final_op: final_op(), self._final_ops)
 
 
+def is_positive(value: float) -> bool:
+    """Return whether a value is a number above 0; True is no number here."""
+    return not isinstance(value, bool) and value > 0
+
+
 def _check_exactly_one(where: str, **options: float | None) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
         got = "both" if given else "none"
         raise ConfigError(f"{where}: expected exactly one of {' and '.join(options)}, got {got}")
     for name, value in given.items():
-        if not value > 0:
+        if not is_positive(value):
             raise ConfigError(f"{where}: {name}: expected a positive number, got {value!r}")

@@ -15,6 +15,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from paramserver.checkpoint.storage import join
@@ -97,8 +98,8 @@ def stop_if_higher_hook(
         TypeError: As `make_early_stopping_hook`.
         ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric.
     """
-    rule = partial(_crosses, operator.gt, threshold)
-    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+    evaluations = _Evaluations(estimator, metric_name, eval_dir, min_steps)
+    return evaluations.hook(partial(_crosses, operator.gt, threshold), run_every_secs, run_every_steps)
 
 
 def stop_if_lower_hook(
@@ -110,9 +111,9 @@ def stop_if_lower_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """Return a hook that ends the training once a metric was lower than a threshold; see `stop_if_higher_hook`."""
-    rule = partial(_crosses, operator.lt, threshold)
-    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+    """Return a hook that ends the training once a metric was lower than a threshold: as `stop_if_higher_hook`."""
+    evaluations = _Evaluations(estimator, metric_name, eval_dir, min_steps)
+    return evaluations.hook(partial(_crosses, operator.lt, threshold), run_every_secs, run_every_steps)
 
 
 def stop_if_no_increase_hook(
@@ -126,22 +127,11 @@ def stop_if_no_increase_hook(
 ) -> TrainingHook:
     """Return a hook that ends the training when a metric has not increased for a number of global steps.
 
-    Args:
-        estimator: The estimator that trains.
-        metric_name: The name of the metric, such as ``"accuracy"``.
-        max_steps_without_increase: Number of global steps from the evaluation with the highest value to a later
-            evaluation at which the training ends.
-        eval_dir: As for `stop_if_higher_hook`.
-        min_steps: As for `stop_if_higher_hook`.
-        run_every_secs: As for `make_early_stopping_hook`.
-        run_every_steps: As for `make_early_stopping_hook`.
-
-    Raises:
-        TypeError: As `make_early_stopping_hook`.
-        ConfigError: As `make_early_stopping_hook`; and from the training, if evaluations lack the metric.
+    ``max_steps_without_increase`` counts from the evaluation with the highest value to a later evaluation, at which the
+    training ends. The other arguments and the errors are those of `stop_if_higher_hook`.
     """
-    rule = partial(_stalls, operator.gt, max_steps_without_increase)
-    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+    evaluations = _Evaluations(estimator, metric_name, eval_dir, min_steps)
+    return evaluations.hook(partial(_stalls, operator.gt, max_steps_without_increase), run_every_secs, run_every_steps)
 
 
 def stop_if_no_decrease_hook(
@@ -153,9 +143,9 @@ def stop_if_no_decrease_hook(
     run_every_secs: float | None = 60,
     run_every_steps: int | None = None,
 ) -> TrainingHook:
-    """Return a hook that ends the training when a metric has not decreased; see `stop_if_no_increase_hook`."""
-    rule = partial(_stalls, operator.lt, max_steps_without_decrease)
-    return _metric_hook(rule, estimator, metric_name, eval_dir, min_steps, run_every_secs, run_every_steps)
+    """Return a hook that ends the training when a metric has not decreased: as `stop_if_no_increase_hook`."""
+    evaluations = _Evaluations(estimator, metric_name, eval_dir, min_steps)
+    return evaluations.hook(partial(_stalls, operator.lt, max_steps_without_decrease), run_every_secs, run_every_steps)
 
 
 # --- predicates --------------------------------------------------------------------------------------------------
@@ -164,37 +154,42 @@ _Values = Iterator[tuple[int, float]]
 """Global step and value of a metric, in the order of the steps."""
 
 
-def _metric_hook(
-    rule: Callable[[_Values], str],
-    estimator: Estimator,
-    metric_name: str,
-    eval_dir: PathLike | None,
-    min_steps: int,
-    run_every_secs: float | None,
-    run_every_steps: int | None,
-) -> TrainingHook:
-    def should_stop() -> bool:
-        reason = rule(_values(eval_dir or join(estimator.model_dir, "eval"), metric_name, min_steps))
-        if reason:
-            logger.info("%s %s", metric_name, reason)
-        return bool(reason)
+@dataclass(frozen=True)
+class _Evaluations:
+    """The evaluations whose values of one metric a hook watches."""
 
-    return make_early_stopping_hook(estimator, should_stop, run_every_secs, run_every_steps)
+    estimator: Estimator
+    metric_name: str
+    eval_dir: PathLike | None
+    min_steps: int
 
+    def hook(
+        self, rule: Callable[[_Values], str], run_every_secs: float | None, run_every_steps: int | None
+    ) -> TrainingHook:
+        """Return a hook that stops the training when a rule returns a reason for it."""
 
-def _values(eval_dir: PathLike, name: str, min_steps: int) -> _Values:
-    """Yield the values of a metric. The newest evaluation may lack it, since it may still be being written."""
-    results = read_eval_metrics(eval_dir)
-    for step, metrics in results.items():
-        if step < min_steps:
-            continue
-        if name in metrics:
-            yield step, metrics[name]
-        elif step != max(results):
-            raise ConfigError(
-                f"early stopping: the evaluation of step {step} in {eval_dir} has no metric {name!r}, only "
-                f"{', '.join(sorted(metrics))}{did_you_mean(name, metrics)}"
-            )
+        def should_stop() -> bool:
+            reason = rule(self._values())
+            if reason:
+                logger.info("%s %s", self.metric_name, reason)
+            return bool(reason)
+
+        return make_early_stopping_hook(self.estimator, should_stop, run_every_secs, run_every_steps)
+
+    def _values(self) -> _Values:
+        """Yield the values. The newest evaluation may lack the metric, since it may still be being written."""
+        eval_dir, name = self.eval_dir or join(self.estimator.model_dir, "eval"), self.metric_name
+        results = read_eval_metrics(eval_dir)
+        for step, metrics in results.items():
+            if step < self.min_steps:
+                continue
+            if name in metrics:
+                yield step, metrics[name]
+            elif step != max(results):
+                raise ConfigError(
+                    f"early stopping: the evaluation of step {step} in {eval_dir} has no metric {name!r}, only "
+                    f"{', '.join(sorted(metrics))}{did_you_mean(name, metrics)}"
+                )
 
 
 def _crosses(is_beyond: Compare, threshold: float, values: _Values) -> str:

@@ -148,6 +148,8 @@ class CheckpointSaverHook(TrainingHook):
     A checkpoint that cannot be written is an error in the log, and the training goes on: the next one is tried when it
     is due. Only if the last one cannot be written, the training fails.
 
+    A chief that is asked to leave, by SIGTERM or Ctrl-C, saves as well.
+
     Once the step to stop at is reached, only the end saves: workers may still be in their last steps, and the
     checkpoint that an evaluator regards as the last one should contain these.
 
@@ -217,6 +219,11 @@ class CheckpointSaverHook(TrainingHook):
             self._write(session)
         for listener in self.listeners:
             listener.end(session, session.global_step)
+
+    def leave(self, session: TrainingSession) -> None:
+        """Save the present step, for a chief that is asked to leave."""
+        if session.is_chief:
+            logger.info("%s is asked to leave: saved a checkpoint to %s", session.task, session.save())
 
     def _save_if_due(self, session: TrainingSession, step: int) -> None:
         if self._timer.should_trigger_for_step(step) and not session.should_stop():

@@ -1,9 +1,10 @@
-"""The training loop of one task: its hooks, its input, its session."""
+"""The training of one task: its hooks, its input, its session."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,10 +12,12 @@ import torch
 
 from paramserver.checkpoint.storage import absolute
 from paramserver.cluster import environment
+from paramserver.cluster.exit_codes import is_request_to_leave
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
+from paramserver.cluster.termination import Termination
 from paramserver.distribute.parameter_server import ParameterServerStrategy
-from paramserver.errors import ConfigError, RunOverError, UnavailableError
+from paramserver.errors import ConfigError, RunOverError
 from paramserver.estimator.calling import Batch
 from paramserver.estimator.hooks.basic import StopAtStepHook
 from paramserver.estimator.hooks.hook import (
@@ -29,11 +32,10 @@ from paramserver.estimator.hooks.saving import CheckpointSaverHook, CheckpointSa
 from paramserver.estimator.hooks.watching import LoggingHook, NanLossHook, StepCounterHook
 from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.specs import EstimatorSpec
+from paramserver.estimator.train.loop import TrainingLoop
 from paramserver.estimator.train.session import TrainingRun
 from paramserver.estimator.uploading import training_writer
 from paramserver.summary import SummaryWriter
-
-logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL = 0.2
 
@@ -72,74 +74,29 @@ def train(
     if config.seed is not None:
         torch.manual_seed(config.seed)
     counter = _LocalSteps()
-    with contextlib.ExitStack() as stack, strategy.scope():
-        stack.enter_context(_telling_failure(strategy))
+    with strategy.scope(), _terminating(), _telling_failure(strategy):
         spec = build()
-        writer = stack.enter_context(training_writer(config.model_dir or ""))
-        stop = [StopAtStepHook(num_steps=steps, last_step=max_steps)] if steps or max_steps else []
-        user = (*hooks, *spec.training_hooks)
-        runner = HookRunner(
-            order_hooks(
-                is_chief=strategy.is_chief,
-                chief_only=(*_savers(config, user, saving_listeners), *_chief_hooks(config, spec, writer)),
-                user=(*stop, *(hook for hook in user if not isinstance(hook, CheckpointSaverHook)), counter),
-                last=(NanLossHook(), *_logging(config), *_reporting(reporter, config)),
+        with training_writer(config.model_dir or "") as writer:
+            user = (*hooks, *spec.training_hooks)
+            runner = HookRunner(
+                order_hooks(
+                    is_chief=strategy.is_chief,
+                    chief_only=(*_savers(config, user, saving_listeners), *_chief_hooks(config, spec, writer)),
+                    user=(*_stopping(steps, max_steps), *_without_savers(user), counter),
+                    last=(NanLossHook(), *_logging(config), *_reporting(reporter, config)),
+                )
             )
-        )
-        _loop(runner, lambda: TrainingRun(strategy, spec, config, max_steps, reporter), read)
+            runner.begin()
+            TrainingLoop(TrainingRun(strategy, spec, config, max_steps, reporter), runner).run(read)
     reporter.tell(state="done", global_step=strategy.global_step, step_seconds=strategy.statistics().per_step())
     return counter.steps
 
 
-def _loop(runner: HookRunner, create: Callable[[], TrainingRun], read: Callable[[], Iterator[Batch]]) -> None:
-    runner.begin()
-    session = create()
-    _announce(session, runner)
-    batches = read()
-    _train_on(session, runner, batches)
-    while not _finish(session, runner):
-        _train_on(session, runner, batches)
-    session.close()
-
-
-def _train_on(session: TrainingRun, runner: HookRunner, batches: Iterator[Batch]) -> None:
-    with contextlib.suppress(StopIteration):  # the input has ended
-        while not runner.stop_requested and not session.should_stop():
-            _persist(lambda: runner.step(lambda: session.step(batches)), session, runner)
-
-
-def _finish(session: TrainingRun, runner: HookRunner) -> bool:
-    """End a training; return False if a ps was lost meanwhile together with steps that were already made."""
-    reached = session.global_step
-    _persist(lambda: session.finish(runner.while_waiting), session, runner)
-    if session.global_step >= reached:
-        _persist(lambda: runner.end(session), session, runner)
-    if session.global_step < reached:
-        back = "%s had finished at step %d, but lost updates put it back at step %d: it trains on while it has input"
-        logger.warning(back, session.task, reached, session.global_step)
-    return session.global_step >= reached
-
-
-def _persist(action: Callable[[], object], session: TrainingRun, runner: HookRunner) -> None:
-    """Do something with the ps tasks, and repeat it after each loss that the session recovers from."""
-    while (loss := _loss(action)) is not None:
-        session.recover(loss)
-        _announce(session, runner)
-
-
-def _announce(session: TrainingRun, runner: HookRunner) -> None:
-    """Call the hooks for a session that is new or has recovered; again after each loss of a ps during these calls."""
-    while (loss := _loss(lambda: runner.after_create_session(session))) is not None:
-        session.recover(loss)
-
-
-def _loss(action: Callable[[], object]) -> UnavailableError | None:
-    """Do something; return the error if a ps was lost meanwhile."""
-    try:
-        action()
-    except UnavailableError as error:
-        return error
-    return None
+def _terminating() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which SIGTERM is an exception, unless the program handles it or cannot."""
+    is_handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    is_main = threading.current_thread() is threading.main_thread()
+    return contextlib.nullcontext() if is_handled or not is_main else Termination()
 
 
 @contextlib.contextmanager
@@ -149,10 +106,24 @@ def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
     except RunOverError:
         strategy.close()  # this task came too late to be of use, but it has not failed
         raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        if is_request_to_leave(error):
+            strategy.leave()
+        else:
+            strategy.close(failure=f"{type(error).__name__}: {error}")
+        raise
     except BaseException as error:
         in_cluster = strategy.task is not None  # otherwise there is no other task to tell
         strategy.close(failure=f"{type(error).__name__}: {error}" if in_cluster else "")
         raise
+
+
+def _stopping(steps: int | None, max_steps: int | None) -> list[TrainingHook]:
+    return [StopAtStepHook(num_steps=steps, last_step=max_steps)] if steps or max_steps else []
+
+
+def _without_savers(user: Sequence[TrainingHook]) -> list[TrainingHook]:
+    return [hook for hook in user if not isinstance(hook, CheckpointSaverHook)]
 
 
 def _savers(

@@ -163,13 +163,13 @@ def test_one_replica_returns_what_the_function_returns() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        ([1], [1, 2], "different lengths: list of length 1 and list of length 2"),
-        ([1], (1,), "different types: list of length 1 and tuple of length 1"),
-        ({"a": 1}, {"b": 1}, r"different keys: dict with keys \['a'\] and dict with keys \['b'\]"),
-        (1, [1], "a leaf and a structure: 1 and list of length 1"),
-        ([1], 1, "different types: list of length 1 and 1"),
+        ([1], [1, 2], "different lengths: a list of length 1 and a list of length 2"),
+        ([1], (1,), "different types: a list of length 1 and a tuple of length 1"),
+        ({"a": 1}, {"b": 1}, r"different keys: a dict with keys \['a'\] and a dict with keys \['b'\]"),
+        (1, [1], "a leaf and a structure: 1 and a list of length 1"),
+        ([1], 1, "different types: a list of length 1 and 1"),
         ({"a": [1]}, {"a": [1, 2]}, "different lengths"),
-        (Pair(1, 2), (1, 2), "different types: Pair of length 2 and tuple of length 2"),
+        (Pair(1, 2), (1, 2), "different types: a Pair of length 2 and a tuple of length 2"),
     ],
 )
 def test_structures_that_differ_are_refused_naming_both(one: Any, other: Any, message: str) -> None:

@@ -91,6 +91,9 @@ def test_its_hooks_are_called_around_every_batch(tmp_path):
         ({"input_fn": [1]}, TypeError, r"input_fn: expected a function, got \[1\]"),
         ({"every_n_iter": 0}, ConfigError, "every_n_iter: expected a positive number, got 0"),
         ({"every_n_iter": None}, ConfigError, "every_n_iter: expected a positive number, got None"),
+        ({"every_n_iter": True}, ConfigError, "every_n_iter: expected a positive number, got True"),
+        ({"steps": 0}, ConfigError, "steps: expected a positive number, got 0"),
+        ({"steps": True}, ConfigError, "steps: expected a positive number, got True"),
         ({"hooks": [1]}, TypeError, r"hooks\[0\]: expected an instance of TrainingHook, got 1"),
     ],
 )

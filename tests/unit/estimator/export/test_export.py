@@ -210,10 +210,10 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(tmp_path, mode
 
 @pytest.mark.parametrize(
     ("example", "shown"),
-    [(None, "NoneType"), ({"a": "text"}, "dict"), (torch.zeros(0, 3), r"Tensor of shape \[0, 3\]")],
+    [(None, "None"), ({"a": "text"}, "a dict"), (torch.zeros(0, 3), r"a Tensor of shape \[0, 3\]")],
 )
 def test_an_example_that_is_no_batch_is_refused(tmp_path, example, shown):
-    with pytest.raises(ConfigError, match=f"serving_input_fn must return one batch of features, .* got a {shown}"):
+    with pytest.raises(ConfigError, match=f"serving_input_fn must return one batch of features, .* got {shown}"):
         write_export(str(tmp_path), spec_of(net()), 7, lambda: example)
     assert names(tmp_path) == []
 

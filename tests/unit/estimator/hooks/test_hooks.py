@@ -248,6 +248,8 @@ def test_n06_n08_n09_n10_exactly_one_limit(make):
         make()
     with pytest.raises(ConfigError, match=r"exactly one of .*, got both"):
         make(every_secs=1, every_steps=1)
+    with pytest.raises(ConfigError, match="last_step: expected a positive number, got True"):
+        StopAtStepHook(last_step=True)
     with pytest.raises(ConfigError, match="expected a positive number, got 0"):
         make(every_steps=0)
 
@@ -453,6 +455,8 @@ def test_n11_n04_a_wait_that_was_cut_short_goes_on_with_the_next_session():
     ("options", "message"),
     [
         ({"wait_until_step": -1}, "wait_until_step: expected a whole number of at least 0, got -1"),
+        ({"wait_until_step": True}, "wait_until_step: expected a whole number of at least 0, got True"),
+        ({"wait_until_step": 1, "timeout": True}, "timeout: expected positive seconds or None, got True"),
         ({"wait_until_step": 1, "timeout": 0}, "timeout: expected positive seconds or None, got 0"),
     ],
 )
@@ -481,6 +485,8 @@ def test_n12_progress_need_not_be_logged_and_the_number_is_positive(caplog):
     caplog.set_level(logging.INFO)
     train(StopAfterNEvalsHook(2, log_progress=False))
     assert not caplog.messages
+    with pytest.raises(ConfigError, match="num_evals: expected a positive number or None, got True"):
+        StopAfterNEvalsHook(True)
     with pytest.raises(ConfigError, match="num_evals: expected a positive number or None, got 0"):
         StopAfterNEvalsHook(0)
 

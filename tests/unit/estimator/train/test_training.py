@@ -521,7 +521,7 @@ def test_hooks_of_the_users_own_see_the_end_of_a_training(tmp_path):
     final = FinalOpsHook(lambda: optimizers[0].param_groups[0]["lr"])
     Estimator(model_fn, str(tmp_path)).train(batches, steps=3, hooks=[final, ProfilerHook(save_steps=2)])
     assert final.final_ops_values == 0.05
-    assert [path.name for path in tmp_path.glob("*.json")] == ["chief-0.2.pt.trace.json"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["worker-0.2.pt.trace.json"]
 
 
 def test_n12_a_hook_ends_an_evaluation_of_endless_input_each_time(tmp_path, caplog):
