@@ -208,7 +208,7 @@ class Server:
         if isinstance(error, UnavailableError):  # also a worker that goes on by the local socket instead
             logger.debug("%s: %s", self.task, str(error))
         elif isinstance(error, ParameterServerError):
-            self._host.complaints.add(type(error).__name__, f"{self.task}: {error}")
+            self._host.complaints.add(type(error).__name__, f"{self.task} turned away a connection: {error}")
         else:  # most likely no descriptor, thread or memory is left; connections that end will free some
             what = f"{self.task} cannot take another connection: {type(error).__name__}: {error}"
             self._host.complaints.add(type(error).__name__, f"{what}; raise the limit (ulimit -n, ulimit -u)?")
