@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
 REPORT_INTERVAL = 0.5
+SIGNAL_INTERVAL = 0.5
+"""Seconds until a signal has its effect at the latest."""
 
 
 class Server:
@@ -153,7 +155,9 @@ class Server:
         )
         self._waiters.append(waiter)
         waiter.start()
-        waiter.join()
+        while waiter.is_alive():
+            # A signal that another thread of this process received does not end the main thread's wait for a lock.
+            waiter.join(SIGNAL_INTERVAL)
         return results[0]
 
     def stop(self) -> None:
