@@ -91,14 +91,14 @@ class Conversation:
         except UnavailableError as error:  # no failure by itself: the membership judges how the peer has left
             logger.info("%s: %s", self._host.me.task, str(error))
         except ParameterServerError as error:
-            self._complain(error, str(error))
+            self._complain(error, f"ended a connection: {error}")
         except Exception as error:  # noqa: BLE001  # the failure of one connection must not end any other
-            self._complain(error, f"the connection of {self._hello.task} has failed:\n{traceback.format_exc()}")
+            self._complain(error, f"lost the connection of {self._hello.task} by an error:\n{traceback.format_exc()}")
         return Pace.OVER
 
     def _complain(self, error: Exception, message: str) -> None:
         kind = f"{type(error).__name__} of {self._hello.task}"
-        self._host.complaints.add(kind, f"{self._host.me.task}: {message}")
+        self._host.complaints.add(kind, f"{self._host.me.task} {message}")
 
     def end(self) -> None:
         """See `threads.Served`."""

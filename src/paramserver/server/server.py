@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
 REPORT_INTERVAL = 0.5
+SIGNAL_INTERVAL = 0.5
+"""Seconds until a signal has its effect at the latest."""
 
 
 class Server:
@@ -161,7 +163,9 @@ class Server:
         )
         self._waiters.append(waiter)
         waiter.start()
-        waiter.join()
+        while waiter.is_alive():
+            # A signal that another thread of this process received does not end the main thread's wait for a lock.
+            waiter.join(SIGNAL_INTERVAL)
         return results[0]
 
     def stop(self) -> None:
@@ -217,7 +221,7 @@ class Server:
         if isinstance(error, UnavailableError):  # also a worker that goes on by the local socket instead
             logger.debug("%s: %s", self.task, str(error))
         elif isinstance(error, ParameterServerError):
-            self._host.complaints.add(type(error).__name__, f"{self.task}: {error}")
+            self._host.complaints.add(type(error).__name__, f"{self.task} turned away a connection: {error}")
         else:  # most likely no descriptor, thread or memory is left; connections that end will free some
             what = f"{self.task} cannot take another connection: {type(error).__name__}: {error}"
             self._host.complaints.add(type(error).__name__, f"{what}; raise the limit (ulimit -n, ulimit -u)?")

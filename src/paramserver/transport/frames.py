@@ -118,8 +118,8 @@ class FrameSocket:
     def gather(self) -> bool:
         """Receive the bytes that are there, without waiting for more, and return whether `receive` can go on.
 
-        It can after a whole frame including its payload, after a frame too large to be gathered, and at the end of the
-        stream. Call this between two messages, when nothing is left of the last payload.
+        It can after a whole frame including its payload, after a frame too large to be gathered, after a damaged head,
+        and at the end of the stream. Call this between two messages, when nothing is left of the last payload.
         """
         self._make_room()
         received = self._call(self._try, self._socket.recv_into, self._buffer[self._end :], 0)
@@ -129,7 +129,8 @@ class FrameSocket:
         gathered = self._end
         if gathered < codec.HEADER_BYTES:
             return False
-        return gathered >= min(codec.frame_bytes(self._buffer), RECEIVE_BYTES)
+        is_there = gathered >= min(codec.frame_bytes(self._buffer), RECEIVE_BYTES)
+        return is_there or codec.is_damaged(self._buffer)  # what follows a damaged head is not waited for
 
     @property
     def has_more(self) -> bool:
