@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ loop, model_dir = sys.argv[1:]
 task = ps.cluster.task_name()
 
 def say(word):
-    print("phase:", word, flush=True)
+    print("phase:", word, os.getppid(), flush=True)
 
 class Phases(ps.estimator.TrainingHook):
     def after_run(self, context, values):
@@ -151,7 +152,7 @@ def _rows() -> Iterator[Row]:
             for number in ("TERM", "KILL"):
                 kept = saves and role == "chief:0" and number == "TERM"
                 yield Row(loop, role, number, 0, restarts=1, says="started again in 0.5 s", finishes=True, saves=kept)
-        yield Row(loop, "chief:0", "TERM", 0, "saves", 1, says="started again", finishes=True)
+        yield Row(loop, "chief:0", "TERM", 0, "saves", 1, says="started again", finishes=True, saves=saves)
         yield Row(loop, "ps:0", "TERM", 0, "saves", 1, says="started again", finishes=True)
         yield Row(loop, "chief:0", "KILL", 0, "begins", 1, says="started again", finishes=True)
         yield Row(loop, "ps:0", "TERM", 0, "begins", 1, says="started again", finishes=True)
@@ -163,12 +164,12 @@ def _rows() -> Iterator[Row]:
     yield Row("own", "launcher", "USR1", 0, says="SIGUSR1: no task has a handler for it", finishes=True)
     yield Row("own", "launcher", "USR2", 0, says="SIGUSR2: no task has a handler for it", finishes=True)
     yield Row(
-        "estimator", "evaluator:0", "TERM", 143, says="evaluator:0 was asked to leave", finishes=True, **with_evaluator
+        "estimator", "evaluator:0", "TERM", 143, says="evaluator:0 was asked to leave", finishes=True, evaluator=True
     )
     yield Row("estimator", "evaluator:0", "KILL", 0, restarts=1, says="started again", finishes=True, evaluator=True)
     yield Row("estimator", "ps:0", "TERM", 143, says="ps:0 was asked to leave", evaluator=True)
     yield Row(
-        "estimator", "chief:0", "TERM", 0, restarts=1, says="started again", finishes=True, saves=True, **with_evaluator
+        "estimator", "chief:0", "TERM", 0, restarts=1, says="started again", finishes=True, saves=True, evaluator=True
     )
     yield Row("estimator", "launcher", "TERM", 143, says="stopping the run", saves=True, evaluator=True)
 
@@ -194,13 +195,16 @@ def test_a_signal(row: Row, tmp_path: Path, warm: Warm, mark: dict[str, str]) ->
         for line in launcher.stdout:
             said += line
             task, _, text = line.partition(" | ")
-            if text.strip() == f"phase: {row.moment}":
+            if text.startswith(f"phase: {row.moment} "):
                 waiting.discard(task)
+                parent = int(text.split()[-1])
             if not waiting:
                 break
         number = signal.Signals[f"SIG{row.signal}"]
-        os.kill(launcher.pid if row.role == "launcher" else _process(row.role, mark), number)
+        os.kill(launcher.pid if row.role == "launcher" else _process(row.role, parent), number)
         said += launcher.communicate(timeout=PATIENCE)[0]
+    if row.signal == "KILL" and row.role == "launcher":
+        _await_end(mark)  # of the guard, which has killed the tasks
     assert (launcher.returncode, row.says in said) == (row.code, True), said
     saved = f"saved a checkpoint of step {STEPS}" in said or f"step {STEPS + 1} to" in said
     assert (saved, "is asked to leave: saved a checkpoint" in said) == (row.finishes, row.saves), said
@@ -208,11 +212,26 @@ def test_a_signal(row: Row, tmp_path: Path, warm: Warm, mark: dict[str, str]) ->
         assert said.splitlines()[-1].startswith("error: ") or row.role == "launcher", said
 
 
-def _process(task: str, mark: dict[str, str]) -> int:
-    """Return the id of the process of a task."""
+def _process(task: str, parent: int) -> int:
+    """Return the id of the process of a task, which like all others was forked from one parent."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            is_task = (process / "comm").read_text().strip() == task
-            if is_task and mark["PARAMSERVER_TEST_MARK"].encode() in (process / "environ").read_bytes():
+            status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+            if (status["Name"].strip(), int(status["PPid"])) == (task, parent):
                 return int(process.name)
     raise AssertionError(f"there is no process of {task}")
+
+
+def _await_end(mark: dict[str, str]) -> None:
+    """Wait for the end of all processes with a mark in their environment."""
+    poll = select.poll()
+    descriptors = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if mark["PARAMSERVER_TEST_MARK"].encode() in (process / "environ").read_bytes():
+                descriptors.append(os.pidfd_open(int(process.name)))
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+        assert poll.poll(PATIENCE * 1000)
+        poll.unregister(descriptor)
+        os.close(descriptor)
