@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 
 from paramserver.errors import UnavailableError
+from paramserver.layout.lanes import check_platform
 from paramserver.memory import shared_file
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,12 @@ class Listener:
         descriptor: An inherited listening socket to use instead of ``address``.
 
     Raises:
+        ConfigError: If this system has no lanes.
         UnavailableError: If the address cannot be bound.
     """
 
     def __init__(self, address: str, task: str, descriptor: int | None = None) -> None:
+        check_platform(f"serving as {task}")
         self.is_closed = False
         self._task = task
         self._sockets = [_listen(address, task) if descriptor is None else socket.socket(fileno=descriptor)]

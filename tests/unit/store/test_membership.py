@@ -154,3 +154,14 @@ def test_a_process_that_was_started_again_begins_with_the_first_model():
     for incarnation in ("p.1", "p.2"):
         membership.disconnect(CHIEF, incarnation)
     assert membership.join(CHIEF, "q.3") == 2
+
+
+def test_workers_that_are_not_known_may_join_and_are_not_waited_for():
+    membership = Membership(FIRST, [FIRST], takes_more=True)
+    membership.join(FIRST, "one start")
+    membership.join(SECOND, "one start")
+    assert membership.joined() == (FIRST, SECOND)
+    membership.leave(FIRST, "one start")
+    assert membership.outlook is Outlook.GOING_ON
+    membership.leave(SECOND, "one start")
+    assert membership.outlook is Outlook.OVER
