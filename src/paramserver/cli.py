@@ -16,7 +16,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from paramserver.cluster import logs
+from paramserver.cluster.exit_codes import exit_code
 from paramserver.errors import ConfigError, ParameterServerError
+from paramserver.launch.lifecycle import Limits
 from paramserver.launch.spec import LaunchOptions
 
 app = typer.Typer(
@@ -37,13 +40,21 @@ Lane = Annotated[
 ]
 
 
+LogLevel = Annotated[
+    str | None, typer.Option(metavar="|".join(logs.LEVELS), help="Least level of the log (default: info).")
+]
+LogFormat = Annotated[
+    str | None, typer.Option(metavar="|".join(logs.FORMATS), help="json: each line is an object (default: text).")
+]
+
+
 def main() -> None:
     """Run the command that the process's arguments name, and exit."""
     try:
         app(prog_name="paramserver")
     except ParameterServerError as exc:
         typer.echo(f"error: {exc}", err=True)
-        sys.exit(1)
+        sys.exit(exit_code(exc))
 
 
 def _show_version(wanted: bool) -> None:
@@ -70,6 +81,9 @@ def _common(
 def launch(
     script: Annotated[str, typer.Argument(help="The program to train with.")],
     args: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
+    is_module: Annotated[
+        bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for python -m.")
+    ] = False,
     ps: Annotated[int, typer.Option(metavar="N", help="Parameter servers.")] = 1,
     workers: Annotated[int, typer.Option(metavar="N", help="Tasks that train, including the chief.")] = 1,
     evaluator: Annotated[bool, typer.Option("--evaluator", help="Start an evaluator, too.")] = False,
@@ -78,7 +92,15 @@ def launch(
         int | None,
         typer.Option(metavar="N", help="CPU threads per task (default: cores / workers)."),
     ] = None,
-    restarts: Annotated[int, typer.Option(metavar="N", help="Start each task that fails again, up to N times.")] = 0,
+    restarts: Annotated[
+        int, typer.Option(metavar="N", help="Start each task that fails again, up to N times in a restart window.")
+    ] = 0,
+    restart_window: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time after which a failure does not count any more.")
+    ] = 3600.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time for a task that is told to end, to save for example.")
+    ] = 30.0,
     start_method: Annotated[
         str,
         typer.Option(
@@ -86,13 +108,19 @@ def launch(
             help="forkserver: tasks are forks of one process that has imported torch; spawn: each imports it itself.",
         ),
     ] = "forkserver",
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Folder for a file with the output of each task.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
 ) -> None:
     """Run SCRIPT as a cluster of processes on this machine.
 
     Chief, workers and evaluator run the script; parameter servers run the standard server. Every line of
     output begins with the name of its task; on a terminal, a display below the lines shows the progress.
-    Ctrl-C stops all tasks. The exit code is that of the first task that failed.
+    The tasks' standard input is empty. Ctrl-C stops all tasks, ps tasks last. The exit code is that of the
+    first task that failed of its own.
     """
     from paramserver.launch import local
     from paramserver.launch.display import launch_displayed
@@ -105,10 +133,14 @@ def launch(
         evaluator=evaluator,
         lane=lane,
         threads=threads,
-        restarts=restarts,
+        limits=Limits(restarts=restarts, restart_window=restart_window, shutdown_timeout=shutdown_timeout),
         start_method=start_method,
+        is_module=is_module,
+        log_level=log_level,
+        log_format=log_format,
+        log_dir=log_dir,
     )
-    if not Path(script).is_file():
+    if not is_module and not Path(script).is_file():
         raise ConfigError(f"launch: there is no script {script!r} in {Path.cwd()}")
     if dry_run:
         typer.echo(local.dry_run(options), nl=False)
@@ -117,21 +149,38 @@ def launch(
 
 
 @app.command()
-def server() -> None:
+def server(
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen on any address, even if there is no token: everyone may connect.")
+    ] = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+) -> None:
     """Serve as the ps task that TF_CONFIG names.
 
-    Ends by itself when the run is over.
+    Ends by itself when the run is over. Without PARAMSERVER_TOKEN or PARAMSERVER_TOKEN_FILE, only a loopback address is
+    listened on.
     """
-    from paramserver.cluster import server_task
+    from paramserver.cluster import environment, server_task
 
-    server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+    _, task = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+    surroundings = environment.read()
+    level, form = log_level or surroundings.log_level, log_format or surroundings.log_format
+    logs.check_level(level, "--log-level")
+    logs.check_format(form, "--log-format")
+    logs.set_up(str(task), level, form, names_task=surroundings.run_file is None)
     from paramserver.server.server import run_standard_server
 
-    run_standard_server()
+    run_standard_server(insecure=insecure)
 
 
 @app.command()
-def inspect(checkpoint: Annotated[str, typer.Argument(help="Path or URL of the checkpoint.")]) -> None:
+def inspect(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Path or URL of a checkpoint, or of a model_dir for its latest one."),
+    ],
+) -> None:
     """Show the variables of a checkpoint.
 
     Prints its global step and each variable's type, shape and size.
@@ -154,19 +203,22 @@ def inspect(checkpoint: Annotated[str, typer.Argument(help="Path or URL of the c
 @app.command()
 def status(
     addresses: Annotated[
-        list[str] | None, typer.Argument(help="host:port of each ps (default: the ps tasks in TF_CONFIG).")
+        list[str] | None,
+        typer.Argument(metavar="RUN|ADDRESSES", help="host:port of each ps, or the id of a launched run."),
     ] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time to try to reach all of them.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the contents and counters of parameter servers.
 
-    Asks the ps tasks of a running run, whose PARAMSERVER_TOKEN must be set. Load is the size of the values,
-    relative to the mean of the tasks shown; staleness counts updates by other workers.
+    Without arguments, asks the ps tasks of TF_CONFIG, or else of the run that was launched on this machine by this
+    user. Addresses need the run's PARAMSERVER_TOKEN. Load is the size of the values, relative to the mean of the tasks
+    shown; staleness counts updates by other workers.
     """
     from paramserver.observe import status as run_status
 
-    statuses = run_status.ask(run_status.find_targets(addresses or ()), timeout)
+    found = run_status.find_run(addresses or ())
+    statuses = run_status.ask(found.targets, timeout, found.token)
     if as_json:
         typer.echo(run_status.as_json(statuses))
         return

@@ -58,6 +58,10 @@ class UnavailableError(ParameterServerError, ConnectionError):
         self.task = task
 
 
+class AddressError(UnavailableError):
+    """A ps cannot listen on its address, because another process does or the address is not of this machine."""
+
+
 class DeadlineError(ParameterServerError, TimeoutError):
     """An awaited event did not happen in time.
 
@@ -92,6 +96,10 @@ class RefusedError(ParameterServerError):
 
 class TokenError(RefusedError):
     """The peer does not hold the token of this run: it belongs to another run, or to none."""
+
+
+class RunFailedError(RefusedError):
+    """The chief has failed, and the run with it. The message is the chief's; the task that reads it is not to blame."""
 
 
 class ModelMismatchError(RefusedError):

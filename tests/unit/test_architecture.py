@@ -81,6 +81,7 @@ ARROWS = {
         "memory",
         "server",
         "summary",
+        "transport",
     },
     "testing": {
         "client",

@@ -34,7 +34,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
     """The options that `launch` was called with; nothing is started."""
     calls: list[LaunchOptions] = []
 
-    def launch(options: LaunchOptions) -> int:
+    def launch(options: LaunchOptions, *_: object) -> int:
         calls.append(options)
         return 7
 
@@ -51,9 +51,9 @@ def test_help_fits_in_80_columns(command: list[str]) -> None:
 
 
 def test_an_address_that_is_none_is_refused() -> None:
-    result = invoke("status", "localhost")
+    result = invoke("status", "localhost:")
     assert isinstance(result.exception, ConfigError)
-    assert "status: expected host:port, got 'localhost'" in str(result.exception)
+    assert "status: expected host:port, got 'localhost:'" in str(result.exception)
 
 
 def test_options_of_launch_reach_it_and_its_exit_code_is_ours(script: str, launched: list[LaunchOptions]) -> None:
@@ -132,7 +132,7 @@ def test_an_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_ctrl_c_gives_130(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: LaunchOptions) -> int:
+    def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(local, "launch", interrupted)
@@ -199,12 +199,13 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 PS_CONFIG = {"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}
 
 
-def test_server_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "insecure"), [([], False), (["--insecure"], True)])
+def test_server_serves(monkeypatch: pytest.MonkeyPatch, options: list[str], insecure: bool) -> None:
     monkeypatch.setenv("TF_CONFIG", json.dumps(PS_CONFIG))
-    served: list[bool] = []
-    replace_module(monkeypatch, "paramserver.server.server", run_standard_server=lambda: served.append(True))
-    assert invoke("server").exit_code == 0
-    assert served == [True]
+    served: list[dict[str, bool]] = []
+    replace_module(monkeypatch, "paramserver.server.server", run_standard_server=lambda **kw: served.append(kw))
+    assert invoke("server", *options).exit_code == 0
+    assert served == [{"insecure": insecure}]
 
 
 def test_a_server_that_cannot_know_who_it_is_says_so_before_it_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:

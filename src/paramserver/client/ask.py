@@ -9,6 +9,7 @@ from typing import TypeVar
 from paramserver.client.exchange import Call, Exchange
 from paramserver.errors import DeadlineError
 from paramserver.transport.lane import Lane
+from paramserver.transport.waiting import WaitLog
 from paramserver.wire import messages
 from paramserver.wire.refusals import expect
 
@@ -25,19 +26,24 @@ class Patience:
     Args:
         timeout: Seconds.
         on_wait: Called about every second with the seconds waited so far.
+        clock: Returns seconds that never decrease.
     """
 
-    def __init__(self, timeout: float, on_wait: OnWait = lambda _: None) -> None:
+    def __init__(
+        self, timeout: float, on_wait: OnWait = lambda _: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._timeout = timeout
         self._on_wait = on_wait
-        self._begun = time.monotonic()
+        self._log = WaitLog("this task", timeout, clock=clock)
+        self._clock = clock
+        self._begun = clock()
 
     def interval(self) -> float:
         """Return the seconds for which a ps may be asked to wait."""
         return min(WAIT_INTERVAL, max(self._timeout - self._waited(), 0.0))
 
     def wait_on(self, failing: str) -> None:
-        """Check the time limit and call ``on_wait`` after a wait in vain.
+        """Check the time limit after a wait in vain, call ``on_wait``, and log the wait if it takes long.
 
         Args:
             failing: The message about the missing thing, without the time.
@@ -50,10 +56,11 @@ class Patience:
             raise DeadlineError(
                 f"{failing} within {self._timeout:g} s; is it running? (session_creation_timeout_secs)", self._timeout
             )
+        self._log.say("the chief", failing)
         self._on_wait(waited)
 
     def _waited(self) -> float:
-        return time.monotonic() - self._begun
+        return self._clock() - self._begun
 
 
 def ask(lanes: Exchange, lane: Lane, request: messages.Request, kind: type[R]) -> R:

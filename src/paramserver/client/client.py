@@ -21,6 +21,7 @@ from paramserver.client.exchange import Answers, Call, Dialer, Exchange, Meanwhi
 from paramserver.client.variables import OwnVariables
 from paramserver.layout.arena import ArenaLayout
 from paramserver.transport.lane import Lane, Piece, TableRows, WorkerMemory
+from paramserver.transport.waiting import WaitLog
 from paramserver.wire import messages
 from paramserver.wire.messages import Part
 from paramserver.wire.payload import dense_pieces
@@ -408,7 +409,9 @@ class ParameterClient:
         Args:
             on_wait: Called about every second with the tasks that are still training.
         """
+        log = WaitLog("this task")
         while tasks := self._who_trains():
+            log.say(", ".join(sorted(tasks)), "the run is over when they have finished")
             on_wait(tuple(sorted(tasks)))
 
     # --- any time

@@ -20,7 +20,7 @@ from paramserver.cluster.roles import (
 )
 from paramserver.cluster.spec import ClusterDef, ClusterLike, ClusterSpec
 from paramserver.cluster.task import Role, TaskId
-from paramserver.cluster.tf_config import TFConfigClusterResolver, load_tf_config, server_task
+from paramserver.cluster.tf_config import TFConfigClusterResolver, load_tf_config, server_task, task_name
 
 __all__ = [
     "ClusterDef",
@@ -43,6 +43,7 @@ __all__ = [
     "normalize_cluster_spec",
     "parse_role",
     "server_task",
+    "task_name",
     "validate_cluster",
     "worker_count",
 ]

@@ -5,7 +5,12 @@ A launcher configures a task through these variables:
 TF_CONFIG
     JSON, as TensorFlow's: the cluster, and the task of this process.
 PARAMSERVER_TOKEN
-    The secret of the run. Tasks that do not hold it are refused.
+    The secret of the run. Tasks that do not hold it are refused. Without a secret, a ps listens on a loopback address
+    only.
+PARAMSERVER_TOKEN_FILE
+    The path of a file with the secret; line ends after it are ignored. Only read if PARAMSERVER_TOKEN is not set.
+PARAMSERVER_INSECURE
+    ``1`` if a ps may listen on any address without a secret.
 PARAMSERVER_RUN_ID
     The id of the run; with it an evaluator distinguishes a new run from an old one in the same model_dir.
 PARAMSERVER_LANE
@@ -13,9 +18,13 @@ PARAMSERVER_LANE
     the name of a lane from an installed package (``layout/lanes.py``).
 PARAMSERVER_LISTEN_FD
     A listening socket that a ps task inherits instead of binding its address.
-PARAMSERVER_PS_LISTEN
-    ``1`` if the addresses of the ps tasks are listened on before any task starts and until the run is over: a refused
-    connection has then come too late, not too early.
+PARAMSERVER_RUN_FILE
+    The path of the file of a launched run (``cluster/run_file.py``). It is gone when the run is over, so a task that
+    comes later does not wait for ps tasks that have ended.
+PARAMSERVER_LOG_LEVEL
+    The least level of the log of a command: ``debug``, ``info`` (the default), ``warning`` or ``error``.
+PARAMSERVER_LOG_FORMAT
+    The format of this log: ``text`` (the default), or ``json`` with one object for each line.
 PARAMSERVER_REPORT_FD
     A pipe that a task inherits and writes its reports to (``cluster/report.py``).
 PARAMSERVER_FORK_SERVER_FD
@@ -26,9 +35,12 @@ PARAMSERVER_FORK_SERVER_FD
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from paramserver.cluster.logs import check_format, check_level
 from paramserver.errors import ConfigError
 from paramserver.layout.lanes import check_lane
 
@@ -39,15 +51,20 @@ class Environment:
 
     tf_config: str = ""
     token: str = ""
+    insecure: bool = False
     run_id: str = ""
     lane: str = "auto"
     listen_fd: int | None = None
-    ps_listen: bool = False
+    run_file: Path | None = None
+    log_level: str = "info"
+    log_format: str = "text"
     report_fd: int | None = None
     fork_server_fd: int | None = None
 
     def __post_init__(self) -> None:
         check_lane(self.lane, "PARAMSERVER_LANE")
+        check_level(self.log_level, "PARAMSERVER_LOG_LEVEL")
+        check_format(self.log_format, "PARAMSERVER_LOG_FORMAT")
 
 
 def read() -> Environment:
@@ -58,14 +75,23 @@ def read() -> Environment:
     """
     return Environment(
         tf_config=os.environ.get("TF_CONFIG", ""),
-        token=os.environ.get("PARAMSERVER_TOKEN", ""),
+        token=os.environ.get("PARAMSERVER_TOKEN") or _secret_in(os.environ.get("PARAMSERVER_TOKEN_FILE", "")),
+        insecure=_flag("PARAMSERVER_INSECURE"),
         run_id=os.environ.get("PARAMSERVER_RUN_ID", ""),
         lane=os.environ.get("PARAMSERVER_LANE", "auto"),
         listen_fd=_descriptor("PARAMSERVER_LISTEN_FD"),
-        ps_listen=os.environ.get("PARAMSERVER_PS_LISTEN") == "1",
+        run_file=_path("PARAMSERVER_RUN_FILE"),
+        log_level=os.environ.get("PARAMSERVER_LOG_LEVEL", "info"),
+        log_format=os.environ.get("PARAMSERVER_LOG_FORMAT", "text"),
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),
         fork_server_fd=_descriptor("PARAMSERVER_FORK_SERVER_FD"),
     )
+
+
+def runtime_folder() -> Path:
+    """Return the folder for files of runs that go on, which belongs to the user of this process."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "paramserver" if base else Path(tempfile.gettempdir()) / f"paramserver-{os.getuid()}"
 
 
 def for_child(additions: Mapping[str, str]) -> dict[str, str]:
@@ -81,6 +107,31 @@ def extend(additions: Mapping[str, str]) -> None:
 def is_set(name: str) -> bool:
     """Return whether the user has set a variable, so that it must not get a default."""
     return name in os.environ
+
+
+def _path(name: str) -> Path | None:
+    text = os.environ.get(name)
+    return Path(text) if text else None
+
+
+def _secret_in(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        secret = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError(f"PARAMSERVER_TOKEN_FILE: cannot read the secret of the run from {path!r}: {why}") from error
+    if not secret.strip():
+        raise ConfigError(f"PARAMSERVER_TOKEN_FILE: expected the secret of the run in {path!r}, and it is empty")
+    return secret
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name, "")
+    if text not in ("", "0", "1"):
+        raise ConfigError(f"{name}: expected 1, or 0 or nothing, got {text!r}")
+    return text == "1"
 
 
 def _descriptor(name: str) -> int | None:

@@ -19,7 +19,7 @@ from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.resolver import ClusterResolver, DescribedTask, format_master_url
 from paramserver.cluster.roles import find_task
 from paramserver.cluster.spec import ClusterSpec, parse_index
-from paramserver.cluster.task import Role, TaskId
+from paramserver.cluster.task import ALONE, Role, TaskId
 from paramserver.errors import ConfigError
 
 CountDevices: TypeAlias = Callable[[str | None, int | None], Mapping[str, int]]
@@ -119,6 +119,17 @@ def load_tf_config() -> dict[str, object]:
     if not isinstance(config, dict):
         raise _wrong("the variable", "a JSON object", config)
     return config
+
+
+def task_name() -> str:
+    """Return the name of this process's task, such as ``worker:1``, for logs; that of a process alone without one.
+
+    Raises:
+        ConfigError: If TF_CONFIG is malformed.
+    """
+    task = _object(load_tf_config(), "task")
+    role, index = _task_type(task), _task_index(task)
+    return f"{role}:{index or 0}" if role else str(ALONE)
 
 
 def server_task() -> tuple[ClusterSpec, TaskId]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +29,6 @@ from paramserver.errors import CheckpointError, NotFiniteError
 
 logger = logging.getLogger(__name__)
 
-SAY_EVERY = 10.0
-"""Seconds between two log lines that name the tasks waited for."""
 SHOWN_NAMES = 8
 
 
@@ -236,22 +233,3 @@ def lost_updates(reached: int, step: int) -> str:
     '99 updates are lost (back from step 500 to 401)'
     """
     return f"{max(reached - step, 0)} updates are lost (back from step {reached} to {step})"
-
-
-class Waiting:
-    """A log line, at most every `SAY_EVERY` seconds, that names the tasks waited for.
-
-    Args:
-        task: The name of this task.
-        clock: Returns the present time in seconds.
-    """
-
-    def __init__(self, task: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._task, self._clock = task, clock
-        self._say_at = clock() + SAY_EVERY
-
-    def on_wait(self, tasks: tuple[str, ...]) -> None:
-        """Take note of the tasks that are still waited for, and log them if it is time."""
-        if self._clock() >= self._say_at:
-            self._say_at = self._clock() + SAY_EVERY
-            logger.info("%s waits for %s to finish", self._task, ", ".join(tasks))

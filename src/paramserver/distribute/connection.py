@@ -8,12 +8,14 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from paramserver.client.client import ParameterClient
 from paramserver.client.exchange import Exchange
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
+from paramserver.cluster.exit_codes import is_request_to_leave
 from paramserver.errors import DeadlineError, RunOverError, UnavailableError
 from paramserver.server.server import play_in_process
 from paramserver.transport.handshake import connect
@@ -58,7 +60,7 @@ def to_cluster(
     identity = Identity(
         task=str(me), token=surroundings.token if token is None else token, incarnation=new_incarnation(process)
     )
-    dialer = ClusterDialer(cluster, identity, lane=lane or surroundings.lane, listens=surroundings.ps_listen)
+    dialer = ClusterDialer(cluster, identity, lane=lane or surroundings.lane, run_file=surroundings.run_file)
     client = ParameterClient(dialer.dial_all(timeout), dialer)
     weakref.finalize(client, _leave, client.lanes, os.getpid())
     return client
@@ -91,14 +93,13 @@ class ClusterDialer:
         cluster: The cluster.
         me: The identity of this task.
         lane: The name of the lanes to use; see `layout.lanes`.
-        listens: Whether the ps tasks listen from the start, so that one that does not listen has ended, and the run
-            with it.
+        run_file: The file of the run, which is gone when the run is over; None if the run has none.
     """
 
     cluster: ClusterSpec
     me: Identity
     lane: str
-    listens: bool
+    run_file: Path | None = None
 
     def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
         """See `exchange.Dialer`; raises as `to_cluster`."""
@@ -124,12 +125,21 @@ class ClusterDialer:
     def _dial(self, ps: int, kept: WorkerMemory | None, timeout: float) -> Lane:
         task = TaskId(Role.PS, ps)
         address = self.cluster.address(task)
-        return connect(address, str(task), self.me, lane=self.lane, timeout=timeout, listens=self.listens, kept=kept)
+        return connect(address, str(task), self.me, lane=self.lane, timeout=timeout, is_over=self._is_over, kept=kept)
+
+    def _is_over(self) -> bool:
+        return self.run_file is not None and not self.run_file.exists()
 
 
 def _leave(lanes: Exchange, pid: int) -> None:
-    """Say goodbye for a task that has not done so itself; with the uncaught exception, if there is one."""
+    """Say goodbye for a task that has not done so itself; with the uncaught exception, if there is one.
+
+    A task that was asked to leave has neither finished nor failed. Like a lost one it says nothing, and may come back.
+    """
     if os.getpid() != pid:
         return  # a forked child, such as a DataLoader's, inherits the connection but not the right to end it
     uncaught = getattr(sys, "last_value", None)
+    if is_request_to_leave(uncaught):
+        lanes.close()
+        return
     lanes.goodbye("" if uncaught is None else f"{type(uncaught).__name__}: {uncaught}")

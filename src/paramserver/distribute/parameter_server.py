@@ -20,6 +20,7 @@ from paramserver.cluster import (
     Role,
     SimpleClusterResolver,
     TFConfigClusterResolver,
+    environment,
     id_in_cluster,
     is_chief,
     normalize_cluster_spec,
@@ -27,6 +28,7 @@ from paramserver.cluster import (
     worker_count,
 )
 from paramserver.cluster.addresses import check_addresses
+from paramserver.cluster.report import Reporter
 from paramserver.distribute import checkpoints, connection
 from paramserver.distribute.bound import optimizer_state, plan
 from paramserver.distribute.bound.buffer_policies import BufferPolicy
@@ -41,6 +43,7 @@ from paramserver.distribute.bound.step_times import StepTimes
 from paramserver.distribute.bound.tables.bound_table import take_tables
 from paramserver.distribute.core.devices import Device, DeviceChoice
 from paramserver.distribute.core.input_context import InputContext
+from paramserver.distribute.progress import LoopProgress
 from paramserver.distribute.reduce.reduction import ReduceOp
 from paramserver.distribute.saving import SavingStrategy
 from paramserver.errors import ConfigError, LocalProtocolError, RunOverError, UnavailableError
@@ -138,6 +141,7 @@ class ParameterServerStrategy(SavingStrategy):
     def _begin(self) -> None:
         self.client = None
         self._has_prepared = self._is_preparing = False
+        self._progress: LoopProgress | None = None
         self._models = weakref.WeakSet()
         self._bound: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BoundModel]] = weakref.WeakKeyDictionary()
         self._begin_saving()
@@ -433,6 +437,24 @@ class ParameterServerStrategy(SavingStrategy):
             return model.times()
         raise RuntimeError(f"statistics: {self!r} has prepared no model")
 
+    def report(self, loss: float | torch.Tensor | None = None, *, max_steps: int | None = None) -> None:
+        """Report the progress of a training loop; call it once in each step. Does not block, and is cheap.
+
+        Under ``paramserver launch`` the display shows it, at most five times a second. Otherwise a line is logged every
+        10 seconds, with the global step and the steps per second. The loss is read only where it is shown.
+
+        Args:
+            loss: The loss of the step, one element.
+            max_steps: The global step at which the loop ends, for the progress bar.
+
+        Example:
+            >>> strategy = ParameterServerStrategy()
+            >>> strategy.report(0.25, max_steps=1000)
+        """
+        if self._progress is None:
+            self._progress = LoopProgress(self._shown_task, Reporter(self._shown_task, environment.read().report_fd))
+        self._progress.report(self.global_step, loss, max_steps)
+
     def activate(self, replica: int) -> None:
         for model in self._models:
             model.activate(replica)
@@ -497,6 +519,15 @@ class ParameterServerStrategy(SavingStrategy):
             self._settle()
         if self.client is not None:
             self.client.goodbye(failure)
+
+    def leave(self) -> None:
+        """Close the connections without a goodbye: this task has not finished, and may come back. Idempotent.
+
+        For a task that is asked to leave. The run goes on without it, and waits for a chief that has left so as for a
+        lost one. An update that is under way may or may not be applied.
+        """
+        if self.client is not None:
+            self.client.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if self.client is not None:

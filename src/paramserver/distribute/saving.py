@@ -164,8 +164,7 @@ class SavingStrategy(Strategy):
         self._settle()
         if self.task is None or not self.is_chief:
             return
-        waiting = checkpoints.Waiting(str(self.task))
-        client.await_workers(waiting.on_wait)
+        client.await_workers()
         self.refresh()
 
     def _client_of_model(self, call: str) -> ParameterClient:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from paramserver.checkpoint.index import SLOTS_INDEX, VALUES_INDEX, VALUES_PREFIX, read_index, unclaimed
-from paramserver.checkpoint.model_dir import checkpoint_step, readable
+from paramserver.checkpoint.model_dir import checkpoint_step, latest_checkpoint, readable
 from paramserver.checkpoint.reading import read_shapes, read_tensors
 from paramserver.distribute.bound.plan import load_values, plain_name
 from paramserver.errors import CheckpointError
@@ -77,9 +77,13 @@ class CheckpointInfo:
 def inspect_checkpoint(checkpoint_path: str) -> CheckpointInfo:
     """Read the list of a checkpoint's contents, without reading the values.
 
+    Args:
+        checkpoint_path: The path or URL of a checkpoint, or of a model_dir for its latest checkpoint.
+
     Raises:
         CheckpointError: If it is not a checkpoint, or is truncated.
     """
+    checkpoint_path = latest_checkpoint(checkpoint_path) or checkpoint_path
     with readable(checkpoint_path) as path:
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a checkpoint: expected a folder like model_dir/ckpt-100", str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Iterable
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from paramserver.cluster import environment
 from paramserver.cluster.task import TaskId
 from paramserver.launch import local
-from paramserver.launch.output import OutputLine, colours
-from paramserver.launch.progress import RunProgress
+from paramserver.launch.output import JsonPrinter, LogFiles, OutputLine, Printer, colours
+from paramserver.launch.progress import ProgressLines, RunProgress
 from paramserver.launch.spec import LaunchOptions, task_ids
 
 INTERVAL = 0.25
@@ -26,14 +28,39 @@ LINES_AT_ONCE = 1000
 
 
 def launch_displayed(options: LaunchOptions) -> int:
-    """Do `launch` with a display if there is a terminal; otherwise with the lines of the tasks alone."""
-    console = find_terminal()
-    if console is None:
-        return local.launch(options)
+    """Do `launch` with a display if there is a terminal; otherwise with the lines of the tasks and of the progress.
+
+    Raises:
+        ConfigError: If a task cannot be started, or the folder for logs cannot be written.
+    """
     tasks = task_ids(options)
     progress = RunProgress.of(tasks)
-    with Display(progress, console, tasks) as display:
-        return local.launch(options, progress.take, display.show, progress.end)
+    with contextlib.ExitStack() as stack:
+        as_json = (options.log_format or environment.read().log_format) == "json"
+        console = None if as_json else find_terminal()
+        shown = stack.enter_context(Display(progress, console, tasks)).show if console else _printer(tasks, as_json)
+        outputs = [shown]
+        if options.log_dir is not None:
+            files = LogFiles(options.log_dir)
+            stack.callback(files.close)
+            outputs.append(files)
+
+        def show(line: OutputLine) -> None:
+            for output in outputs:
+                output(line)
+
+        def say(text: str) -> None:
+            show(OutputLine(None, text, is_error=True))
+
+        lines = ProgressLines(progress, say if console is None else lambda _: None)
+        code = local.launch(options, lines.take, show, progress.end)
+        if not code and progress.has_updated is False:
+            say("the run has ended without a single update of a model")
+        return code
+
+
+def _printer(tasks: Iterable[TaskId], as_json: bool) -> local.OnOutput:
+    return JsonPrinter() if as_json else Printer(tasks)
 
 
 def find_terminal() -> Console | None:

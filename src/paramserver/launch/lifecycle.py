@@ -1,29 +1,37 @@
 """The consequences of the end of one task for the others. No process or clock: it receives events and returns actions.
 
 Rules
-    * The exit code of the run is that of the first task that failed; a task that was told to end cannot fail.
+    * The exit code of the run is that of the first task that failed of its own; a task that was told to end cannot
+      fail. A task that ends with the code `CONSEQUENCE` says that it ends because of another one.
     * A chief that fails ends the whole run, and so does a ps while any task trains. A worker or an evaluator that fails
       affects no other task.
     * When chief and workers have ended, ps tasks end by themselves; after the grace period they are told to. The grace
       is only `AFTER_FAILURE` if a chief or worker has failed: the ps tasks may be waiting for it.
     * An evaluator gets all the time that it needs.
     * An interrupt ends all tasks, and determines the exit code of the run; a second one kills.
-    * A task that was told to end and has not ended `KILL_AFTER` seconds later is killed.
-    * With restarts, a task that fails is started again, and counts as failed only after it has used them up.
+    * Where all tasks are to end, ps tasks are told last, when chief and workers have ended, who may still save.
+    * A task that was told to end and has not ended within the shutdown timeout is killed.
+    * With restarts, a task that fails is started again after a pause that doubles with each failure. Only failures
+      within the restart window count; the task has failed for good when they are more than the restarts.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from paramserver.cluster.exit_codes import CONSEQUENCE
 from paramserver.cluster.task import Role, TaskId
 
-KILL_AFTER = 3.0
-"""Seconds between asking a task to end and killing it."""
 AFTER_FAILURE = 1.0
 """Limit for the grace period in seconds, if a chief or worker has failed."""
+CULPRIT_WAIT = 5.0
+"""Seconds for which a task that failed because of another one does not end the run: the other may just be ending."""
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 30.0
+"""Limits for the pause before a task is started again, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +47,58 @@ class Ending:
     signal: int | None = None
 
     def __str__(self) -> str:
-        if self.signal is None:
-            return f"exited with code {self.code}"
-        return f"was killed by {signal.Signals(self.signal).name} (code {self.code})"
+        if self.signal is not None:
+            return f"was killed by {signal.Signals(self.signal).name} (code {self.code})"
+        if self.code == CONSEQUENCE:
+            return f"ended because of another task (code {self.code})"
+        if self.code - 128 in (signal.SIGINT, signal.SIGTERM):
+            return f"was asked to leave by {signal.Signals(self.code - 128).name} (code {self.code})"
+        return f"exited with code {self.code}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits of a run's end.
+
+    Attributes:
+        grace: Seconds that ps tasks get to end by themselves after chief and workers have ended.
+        shutdown_timeout: Seconds that a task gets to end after it was told to.
+        restarts: Number of failures of a task within the restart window after which it is started again.
+        restart_window: Seconds after which a failure does not count any more.
+    """
+
+    grace: float = 10.0
+    shutdown_timeout: float = 30.0
+    restarts: int = 0
+    restart_window: float = 3600.0
 
 
 class Lifecycle:
-    """The state of a run's end. Times are seconds of any one monotonic clock."""
+    """The state of a run's end. Times are seconds of any one monotonic clock.
 
-    def __init__(self, tasks: Iterable[TaskId], grace: float, restarts: int = 0) -> None:
+    Args:
+        tasks: All tasks of the run.
+        limits: The limits of its end.
+
+    Attributes:
+        running: The tasks that run, or will be started again.
+        failures: The tasks that failed for good, in order.
+        interrupt: The signal by which the user ended the run.
+        is_stopping: Whether all tasks are to end, by an interrupt or because of a failure.
+        has_finished: Whether the chief has ended well, so that a task that comes later comes after the end.
+    """
+
+    def __init__(self, tasks: Iterable[TaskId], limits: Limits) -> None:
         self.running = set(tasks)
-        self.restarts_left = dict.fromkeys(self.running, restarts)
         self.failures: list[tuple[TaskId, Ending]] = []
         self.interrupt: int | None = None
-        """The signal by which the user ended the run."""
-        self._grace = grace
+        self.is_stopping = False
+        self.has_finished = False
+        self._limits = limits
+        self._deaths: dict[TaskId, list[float]] = {task: [] for task in self.running}
+        self._starts: dict[TaskId, float] = {}
         self._due: dict[TaskId, tuple[float, signal.Signals]] = {}
         self._told: set[TaskId] = set()
-        self._chief_has_finished = False
-        self.is_stopping = False
-        """Whether all tasks are to end, by an interrupt or because of a failure."""
 
     def __repr__(self) -> str:
         running = ", ".join(map(str, sorted(self.running)))
@@ -70,39 +110,43 @@ class Lifecycle:
         return any(task.role.trains for task, _ in self.failures)
 
     @property
+    def culprit(self) -> tuple[TaskId, Ending] | None:
+        """The first task that failed of its own, and its end; None if no task failed."""
+        own = [failure for failure in self.failures if failure[1].code != CONSEQUENCE]
+        return next(iter(own or self.failures), None)
+
+    @property
     def exit_code(self) -> int:
         """The run's exit code, as far as it is known."""
         if self.interrupt is not None:
             return 128 + self.interrupt
-        return self.failures[0][1].code if self.failures else 0
+        return self.culprit[1].code if self.culprit else 0
 
     @property
     def summary(self) -> str:
-        """One line about the tasks that failed; empty if none did."""
-        if not self.failures:
+        """One line about the tasks that failed, the culprit first; empty if none did."""
+        if self.culprit is None:
             return ""
-        endings = "; ".join(f"{task} {ending}" for task, ending in self.failures)
+        others = [failure for failure in self.failures if failure != self.culprit]
+        endings = "; ".join(f"{task} {ending}" for task, ending in (self.culprit, *others))
         return f"error: {endings}" + ("; the run was stopped" if self.is_stopping else "")
 
-    def ended(self, task: TaskId, ending: Ending, now: float) -> bool:
-        """Note that a task has ended, and return whether to start it again."""
-        if ending.code and task not in self._told and self.restarts_left[task] and self._is_of_use(task):
-            self.restarts_left[task] -= 1
-            return True
+    def ended(self, task: TaskId, ending: Ending, now: float) -> float | None:
+        """Note that a task has ended, and return the seconds after which it is started again; None if it is not."""
+        failed = bool(ending.code) and task not in self._told
+        if failed and (pause := self._pause(task, now)) is not None:
+            self._starts[task] = now + pause
+            return pause
         self.running.discard(task)
         self._due.pop(task, None)
-        self._chief_has_finished |= task.role is Role.CHIEF
-        trains = any(other.role.trains for other in self.running)
-        if ending.code and task not in self._told:
+        self.has_finished |= task.role is Role.CHIEF and not ending.code
+        if failed:
             self.failures.append((task, ending))
-            if task.role is Role.CHIEF or (task.role is Role.PS and trains):
-                self._stop(now)
-        if not self.is_stopping and not trains:
-            grace = min(self._grace, AFTER_FAILURE) if self.has_lost_workers else self._grace
-            for other in self.running:
-                if other.role is Role.PS and other not in self._told:
-                    self._due.setdefault(other, (now + grace, signal.SIGTERM))
-        return False
+            if task.role is Role.CHIEF or (task.role is Role.PS and self._is_training):
+                self._stop(now + CULPRIT_WAIT if ending.code == CONSEQUENCE else now)
+        if not self._is_training:
+            self._end_ps_tasks(now)
+        return None
 
     def interrupted(self, number: int, now: float) -> None:
         """Note a signal by which the user, or the process that runs the launcher, wants to end the run."""
@@ -111,6 +155,19 @@ class Lifecycle:
         self._stop(now)
         if again:
             self._due = dict.fromkeys(self.running, (now, signal.SIGKILL))
+        elif not self._is_training:
+            self._end_ps_tasks(now)
+
+    def num_failures(self, task: TaskId) -> int:
+        """Return how often a task has failed within the restart window."""
+        return len(self._deaths[task])
+
+    def take_starts(self, now: float) -> list[TaskId]:
+        """Return the tasks to start again now. Each is returned once for each start."""
+        due = [task for task, when in self._starts.items() if when <= now]
+        for task in due:
+            del self._starts[task]
+        return due
 
     def take_due(self, now: float) -> list[tuple[TaskId, signal.Signals]]:
         """Return the signals to send now. Each is returned once."""
@@ -119,18 +176,41 @@ class Lifecycle:
             del self._due[task]
             self._told.add(task)
             if number is not signal.SIGKILL:
-                self._due[task] = (now + KILL_AFTER, signal.SIGKILL)
+                self._due[task] = (now + self._limits.shutdown_timeout, signal.SIGKILL)
         return due
 
     def next_due(self) -> float | None:
-        """Return the time when `take_due` will next return a signal, unless something else happens before."""
-        return min((when for when, _ in self._due.values()), default=None)
+        """Return the time of the next signal or start, unless something else happens before."""
+        return min((*(when for when, _ in self._due.values()), *self._starts.values()), default=None)
 
-    def _is_of_use(self, task: TaskId) -> bool:
-        """Return whether a task still has work to do; a ps has none after its chief has finished."""
-        return not self.is_stopping and not (self._chief_has_finished and task.role is Role.PS)
+    @property
+    def _is_training(self) -> bool:
+        return any(task.role.trains for task in self.running)
 
-    def _stop(self, now: float) -> None:
+    def _pause(self, task: TaskId, now: float) -> float | None:
+        """Return the seconds before a task that has failed is started again; None if it has failed for good."""
+        # Nobody would bring back what a ps held after its chief has finished.
+        if self.is_stopping or (self.has_finished and task.role is Role.PS):
+            return None
+        deaths = self._deaths[task] = [when for when in self._deaths[task] if when > now - self._limits.restart_window]
+        deaths.append(now)
+        if len(deaths) > self._limits.restarts:
+            return None
+        return min(math.ldexp(FIRST_PAUSE, len(deaths) - 1), LONGEST_PAUSE)
+
+    def _stop(self, when: float) -> None:
+        """Let all tasks end from ``when`` on; the ps tasks follow when nobody trains any more."""
         self.is_stopping = True
+        self.running -= self._starts.keys()
+        self._starts.clear()
         for task in self.running - self._told:
-            self._due[task] = (now, signal.SIGTERM)
+            if task.role is not Role.PS:
+                self._due[task] = (when, signal.SIGTERM)
+
+    def _end_ps_tasks(self, now: float) -> None:
+        grace = min(self._limits.grace, AFTER_FAILURE) if self.has_lost_workers else self._limits.grace
+        when = now if self.is_stopping else now + grace
+        for task in self.running - self._told:
+            if task.role is Role.PS:
+                before, _ = self._due.get(task, (math.inf, signal.SIGTERM))
+                self._due[task] = (min(when, before), signal.SIGTERM)

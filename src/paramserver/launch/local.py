@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import selectors
@@ -12,10 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
-from paramserver.cluster import environment
+from paramserver.cluster import environment, run_file
+from paramserver.cluster.exit_codes import CONSEQUENCE
 from paramserver.cluster.report import Report, decode
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
@@ -35,6 +38,14 @@ BACKLOG = 128
 """Number of connections that may wait for a ps that is still starting."""
 
 READ_BYTES = 65536
+
+SLOW_START = 10.0
+"""Seconds after which a start is said to be slow."""
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end the run."""
+PASSED_ON = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals for the tasks that have a handler for them."""
 
 OnReport = Callable[[Report], None]
 OnOutput = Callable[[OutputLine], None]
@@ -58,7 +69,13 @@ def launch(
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(_listener()) for _ in range(options.ps)]
         ports = [sock.getsockname()[1] for sock in sockets]
-        spec = _plan(options, ports, secrets.token_hex(16), secrets.token_hex(4))
+        token, run_id = secrets.token_hex(16), secrets.token_hex(4)
+        addresses = [f"{HOST}:{port}" for port in ports]
+        path = run_file.write(
+            run_file.Run(run_id=run_id, script=options.script, launcher=os.getpid(), ps=addresses, token=token)
+        )
+        stack.callback(run_file.remove, path)
+        spec = _plan(options, ports, token, run_id, path)
         listeners = {TaskId(Role.PS, index): sock for index, sock in enumerate(sockets)}
         return run(spec, on_report, on_output, listeners, on_end)
 
@@ -77,7 +94,9 @@ def run(
 ) -> int:
     """Start the tasks of ``spec``, wait for the end of the run, and leave no process behind.
 
-    Runs in the main thread only, because it takes over SIGINT and SIGTERM while it runs.
+    Runs in the main thread only, because it takes over these signals while it runs: SIGINT and SIGTERM end the run, the
+    second one at once. SIGHUP, SIGUSR1 and SIGUSR2 are passed on to the tasks that handle them; a SIGHUP that no task
+    handles ends the run.
 
     Args:
         spec: The run to start.
@@ -87,7 +106,7 @@ def run(
         on_end: Called with each task that has ended for good, and its `Ending`.
 
     Returns:
-        The exit code: that of the first task that failed, 128 + N after an interrupt by signal N, else 0.
+        The exit code: that of the first task that failed of its own, 128 + N after an interrupt by signal N, else 0.
 
     Raises:
         ConfigError: If a task cannot be started.
@@ -111,13 +130,15 @@ class LocalRun:
         self._on_end = on_end
         self._on_output = on_output or Printer(task.task for task in spec.tasks)
         self._listeners = listeners or {}
-        self._lifecycle = Lifecycle((task.task for task in spec.tasks), spec.grace, spec.restarts)
+        self._lifecycle = Lifecycle((task.task for task in spec.tasks), spec.limits)
         self._specs = {task.task: task for task in spec.tasks}
         self._processes: dict[TaskId, TaskProcess] = {}
         self._replaced: list[TaskProcess] = []
         self._selector = selectors.DefaultSelector()
         self._open_pipes = 0
+        self._is_killing = self._has_named = False
         self._linger_until: float | None = None
+        self._say_slow_at = math.inf
 
     def __repr__(self) -> str:
         return f"<LocalRun {self._spec.run_id}: {self._lifecycle!r}>"
@@ -132,7 +153,7 @@ class LocalRun:
             try:
                 self._begin(method)
                 while not self._is_over():
-                    self._turn()
+                    self._turn(method)
             finally:
                 self._sweep(method)
         if self._lifecycle.summary:
@@ -144,6 +165,7 @@ class LocalRun:
             self._start_all(method)
         else:
             self._selector.register(method.ready, selectors.EVENT_READ, partial(self._make_ready, method, method.ready))
+            self._say_slow_at = time.monotonic() + SLOW_START
 
     def _make_ready(self, method: StartMethod, descriptor: int) -> None:
         self._selector.unregister(descriptor)
@@ -158,7 +180,7 @@ class LocalRun:
         listener = self._listeners.get(task)
         process = TaskProcess(self._specs[task], listener, self._on_report is not None, method)
         self._processes[task] = process
-        if listener is not None and not self._lifecycle.restarts_left[task]:
+        if listener is not None and not self._spec.limits.restarts:
             listener.close()  # or else connections to a dead ps would wait in the launcher's copy forever
         self._watch(process, method)
 
@@ -181,31 +203,65 @@ class LocalRun:
             self._linger_until = time.monotonic() + LINGER
         return not self._open_pipes or time.monotonic() >= self._linger_until
 
-    def _turn(self) -> None:
+    def _turn(self, method: StartMethod) -> None:
         now = time.monotonic()
+        for task in self._lifecycle.take_starts(now):
+            self._start_again(task, method)
         for task, number in self._lifecycle.take_due(now):
-            if number is signal.SIGTERM and not (self._lifecycle.is_stopping or self._lifecycle.has_lost_workers):
-                self._say(f"{task} did not end within {self._spec.grace:g} s of the last worker; stopping it")
-            self._processes[task].signal(number)
-        ends = [end for end in (self._lifecycle.next_due(), self._linger_until) if end is not None]
-        timeout = max(0.0, min(ends) - now) if ends else None
+            self._tell(task, number)
+        if now >= self._say_slow_at:
+            self._say_slow_at = math.inf
+            if not self._processes:
+                self._say(f"tasks are not started yet: the import of torch has taken {SLOW_START:g} s so far")
+        ends = [end for end in (self._lifecycle.next_due(), self._linger_until, self._say_slow_at) if end is not None]
+        timeout = max(0.0, min(ends) - now) if min(ends) < math.inf else None
         for key, _ in self._selector.select(timeout):
             key.data()
 
     def _end(self, process: TaskProcess, method: StartMethod) -> None:
         self._selector.unregister(process.pidfd)
         task, ending = process.task, process.ending()
-        if self._lifecycle.ended(task, ending, time.monotonic()):
-            left = self._lifecycle.restarts_left[task]
-            self._say(f"{task} {ending}; it is started again ({self._spec.restarts - left} of {self._spec.restarts})")
-            process.signal(signal.SIGKILL)  # the children of the old process must not go on beside the new one
-            self._replaced.append(process)
-            self._start(task, method)
+        pause = self._lifecycle.ended(task, ending, time.monotonic())
+        if pause is not None:
+            count = f"{self._lifecycle.num_failures(task)} of {self._spec.limits.restarts}"
+            self._say(f"{task} {ending}; it is started again in {pause:g} s ({count})")
             return
         if task in self._listeners:
             self._listeners[task].close()
+        if self._lifecycle.has_finished and self._spec.run_file is not None:
+            run_file.remove(self._spec.run_file)
+        if ending.code != CONSEQUENCE:
+            self._name_culprit()
         if self._on_end is not None:
             self._on_end(task, ending)
+
+    def _start_again(self, task: TaskId, method: StartMethod) -> None:
+        old = self._processes[task]
+        old.kill()  # its children must not go on beside the new process
+        self._replaced.append(old)
+        self._start(task, method)
+
+    def _name_culprit(self) -> None:
+        """Say once, while others still run, who has failed of its own, or after a while the first who has failed."""
+        lifecycle = self._lifecycle
+        if lifecycle.culprit is None or self._has_named or not lifecycle.running or lifecycle.interrupt is not None:
+            return
+        task, ending = lifecycle.culprit
+        self._has_named = True
+        self._say(f"{task} {ending}; {'stopping the run' if lifecycle.is_stopping else 'the others go on'}")
+
+    def _tell(self, task: TaskId, number: signal.Signals) -> None:
+        limits = self._spec.limits
+        if number is signal.SIGKILL:
+            if self._lifecycle.interrupt is None or not self._is_killing:
+                self._say(f"{task} did not end within {limits.shutdown_timeout:g} s of SIGTERM; killing it")
+            self._processes[task].kill()
+            return
+        if self._lifecycle.is_stopping:
+            self._name_culprit()
+        elif not self._lifecycle.has_lost_workers:
+            self._say(f"{task} did not end within {limits.grace:g} s of the last worker; stopping it")
+        self._processes[task].send(number)
 
     def _read(self, descriptor: int, buffer: LineBuffer, handle: Callable[[bytes], None]) -> None:
         data = os.read(descriptor, READ_BYTES)
@@ -227,14 +283,29 @@ class LocalRun:
 
     def _interrupt(self, interrupts: socket.socket) -> None:
         for number in interrupts.recv(READ_BYTES):
-            if number in (signal.SIGINT, signal.SIGTERM):
-                if self._lifecycle.interrupt is None:
-                    self._say(f"stopping the run ({signal.Signals(number).name}); once more kills it")
-                self._lifecycle.interrupted(number, time.monotonic())
+            if number in PASSED_ON and (self._pass_on(signal.Signals(number)) or number != signal.SIGHUP):
+                continue
+            if number in ENDING:
+                self._end_run(signal.Signals(number))
+
+    def _pass_on(self, number: signal.Signals) -> bool:
+        """Send a signal to the tasks that handle it, and return whether there are any."""
+        handling = [process for process in self._processes.values() if process.handles(number)]
+        for process in handling:
+            process.send(number)
+        if not handling and number is not signal.SIGHUP:
+            self._say(f"{number.name}: no task has a handler for it; the run goes on")
+        return bool(handling)
+
+    def _end_run(self, number: signal.Signals) -> None:
+        self._is_killing = self._lifecycle.interrupt is not None
+        if not self._is_killing:
+            self._say(f"stopping the run ({number.name}); once more kills it")
+        self._lifecycle.interrupted(number, time.monotonic())
 
     def _sweep(self, method: StartMethod) -> None:
         for process in self._processes.values():
-            process.signal(signal.SIGKILL)
+            process.kill()
         method.close()
         for process in [*self._processes.values(), *self._replaced]:
             process.close()
@@ -250,9 +321,11 @@ def _start_method(spec: LaunchSpec) -> StartMethod:
     return inherited_fork_server() or OwnForkServer(python, shared_environment(spec), spec.preload)
 
 
-def _plan(options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str) -> LaunchSpec:
+def _plan(
+    options: LaunchOptions, ports: Sequence[int | None], token: str, run_id: str, path: Path | None = None
+) -> LaunchSpec:
     already_set = [name for name in LEFT_ALONE if environment.is_set(name)]
-    return plan(options, ports, token, run_id, usable_cores(), already_set)
+    return plan(options, ports, token, run_id, usable_cores(), already_set, run_file=path)
 
 
 def _listener() -> socket.socket:
@@ -261,14 +334,19 @@ def _listener() -> socket.socket:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Provide a socket that receives one byte, the signal's number, for each signal that is to end the run."""
+    """Provide a socket that receives one byte, the signal's number, for each signal that the launcher handles."""
     reader, writer = socket.socketpair()
     with reader, writer:
         reader.setblocking(False)
         writer.setblocking(False)
         old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        # The handler does nothing, but Python writes the byte only for signals that have a handler.
-        handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+        # The handler does nothing, but Python writes the byte only for signals that have a handler. A signal that is
+        # ignored, as SIGHUP is under nohup, stays so.
+        handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in {*ENDING, *PASSED_ON}
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             yield reader
         finally:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import msgspec
 from rich.console import Console
 from rich.style import Style
 
+from paramserver.cluster.logs import Record, timestamp
 from paramserver.cluster.task import TaskId
+from paramserver.errors import ConfigError
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
 
@@ -77,6 +83,72 @@ class Printer:
         text = line.text.encode(encoding, "replace").decode(encoding)
         stream.write(f"{prefix}{text}\n")
         stream.flush()
+
+
+class JsonPrinter:
+    """Prints each line as an object of JSON; a task's line that is one already is printed as it is."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    def __call__(self, line: OutputLine) -> None:
+        """Print one line at once."""
+        self._stream.write(f"{line.text if _is_record(line.text) else self._record(line)}\n")
+        self._stream.flush()
+
+    def _record(self, line: OutputLine) -> str:
+        record = Record(
+            time=timestamp(datetime.now().astimezone()),
+            level="" if line.task else "info",
+            task=str(line.task or "launcher"),
+            message=line.text,
+            stream=("stderr" if line.is_error else "stdout") if line.task else "",
+        )
+        return msgspec.json.encode(record).decode()
+
+
+class LogFiles:
+    """Writes the lines of each task into a file of its own: ``ps-0.log``, ``chief-0.log``, ``launcher.log``.
+
+    Args:
+        folder: The folder; made if it does not exist. Files of an earlier run are continued.
+
+    Raises:
+        ConfigError: If the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[TaskId | None, TextIO] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file(None)
+        except OSError as error:
+            raise ConfigError(f"--log-dir: {folder} cannot be written: {error.strerror}") from error
+
+    def __call__(self, line: OutputLine) -> None:
+        """Write one line at once."""
+        file = self._file(line.task)
+        file.write(f"{line.text}\n")
+        file.flush()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, task: TaskId | None) -> TextIO:
+        if task not in self._files:
+            name = f"{task.role}-{task.index}" if task else "launcher"
+            self._files[task] = (self._folder / f"{name}.log").open("a", encoding="utf-8", errors="replace")
+        return self._files[task]
+
+
+def _is_record(text: str) -> bool:
+    with contextlib.suppress(msgspec.DecodeError):  # an ordinary line
+        msgspec.json.decode(text, type=Record)
+        return True
+    return False
 
 
 def colours(tasks: Iterable[TaskId]) -> dict[TaskId, str]:

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+from pathlib import Path
 
 from paramserver.errors import ConfigError
 from paramserver.launch.lifecycle import Ending
@@ -56,10 +57,23 @@ class TaskProcess:
         """Return how the process ended. Blocks until it has."""
         return self._method.ending(self._pid)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and to all processes in its group."""
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone: what it has started is its own to end."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._pid, number)
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill(self) -> None:
+        """Kill the process and all processes in its group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
+
+    def handles(self, number: signal.Signals) -> bool:
+        """Return whether the process has a handler of its own for a signal."""
+        with contextlib.suppress(OSError):  # it has ended
+            for line in Path(f"/proc/{self._pid}/status").read_text().splitlines():
+                if line.startswith("SigCgt:"):
+                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+        return False
 
     def close(self) -> None:
         """Wait for the process, which must have ended or been killed, and close all descriptors. Call this once."""

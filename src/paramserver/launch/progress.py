@@ -20,6 +20,9 @@ from paramserver.launch.lifecycle import Ending
 WINDOW = 5.0
 """Seconds over which the displayed rate is averaged."""
 
+LINE_INTERVAL = 30.0
+"""Seconds between two lines of progress, where there is no display."""
+
 OTHER_LINES = 4
 """Lines of the display beside those of tasks: a rule, the global step, the table's head, the number of hidden tasks."""
 
@@ -144,6 +147,20 @@ class RunProgress:
         """The highest step that any task has reported."""
         return max((task.global_step for task in self.tasks.values()), default=0)
 
+    @property
+    def has_updated(self) -> bool | None:
+        """Whether the ps tasks have applied any update; None if they have reported nothing."""
+        counts = [task.updates for task in self.tasks.values() if task.updates is not None]
+        return any(counts) if counts else None
+
+    @property
+    def line(self) -> str:
+        """The progress in one line."""
+        of = f" of {self.max_steps:,}" if self.max_steps else ""
+        text = f"global step {self.global_step:,}{of}, {self.pace.recent:,.0f} steps/s"
+        losses = [task.loss for task in self.tasks.values() if task.loss is not None]
+        return f"{text}, loss {losses[0]:.4f}" if losses else text
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Rule(style="dim")
         yield self._step_line()
@@ -172,6 +189,31 @@ class RunProgress:
         yield table
         if len(self.tasks) > limit:
             yield Text(f"and {len(self.tasks) - limit} more", style="dim")
+
+
+class ProgressLines:
+    """Says the progress of a run in a line every `LINE_INTERVAL` seconds in which it has made steps.
+
+    Args:
+        progress: The progress; `take` adds reports to it.
+        say: Takes a line.
+        clock: Returns seconds that never decrease.
+    """
+
+    def __init__(
+        self, progress: RunProgress, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._progress, self._say, self._clock = progress, say, clock
+        self._due = clock() + LINE_INTERVAL
+        self._said = 0
+
+    def take(self, report: Report) -> None:
+        """Add one report, and say the progress if it is time."""
+        self._progress.take(report)
+        step = self._progress.global_step
+        if step > self._said and self._clock() >= self._due:
+            self._said, self._due = step, self._clock() + LINE_INTERVAL
+            self._say(self._progress.line)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -7,9 +7,12 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from paramserver.cluster.logs import check_format, check_level
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
+from paramserver.launch.lifecycle import Limits
 from paramserver.layout.lanes import check_lane
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -63,27 +66,34 @@ class LaunchOptions:
     Attributes:
         script: The program that chief, workers and evaluator run.
         args: The arguments of the script.
+        is_module: Whether ``script`` is the name of a module, as for ``python -m``.
         ps: Number of parameter servers.
         workers: Number of tasks that train, including the chief.
         evaluator: Whether to start an evaluator, too.
         lane: A name from `layout.lanes`: ``auto``, or ``tcp`` to avoid shared memory.
         threads: Threads for the computations of each task; None shares the cores among chief and workers.
-        grace: Seconds that ps tasks get to end by themselves after chief and workers have ended.
-        restarts: Number of times that each failed task is started again.
+        limits: The limits of the run's end, and of restarts.
         start_method: One of `START_METHODS`.
+        log_level: The least level of the tasks' logs, one of `cluster.logs.LEVELS`; None for the environment's.
+        log_format: One of `cluster.logs.FORMATS`; None for the environment's. With ``json``, each line of output is an
+            object.
+        log_dir: A folder for a file with the output of each task; None for none.
         preload: With ``forkserver``, the modules to import before tasks are forked.
     """
 
     script: str
     args: tuple[str, ...] = ()
+    is_module: bool = False
     ps: int = 1
     workers: int = 1
     evaluator: bool = False
     lane: str = "auto"
     threads: int | None = None
-    grace: float = 10.0
-    restarts: int = 0
+    limits: Limits = field(default_factory=Limits)
     start_method: str = "forkserver"
+    log_level: str | None = None
+    log_format: str | None = None
+    log_dir: Path | None = None
     preload: tuple[str, ...] = PRELOADED
 
     def __post_init__(self) -> None:
@@ -94,11 +104,16 @@ class LaunchOptions:
         if self.threads is not None:
             _check_least("threads", self.threads, "leave it out to share the cores among the workers")
         check_lane(self.lane, "lane")
+        if self.log_level is not None:
+            check_level(self.log_level, "log level")
+        if self.log_format is not None:
+            check_format(self.log_format, "log format")
         if self.start_method not in START_METHODS:
             raise ConfigError(f"start method: expected one of {', '.join(START_METHODS)}, got {self.start_method!r}")
-        _check_least("restarts", self.restarts, "0 starts no task again", least=0)
-        if self.grace < 0:
-            raise ConfigError(f"grace: expected seconds, 0 or more, got {self.grace}")
+        _check_least("restarts", self.limits.restarts, "0 starts no task again", least=0)
+        for name in ("grace", "shutdown_timeout", "restart_window"):
+            if not getattr(self.limits, name) >= 0:
+                raise ConfigError(f"{name}: expected seconds, 0 or more, got {getattr(self.limits, name)}")
 
 
 @dataclass(frozen=True)
@@ -124,19 +139,19 @@ class LaunchSpec:
         run_id: Distinguishes this run from others in the same model_dir.
         tasks: The tasks in starting order; ps tasks first, so that workers find them.
         addresses: The cluster as in TF_CONFIG, role -> addresses.
-        grace: As in `LaunchOptions`.
-        restarts: As in `LaunchOptions`.
+        limits: As in `LaunchOptions`.
         start_method: As in `LaunchOptions`; for "forkserver" each command is ``PYTHON -m MODULE ARGUMENTS...``.
         preload: As in `LaunchOptions`.
+        run_file: The file by which the run is found; None for none.
     """
 
     run_id: str
     tasks: tuple[TaskSpec, ...]
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    grace: float = 10.0
-    restarts: int = 0
+    limits: Limits = field(default_factory=Limits)
     start_method: str = "spawn"
     preload: tuple[str, ...] = ()
+    run_file: Path | None = None
 
 
 def plan(
@@ -147,6 +162,7 @@ def plan(
     cores: int,
     already_set: Collection[str] = (),
     python: str = sys.executable,
+    run_file: Path | None = None,
 ) -> LaunchSpec:
     """Return the run that ``options`` ask for, on this machine.
 
@@ -158,6 +174,7 @@ def plan(
         cores: Number of cores to share, such as `cores.usable_cores` finds.
         already_set: Those of `LEFT_ALONE` that the user has set.
         python: The interpreter for the tasks.
+        run_file: The file by which the run is found; None for none.
 
     Raises:
         ConfigError: If the number of ports differs from that of ps tasks.
@@ -169,8 +186,10 @@ def plan(
         "PARAMSERVER_TOKEN": token,
         "PARAMSERVER_RUN_ID": run_id,
         "PARAMSERVER_LANE": options.lane,
+        **({"PARAMSERVER_LOG_LEVEL": options.log_level} if options.log_level else {}),
+        **({"PARAMSERVER_LOG_FORMAT": options.log_format} if options.log_format else {}),
         "PYTHONUNBUFFERED": "1",
-        **({} if None in ps_ports else {"PARAMSERVER_PS_LISTEN": "1"}),
+        **({} if run_file is None else {"PARAMSERVER_RUN_FILE": str(run_file)}),
         **runtime_variables(options, cores, already_set),
     }
     tasks = tuple(
@@ -185,10 +204,10 @@ def plan(
         run_id,
         tasks,
         addresses,
-        grace=options.grace,
-        restarts=options.restarts,
+        limits=options.limits,
         start_method=options.start_method,
         preload=options.preload,
+        run_file=run_file,
     )
 
 
@@ -243,7 +262,8 @@ def _command(task: TaskId, options: LaunchOptions, python: str) -> tuple[str, ..
     # A ps gets its update rules from the chief by name and numbers, so it never needs the user's script.
     if task.role is Role.PS:
         return (python, "-m", "paramserver", "server")
-    return (python, "-m", "paramserver.launch.task", options.script, *options.args)
+    script = ("-m", options.script) if options.is_module else (options.script,)
+    return (python, "-m", "paramserver.launch.task", *script, *options.args)
 
 
 def _addresses(workers: int, ps_ports: Sequence[int | None]) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""``python -m paramserver.launch.task SCRIPT ARGS...``: a user's script as a task of a run.
+"""``python -m paramserver.launch.task [-m] SCRIPT ARGS...``: a user's script or module as a task of a run.
 
 The script runs as if Python had been given it, except for its end: an error that paramserver raises on purpose is
 printed as one line without a traceback, and SIGTERM ends it as ``sys.exit`` does, so that atexit handlers run, and
@@ -7,45 +7,55 @@ without output, at any point of the program.
 
 from __future__ import annotations
 
-import logging
-import os
+import importlib.util
 import runpy
-import signal
 import sys
-import threading
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
+from paramserver.cluster import environment, logs, task_name
+from paramserver.cluster.exit_codes import INTERRUPTED, TERMINATED, exit_code
+from paramserver.cluster.termination import Termination
 from paramserver.errors import ConfigError, ParameterServerError, RunOverError
 
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
-AGAIN = 0.01
-"""Seconds after which a SIGTERM that had no effect is sent again."""
 
-
-def main(arguments: list[str]) -> int:
-    """Run a script and return the exit code; a ``SystemExit`` of the script passes through."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    termination = _Termination()
+def main(arguments: list[str]) -> int | str:
+    """Run a script and return the argument for ``sys.exit``."""
+    try:
+        surroundings = environment.read()
+        logs.set_up(task_name(), surroundings.log_level, surroundings.log_format, names_task=False)
+    except ConfigError as error:
+        _say(f"error: {error}")
+        return exit_code(error)
+    termination = Termination()
+    termination.install()  # exit handlers run after this function
     try:
         _run(arguments)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except RunOverError as exc:
         _say(str(exc))  # the task came too late to be of use, which is not a failure
-    except Exception as exc:  # noqa: BLE001  # any error of the user's script, shown as Python would show it
-        if termination.has_caused(exc):
-            return TERMINATED
-        sys.last_value = exc  # as Python sets it: exit handlers can see that the script failed
-        _show(exc)
-        return 1
+    except BaseException as exc:  # noqa: BLE001  # any end of the user's script, shown as Python would show it
+        return _end_by(exc, termination)
     finally:
-        termination.script_is_over = True
+        termination.is_over = True
     return 0
 
 
-def _show(exc: Exception) -> None:
+def _end_by(exc: BaseException, termination: Termination) -> int | str:
+    """Return the exit code for an exception that has ended the script; exit handlers find it in ``sys.last_value``."""
+    if termination.has_caused(exc):
+        exc = SystemExit(TERMINATED)
+    elif isinstance(exc, KeyboardInterrupt):
+        exc = SystemExit(INTERRUPTED)
+    if isinstance(exc, SystemExit) and not exc.code:
+        return 0
+    sys.last_value = exc
+    if isinstance(exc, SystemExit):
+        return exc.code or 0
+    _show(exc)
+    return exit_code(exc)
+
+
+def _show(exc: BaseException) -> None:
     if isinstance(exc, ParameterServerError):
         _say(f"error: {exc}")
         return
@@ -62,6 +72,9 @@ def without_runner(traceback: TracebackType | None) -> TracebackType | None:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["-m"]:
+        _run_module(arguments[1:])
+        return
     if not arguments:
         raise ConfigError("launch.task: expected SCRIPT ARGS..., got nothing")
     script = Path(arguments[0])
@@ -74,43 +87,20 @@ def _run(arguments: list[str]) -> None:
     runpy.run_path(str(script.absolute()), run_name="__main__")
 
 
-class _Termination:
-    """Ends this process on its first SIGTERM; a second one meets the system's own handler.
-
-    Attributes:
-        script_is_over: Whether only exit handlers are left to run, so that there is nothing to end.
-    """
-
-    def __init__(self) -> None:
-        self.script_is_over = False
-        self._owner = os.getpid()
-        self._exit: SystemExit | None = None
-        signal.signal(signal.SIGTERM, self._terminate)
-        sys.unraisablehook = self._drop
-
-    def has_caused(self, exc: BaseException | None) -> bool:
-        """Return whether SIGTERM has caused an exception, perhaps indirectly, as when C++ code imports a module."""
-        while exc is not None and exc is not self._exit:
-            exc = exc.__cause__ or exc.__context__
-        return exc is not None
-
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.getpid() != self._owner:
-            # A process that the script has forked, such as a worker of a DataLoader, inherits this handler, but its
-            # parent expects the signal to kill it.
-            os.kill(os.getpid(), signal.SIGTERM)
-        if not self.script_is_over:
-            self._exit = SystemExit(TERMINATED)
-            raise self._exit
-
-    def _drop(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Send SIGTERM again later, if it came where Python drops exceptions, such as in a ``__del__``."""
-        if self._exit is None or unraisable.exc_value is not self._exit:
-            sys.__unraisablehook__(unraisable)
-            return
-        signal.signal(signal.SIGTERM, self._terminate)
-        threading.Timer(AGAIN, os.kill, (self._owner, signal.SIGTERM)).start()
+def _run_module(arguments: list[str]) -> None:
+    if not arguments:
+        raise ConfigError("launch.task: expected -m MODULE ARGS..., got no module")
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path.cwd())
+    name = arguments[0]
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # a package of the name is missing
+        found = None
+    if found is None:
+        raise ConfigError(f"launch: there is no module {name!r} in {Path.cwd()} or among the installed ones")
+    sys.argv[:] = arguments
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _say(text: str) -> None:

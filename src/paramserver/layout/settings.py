@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -75,6 +76,30 @@ class GroupSettings:
 
 def _is_plain(value: object) -> bool:
     return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
+
+
+def fault(name: str, value: Setting, declared: Setting, least_lr: float = 0.0) -> str:
+    """Return the reason why a setting that has come from a peer cannot be meant; empty if there is none.
+
+    Args:
+        name: The name of the setting.
+        value: Its value.
+        declared: Its value when the rule was declared, which an optimizer of this kind has accepted.
+        least_lr: The least learning rate. torch.optim takes none below 0.
+
+    >>> fault("lr", float("nan"), 0.1), fault("betas", 0.9, (0.9, 0.99)), fault("lr", 0.2, 0.1)
+    ('lr=nan is not a number', 'betas=0.9: expected a tuple of 2 numbers', '')
+    """
+    numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+    if any(map(math.isnan, numbers)):
+        return f"{name}={value} is not a number"
+    if name == "lr" and not (len(numbers) == 1 and least_lr <= numbers[0] < math.inf):
+        return f"lr={value}: expected a finite number{', 0 or more' if least_lr == 0.0 else ''}"
+    if isinstance(declared, tuple) and not (isinstance(value, tuple) and len(value) == len(declared)):
+        return f"{name}={value}: expected a tuple of {len(declared)} numbers"
+    if isinstance(declared, (int, float)) and not isinstance(value, (int, float)):
+        return f"{name}={value}: expected a number"
+    return ""
 
 
 def number(value: object) -> Setting:

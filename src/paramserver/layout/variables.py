@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 import torch
@@ -16,14 +17,20 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+Extent = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+"""A number of rows, or of elements along one dimension."""
+MAX_DIMENSIONS = 64
+"""Limit of torch."""
+
+
 class Shard(msgspec.Struct, frozen=True, array_like=True):
     """The rows of a partitioned variable that one part holds: ``[start, start + rows of the part)``."""
 
     variable: str
     """The name of the whole variable."""
-    index: int
-    start: int
-    rows: int
+    index: Extent
+    start: Extent
+    rows: Extent
     """Rows of the whole variable."""
 
 
@@ -35,7 +42,7 @@ class VariableSpec(msgspec.Struct, frozen=True, array_like=True):
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Extent, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
     dtype: str
     shard: Shard | None = None
 

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from paramserver.client.client import ParameterClient
-from paramserver.cluster import Role, TFConfigClusterResolver, environment
+from paramserver.cluster import Role, TaskId, TFConfigClusterResolver, environment, run_file
 from paramserver.cluster.addresses import parse_address
 from paramserver.errors import ConfigError
 from paramserver.transport.handshake import connect
@@ -33,27 +33,48 @@ class Target(NamedTuple):
     task: str | None = None
 
 
-def find_targets(addresses: Sequence[str]) -> list[Target]:
-    """Return the ps tasks at some addresses; without addresses, those of TF_CONFIG's cluster.
+class Found(NamedTuple):
+    """A run to ask: its ps tasks, and its token; None for the environment's."""
+
+    targets: list[Target]
+    token: str | None = None
+
+
+def find_run(arguments: Sequence[str]) -> Found:
+    """Return the run that arguments name: addresses of its ps tasks, or the id of a run launched on this machine.
+
+    Without arguments it is the run of TF_CONFIG's cluster, or else the only launched run.
 
     Raises:
-        ConfigError: If an address is malformed, or there are neither addresses nor a cluster with ps tasks.
+        ConfigError: If an address is malformed, there is no such run, or there are several.
 
-    >>> find_targets(["localhost:2222"])
-    [Target(address='localhost:2222', task=None)]
+    >>> find_run(["localhost:2222"])
+    Found(targets=[Target(address='localhost:2222', task=None)], token=None)
     """
-    if addresses:
-        for address in addresses:
+    if len(arguments) == 1 and arguments[0].isalnum():
+        return _launched(arguments[0])
+    if arguments:
+        for address in arguments:
             parse_address(address, "status")
-        return [Target(address) for address in dict.fromkeys(addresses)]
+        return Found([Target(address) for address in dict.fromkeys(arguments)])
     cluster = TFConfigClusterResolver().cluster_spec()
     targets = [Target(cluster.address(task), str(task)) for task in cluster.tasks(Role.PS)]
-    if not targets:
-        raise ConfigError(
-            "status: expected the addresses of ps tasks, or a cluster with ps tasks in TF_CONFIG, got neither; "
-            "give one such as 'paramserver status localhost:2222'"
-        )
-    return targets
+    return Found(targets) if targets else _launched()
+
+
+def _launched(run_id: str = "") -> Found:
+    runs = run_file.running()
+    fitting = [run for run in runs if run.run_id.startswith(run_id)]
+    if len(fitting) == 1:
+        (run,) = fitting
+        targets = [Target(address, str(TaskId(Role.PS, index))) for index, address in enumerate(run.ps)]
+        return Found(targets, run.token)
+    known = ", ".join(f"{run.run_id} ({run.script})" for run in runs) or "none"
+    wanted = f"the run {run_id!r}" if run_id else "one launched run, addresses of ps tasks, or ps tasks in TF_CONFIG"
+    raise ConfigError(
+        f"status: expected {wanted}; the launched runs of this user are: {known}. "
+        "Name one such as 'paramserver status RUN', or an address such as localhost:2222"
+    )
 
 
 def ask(targets: Sequence[Target], timeout: float, token: str | None = None) -> list[Status]:

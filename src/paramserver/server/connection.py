@@ -1,20 +1,23 @@
-"""A worker's connection to a ps, from the handshake to its end."""
+"""A worker's connection to a ps, from the end of its handshake to its own end."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import socket
+import traceback
 from dataclasses import dataclass
 
 from paramserver.errors import ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
 from paramserver.server.models import Models
 from paramserver.server.threads import Hook, Pace
 from paramserver.store.membership import Membership
+from paramserver.transport.complaints import Complaints
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.handshake import accept
-from paramserver.transport.identity import OBSERVER, STRANGER, Identity
+from paramserver.transport.identity import OBSERVER, Identity
 from paramserver.transport.lane import Session
+from paramserver.transport.lanes import lane_kind
+from paramserver.transport.reception import Guest
 from paramserver.wire import messages
 from paramserver.wire.refusals import refused
 
@@ -30,27 +33,28 @@ class Host:
 
     Attributes:
         me: The identity of the ps.
-        local_socket: The abstract name under which it listens for workers on the same host; "" if it does not.
         membership: The tasks that take part in the run.
         models: The models that it holds.
+        complaints: Takes the faults of peers.
     """
 
     me: Identity
-    local_socket: str
     membership: Membership
     models: Models
+    complaints: Complaints
 
 
 class Conversation:
     """All requests on one connection, and their answers; implements `threads.Served`.
 
     Args:
-        connection: The socket, just accepted; owned by this object from now on.
+        guest: The connection, which has proved itself; owned by this object from now on.
         host: The ps that accepted it.
     """
 
-    def __init__(self, connection: socket.socket, host: Host) -> None:
-        self._connection = connection
+    def __init__(self, guest: Guest, host: Host) -> None:
+        self._connection = guest.connection
+        self._hello = guest.hello
         self._host = host
         self._frames: FrameSocket | None = None
         self._session: Session | None = None
@@ -72,7 +76,7 @@ class Conversation:
         return self._connection.fileno()
 
     def proceed(self) -> Pace:
-        """Do the handshake with the peer, and after that carry out one request at a time; see `threads.Served`."""
+        """Make the session, and after that carry out one request at a time; see `threads.Served`."""
         try:
             if self._frames is None or self._session is None:
                 return self._begin()
@@ -80,10 +84,14 @@ class Conversation:
         except UnavailableError as error:  # no failure by itself: the membership judges how the peer has left
             logger.info("%s: %s", self._host.me.task, str(error))
         except ParameterServerError as error:
-            logger.warning("%s: %s", self._host.me.task, str(error))  # as text: a kept record must not keep the session
-        except Exception:  # the failure of one connection must not end any other
-            logger.exception("%s: a connection has failed", self._host.me.task)
+            self._complain(error, str(error))
+        except Exception as error:  # noqa: BLE001  # the failure of one connection must not end any other
+            self._complain(error, f"the connection of {self._hello.task} has failed:\n{traceback.format_exc()}")
         return Pace.OVER
+
+    def _complain(self, error: Exception, message: str) -> None:
+        kind = f"{type(error).__name__} of {self._hello.task}"
+        self._host.complaints.add(kind, f"{self._host.me.task}: {message}")
 
     def end(self) -> None:
         """See `threads.Served`."""
@@ -100,12 +108,9 @@ class Conversation:
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def _begin(self) -> Pace:
-        self._frames = FrameSocket(self._connection, STRANGER)
-        try:
-            self._session = accept(self._frames, self._host.me, self._host.local_socket)
-        except UnavailableError as error:  # also a worker that goes on by the local socket instead
-            logger.debug("%s: %s", self._host.me.task, str(error))
-            return Pace.OVER
+        # On this thread and not at the reception: a lane may wait for its peer here.
+        self._frames = FrameSocket(self._connection, self._hello.task)
+        self._session = lane_kind(self._hello.lane).session(self._frames, self._hello.incarnation)
         return Pace.SLOW if self._session.task == OBSERVER else self._join(self._session)
 
     def _join(self, session: Session) -> Pace:

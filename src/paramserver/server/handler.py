@@ -24,6 +24,7 @@ from paramserver.store.membership import Membership
 from paramserver.store.progress import Progress
 from paramserver.store.store import Store
 from paramserver.store.tables.table import StoredTable
+from paramserver.transport.complaints import Complaints
 from paramserver.transport.lane import Piece, Session
 from paramserver.wire import messages
 from paramserver.wire.refusals import refused
@@ -42,13 +43,21 @@ class RequestHandler:
         store: The store.
         membership: The tasks that take part in the run.
         fail: Called with the reason if the chief cannot go on; by default ``store.fail``.
+        complaints: Takes the faults of requests; by default they are logged, each kind once a minute.
 
     Attributes:
         pushes: The plans of pushes to the store.
     """
 
-    def __init__(self, store: Store, membership: Membership, fail: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        membership: Membership,
+        fail: Callable[[str], None] | None = None,
+        complaints: Complaints | None = None,
+    ) -> None:
         self._store = store
+        self._complaints = complaints or Complaints(logger.warning)
         self._fail = fail or store.fail
         self._membership = membership
         self.pushes = PushPlans(store)
@@ -103,7 +112,7 @@ class RequestHandler:
             if session.is_of_program(error):
                 raise
             what = f"{self._store.task} could not carry out a {type(request).__name__} of {session.task}"
-            logger.warning("%s:\n%s", what, traceback.format_exc())  # as text: a kept record must not keep arenas
+            self._complain(error, f"a {type(request).__name__}", what)
             session.reply(messages.Refused("refused", f"{what}: {type(error).__name__}: {error}"))
 
     def _push(self, session: Session, push: messages.Push) -> None:
@@ -154,10 +163,14 @@ class RequestHandler:
         progress.end()
         task = self._store.task
         what = f"an update of {session.task} failed on {task} after {progress.done} of {parts} parts"
-        logger.warning("%s:\n%s", what, traceback.format_exc())  # as text: a kept record must not keep arenas
+        self._complain(error, "an update", what)
         return RefusedError(
             f"{what}, which stay applied; the global step does not count it: {type(error).__name__}: {error}", task
         )
+
+    def _complain(self, error: Exception, during: str, what: str) -> None:
+        """Complain about an error that is handled now, with its traceback: as text, which keeps no arenas."""
+        self._complaints.add(f"{type(error).__name__} during {during}", f"{what}:\n{traceback.format_exc()}")
 
     def _taken_rows(self, session: Session, part: messages.Part) -> TakenRows:
         """Take the rows of a part and check them, before anything is applied."""
@@ -184,6 +197,7 @@ class RequestHandler:
 
     def _pull_rows(self, session: Session, pull: messages.PullRows) -> None:
         self._store.check_alive()
+        self.pushes.check_count(len(pull.wanted), len(self._store.arenas), "tables")
         rows = [self._read_rows(session, arena, count) for arena, count in pull.wanted]
         session.reply(messages.State(True, self._store.global_step), rows=list(map(tensor_bytes, rows)))
 
@@ -238,6 +252,7 @@ class RequestHandler:
         session.reply(messages.Remaining(left, absent))
 
     def _save(self, session: Session, save: messages.Save) -> None:
+        self._check_shard(save)
         directory = Path(save.directory)
         self._begin(session, saving(self._store, save), directory, is_here=_sees(directory))
 
@@ -246,10 +261,16 @@ class RequestHandler:
         self._begin(session, restoring(self._store, restore), directory, is_here=_sees(directory, restore.digest))
 
     def _read_slots(self, session: Session, request: messages.ReadSlots) -> None:
+        self._check_shard(request)
         self._begin_through_peer(session, reading_slots(self._store, request))
 
     def _load_slots(self, session: Session, request: messages.LoadSlots) -> None:
         self._begin_through_peer(session, loading_slots(self._store, request, f"from {session.task}"))
+
+    def _check_shard(self, request: messages.Save | messages.ReadSlots) -> None:
+        if request.shard >= request.num_shards:
+            task, shard, count = self._store.task, request.shard, request.num_shards
+            raise RefusedError(f"a checkpoint of {task} refused: there is no shard {shard} of {count}", task)
 
     def _begin_through_peer(self, session: Session, steps: Steps[messages.Reply]) -> None:
         self._store.check_alive()

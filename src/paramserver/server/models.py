@@ -15,6 +15,7 @@ from collections import Counter
 from paramserver.server.handler import RequestHandler
 from paramserver.store.membership import Membership
 from paramserver.store.store import Allocate, Store
+from paramserver.transport.complaints import Complaints
 from paramserver.wire import messages
 
 
@@ -25,12 +26,14 @@ class Models:
         task: The ps, for messages.
         allocate: Makes the memory for arenas.
         membership: The tasks that take part in the run.
+        complaints: Takes the faults of peers.
     """
 
-    def __init__(self, task: str, allocate: Allocate, membership: Membership) -> None:
+    def __init__(self, task: str, allocate: Allocate, membership: Membership, complaints: Complaints) -> None:
         self._task = task
         self._allocate = allocate
         self._membership = membership
+        self._complaints = complaints
         self._lock = threading.Lock()
         self._stores: dict[int, Store] = {}
         self._handlers: dict[int, RequestHandler] = {}
@@ -43,7 +46,7 @@ class Models:
         with self._lock:
             if number not in self._handlers:
                 store = self._stores[number] = Store(self._task, self._allocate)
-                self._handlers[number] = RequestHandler(store, self._membership, self.fail)
+                self._handlers[number] = RequestHandler(store, self._membership, self.fail, self._complaints)
                 if self._failure:
                     store.fail(self._failure)
             return self._handlers[number]
@@ -74,7 +77,7 @@ class Models:
         """Raise an error if the run has failed.
 
         Raises:
-            RefusedError: With the reason of the failure.
+            RunFailedError: With the reason of the failure.
         """
         with self._lock:
             stores = list(self._stores.values())

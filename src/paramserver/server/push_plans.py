@@ -20,6 +20,9 @@ from paramserver.transport.lane import Piece
 from paramserver.wire import messages
 from paramserver.wire.payload import dense_pieces, parts_of_rows
 
+PARTS_EACH = 2
+"""Limit for the parts of a push for each arena: some buffers of an arena are added to, and others assigned."""
+
 
 class Application(NamedTuple):
     """One operation on one piece: see `StoredArena.apply`."""
@@ -65,6 +68,7 @@ class PushPlans:
         """
         plan = self._known(push)
         if plan is None:
+            self._check_counts(push)
             of_rows, applications = parts_of_rows(push.parts), tuple(self._applications(push.parts))
             pulled, elements = self.whole(push.pull), self._elements(push)
             self._last = plan = PushPlan(push.parts, push.pull, of_rows, applications, pulled, elements)
@@ -83,8 +87,9 @@ class PushPlans:
         """Return all pieces of some arenas.
 
         Raises:
-            RefusedError: If one of the arenas does not exist.
+            RefusedError: If one of the arenas does not exist, or there are more of them than exist.
         """
+        self.check_count(len(arenas), len(self._store.arenas), "arenas to send")
         return tuple(
             Piece(index, start, stop) for index in arenas for start, stop in self._store.arena(index).layout.pieces
         )
@@ -92,6 +97,24 @@ class PushPlans:
     def _known(self, push: messages.Push) -> PushPlan | None:
         last = self._last
         return last if last is not None and last.parts == push.parts and last.pull == push.pull else None
+
+    def check_count(self, count: int, most: int, what: str) -> None:
+        """Check a number of things that a request names, so that no request takes much longer than it can mean.
+
+        Raises:
+            RefusedError: If there are more than ``most``.
+        """
+        if count > most:
+            task = self._store.task
+            raise RefusedError(f"a request to {task} refused: it names {count} {what}; at most {most} exist", task)
+
+    def _check_counts(self, push: messages.Push) -> None:
+        """Check that the time for a push is bounded by what the store holds, not by what a peer sends."""
+        self.check_count(len(push.parts), PARTS_EACH * len(self._store.arenas), "parts")
+        for part in push.parts:
+            layout = self._store.arena(part.arena).layout
+            most = len(layout.variables) + len(layout.pieces)
+            self.check_count(len(part.ranges or ()), most, f"ranges of arena {part.arena}")
 
     def _check(self, part: messages.Part) -> None:
         arena = self._store.arena(part.arena)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FrameType
 
 import torch
 
@@ -14,18 +16,22 @@ from paramserver.cluster import ClusterSpec, Role, TaskId, environment, server_t
 from paramserver.cluster.addresses import check_addresses
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
-from paramserver.errors import ConfigError, UnavailableError
+from paramserver.errors import ConfigError, ParameterServerError, UnavailableError
 from paramserver.memory import arena_memory, heap
 from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
 from paramserver.server.models import Models
 from paramserver.server.threads import ServingThreads
-from paramserver.store.membership import Membership
+from paramserver.store.membership import Membership, Outlook
 from paramserver.store.store import Store
+from paramserver.transport.complaints import Complaints
 from paramserver.transport.identity import Identity, new_incarnation
 from paramserver.transport.in_process import InProcessLane, InProcessSession
 from paramserver.transport.listener import Listener
+from paramserver.transport.reception import Reception
 from paramserver.wire import messages
+
+logger = logging.getLogger(__name__)
 
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
@@ -41,7 +47,9 @@ class Server:
         job_name: The role of this task; may be omitted where the cluster has one job.
         task_index: The index of this task; may be omitted where the job has one task.
         start: Whether to serve at once.
-        token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``.
+        token: The secret of the run; by default the environment's ``PARAMSERVER_TOKEN``, or the content of
+            ``PARAMSERVER_TOKEN_FILE``. Without one, only a loopback address is listened on.
+        insecure: Whether to listen on any address even without a token; by default whether ``PARAMSERVER_INSECURE=1``.
         grace: Seconds to wait for workers that were never seen, and for a chief that was lost.
         descriptor: A listening socket to take over, instead of binding the task's address; by default the
             environment's ``PARAMSERVER_LISTEN_FD``.
@@ -49,7 +57,8 @@ class Server:
     Raises:
         ValueError: If the task is not in the cluster, its role is not ps, or an address is malformed.
         TypeError: If ``cluster_spec`` does not describe a cluster.
-        UnavailableError: If the address is taken.
+        AddressError: If the address is taken.
+        ConfigError: If other hosts could reach this task, and there is no token.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Server:
         *,
         start: bool = True,
         token: str | None = None,
+        insecure: bool = False,
         grace: float = GRACE,
         descriptor: int | None = None,
     ) -> None:
@@ -73,17 +83,20 @@ class Server:
         if is_one_view and not workers:
             workers = [str(TaskId(Role.WORKER, 0))]  # the chief, as there is no other
         self._membership = Membership(workers[0] if workers else "", workers, takes_more=is_one_view)
-        self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership)
+        complaints = Complaints(logger.warning)
+        self._models = Models(str(self.task), arena_memory.shared_store_memory, self._membership, complaints)
         inherited = surroundings.listen_fd if descriptor is None else descriptor
         self._listener = Listener(self.cluster_spec.address(self.task), str(self.task), inherited)
+        token = surroundings.token if token is None else token
+        if self._listener.is_exposed and not token:
+            self._admit_strangers(insecure or surroundings.insecure)
         # Daemon threads: a program that fails before it has stopped its server must still be able to exit.
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
-        token = surroundings.token if token is None else token
         self._host = Host(
             me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
-            local_socket=self._listener.local_socket,
             membership=self._membership,
             models=self._models,
+            complaints=complaints,
         )
         self._waiters: list[threading.Thread] = []  # those that an interrupt of `join` has left behind
         self._threads = ServingThreads(f"{self.task} serves")
@@ -159,6 +172,11 @@ class Server:
         self._listener.close()
         self._membership.stop()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over: the chief and all other workers have finished or are gone."""
+        return self._membership.outlook is Outlook.OVER
+
     def status(self) -> messages.Status:
         """Return the contents and counters of this ps."""
         return self._models.status()
@@ -166,26 +184,79 @@ class Server:
     def __repr__(self) -> str:
         return f"<Server {self.task} at {self.target}: {self._models!r}>"
 
+    def _admit_strangers(self, insecure: bool) -> None:
+        """Check that every peer on the network may take part in the run, since there is no token."""
+        if not insecure:
+            self._listener.release()
+            raise ConfigError(
+                f"{self.task} has no token: everyone who reaches {self.target} could read and change the model; set "
+                "PARAMSERVER_TOKEN or PARAMSERVER_TOKEN_FILE to the same secret for all tasks of the run, let the ps "
+                "listen on 127.0.0.1, or accept this with --insecure (PARAMSERVER_INSECURE=1)"
+            )
+        logger.warning("%s has no token: everyone who reaches %s can read and change the model", self.task, self.target)
+
     def _accept(self) -> None:
-        for connection in self._listener.connections():
-            self._threads.add(Conversation(connection, self._host))
+        for guest in Reception(self._listener, self._host.me, self._turn_away).guests():
+            try:
+                self._threads.add(Conversation(guest, self._host))
+            except Exception as error:  # noqa: BLE001  # no thread could be started: the next one may have more luck
+                guest.connection.close()
+                self._turn_away(error)
+
+    def _turn_away(self, error: Exception) -> None:
+        """Note why a connection was not accepted."""
+        if isinstance(error, UnavailableError):  # also a worker that goes on by the local socket instead
+            logger.debug("%s: %s", self.task, str(error))
+        elif isinstance(error, ParameterServerError):
+            self._host.complaints.add(type(error).__name__, f"{self.task}: {error}")
+        else:  # most likely no descriptor, thread or memory is left; connections that end will free some
+            what = f"{self.task} cannot take another connection: {type(error).__name__}: {error}"
+            self._host.complaints.add(type(error).__name__, f"{what}; raise the limit (ulimit -n, ulimit -u)?")
 
 
-def run_standard_server() -> None:
+def run_standard_server(*, insecure: bool = False) -> None:
     """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
 
-    SIGTERM ends it early.
+    SIGTERM and SIGINT end it early, with the requests that are under way. Main thread only.
+
+    Args:
+        insecure: As in `Server`.
 
     Raises:
-        ValueError: If TF_CONFIG does not name a ps task of a cluster.
-        UnavailableError: If the address is taken, or the chief was lost and did not come back.
+        SystemExit: With code 128 + N after signal N, unless the run was over already.
+        ValueError: If TF_CONFIG does not name a ps task of a cluster, or there is no token and other hosts could reach
+            this task.
+        AddressError: If the address is taken.
+        UnavailableError: If the chief was lost and did not come back.
         ParameterServerError: If the chief failed.
     """
     cluster, task = server_task()
-    server = Server(cluster, task.role, task.index)
-    signal.signal(signal.SIGTERM, lambda *_: server.request_stop())
-    with report_progress(server):
+    server = Server(cluster, task.role, task.index, insecure=insecure)
+    logger.info("%s serves at %s", server.task, server.target)
+    with report_progress(server), _stopped_by_signals(server) as received:
         server.join()
+    if received and not server.is_over:
+        code = 128 + received[0]
+        name, step = signal.Signals(received[0]).name, server.status().global_step
+        logger.warning("%s leaves at step %d, before the run is over (%s)", server.task, step, name)
+        raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(server: Server) -> Iterator[list[int]]:
+    """Provide a list of the signals that have asked the server to leave."""
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        server.request_stop()
+
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:

@@ -16,11 +16,16 @@ The pattern is known as leader and followers.
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import selectors
 import threading
 from collections.abc import Callable
 from typing import Protocol
+
+from paramserver.transport.complaints import Complaints
+
+logger = logging.getLogger(__name__)
 
 Hook = Callable[[], None]
 
@@ -68,6 +73,7 @@ class ServingThreads:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._complaints = Complaints(logger.warning)
         self._threads: list[threading.Thread] = []
         self._served: set[Served] = set()
         self._stop_lock = threading.Lock()
@@ -82,10 +88,19 @@ class ServingThreads:
         self._at_hand: Served | None = None  # the connection that the leader serves; only the leader uses this
 
     def add(self, connection: Served) -> None:
-        """Serve a connection from now on, until it is over."""
+        """Serve a connection from now on, until it is over.
+
+        Raises:
+            RuntimeError: If no thread can be started; the connection stays the caller's.
+        """
         with self._lock:
             self._served.add(connection)
-        self._start(self._serve, connection)
+        try:
+            self._start(self._serve, connection)
+        except BaseException:
+            with self._lock:
+                self._served.discard(connection)
+            raise
 
     def stop(self) -> None:
         """Hang up every connection and wait until all threads have ended. Idempotent; the end of all serving."""
@@ -118,7 +133,9 @@ class ServingThreads:
 
     def _serve(self, connection: Served) -> None:
         self._stay_with(connection, Pace.SLOW)
-        self._have_follower()  # a new thread, because this one would keep its argument for as long as it lives
+        # Preferably a new thread, because this one would keep its argument for as long as it lives.
+        if not self._have_follower():
+            self._follow()
 
     def _stay_with(self, connection: Served, pace: Pace) -> None:
         """Serve a connection until it is quick or over; a lone connection until it is over.
@@ -189,6 +206,15 @@ class ServingThreads:
         self._lead.release()
         self._have_follower()
 
-    def _have_follower(self) -> None:
+    def _have_follower(self) -> bool:
+        """Have a thread wait for its turn to lead; return False if there is none and none can be started.
+
+        A leader that hands the lead on takes it again then, as soon as it is done with the connection at hand.
+        """
         if not self._has_follower:
-            self._start(self._follow)
+            try:
+                self._start(self._follow)
+            except RuntimeError as error:  # the limit for threads is reached
+                self._complaints.add("thread", f"{self._name} with fewer threads: {error}; raise the limit (ulimit -u)")
+                return False
+        return True

@@ -45,15 +45,20 @@ class StoredArena(StoredBlocks):
         """Check that `apply` can do this, so that a push of several parts is applied as a whole or not at all.
 
         Raises:
-            ValueError: If there is no rule or no such setting, or a range is not within this arena.
+            ValueError: If there is no rule or no such setting, a range is not within this arena, or the ranges do not
+                ascend.
         """
         if operation == "rule":
             if self.layout.rule is None:
                 raise ValueError("no update rule was declared for it")
             self.check_settings(settings or {})
+        end = 0
         for start, stop in ranges or ():
             if not 0 <= start < stop <= self.layout.size:
                 raise ValueError(f"[{start}, {stop}) is not a range of its {self.layout.size} elements")
+            if start < end:
+                raise ValueError(f"[{start}, {stop}) begins before the end of the range before it, {end}")
+            end = stop
 
     def apply(
         self,

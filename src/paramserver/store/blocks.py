@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK, Range, num_blocks, pieces
 from paramserver.layout.rules import UpdateRule
 from paramserver.layout.settings import Setting
+from paramserver.layout.settings import fault as setting_fault
 
 Operation = Literal["rule", "assign", "add"]
 
@@ -123,16 +125,28 @@ class StoredBlocks:
         self._locks = locks
         self._slots = slots
         self._setting_names = frozenset(found.setting_names if found else ())
+        self._declared = layout.rule.settings if layout.rule else {}
+        self._least_lr = -math.inf if found and found.package else 0.0  # a rule of another package knows what it takes
+        for name, value in self._declared.items():
+            self._check_setting(name, value, value)
 
     def check_settings(self, settings: Mapping[str, Setting]) -> None:
-        """Check that the rule has all of these settings.
+        """Check that the rule has all of these settings, and that their values can be meant.
 
         Raises:
-            ValueError: If it does not have one of them.
+            ValueError: If it does not have one of them, or a value cannot be one of this setting.
         """
         rule = self.layout.rule.name if self.layout.rule else "none"
         if settings and not self._setting_names.issuperset(settings):
             raise ValueError(f"update rule {rule} has no setting {min(set(settings) - self._setting_names)!r}")
+        for name, value in settings.items():
+            declared = self._declared.get(name)
+            if value != declared:
+                self._check_setting(name, value, declared)
+
+    def _check_setting(self, name: str, value: Setting, declared: Setting) -> None:
+        if fault := setting_fault(name, value, declared, self._least_lr):
+            raise ValueError(fault)
 
     def check_piece(self, piece: Range) -> None:
         """Check that a piece lies within one block.

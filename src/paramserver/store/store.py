@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paramserver.errors import ModelMismatchError, RefusedError
+from paramserver.errors import ConfigError, ModelMismatchError, RefusedError, RunFailedError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import Range, num_blocks
 from paramserver.layout.variables import DTYPES, VariableSpec, shown
@@ -83,8 +84,14 @@ class Store:
         with self._changed:
             if self.memory is None:
                 _check(self.task, layouts)
-                memory = self._allocate(layouts)
-                self.arenas = list(map(_stored, layouts, memory.values, memory.versions))
+                with _room_for(self.task, layouts):
+                    memory = self._allocate(layouts)
+                try:
+                    self.arenas = list(map(_stored, layouts, memory.values, memory.versions))
+                except ConfigError:
+                    raise
+                except ValueError as error:
+                    raise RefusedError(f"{self.task} cannot hold these variables: {error}", self.task) from error
                 self.memory = memory  # last, so that a failure before leaves the store empty
             return self.compare(layouts)
 
@@ -133,7 +140,7 @@ class Store:
         """Wait at most ``timeout`` seconds for `mark_ready` or `close`; return whether the store is ready.
 
         Raises:
-            RefusedError: If the run has failed meanwhile.
+            RunFailedError: If the run has failed meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._failure or self._closed, timeout)
@@ -161,7 +168,7 @@ class Store:
             Whether a checkpoint was restored or an update was made.
 
         Raises:
-            RefusedError: If the run has failed meanwhile.
+            RunFailedError: If the run has failed meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._is_beyond_restoring or self._failure or self._closed, timeout)
@@ -182,10 +189,10 @@ class Store:
         """Raise an error if the run has failed.
 
         Raises:
-            RefusedError: With the reason of the failure.
+            RunFailedError: With the reason of the failure.
         """
         if self._failure:
-            raise RefusedError(self._failure, self.task)
+            raise RunFailedError(self._failure, self.task)
 
     def close(self) -> None:
         """End every wait. Idempotent."""
@@ -230,7 +237,7 @@ class Store:
 
         Raises:
             ModelMismatchError: If the variable has another shape or dtype.
-            RefusedError: If the run has failed meanwhile.
+            RunFailedError: If the run has failed meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: variable.name in self.variables or self._failure or self._closed, timeout)
@@ -279,7 +286,8 @@ class Store:
         layout = ArenaLayout(variable.dtype, None, (variable,))
         _check(self.task, [layout])
         # In private memory: the values travel in messages, and each shared memory would take a file descriptor.
-        values = torch.zeros(layout.size, dtype=layout.torch_dtype, device="cpu")
+        with _room_for(self.task, [layout]):
+            values = torch.zeros(layout.size, dtype=layout.torch_dtype, device="cpu")
         return StoredArena(layout, values, np.zeros(num_blocks(layout.size), dtype=np.uint64))
 
     # --- steps
@@ -324,6 +332,16 @@ def _stored(layout: ArenaLayout, values: torch.Tensor, versions: npt.NDArray[np.
     return (StoredTable if layout.is_table else StoredArena)(layout, values, versions)
 
 
+@contextlib.contextmanager
+def _room_for(task: str, layouts: Sequence[ArenaLayout]) -> Iterator[None]:
+    """Refuse layouts for which no memory can be had."""
+    try:
+        yield
+    except (OSError, MemoryError, OverflowError, RuntimeError) as error:  # the last is torch's
+        nbytes = sum(layout.nbytes for layout in layouts)
+        raise RefusedError(f"{task} has no memory for {nbytes} bytes of variables: {error}", task) from error
+
+
 def _check(task: str, layouts: Sequence[ArenaLayout]) -> None:
     seen: set[str] = set()
     for layout in layouts:
@@ -331,6 +349,8 @@ def _check(task: str, layouts: Sequence[ArenaLayout]) -> None:
             for fault in _faults(layout, variable, seen):
                 raise RefusedError(f"{task} cannot hold variable {variable.name!r}: {fault}", task)
             seen.add(variable.name)
+        if layout.dtype not in DTYPES:  # of an arena without variables
+            raise RefusedError(f"{task} cannot hold an arena of {layout.dtype}; expected {', '.join(DTYPES)}", task)
 
 
 def _faults(layout: ArenaLayout, variable: VariableSpec, seen: set[str]) -> Iterator[str]:

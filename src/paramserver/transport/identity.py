@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hmac
 import os
 import secrets
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 OBSERVER = "observer:0"
 """The task name of a process that only asks for the status of a run; any number of processes may use it at once."""
 STRANGER = "a peer that has not said who it is"
+NONCE_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class Identity:
     task: str
     token: str
     incarnation: str
+
+    def proof(self, nonce: bytes, task: str = "") -> bytes:
+        """Return the proof for a nonce of the peer that a task, by default this one, holds the token of this task."""
+        return hmac.digest(self.token.encode(), nonce + (task or self.task).encode(), "sha256")
 
 
 def new_incarnation(process: str = "") -> str:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import logging
 import os
 import secrets
-import select
-import selectors
 import socket
-from collections.abc import Iterator
 
-from paramserver.errors import UnavailableError
+from paramserver.errors import AddressError
 from paramserver.layout.lanes import check_platform
 from paramserver.memory import shared_file
 
-logger = logging.getLogger(__name__)
-
 BACKLOG = 1024
-RETRY_INTERVAL = 1.0
-"""Seconds until the next try if a connection cannot be accepted for lack of descriptors."""
 
 
 class Listener:
-    """Accepts connections. One thread iterates over `connections`; any thread may call `close`.
+    """Listens for connections, which `reception` accepts. Any thread may call `close`.
 
     Args:
         address: ``host:port`` to bind; port 0 lets the system choose. The host is the name by which workers reach this
@@ -33,20 +25,26 @@ class Listener:
         task: The listening task, for messages.
         descriptor: An inherited listening socket to use instead of ``address``.
 
+    Attributes:
+        is_closed: Whether `close` was called.
+        sockets: The listening sockets; they do not block.
+        local_socket: The abstract name of the local socket; "" if there is none.
+
     Raises:
         ConfigError: If this system has no lanes.
-        UnavailableError: If the address cannot be bound.
+        AddressError: If the address cannot be bound.
     """
 
     def __init__(self, address: str, task: str, descriptor: int | None = None) -> None:
         check_platform(f"serving as {task}")
         self.is_closed = False
-        self._task = task
-        self._sockets = [_listen(address, task) if descriptor is None else socket.socket(fileno=descriptor)]
-        self._port: int = self._sockets[0].getsockname()[1]
+        self.sockets = [_listen(address, task) if descriptor is None else socket.socket(fileno=descriptor)]
+        self._port: int = self.sockets[0].getsockname()[1]
         self.local_socket = f"paramserver-{secrets.token_hex(16)}" if shared_file.can_share() else ""
         if self.local_socket:
-            self._sockets.append(_listen_locally(self.local_socket))
+            self.sockets.append(_listen_locally(self.local_socket))
+        for listening in self.sockets:
+            listening.setblocking(False)
         self._wake: tuple[int, ...] = os.pipe()
 
     @property
@@ -54,43 +52,32 @@ class Listener:
         """TCP port of the listening socket."""
         return self._port
 
-    def connections(self) -> Iterator[socket.socket]:
-        """Yield each new connection, until `close`."""
-        with selectors.DefaultSelector() as selector:
-            for listening in self._sockets:
-                listening.setblocking(False)
-                selector.register(listening, selectors.EVENT_READ)
-            selector.register(self._wake[0], selectors.EVENT_READ)
-            while not self.is_closed:
-                for key, _ in selector.select():
-                    if isinstance(key.fileobj, socket.socket) and (connection := self._accept(key.fileobj)):
-                        yield connection
+    @property
+    def is_exposed(self) -> bool:
+        """Whether tasks on other hosts may reach it: it listens on an address that is not a loopback address."""
+        hosts = [each.getsockname()[0] for each in self.sockets if each.family != socket.AF_UNIX]
+        return not all(map(_is_loopback, hosts))
+
+    @property
+    def wake(self) -> int:
+        """A descriptor that becomes readable at `close`."""
+        return self._wake[0]
 
     def release(self) -> None:
-        """Close the sockets, after `connections` has ended or if it never began. Idempotent."""
+        """Close the sockets, after the reception has ended or if it never began. Idempotent."""
         self.is_closed = True
-        for listening in self._sockets:
+        for listening in self.sockets:
             listening.close()
-        self._sockets = []
+        self.sockets = []
         for descriptor in self._wake:
             os.close(descriptor)
         self._wake = ()
 
     def close(self) -> None:
-        """Stop accepting; `connections` ends. Idempotent, and safe in a signal handler."""
+        """Have the reception end. Idempotent, and safe in a signal handler."""
         if not self.is_closed:
             self.is_closed = True
             os.write(self._wake[1], b"\0")
-
-    def _accept(self, listening: socket.socket) -> socket.socket | None:
-        try:
-            return listening.accept()[0]
-        except (BlockingIOError, ConnectionError):  # the peer went away again
-            return None
-        except OSError as error:  # most likely no descriptors are left; connections that end will free some
-            logger.warning("%s cannot take another connection: %s; raise the limit (ulimit -n)", self._task, error)
-            select.select([self._wake[0]], [], [], RETRY_INTERVAL)
-            return None
 
 
 def _listen(address: str, task: str) -> socket.socket:
@@ -99,7 +86,7 @@ def _listen(address: str, task: str) -> socket.socket:
     try:
         return _listen_as(host, host if _is_loopback(host) else "", int(port))
     except OSError as error:
-        raise UnavailableError(
+        raise AddressError(
             f"{task} cannot listen on {address}: {_reason(error)}; "
             "is another process using that port, or is the address in TF_CONFIG wrong?",
             task,

@@ -3,8 +3,10 @@
 Rules
     * A connection starts with a preamble from each side: ``PSRV`` and the protocol version. It comes before any
       message, so that a peer of another version is recognized, whatever format its messages have.
-    * After that, frames follow: the length of the message (u32) and of the payload (u64), both little endian; the
-      message as msgpack; the payload as raw bytes.
+    * After that, frames follow: the length of the message (u32) and of the payload (u64), and the CRC-32 of these two
+      (u32), all little endian; the message as msgpack; the payload as raw bytes.
+    * The checksum covers the head only, so that it costs nothing per byte. A wrong length would make a task wait for
+      bytes that never come, or take one message for a part of another.
     * The length of a message is checked before memory is taken for it. A stranger, which has not proved yet that it
       belongs to the run, may only send short messages. A payload takes no memory of its own: it is read into arenas.
 """
@@ -12,21 +14,23 @@ Rules
 from __future__ import annotations
 
 import struct
+import zlib
 
 import msgspec
 
 from paramserver.errors import LocalProtocolError, RemoteProtocolError
 from paramserver.wire.messages import AnyMessage, Message
 
-VERSION = 6
+VERSION = 7
 MAGIC = b"PSRV"
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_HANDSHAKE_BYTES = 4 << 10
 
 _PREAMBLE = struct.Struct("<4sI")
-_HEADER = struct.Struct("<IQ")
+_LENGTHS = struct.Struct("<IQ")
+_CHECKSUM = struct.Struct("<I")
 PREAMBLE_BYTES = _PREAMBLE.size
-HEADER_BYTES = _HEADER.size
+HEADER_BYTES = _LENGTHS.size + _CHECKSUM.size
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -64,16 +68,27 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
         raise LocalProtocolError(
             f"a {type(message).__name__} of {len(body)} bytes is larger than a message may be ({MAX_MESSAGE_BYTES})"
         )
-    return _HEADER.pack(len(body), payload_bytes) + body
+    return head(len(body), payload_bytes) + body
+
+
+def head(message_bytes: int, payload_bytes: int) -> bytes:
+    """Return the head of a frame: its first `HEADER_BYTES`."""
+    lengths = _LENGTHS.pack(message_bytes, payload_bytes)
+    return lengths + _CHECKSUM.pack(zlib.crc32(lengths))
 
 
 def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> tuple[int, int]:
     """Return the lengths of the message and of the payload from the first `HEADER_BYTES` of a frame.
 
     Raises:
-        RemoteProtocolError: If the announced message is larger than ``max_message_bytes``.
+        RemoteProtocolError: If the head is damaged, or announces a message larger than ``max_message_bytes``.
     """
-    message_bytes, payload_bytes = _HEADER.unpack_from(data)
+    if not _is_intact(data):
+        raise RemoteProtocolError(
+            f"{peer} sent a frame with a damaged head, {bytes(data[:HEADER_BYTES]).hex()}: its checksum is wrong; "
+            "is the network or the memory of one of the two hosts faulty?"
+        )
+    message_bytes, payload_bytes = _LENGTHS.unpack_from(data)
     if message_bytes > max_message_bytes:
         raise RemoteProtocolError(
             f"{peer} announced a message of {message_bytes} bytes; at most {max_message_bytes} are allowed"
@@ -82,9 +97,18 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
 
 
 def frame_bytes(data: bytes | memoryview) -> int:
-    """Return the length of the whole frame that begins with these `HEADER_BYTES`."""
-    message_bytes, payload_bytes = _HEADER.unpack_from(data)
+    """Return the length of the whole frame that begins with these `HEADER_BYTES`; only theirs if they are damaged.
+
+    Nothing must be waited for then: `decode_header` refuses the frame.
+    """
+    if not _is_intact(data):
+        return HEADER_BYTES
+    message_bytes, payload_bytes = _LENGTHS.unpack_from(data)
     return HEADER_BYTES + int(message_bytes) + int(payload_bytes)
+
+
+def _is_intact(head: bytes | memoryview) -> bool:
+    return bool(zlib.crc32(head[: _LENGTHS.size]) == _CHECKSUM.unpack_from(head, _LENGTHS.size)[0])
 
 
 def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:

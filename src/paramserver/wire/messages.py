@@ -12,9 +12,9 @@ from typing import Literal
 import msgspec
 
 from paramserver.layout.arena import ArenaLayout
-from paramserver.layout.blocks import Range
 from paramserver.layout.settings import Setting
 from paramserver.layout.variables import VariableSpec
+from paramserver.wire.numbers import Count, FirstStep, Name, Sequence, Span, Step, TaskName, Token
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -30,29 +30,29 @@ class Challenge(Message, frozen=True):
     ``local_socket`` names a shorter way for tasks on the same host.
     """
 
-    task: str
-    nonce: bytes
-    local_socket: str
+    task: TaskName
+    nonce: Token
+    local_socket: Name
 
 
 class Hello(Message, frozen=True):
     """The answer to a challenge."""
 
-    task: str
-    peer: str
+    task: TaskName
+    peer: TaskName
     """The task that the sender expects at the other end."""
-    incarnation: str
+    incarnation: Name
     """One start of a task: a restarted worker has another incarnation."""
-    proof: bytes
-    nonce: bytes
-    lane: str
+    proof: Token
+    nonce: Token
+    lane: Name
     """The name of the lane that the sender has chosen."""
 
 
 class Welcome(Message, frozen=True):
     """Accepts the sender of a `Hello`, and proves that the ps belongs to the run too."""
 
-    proof: bytes
+    proof: Token
 
 
 # --- requests --------------------------------------------------------------------------------------------------
@@ -78,11 +78,11 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     On a table, the operation applies to as many ``rows``, all with the same settings; ``ranges`` is None then.
     """
 
-    arena: int
+    arena: Count
     operation: Literal["rule", "assign", "add"]
-    ranges: tuple[Range, ...] | None = None
+    ranges: tuple[Span, ...] | None = None
     settings: dict[str, Setting] | None = None
-    rows: int | None = None
+    rows: Count | None = None
 
 
 class Push(Message, frozen=True):
@@ -93,33 +93,33 @@ class Push(Message, frozen=True):
     ascending and unique) and then their values.
     """
 
-    sequence: int
+    sequence: Sequence
     """Number of the push among those of one incarnation, counted from 1."""
-    local_step: int
+    local_step: Step
     """The global step whose values the gradients were computed from."""
     counts: bool
     """Whether this is an update of the model (global step + 1) or an assignment."""
     parts: tuple[Part, ...]
-    pull: tuple[int, ...]
+    pull: tuple[Count, ...]
 
 
 class Pull(Message, frozen=True):
     """Asks for the values of whole arenas."""
 
-    arenas: tuple[int, ...]
+    arenas: tuple[Count, ...]
 
 
 class PullRows(Message, frozen=True):
     """Asks for rows of tables. The payload holds their ids, as in `Push`; the payload of the reply holds the rows."""
 
-    wanted: tuple[tuple[int, int], ...]
+    wanted: tuple[tuple[Count, Count], ...]
     """The arena of each table, and the number of its rows."""
 
 
 class MarkReady(Message, frozen=True):
     """Says that the chief has initialized or restored every variable."""
 
-    global_step: int
+    global_step: FirstStep
     epoch: str = ""
     """A name for the values from now on: updates of earlier values must not be applied to them."""
 
@@ -133,7 +133,7 @@ class AwaitReady(Message, frozen=True):
 class MarkRestored(Message, frozen=True):
     """Says, after `MarkReady`, that the chief has restored a checkpoint of this step; None if there was none."""
 
-    global_step: int | None
+    global_step: FirstStep | None
 
 
 class AwaitRestored(Message, frozen=True):
@@ -154,8 +154,8 @@ class Save(Message, frozen=True):
     """Asks to write the ps's shard of a checkpoint: into the directory if the ps sees it, else through the sender."""
 
     directory: str
-    shard: int
-    num_shards: int
+    shard: Count
+    num_shards: Count
 
 
 class Restore(Message, frozen=True):
@@ -173,8 +173,8 @@ class Restore(Message, frozen=True):
 class ReadSlots(Message, frozen=True):
     """Asks to send the slots of variables to the sender, in the files into which `Save` would write them."""
 
-    shard: int
-    num_shards: int
+    shard: Count
+    num_shards: Count
     variables: tuple[str, ...]
 
 
@@ -214,7 +214,7 @@ class CreateVariable(Message, frozen=True):
     """
 
     variable: VariableSpec
-    start: int
+    start: Count
     values: bytes
 
 
@@ -229,8 +229,8 @@ class ReadVariable(Message, frozen=True):
     """Asks for the elements ``[start, stop)`` of a variable, all in one block."""
 
     variable: str
-    start: int
-    stop: int
+    start: Count
+    stop: Count
 
 
 class UpdateVariable(Message, frozen=True):
@@ -239,11 +239,11 @@ class UpdateVariable(Message, frozen=True):
     Applied once, however often it arrives.
     """
 
-    sequence: int
+    sequence: Sequence
     """Number of the update; updates and pushes share one sequence of numbers."""
     variable: str
     operation: Literal["assign", "add"]
-    start: int
+    start: Count
     values: bytes
 
 
@@ -280,8 +280,8 @@ class Applied(Message, frozen=True):
     ``staleness`` is the global step when it was applied less its local step; ``seconds`` is the time it took.
     """
 
-    global_step: int
-    staleness: int
+    global_step: Step
+    staleness: Step
     seconds: float = 0.0
 
 
@@ -289,7 +289,7 @@ class State(Message, frozen=True):
     """Says whether the asked or awaited state is there (``ready``), and the global step."""
 
     ready: bool
-    global_step: int
+    global_step: Step
 
 
 class Values(Message, frozen=True):
@@ -317,9 +317,9 @@ class FilePiece(Message, frozen=True):
     """
 
     file: str
-    size: int
+    size: Count
     is_shared: bool
-    offset: int
+    offset: Count
     content: bytes
 
 
@@ -327,8 +327,8 @@ class Wanted(Message, frozen=True):
     """Asks for `Proceed` with these bytes of a file of the checkpoint."""
 
     file: str
-    offset: int
-    count: int
+    offset: Count
+    count: Count
 
 
 class Saved(Message, frozen=True):
@@ -336,7 +336,7 @@ class Saved(Message, frozen=True):
 
     weight_map: dict[str, str]
     slot_map: dict[str, str]
-    nbytes: int
+    nbytes: Count
     pause: float
     """Seconds for which blocks were locked in total; no push had to wait longer."""
     longest_pause: float = 0.0
@@ -347,20 +347,20 @@ class Status(Message, frozen=True):
     """The contents of a ps, and its counters since it started."""
 
     task: str
-    num_variables: int
-    values_bytes: int
-    slots_bytes: int
-    global_step: int
-    updates: int
+    num_variables: Count
+    values_bytes: Count
+    slots_bytes: Count
+    global_step: Step
+    updates: Step
     mean_staleness: float
-    largest_staleness: int
+    largest_staleness: Step
     joined: tuple[str, ...]
 
 
 class Refused(Message, frozen=True):
     """Says that a request was understood and refused. ``kind`` determines the exception that the client raises."""
 
-    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite"]
+    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite", "failed"]
     message: str
     subject: str = ""
 

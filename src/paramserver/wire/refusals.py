@@ -11,6 +11,7 @@ from paramserver.errors import (
     ParameterServerError,
     RefusedError,
     RemoteProtocolError,
+    RunFailedError,
     RunOverError,
     TokenError,
 )
@@ -30,6 +31,8 @@ def refused(error: ParameterServerError) -> Refused:
             return Refused("checkpoint", str(error), error.path)
         case TokenError():
             return Refused("token", str(error))
+        case RunFailedError():
+            return Refused("failed", str(error))
         case RunOverError():
             return Refused("over", str(error))
         case _:
@@ -47,6 +50,8 @@ def raised(refusal: Refused, task: str) -> ParameterServerError:
             return CheckpointError(refusal.message, refusal.subject)
         case "token":
             return TokenError(refusal.message, task)
+        case "failed":
+            return RunFailedError(refusal.message, task)
         case "over":
             return RunOverError(refusal.message)
         case _:

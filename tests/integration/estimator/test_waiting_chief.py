@@ -130,7 +130,7 @@ def test_it_saves_checkpoints(run: Run) -> None:
 
     steps = Steps()
     run.train((short, until(is_saved)), listeners=(steps,))
-    assert steps.saved[0] == 0
+    assert steps.saved[0] < 20, "the worker may have begun before the chief's first save"
     assert any(step >= 100 for step in steps.saved[1:-1]), "before the last one, which the end brings"
 
 

@@ -1,5 +1,6 @@
 """A ps on real sockets: how it starts, whom it serves, and when it ends (V01, V02, V05, V07; V04, Z10)."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from tests.patience import patience
 
 from paramserver.cluster import ClusterSpec, Role, TaskId
 from paramserver.distribute import connection
-from paramserver.errors import RefusedError, RunOverError, TokenError, UnavailableError
+from paramserver.errors import ConfigError, RefusedError, RunOverError, TokenError, UnavailableError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.rules import describe
 from paramserver.layout.variables import VariableSpec
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
 
 SGD = describe(torch.optim.SGD([torch.zeros(1)], lr=1.0), 0)
 MODEL = [[ArenaLayout("float32", SGD, (VariableSpec("w", (4,), "float32"),))]]
+ME = Identity(task="worker:0", token="", incarnation="once")
 PATIENCE = patience(30.0)
 """Seconds after which a test gives up; nothing takes this long when it works."""
 
@@ -291,6 +293,51 @@ def test_a_task_that_is_not_in_the_cluster_is_refused(task):
         assert cluster.client("worker:0").status()[0].joined == ("worker:0",)
 
 
+EXPOSED = {"chief": ["chief.example.invalid:1"], "ps": ["ps.example.invalid:0"]}
+
+
+def test_without_a_token_no_other_host_is_listened_to():
+    with pytest.raises(ConfigError, match=r"ps:0 has no token: .* ps\.example\.invalid:\d+ .*PARAMSERVER_TOKEN_FILE"):
+        Server(EXPOSED, "ps", 0, token="")
+
+
+def test_an_inherited_socket_is_not_listened_to_either_where_others_reach_it():
+    listening = socket.create_server(("", 0))
+    with pytest.raises(ConfigError, match="ps:0 has no token"):
+        Server({"ps": ["127.0.0.1:0"]}, token="", descriptor=listening.detach())
+
+
+@pytest.mark.parametrize("address", ["localhost:0", "127.0.0.1:0", "127.0.0.3:0", "[::1]:0"])
+def test_on_a_loopback_address_no_token_is_needed(address):
+    server = Server({"ps": [address]}, token="")
+    server.stop()
+
+
+def test_a_token_is_enough_for_any_address(caplog):
+    Server(EXPOSED, "ps", 0, token="a secret").stop()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("said", ["argument", "environment"])
+def test_who_wants_no_token_says_so_and_is_warned(said, monkeypatch, caplog):
+    if said == "environment":
+        monkeypatch.setenv("PARAMSERVER_INSECURE", "1")
+    Server(EXPOSED, "ps", 0, token="", insecure=said == "argument").stop()
+    (warning,) = caplog.messages
+    assert warning.startswith("ps:0 has no token: everyone who reaches ps.example.invalid:")
+
+
+def test_a_token_in_a_file_is_the_token_of_a_server(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("from a file\n")
+    monkeypatch.delenv("PARAMSERVER_TOKEN", raising=False)
+    monkeypatch.setenv("PARAMSERVER_TOKEN_FILE", str(tmp_path / "token"))
+    cluster = ClusterSpec({"chief": ["127.0.0.1:0"], "ps": ["127.0.0.1:0"]})
+    server = Server(cluster, "ps", 0)
+    me = Identity(task="chief:0", token="from a file", incarnation=new_incarnation())
+    connect(server.target, "ps:0", me, lane="auto", timeout=PATIENCE).close()
+    server.stop()
+
+
 def test_a_wrong_token_is_refused():
     with LocalCluster(ps=1, token="one") as cluster, pytest.raises(TokenError, match="worker:0"):
         connection.to_cluster(cluster.spec, TaskId(Role.WORKER, 0), PATIENCE, token="another")
@@ -311,6 +358,44 @@ def test_a_stranger_that_says_nothing_does_not_delay_the_end():
         with socket.create_connection((host, int(port))) as stranger:
             assert stranger.recv(4) == b"PSRV"
             cluster.servers[0].stop()
+
+
+def test_any_number_of_strangers_is_worth_one_line(caplog):
+    with LocalCluster(ps=1, token="right") as cluster:
+        for _ in range(20):
+            me = Identity(task="worker:0", token="wrong", incarnation=new_incarnation())
+            with pytest.raises(TokenError):
+                connect(cluster.servers[0].target, "ps:0", me, lane="tcp", timeout=PATIENCE)
+        cluster.client("worker:0")
+    assert [message.partition(":0: ")[2] for message in caplog.messages] == [
+        "ps:0 refused worker:0: it does not hold the token of this run; set PARAMSERVER_TOKEN to the same value for "
+        "all tasks of a run"
+    ]
+
+
+def status_by(lane):
+    lane.start(messages.GetStatus())
+    return lane.finish()
+
+
+def test_a_ps_that_cannot_start_a_thread_goes_on(monkeypatch, caplog):
+    start, refusals = threading.Thread.start, []
+
+    def refuse_once(thread):
+        if thread.name == "ps:0 serves" and not refusals:
+            refusals.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with LocalCluster(ps=1) as cluster:
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        unlucky = connect(cluster.servers[0].target, "ps:0", ME, lane="tcp", timeout=PATIENCE)
+        with contextlib.closing(unlucky), pytest.raises(UnavailableError):
+            status_by(unlucky)
+        assert cluster.client("worker:0").status()[0].joined == ("worker:0",)
+    assert refusals
+    (line,) = caplog.messages
+    assert line.startswith("ps:0 cannot take another connection: RuntimeError: can't start new thread; raise the limit")
 
 
 def test_a_signal_between_a_look_and_a_wait_is_not_lost(monkeypatch):

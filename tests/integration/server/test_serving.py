@@ -111,6 +111,23 @@ def _fits(connection, data):
 
 
 @lanes
+def test_a_damaged_length_ends_its_connection_at_once_and_no_other(lane):
+    """Also while the connection waits among others, where a frame is only served when it is whole."""
+    with LocalCluster(ps=1, workers=3, lane=lane, token="right") as cluster:
+        ready(cluster)
+        other = quick(cluster, "worker:0")
+        damaged = bare_lane(cluster, "worker:1", lane)
+        frame = bytearray(codec.encode(messages.Pull(())))
+        frame[4] ^= 1
+        damaged._frames.send_raw(bytes(frame))
+        refusal = damaged.finish()
+        assert refusal.message.startswith("worker:1 sent a frame with a damaged head")
+        assert damaged._frames.receive() is None
+        damaged.close()
+        push(other)
+
+
+@lanes
 def test_a_worker_that_waits_delays_nobody(lane):
     with LocalCluster(ps=1, workers=4, lane=lane) as cluster:
         chief, _ = ready(cluster)

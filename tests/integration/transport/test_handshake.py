@@ -20,7 +20,6 @@ from tests.patience import patience
 
 from paramserver.errors import (
     DeadlineError,
-    ParameterServerError,
     RefusedError,
     RemoteProtocolError,
     RunOverError,
@@ -28,12 +27,14 @@ from paramserver.errors import (
     UnavailableError,
 )
 from paramserver.memory import shared_file
-from paramserver.transport import handshake
+from paramserver.transport import handshake, reception
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.handshake import accept, connect
-from paramserver.transport.identity import STRANGER, Identity, new_incarnation
+from paramserver.transport.handshake import connect
+from paramserver.transport.identity import Identity, new_incarnation
 from paramserver.transport.lane import Session, WorkerMemory
+from paramserver.transport.lanes import lane_kind
 from paramserver.transport.listener import Listener
+from paramserver.transport.reception import Reception
 from paramserver.wire import codec
 from paramserver.wire.messages import Challenge, Done, GetStatus, Hello, Message, Refused, Welcome
 
@@ -54,14 +55,15 @@ class Ps:
     def __init__(self, me: Identity, local_socket: str | None = None) -> None:
         self._listener = Listener("127.0.0.1:0", me.task)
         self._me = me
-        self._local_socket = self._listener.local_socket if local_socket is None else local_socket
+        if local_socket is not None:
+            self._listener.local_socket = local_socket
         self._sessions = contextlib.ExitStack()
         self._pool = ThreadPoolExecutor()
+        self.outcomes: queue.Queue[Session | Exception] = queue.Queue()
         self._acceptor = self._pool.submit(self._accept)
-        self.outcomes: queue.Queue[Session | ParameterServerError] = queue.Queue()
         self.address = f"127.0.0.1:{self._listener.port}"
 
-    def outcome(self) -> Session | ParameterServerError:
+    def outcome(self) -> Session | Exception:
         """What came of the connection on which the worker went on in the end."""
         while isinstance(outcome := self.outcomes.get(timeout=TIMEOUT), UnavailableError):
             pass
@@ -75,17 +77,15 @@ class Ps:
         self._sessions.close()
 
     def _accept(self) -> None:
-        for connection in self._listener.connections():
-            self._pool.submit(self._shake_hands, connection)
-
-    def _shake_hands(self, connection: socket.socket) -> None:
-        try:
-            session = accept(FrameSocket(connection, STRANGER), self._me, self._local_socket)
-        except ParameterServerError as error:
-            self.outcomes.put(error)
-        else:
+        for session in sessions(self._listener, self._me, self.outcomes.put):
             self._sessions.callback(session.close)
             self.outcomes.put(session)
+
+
+def sessions(listener: Listener, me: Identity, complain: Callable[[Exception], None]) -> Iterator[Session]:
+    """The session of each peer that proves itself."""
+    for connection, hello in Reception(listener, me, complain).guests():
+        yield lane_kind(hello.lane).session(FrameSocket(connection, hello.task), hello.incarnation)
 
 
 @contextlib.contextmanager
@@ -145,8 +145,8 @@ def test_a_worker_without_shared_memory_uses_tcp(monkeypatch):
 def test_a_ps_sees_that_a_worker_goes_on_by_the_local_socket():
     with serving() as ps, join(ps.address):
         outcomes = [ps.outcomes.get(timeout=TIMEOUT) for _ in range(2)]
-        errors = [outcome for outcome in outcomes if isinstance(outcome, UnavailableError)]
-        assert [str(error) for error in errors] == ["a peer that has not said who it is went away after the challenge"]
+        (error,) = (outcome for outcome in outcomes if isinstance(outcome, UnavailableError))
+        assert str(error) == "a peer that has not said who it is went away before it had said so"
 
 
 def test_every_start_of_a_task_has_a_name_of_its_own():
@@ -164,12 +164,11 @@ def test_a_lane_gives_up_a_ps_that_is_stopped(monkeypatch):
             lane.finish()
 
 
-def test_a_session_waits_for_a_worker_that_computes(monkeypatch):
-    monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 0.2)
+def test_a_session_waits_for_a_worker_that_computes():
     with serving() as ps, join(ps.address) as lane, ThreadPoolExecutor(1) as pool:
         received = pool.submit(ps.outcome().receive)
         with pytest.raises(TimeoutError):
-            received.result(0.4)
+            received.result(0.1)
         lane.start(GetStatus())
         assert received.result(TIMEOUT) == GetStatus()
 
@@ -356,9 +355,9 @@ def sending(data: bytes) -> Callable[[socket.socket], None]:
 NO_PS = {
     "another version": (struct.pack("<4sI", codec.MAGIC, 99), "ps:0 speaks protocol version 99, this task speaks"),
     "a web server": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "ps:0 is not a paramserver task"),
-    "a large message": (codec.preamble() + struct.pack("<IQ", 1 << 20, 0), "ps:0 announced a message of 1048576 bytes"),
+    "a large message": (codec.preamble() + codec.head(1 << 20, 0), "ps:0 announced a message of 1048576 bytes"),
     "garbage": (
-        codec.preamble() + struct.pack("<IQ", 3, 0) + b"\xc1\xc1\xc1",
+        codec.preamble() + codec.head(3, 0) + b"\xc1\xc1\xc1",
         "ps:0 sent bytes that are not a message",
     ),
     "another message": (codec.preamble() + codec.encode(Done()), "ps:0 was expected to start with a challenge"),
@@ -404,11 +403,15 @@ def test_a_ps_that_comes_up_late_is_reached(monkeypatch):
 
         def be_late():
             listening.accept()[0].close()
-            return accept(FrameSocket(listening.accept()[0], STRANGER), PS, "")
+            listener = Listener("", "ps:0", listening.detach())
+            with contextlib.closing(next(sessions(listener, PS, lambda _: None))):
+                listener.close()
+                listener.release()
 
         accepted = pool.submit(be_late)
-        with join(f"127.0.0.1:{listening.getsockname()[1]}") as lane, contextlib.closing(accepted.result(TIMEOUT)):
-            assert lane.name == "tcp"
+        with join(f"127.0.0.1:{listening.getsockname()[1]}") as lane:
+            assert lane.task == "ps:0"
+        accepted.result(TIMEOUT)
 
 
 # --- who a ps turns away
@@ -417,35 +420,39 @@ def test_a_ps_that_comes_up_late_is_reached(monkeypatch):
 STRANGERS = {
     "a browser": (b"GET / HTTP/1.1\r\n\r\n", "is not a paramserver task: .*GET"),
     "another version": (struct.pack("<4sI", codec.MAGIC, 99), "speaks protocol version 99"),
-    "a large message": (codec.preamble() + struct.pack("<IQ", 1 << 20, 0), "announced a message of 1048576 bytes"),
-    "garbage": (codec.preamble() + struct.pack("<IQ", 2, 0) + b"\xc1\xc1", "sent bytes that are not a message"),
+    "a large message": (codec.preamble() + codec.head(1 << 20, 0), "announced a message of 1048576 bytes"),
+    "garbage": (codec.preamble() + codec.head(2, 0) + b"\xc1\xc1", "sent bytes that are not a message"),
     "a request": (codec.preamble() + codec.encode(GetStatus()), "was challenged and answered GetStatus"),
 }
 
 
 @pytest.mark.parametrize(("data", "words"), STRANGERS.values(), ids=STRANGERS)
 def test_a_stranger_is_turned_away(data, words):
-    with dialled_by_a_stranger(data) as (connection, peer):
-        with pytest.raises(RemoteProtocolError, match=f"a peer that has not said who it is {words}"):
-            accept(FrameSocket(connection, STRANGER), PS, "")
-        assert connection.fileno() < 0
-        assert peer.recv(codec.PREAMBLE_BYTES) == codec.preamble()
+    with serving() as ps, dialled_by_a_stranger(ps, data) as peer:
+        error = ps.outcomes.get(timeout=TIMEOUT)
+        assert isinstance(error, RemoteProtocolError)
+        assert re.match(f"a peer that has not said who it is {words}", str(error))
+        with contextlib.suppress(ConnectionResetError):  # instead of an end, if not all that it sent was read
+            while peer.recv(1 << 16):
+                pass
 
 
 @pytest.mark.parametrize("data", [b"", codec.preamble(), codec.preamble() + b"\1"])
 def test_a_peer_that_says_nothing_more_is_not_waited_for(data, monkeypatch):
-    monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 0.05)
-    with dialled_by_a_stranger(data) as (connection, _):
-        with pytest.raises(UnavailableError, match=r"neither sent nor took anything for 0\.05 s"):
-            accept(FrameSocket(connection, STRANGER), PS, "")
-        assert connection.fileno() < 0
+    monkeypatch.setattr(reception, "HANDSHAKE_TIMEOUT", 0.05)
+    with serving() as ps, dialled_by_a_stranger(ps, data) as peer:
+        error = ps.outcomes.get(timeout=TIMEOUT)
+        assert isinstance(error, DeadlineError)
+        assert re.match(r"a peer that .* is did not prove within 0\.05 s that it belongs to the run", str(error))
+        while peer.recv(1 << 16):
+            pass
 
 
 @contextlib.contextmanager
-def dialled_by_a_stranger(data: bytes) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A connection that a ps has accepted, and the stranger's end of it."""
-    connection, peer = socket.socketpair()
-    with connection, peer:
+def dialled_by_a_stranger(ps: Ps, data: bytes = b"") -> Iterator[socket.socket]:
+    """A connection to a ps on which a stranger has sent something."""
+    host, port = ps.address.split(":")
+    with socket.create_connection((host, int(port))) as peer:
         peer.settimeout(TIMEOUT)
         peer.sendall(data)
-        yield connection, peer
+        yield peer

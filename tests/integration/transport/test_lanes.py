@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import socket
-import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -195,7 +194,7 @@ def test_a_time_limit_that_is_nearly_nothing_is_not_for_ever():
 
 
 @pytest.mark.parametrize("maker", [tcp, shared], ids=["tcp", "shared memory"])
-@pytest.mark.parametrize("sent", [b"\x05", struct.pack("<IQ", 7, 0), struct.pack("<IQ", 7, 0) + b"\x91"])
+@pytest.mark.parametrize("sent", [b"\x05", codec.head(7, 0), codec.head(7, 0) + b"\x91"])
 def test_an_end_in_the_middle_of_a_message_is_a_lost_connection(maker, sent):
     with maker() as (lane, session, _):
         lane._frames.send_raw(sent)
@@ -203,6 +202,27 @@ def test_an_end_in_the_middle_of_a_message_is_a_lost_connection(maker, sent):
         with pytest.raises(UnavailableError, match=f"{WORKER} closed the connection in the middle") as caught:
             session.receive()
         assert caught.value.task == WORKER
+
+
+def flip_the_next_length(monkeypatch):
+    """Every head that is sent from now on announces one byte of payload more, as after a flipped bit."""
+    head = codec.head
+    monkeypatch.setattr(codec, "head", lambda *lengths: bytes([*(h := head(*lengths))[:4], h[4] ^ 1, *h[5:]]))
+
+
+@connections
+def test_a_damaged_length_is_an_error_at_once_at_the_end_that_receives_it(maker, monkeypatch):
+    with maker() as (lane, session, _):
+        with monkeypatch.context() as damaged:
+            flip_the_next_length(damaged)
+            lane.start(messages.GetStatus())
+        with pytest.raises(RemoteProtocolError, match=f"{WORKER} sent a frame with a damaged head"):
+            session.receive()
+        with monkeypatch.context() as damaged:
+            flip_the_next_length(damaged)
+            session.reply(messages.Done())
+        with pytest.raises(RemoteProtocolError, match=f"{PS} sent a frame with a damaged head"):
+            lane.finish()
 
 
 def test_an_end_in_the_middle_of_a_payload_is_a_lost_connection():

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
+import select
 import socket
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.patience import patience
 
 from paramserver.errors import UnavailableError
 from paramserver.memory import shared_file
-from paramserver.transport import listener as module
 from paramserver.transport.listener import Listener
 
 TIMEOUT = patience(30.0)
@@ -34,17 +32,14 @@ def dial(listener):
     return socket.create_connection(("127.0.0.1", listener.port))
 
 
-def test_it_accepts_by_tcp_and_by_its_local_socket():
-    with listening() as listener, dial(listener):
-        connections = listener.connections()
-        with next(connections) as accepted:
-            assert accepted.family == socket.AF_INET
-            assert accepted.getblocking()
-        with socket.socket(socket.AF_UNIX) as local:
-            local.connect(f"\0{listener.local_socket}")
-            with next(connections) as accepted:
-                assert accepted.family == socket.AF_UNIX
-        connections.close()
+def test_it_listens_by_tcp_and_by_its_local_socket():
+    with listening() as listener, dial(listener), socket.socket(socket.AF_UNIX) as local:
+        local.connect(f"\0{listener.local_socket}")
+        by_tcp, by_socket = listener.sockets
+        for each, family in ((by_tcp, socket.AF_INET), (by_socket, socket.AF_UNIX)):
+            assert not each.getblocking()
+            with each.accept()[0] as accepted:
+                assert accepted.family == family
 
 
 def test_a_port_that_is_taken_is_named():
@@ -128,18 +123,15 @@ def test_an_inherited_socket_is_used():
 
 def test_without_shared_memory_it_listens_by_tcp_only(monkeypatch):
     monkeypatch.setattr(shared_file, "can_share", lambda: False)
-    with listening() as listener, dial(listener):
+    with listening() as listener:
         assert listener.local_socket == ""
-        connections = listener.connections()
-        next(connections).close()
-        connections.close()
+        assert [each.family for each in listener.sockets] == [socket.AF_INET]
 
 
-def test_close_ends_the_wait_for_connections():
-    with listening() as listener, ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(list, listener.connections())
+def test_close_wakes_whoever_waits():
+    with listening() as listener:
         listener.close()
-        assert ended.result(TIMEOUT) == []
+        assert select.select([listener.wake], [], [], TIMEOUT)[0] == [listener.wake]
 
 
 @pytest.mark.parametrize("order", [("close", "close", "release", "release"), ("release", "close", "release", "close")])
@@ -148,32 +140,3 @@ def test_it_may_be_closed_in_any_order_and_twice(order):
     for method in order:
         getattr(listener, method)()
     assert listener.is_closed
-
-
-class Exhausted:
-    """A listening socket of a process that is out of descriptors, once."""
-
-    def __init__(self, listening):
-        self.listening, self.refused = listening, 0
-
-    def accept(self):
-        if not self.refused:
-            self.refused += 1
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return self.listening.accept()
-
-
-def test_a_ps_that_is_out_of_descriptors_goes_on_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(module, "RETRY_INTERVAL", 0.0)
-    with listening() as listener, dial(listener), caplog.at_level(logging.WARNING):
-        exhausted = Exhausted(listener._sockets[0])
-        assert listener._accept(exhausted) is None
-        listener._accept(exhausted).close()
-    assert exhausted.refused == 1
-    assert "ps:0 cannot take another connection: [Errno 24] Too many open files; raise the limit" in caplog.text
-
-
-def test_a_peer_that_went_away_before_it_was_accepted_is_no_fault():
-    with listening() as listener:
-        listener._sockets[0].setblocking(False)
-        assert listener._accept(listener._sockets[0]) is None

@@ -84,7 +84,7 @@ def test_a_ps_that_is_killed_gets_its_rows_back(tmp_path: Path, mark: dict[str, 
     script.write_text(PROGRAM)
     done = warm.launch("--ps", "2", "--restarts", "1", "--lane", lane, script, env=mark, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ps:1 was killed by SIGKILL (code 137); it is started again (1 of 1)" in done.stdout + done.stderr
+    assert "ps:1 was killed by SIGKILL (code 137); it is started again in 0.5 s (1 of 1)" in done.stdout + done.stderr
     assert re.findall(r"chief:0 \| batch (\d+)", done.stdout) == list(map(str, range(11)))
     program = runpy.run_path(str(script))
     model = program["Net"]()

@@ -151,7 +151,7 @@ def test_a_ps_that_never_comes_up_is_named(run_alone):
         cluster = {"chief": ["127.0.0.1:0"], "ps": [f"127.0.0.1:{silent.getsockname()[1]}"]}
         tf_config = json.dumps({"cluster": cluster, "task": {"type": "chief", "index": 0}})
         outcome = run_alone(tf_config, "main(session_creation_timeout_secs=1)")
-    assert outcome.code == 1
+    assert outcome.code == 75
     assert not outcome.has_traceback, outcome.text
     (error,) = (line for line in outcome.lines if line.startswith("error: "))
     assert "ps:0" in error
@@ -165,7 +165,7 @@ def test_a_worker_that_is_started_again_after_the_end_leaves(run_alone):
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
         cluster = {"chief": ["127.0.0.1:0"], "worker": ["127.0.0.1:0"], "ps": [address]}
         tf_config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 0}})
-        outcome = run_alone(tf_config, "main()", PARAMSERVER_PS_LISTEN="1")
+        outcome = run_alone(tf_config, "main()", PARAMSERVER_RUN_FILE="/no/such/run.json")
     assert (outcome.code, outcome.lines[-1]) == (0, f"ps:0 at {address} has left: the run is over")
 
 

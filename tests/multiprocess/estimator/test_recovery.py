@@ -33,7 +33,7 @@ MAX_STEPS, CHECKPOINT_INTERVAL = 3000, 100
 TRAINING = ["chief:0", "worker:0", "worker:1"]
 TASKS = ["ps:0", "ps:1", *TRAINING, "evaluator:0"]
 
-STARTED_AGAIN = re.compile(r"(\S+) was killed by SIGKILL \(code 137\); it is started again \(1 of 2\)")
+STARTED_AGAIN = re.compile(r"(\S+) was killed by SIGKILL \(code 137\); it is started again in 0.5 s \(1 of 2\)")
 SAVED = re.compile(r"chief:0 \| saved a checkpoint of step (\d+) to \S+")
 RESTORES = re.compile(r"chief:0 \| chief:0 restores \S+/ckpt-(\d+)")
 TRAINED = re.compile(r"(\S+) \| loss = \S+, step = (\d+)( \(\S+ sec\))?")

@@ -9,6 +9,7 @@ from tests.multiprocess.warm import PATIENCE, SCRIPT
 
 from paramserver.cluster.task import Role, TaskId
 from paramserver.launch import local
+from paramserver.launch.lifecycle import Limits
 from paramserver.launch.spec import LaunchOptions
 from paramserver.testing.local_cluster import LocalCluster
 
@@ -127,7 +128,7 @@ def test_a_ps_that_is_killed_makes_workers_fail_with_its_name(cluster, start, st
         assert code == 1
         assert "ps:1" in complaint
     code, complaint = servers[0].ends()
-    assert code == 1
+    assert code == 75
     assert "chief:0 failed" in complaint
     assert "ps:1" in complaint
 
@@ -179,6 +180,6 @@ def test_a_worker_that_leaves_before_it_connects_does_not_hang_the_run(tmp_path,
     lines = []
     with warm.launcher() as options:
         monkeypatch.setenv("PARAMSERVER_FORK_SERVER_FD", options["env"]["PARAMSERVER_FORK_SERVER_FD"])
-        launched = LaunchOptions(script=str(script), ps=1, workers=2, grace=0.1)
+        launched = LaunchOptions(script=str(script), ps=1, workers=2, limits=Limits(grace=0.1))
         assert local.launch(launched, on_output=lines.append) == 0
     assert [line.text for line in lines if "error" in line.text.lower()] == []

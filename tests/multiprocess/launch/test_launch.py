@@ -24,7 +24,8 @@ from tests.patience import patience
 from paramserver.cluster.report import Report
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
-from paramserver.launch import lifecycle, local
+from paramserver.launch import local
+from paramserver.launch.lifecycle import Limits
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.spec import LaunchSpec, TaskSpec
 
@@ -162,7 +163,8 @@ def test_the_exit_code_is_that_of_the_first_failure(program: Program) -> None:
     )
     assert run.code == 4
     assert run.said(None, is_error=True) == [
-        "error: worker:0 exited with code 4; chief:0 exited with code 5; the run was stopped"
+        "worker:0 exited with code 4; the others go on",
+        "error: worker:0 exited with code 4; chief:0 exited with code 5; the run was stopped",
     ]
 
 
@@ -174,7 +176,10 @@ def test_a_failed_worker_does_not_disturb_the_others(program: Program) -> None:
     )
     assert run.code == 137
     assert run.said(CHIEF) == run.said(PS) == ["still here"]
-    assert run.said(None, is_error=True) == ["error: worker:0 was killed by SIGKILL (code 137)"]
+    assert run.said(None, is_error=True) == [
+        "worker:0 was killed by SIGKILL (code 137); the others go on",
+        "error: worker:0 was killed by SIGKILL (code 137)",
+    ]
 
 
 @pytest.mark.parametrize("failing", [CHIEF, PS])
@@ -183,11 +188,26 @@ def test_a_failed_chief_or_ps_stops_all(program: Program, lifeline: Lifeline, fa
     run = Run(*(program(task, HANG) for task in others), program(failing, "meet(4); sys.exit(6)"))
     assert run.code == 6
     assert lifeline.is_free(within=0)
-    assert run.said(None, is_error=True) == [f"error: {failing} exited with code 6; the run was stopped"]
+    assert run.said(None, is_error=True) == [
+        f"{failing} exited with code 6; stopping the run",
+        f"error: {failing} exited with code 6; the run was stopped",
+    ]
+
+
+def test_the_first_and_the_last_line_name_the_culprit_and_not_its_victims(program: Program) -> None:
+    run = Run(
+        program(PS, "announce('a'); sys.exit(75)"),
+        program(CHIEF, "outlive('a'); sys.exit(6)"),
+        program(WORKER, HANG),
+    )
+    first, last = run.said(None, is_error=True)
+    assert run.code == 6
+    assert first == "chief:0 exited with code 6; stopping the run"
+    assert last.startswith("error: chief:0 exited with code 6; ps:0 ended because of another task (code 75)")
 
 
 def test_ps_tasks_that_stay_are_stopped_after_the_grace(program: Program, lifeline: Lifeline) -> None:
-    run = Run(program(PS, HANG), program(CHIEF, "meet(2)"), grace=0.1)
+    run = Run(program(PS, HANG), program(CHIEF, "meet(2)"), limits=Limits(grace=0.1))
     assert run.code == 0
     assert lifeline.is_free(within=0)
     assert run.said(None, is_error=True) == ["ps:0 did not end within 0.1 s of the last worker; stopping it"]
@@ -197,18 +217,17 @@ def test_an_evaluator_is_waited_for(program: Program) -> None:
     run = Run(
         program(CHIEF, "announce('a')"),
         program(EVALUATOR, "outlive('a'); print('evaluated')"),
-        grace=0.0,
+        limits=Limits(grace=0.0),
     )
     assert run.code == 0
     assert run.said(EVALUATOR) == ["evaluated"]
 
 
-def test_a_task_that_ignores_sigterm_is_killed(
-    program: Program, lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lifecycle, "KILL_AFTER", 0.1)
-    run = Run(program(WORKER, DEAF), program(CHIEF, "meet(2); sys.exit(6)"))
+def test_a_task_that_ignores_sigterm_is_killed(program: Program, lifeline: Lifeline) -> None:
+    limits = Limits(shutdown_timeout=0.1)
+    run = Run(program(WORKER, DEAF), program(CHIEF, "meet(2); sys.exit(6)"), limits=limits)
     assert run.code == 6
+    assert "worker:0 did not end within 0.1 s of SIGTERM; killing it" in run.said(None, is_error=True)
     assert lifeline.is_free(within=0)
 
 
@@ -271,18 +290,19 @@ def test_a_command_that_cannot_be_started_stops_what_was_started(
 
 
 @contextlib.contextmanager
-def launcher(tmp_path: Path, *tasks: TaskSpec) -> Iterator[subprocess.Popen[str]]:
+def launcher(tmp_path: Path, *tasks: TaskSpec, shutdown_timeout: float = 3.0) -> Iterator[subprocess.Popen[str]]:
     """A launcher as a process of its own, which can be interrupted and killed."""
     script = tmp_path / "launcher.py"
     specs = [(str(task.task), task.command, dict(task.env)) for task in tasks]
     script.write_text(f"""
 import sys
 from paramserver.cluster.task import TaskId
+from paramserver.launch.lifecycle import Limits
 from paramserver.launch.local import run
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.spec import LaunchSpec, TaskSpec
 tasks = tuple(TaskSpec(TaskId.parse(task), command, env) for task, command, env in {specs!r})
-sys.exit(run(LaunchSpec("run", tasks)))
+sys.exit(run(LaunchSpec("run", tasks, limits=Limits(shutdown_timeout={shutdown_timeout}))))
 """)
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, str(script)], stdout=pipe, stderr=pipe, text=True) as process:
@@ -306,7 +326,82 @@ def test_an_interrupt_ends_all_within_five_seconds(
         assert lifeline.is_free(within=patience(5))
         assert time.monotonic() - begin < 5
     assert process.returncode == code
-    assert errors == f"stopping the run ({number.name}); once more kills it\n"
+    assert errors.splitlines() == [
+        f"stopping the run ({number.name}); once more kills it",
+        "worker:0 did not end within 3 s of SIGTERM; killing it",
+    ]
+
+
+def test_sighup_ends_a_run_whose_tasks_do_not_handle_it(program: Program, lifeline: Lifeline, tmp_path: Path) -> None:
+    with launcher(tmp_path, program(CHIEF, HANG)) as process:
+        lifeline.wait_ready(1)
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 129
+    assert errors.splitlines()[0] == "stopping the run (SIGHUP); once more kills it"
+
+
+def test_a_launcher_under_nohup_ignores_sighup(program: Program, lifeline: Lifeline, tmp_path: Path) -> None:
+    with ignoring(signal.SIGHUP), launcher(tmp_path, program(CHIEF, HANG)) as process:
+        lifeline.wait_ready(1)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors.splitlines()[0]) == (143, "stopping the run (SIGTERM); once more kills it")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_for_the_tasks_is_passed_on_to_those_that_handle_it(
+    program: Program, lifeline: Lifeline, tmp_path: Path, number: signal.Signals
+) -> None:
+    handle = f"signal.signal({int(number)}, lambda *_: sys.exit('was told')); " + HANG
+    with launcher(tmp_path, program(WORKER, handle), program(PS, HANG), program(EVALUATOR, HANG)) as process:
+        lifeline.wait_ready(3)
+        process.send_signal(number)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "worker:0 | was told\n"
+        assert process.stderr.readline() == "worker:0 exited with code 1; the others go on\n"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+
+
+def test_a_signal_for_tasks_that_do_not_handle_it_kills_nothing(
+    program: Program, lifeline: Lifeline, tmp_path: Path
+) -> None:
+    with launcher(tmp_path, program(CHIEF, HANG)) as process:
+        lifeline.wait_ready(1)
+        process.send_signal(signal.SIGUSR1)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "SIGUSR1: no task has a handler for it; the run goes on\n"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143
+
+
+def test_ps_tasks_leave_last(program: Program, lifeline: Lifeline, tmp_path: Path) -> None:
+    wait = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); hold(); signal.sigwait({signal.SIGTERM})\n"
+    ps = program(PS, wait + "print('the chief has saved:', os.path.exists(HERE + '/saved'))")
+    chief = program(CHIEF, wait + "os.close(os.open(HERE + '/saved', os.O_CREAT))")
+    with launcher(tmp_path, ps, chief) as process:
+        lifeline.wait_ready(2)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert said == "ps:0 | the chief has saved: True\n"
+
+
+def test_the_processes_of_a_task_are_not_signalled_the_task_is(
+    program: Program, lifeline: Lifeline, tmp_path: Path
+) -> None:
+    """A DataLoader's workers are needed for the last batches and the save."""
+    told = "signal.signal(signal.SIGTERM, lambda *_: print('the child was told', flush=True))"
+    leave = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))"
+    tasks = program(CHIEF, f"child({told + '; ' + HANG!r}); {leave}; {HANG}")
+    with launcher(tmp_path, tasks) as process:
+        lifeline.wait_ready(2)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said) == (143, "")
+    assert lifeline.is_free(within=PATIENCE)
 
 
 def test_a_second_ctrl_c_kills_at_once(program: Program, lifeline: Lifeline, tmp_path: Path) -> None:
@@ -318,7 +413,7 @@ def test_a_second_ctrl_c_kills_at_once(program: Program, lifeline: Lifeline, tmp
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.wait(PATIENCE)
-        assert time.monotonic() - begin < lifecycle.KILL_AFTER / 2
+        assert time.monotonic() - begin < Limits().shutdown_timeout / 2
     assert process.returncode == 130
     assert lifeline.is_free(within=PATIENCE)
 
@@ -329,6 +424,16 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(program: Program, lifel
         process.kill()
         process.wait(PATIENCE)
         assert lifeline.is_free(within=patience(5))
+
+
+@contextlib.contextmanager
+def ignoring(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started inside ignore a signal, as under nohup."""
+    old = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, old)
 
 
 def run_task(tmp_path: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -409,6 +514,14 @@ while True:  # to wait in a call would be to miss a signal that comes just befor
     pass
 """
 
+WHERE_THE_HOOK_IS_INTERRUPTED = (
+    """
+import paramserver.cluster.termination
+paramserver.cluster.termination.AGAIN = 0
+"""
+    + WHERE_EXCEPTIONS_ARE_DROPPED
+)
+
 WHERE_AN_ERROR_TAKES_ITS_PLACE = """
 try:
     kill()
@@ -427,10 +540,16 @@ atexit.register(kill)
     ("code", "returncode", "said"),
     [
         (WHERE_EXCEPTIONS_ARE_DROPPED, 143, ""),
+        (WHERE_THE_HOOK_IS_INTERRUPTED, 143, ""),
         (WHERE_AN_ERROR_TAKES_ITS_PLACE, 143, ""),
         (AFTER_THE_SCRIPT, 0, "cleaned up\n"),
     ],
-    ids=["where exceptions are dropped", "where an error takes its place", "after the script"],
+    ids=[
+        "where exceptions are dropped",
+        "where the hook is interrupted",
+        "where an error takes its place",
+        "after the script",
+    ],
 )
 def test_sigterm_ends_a_script_quietly_wherever_it_is(tmp_path: Path, code: str, returncode: int, said: str) -> None:
     done = run_task(tmp_path, KILL_ITSELF + code)
@@ -460,7 +579,19 @@ print(os.WTERMSIG(os.waitpid(pid, 0)[1]))
     assert (done.stdout, done.stderr) == ("15\n", "")
 
 
-@pytest.mark.parametrize("arguments", [[], ["missing.py"]])
+def test_a_module_is_run_as_python_runs_it(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "near.py").write_text("")
+    (package / "train.py").write_text("import sys\nfrom . import near\nprint(__name__, sys.argv, sys.path[0])")
+    command = [sys.executable, "-m", "paramserver.launch.task", "-m", "package.train", "--lr", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout == f"__main__ {[str(package / 'train.py'), '--lr', '1']} {tmp_path}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["missing.py"], ["-m"], ["-m", "no.such.module"]])
 def test_a_missing_script_is_one_line(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "paramserver.launch.task", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -483,13 +614,15 @@ else:
 
 
 def test_a_task_that_is_killed_is_started_again(program: Program) -> None:
-    run = Run(program(CHIEF, FAIL_ONCE), program(WORKER, "print('undisturbed')"), restarts=1)
+    run = Run(program(CHIEF, FAIL_ONCE), program(WORKER, "print('undisturbed')"), limits=Limits(restarts=1))
     assert (run.code, run.said(CHIEF), run.said(WORKER)) == (0, ["again"], ["undisturbed"])
-    assert run.said(None, is_error=True) == ["chief:0 was killed by SIGKILL (code 137); it is started again (1 of 1)"]
+    assert run.said(None, is_error=True) == [
+        "chief:0 was killed by SIGKILL (code 137); it is started again in 0.5 s (1 of 1)"
+    ]
 
 
 def test_a_task_that_fails_each_time_has_failed(program: Program) -> None:
-    run = Run(program(WORKER, "print('here'); sys.exit(3)"), restarts=2)
+    run = Run(program(WORKER, "print('here'); sys.exit(3)"), limits=Limits(restarts=2))
     assert (run.code, run.said(WORKER)) == (3, ["here"] * 3)
 
 
@@ -498,7 +631,7 @@ def test_a_ps_that_is_started_again_listens_at_the_same_address(program: Program
     listener = local._listener()
     port = str(listener.getsockname()[1])
     line_by_line = "sys.stdout.reconfigure(line_buffering=True)\n"
-    run = Run(program(PS, line_by_line + serve), listeners={PS: listener}, restarts=1)
+    run = Run(program(PS, line_by_line + serve), listeners={PS: listener}, limits=Limits(restarts=1))
     assert (run.code, run.said(PS)) == (0, [port, port, "again"])
     assert listener.fileno() == -1
 
@@ -506,6 +639,8 @@ def test_a_ps_that_is_started_again_listens_at_the_same_address(program: Program
 def test_what_a_failed_task_has_left_running_is_gone_before_it_is_started_again(
     program: Program, lifeline: Lifeline
 ) -> None:
-    run = Run(program(CHIEF, "child('hold(); signal.pause()'); os.read(crowd, 1)\n" + FAIL_ONCE), restarts=1)
+    run = Run(
+        program(CHIEF, "child('hold(); signal.pause()'); os.read(crowd, 1)\n" + FAIL_ONCE), limits=Limits(restarts=1)
+    )
     assert run.code == 0
     assert lifeline.is_free(PATIENCE)

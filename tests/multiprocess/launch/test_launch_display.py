@@ -18,6 +18,12 @@ from tests.patience import patience
 
 pytestmark = [pytest.mark.multiprocess]
 
+FAILED = """chief:0 | no
+chief:0 exited with code 1; stopping the run
+ps:0 | ps:0 leaves at step 0, before the run is over (SIGTERM)
+error: chief:0 exited with code 1; the run was stopped
+"""
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 LAUNCH = (sys.executable, "-m", "paramserver", "launch")
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -157,7 +163,7 @@ def test_plain_lines_on_a_terminal_that_cannot_be_drawn_on(terminals: list[Termi
     terminal = Terminal(warm, *LAUNCH, str(script), TERM="dumb")
     terminals.append(terminal)
     assert terminal.read_to_the_end() == 1
-    assert terminal.seen == "chief:0 | no\nerror: chief:0 exited with code 1; the run was stopped\n"
+    assert terminal.seen == FAILED
 
 
 def test_plain_lines_where_there_is_no_terminal(script: Path, warm: Warm) -> None:
@@ -165,4 +171,4 @@ def test_plain_lines_where_there_is_no_terminal(script: Path, warm: Warm) -> Non
     env = {**os.environ, "FORCE_COLOR": "", "TERM": "xterm"}
     done = warm.launch(script, env=env)
     assert (done.returncode, done.stdout) == (1, "chief:0 | hello\n")
-    assert done.stderr == "chief:0 | no\nerror: chief:0 exited with code 1; the run was stopped\n"
+    assert done.stderr == FAILED

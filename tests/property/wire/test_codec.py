@@ -7,6 +7,7 @@ import typing
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,11 +30,14 @@ def value(hint: Any) -> st.SearchStrategy[Any]:
     """Any value of a type that messages use."""
     arguments = get_args(hint)
     match get_origin(hint):
+        case typing.Annotated:
+            return limited(arguments[0], arguments[1])
         case None if hint in PLAIN:
             return PLAIN[hint]
         case None:
-            return st.builds(hint, **{name: value(field) for name, field in get_type_hints(hint).items()})
-        case types.UnionType:
+            fields = get_type_hints(hint, include_extras=True)
+            return st.builds(hint, **{name: value(field) for name, field in fields.items()})
+        case types.UnionType | typing.Union:
             return st.one_of([value(argument) for argument in arguments])
         case typing.Literal:
             return st.sampled_from(arguments)
@@ -43,6 +47,14 @@ def value(hint: Any) -> st.SearchStrategy[Any]:
             return st.lists(value(arguments[0]), max_size=3).map(tuple)
         case _:
             return st.tuples(*map(value, arguments))
+
+
+def limited(hint: Any, limits: msgspec.Meta) -> st.SearchStrategy[Any]:
+    """Any value of a type within its limits; texts and lists are short anyway."""
+    if hint is int:
+        most = limits.le if limits.lt is None else limits.lt - 1
+        return st.integers(limits.ge, most)
+    return value(hint) if limits.pattern is None else st.from_regex(limits.pattern, fullmatch=True)
 
 
 MESSAGES: list[type[Message]] = list(get_args(AnyMessage))

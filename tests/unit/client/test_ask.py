@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -71,3 +72,17 @@ def test_a_wait_ends_and_names_what_it_was_for() -> None:
     with pytest.raises(DeadlineError, match="the chief sleeps within 0 s; is it running?"):
         ask_until_ready(Exchange([lane]), lane, AwaitReady, Patience(0), "the chief sleeps")
     assert lane.asked == [AwaitReady(0.0)]
+
+
+def test_n05_a_long_wait_for_the_chief_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    now = 0.0
+    patience = Patience(75.0, clock=lambda: now)
+    for _ in range(49):
+        now += 1.5
+        patience.wait_on("the chief has not initialized the variables on ps:0")
+    waited = [
+        re.search(r"^this task waits for the chief since \S+ \((\d+) s\), until \S+: the chief has", line)
+        for line in caplog.messages
+    ]
+    assert [match and match[1] for match in waited] == ["10", "21", "42"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
 
-from paramserver.distribute.checkpoints import SAY_EVERY, Loss, Waiting, find_checkpoint
+from paramserver.distribute.checkpoints import Loss, find_checkpoint
 from paramserver.errors import CheckpointError
 
 LOSS = Loss(tasks="ps:1", reached=500, variables=3, own=["seen", "best"])
@@ -26,15 +25,6 @@ def test_a_loss_without_a_checkpoint_names_all_and_the_way() -> None:
     assert "the chief's values of step 498, and 2 later updates are lost" in said
     assert "the optimizer state of 3 variables there starts anew; 2 ps.Variables" in said
     assert "seen, best. Call strategy.save(directory)" in said
-
-
-def test_a_long_wait_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    asked_at = iter([0.0, 1.0, SAY_EVERY, SAY_EVERY, SAY_EVERY + 1, 2 * SAY_EVERY, 2 * SAY_EVERY])
-    waiting = Waiting("chief:0", clock=lambda: next(asked_at))
-    for _ in range(4):
-        waiting.on_wait(("worker:0", "worker:2"))
-    assert caplog.messages == ["chief:0 waits for worker:0, worker:2 to finish"] * 2
 
 
 def test_a_place_means_itself_or_its_latest_checkpoint(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 
+from paramserver.cluster.exit_codes import CONSEQUENCE
 from paramserver.cluster.task import Role, TaskId
-from paramserver.launch.lifecycle import AFTER_FAILURE, KILL_AFTER, Ending, Lifecycle
+from paramserver.launch.lifecycle import AFTER_FAILURE, CULPRIT_WAIT, FIRST_PAUSE, Ending, Lifecycle, Limits
 
 PS = TaskId(Role.PS, 0)
 CHIEF = TaskId(Role.CHIEF, 0)
@@ -16,18 +17,51 @@ EVALUATOR = TaskId(Role.EVALUATOR, 0)
 ALL = (PS, CHIEF, WORKER, EVALUATOR)
 GRACE = 10.0
 WELL = Ending(0)
+LIMITS = Limits(grace=GRACE, shutdown_timeout=30.0)
+THREE = (CHIEF, WORKER, EVALUATOR)
 
 
 @pytest.fixture
 def lifecycle() -> Lifecycle:
-    return Lifecycle(ALL, GRACE)
+    return Lifecycle(ALL, LIMITS)
 
 
 @pytest.mark.parametrize("task", [CHIEF, PS])
-def test_a_failed_chief_or_ps_ends_all_tasks(lifecycle: Lifecycle, task: TaskId) -> None:
+def test_a_failed_chief_or_ps_ends_all_tasks_and_ps_tasks_last(lifecycle: Lifecycle, task: TaskId) -> None:
     lifecycle.ended(task, Ending(3), 0.0)
-    assert set(lifecycle.take_due(0.0)) == {(other, SIGTERM) for other in ALL if other != task}
+    told = {other for other in THREE if other != task}
+    assert set(lifecycle.take_due(0.0)) == {(other, SIGTERM) for other in told}
+    for other in told:
+        lifecycle.ended(other, Ending(143), 1.0)
+    assert lifecycle.take_due(1.0) == ([] if task is PS else [(PS, SIGTERM)])
     assert lifecycle.summary == f"error: {task} exited with code 3; the run was stopped"
+
+
+def test_ps_tasks_do_not_wait_for_an_evaluator_that_is_told_to_end(lifecycle: Lifecycle) -> None:
+    lifecycle.interrupted(SIGTERM, 0.0)
+    lifecycle.take_due(0.0)
+    lifecycle.ended(CHIEF, Ending(143), 1.0)
+    assert lifecycle.take_due(1.0) == []
+    lifecycle.ended(WORKER, Ending(143), 2.0)
+    assert lifecycle.take_due(2.0) == [(PS, SIGTERM)]
+
+
+@pytest.mark.parametrize("victim", [PS, CHIEF, WORKER])
+def test_the_culprit_is_named_and_not_its_first_victim(lifecycle: Lifecycle, victim: TaskId) -> None:
+    culprit = PS if victim is CHIEF else CHIEF
+    lifecycle.ended(victim, Ending(CONSEQUENCE), 0.0)
+    assert lifecycle.take_due(CULPRIT_WAIT - 0.1) == []
+    lifecycle.ended(culprit, Ending(3), 1.0)
+    assert lifecycle.exit_code == 3
+    assert lifecycle.summary.startswith(f"error: {culprit} exited with code 3; {victim} ended because of another task")
+    assert lifecycle.take_due(1.0)
+
+
+@pytest.mark.parametrize("task", [PS, CHIEF])
+def test_a_consequence_without_a_culprit_ends_the_run_as_well(lifecycle: Lifecycle, task: TaskId) -> None:
+    lifecycle.ended(task, Ending(CONSEQUENCE), 0.0)
+    assert {number for _, number in lifecycle.take_due(CULPRIT_WAIT)} == {SIGTERM}
+    assert lifecycle.exit_code == CONSEQUENCE
 
 
 @pytest.mark.parametrize("task", [WORKER, EVALUATOR])
@@ -64,7 +98,7 @@ def test_ps_tasks_get_the_grace_once_nobody_trains(lifecycle: Lifecycle) -> None
 
 @pytest.mark.parametrize("grace", [GRACE, 0.1])
 def test_ps_tasks_do_not_wait_long_for_a_worker_that_has_failed(grace: float) -> None:
-    lifecycle = Lifecycle(ALL, grace)
+    lifecycle = Lifecycle(ALL, Limits(grace=grace))
     lifecycle.ended(WORKER, Ending(1), 0.0)
     assert lifecycle.next_due() is None
     lifecycle.ended(CHIEF, WELL, 5.0)
@@ -94,10 +128,10 @@ def test_an_evaluator_gets_the_time_that_it_needs(lifecycle: Lifecycle) -> None:
 
 def test_a_task_that_does_not_end_is_killed(lifecycle: Lifecycle) -> None:
     lifecycle.interrupted(SIGINT, 0.0)
-    assert len(lifecycle.take_due(0.0)) == len(ALL)
-    lifecycle.ended(PS, Ending(143, SIGTERM), 0.5)
-    assert lifecycle.take_due(KILL_AFTER - 0.1) == []
-    assert set(lifecycle.take_due(KILL_AFTER)) == {(task, SIGKILL) for task in (CHIEF, WORKER, EVALUATOR)}
+    assert len(lifecycle.take_due(0.0)) == len(THREE)
+    lifecycle.ended(EVALUATOR, Ending(143, SIGTERM), 0.5)
+    assert lifecycle.take_due(LIMITS.shutdown_timeout - 0.1) == []
+    assert set(lifecycle.take_due(LIMITS.shutdown_timeout)) == {(task, SIGKILL) for task in (CHIEF, WORKER)}
     assert lifecycle.next_due() is None
 
 
@@ -113,6 +147,13 @@ def test_a_second_interrupt_kills_at_once(lifecycle: Lifecycle) -> None:
     lifecycle.take_due(0.0)
     lifecycle.interrupted(SIGINT, 0.5)
     assert set(lifecycle.take_due(0.5)) == {(task, SIGKILL) for task in ALL}
+
+
+def test_a_signal_when_only_ps_tasks_are_left_ends_them(lifecycle: Lifecycle) -> None:
+    for task in THREE:
+        lifecycle.ended(task, WELL, 0.0)
+    lifecycle.interrupted(SIGTERM, 1.0)
+    assert lifecycle.take_due(1.0) == [(PS, SIGTERM)]
 
 
 def test_a_failure_while_the_run_is_stopped_does_not_ask_twice(lifecycle: Lifecycle) -> None:
@@ -132,28 +173,47 @@ def test_what_it_knows_is_shown(lifecycle: Lifecycle) -> None:
 
 @pytest.mark.parametrize("task", ALL)
 def test_a_task_that_fails_is_started_again_until_it_has_used_up_its_restarts(task: TaskId) -> None:
-    lifecycle = Lifecycle(ALL, GRACE, restarts=2)
-    assert [lifecycle.ended(task, Ending(137, SIGKILL), 0.0) for _ in range(3)] == [True, True, False]
+    lifecycle = Lifecycle(ALL, Limits(restarts=2))
+    for number in (1, 2):
+        assert lifecycle.ended(task, Ending(137, SIGKILL), 0.0) == FIRST_PAUSE * number
+        assert (lifecycle.take_starts(0.0), lifecycle.next_due()) == ([], FIRST_PAUSE * number)
+        assert lifecycle.take_starts(FIRST_PAUSE * number) == [task]
+    assert lifecycle.ended(task, Ending(137, SIGKILL), 0.0) is None
     assert [failed for failed, _ in lifecycle.failures] == [task]
 
 
+def test_a_failure_before_the_restart_window_does_not_count() -> None:
+    lifecycle = Lifecycle(ALL, Limits(restarts=1, restart_window=60.0))
+    assert lifecycle.ended(WORKER, Ending(1), 0.0) == FIRST_PAUSE
+    assert lifecycle.ended(WORKER, Ending(1), 61.0) == FIRST_PAUSE
+    assert lifecycle.ended(WORKER, Ending(1), 62.0) is None
+
+
+def test_a_task_that_waits_for_its_restart_is_not_started_when_the_run_is_stopped() -> None:
+    lifecycle = Lifecycle(ALL, Limits(restarts=1))
+    lifecycle.ended(WORKER, Ending(1), 0.0)
+    lifecycle.interrupted(SIGINT, 0.1)
+    assert lifecycle.take_starts(9.0) == []
+    assert WORKER not in lifecycle.running
+
+
 def test_each_task_has_restarts_of_its_own() -> None:
-    lifecycle = Lifecycle(ALL, GRACE, restarts=1)
-    assert all(lifecycle.ended(task, Ending(1), 0.0) for task in ALL)
+    lifecycle = Lifecycle(ALL, Limits(restarts=1))
+    assert all(lifecycle.ended(task, Ending(1), 0.0) is not None for task in ALL)
     assert (lifecycle.running, lifecycle.exit_code) == (set(ALL), 0)
 
 
 def test_who_ends_well_or_is_told_to_end_is_not_started_again() -> None:
-    lifecycle = Lifecycle(ALL, GRACE, restarts=1)
-    assert not lifecycle.ended(WORKER, WELL, 0.0)
+    lifecycle = Lifecycle(ALL, Limits(restarts=1))
+    assert lifecycle.ended(WORKER, WELL, 0.0) is None
     lifecycle.interrupted(SIGINT, 0.0)
     lifecycle.take_due(0.0)
-    assert not any(lifecycle.ended(task, Ending(143, SIGTERM), 1.0) for task in (PS, CHIEF, EVALUATOR))
+    assert all(lifecycle.ended(task, Ending(143, SIGTERM), 1.0) is None for task in (PS, CHIEF, EVALUATOR))
 
 
 def test_a_ps_is_not_started_again_when_the_chief_has_finished() -> None:
     """What it held is lost, and nobody would bring it back; a late worker would wait for that."""
-    lifecycle = Lifecycle(ALL, GRACE, restarts=1)
+    lifecycle = Lifecycle(ALL, Limits(restarts=1))
     lifecycle.ended(CHIEF, WELL, 0)
-    assert not lifecycle.ended(PS, Ending(137, 9), 1)
-    assert lifecycle.ended(WORKER, Ending(137, 9), 1) is False  # nor anybody, because the run is stopped
+    assert lifecycle.ended(PS, Ending(137, 9), 1) is None
+    assert lifecycle.ended(WORKER, Ending(137, 9), 1) is None  # nor anybody, because the run is stopped

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import pytest
 
 from paramserver.cluster.task import Role, TaskId
-from paramserver.launch.output import LineBuffer, OutputLine, Printer
+from paramserver.errors import ConfigError
+from paramserver.launch.output import JsonPrinter, LineBuffer, LogFiles, OutputLine, Printer
 
 CHIEF = TaskId(Role.CHIEF, 0)
 
@@ -82,3 +85,33 @@ def test_a_character_that_the_terminal_lacks_is_replaced() -> None:
     with io.TextIOWrapper(raw, encoding="ascii") as out:
         Printer([CHIEF], out, io.StringIO())(OutputLine(CHIEF, "café", is_error=False))
         assert raw.getvalue() == b"chief:0 | caf?\n"
+
+
+def test_lines_in_json_are_objects_and_a_tasks_own_objects_stay() -> None:
+    out = io.StringIO()
+    printer = JsonPrinter(out)
+    own = '{"time":"2026-01-01T08:00:00.000+00:00","level":"info","task":"chief:0","message":"saved"}'
+    for line in (OutputLine(CHIEF, own, True), OutputLine(CHIEF, "fine", False), OutputLine(None, "stopping", True)):
+        printer(line)
+    first, *others = out.getvalue().splitlines()
+    assert first == own
+    assert [{**json.loads(other), "time": ""} for other in others] == [
+        {"time": "", "task": "chief:0", "message": "fine", "stream": "stdout"},
+        {"time": "", "level": "info", "task": "launcher", "message": "stopping"},
+    ]
+
+
+def test_each_task_has_a_file_of_its_own(tmp_path: Path) -> None:
+    files = LogFiles(tmp_path / "logs")
+    files(OutputLine(CHIEF, "fine", is_error=False))
+    files(OutputLine(CHIEF, "odd", is_error=True))
+    files(OutputLine(None, "stopping", is_error=True))
+    files.close()
+    written = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert written == {"chief-0.log": "fine\nodd\n", "launcher.log": "stopping\n"}
+
+
+def test_a_folder_for_logs_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--log-dir: .*file/logs cannot be written: Not a directory"):
+        LogFiles(tmp_path / "file" / "logs")

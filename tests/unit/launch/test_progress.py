@@ -17,7 +17,7 @@ from paramserver.launch import display
 from paramserver.launch.display import Display, find_terminal
 from paramserver.launch.lifecycle import Ending
 from paramserver.launch.output import OutputLine
-from paramserver.launch.progress import WINDOW, Pace, RunProgress
+from paramserver.launch.progress import LINE_INTERVAL, WINDOW, Pace, ProgressLines, RunProgress
 from paramserver.launch.spec import LaunchOptions, task_ids
 
 CHIEF = TaskId(Role.CHIEF, 0)
@@ -224,3 +224,23 @@ class TestDisplay:
         monkeypatch.setenv("TERM", term)
         monkeypatch.setenv("FORCE_COLOR", "1")
         assert (find_terminal() is not None) == found
+
+
+def test_without_a_display_the_progress_is_a_line_now_and_then() -> None:
+    clock, said = Clock(), list[str]()
+    progress = RunProgress.of(TASKS)
+    progress.pace = Pace(clock)
+    lines = ProgressLines(progress, said.append, clock)
+    for seconds, step in ((0.0, 1000), (LINE_INTERVAL - 1, 1500), (1.0, 2000), (1.0, 2100), (LINE_INTERVAL, 2100)):
+        clock.now += seconds
+        lines.take(Report(task="chief:0", global_step=step, loss=0.25, max_steps=10_000))
+    assert said == [
+        "global step 2,000 of 10,000, 500 steps/s, loss 0.2500",
+        "global step 2,100 of 10,000, 19 steps/s, loss 0.2500",
+    ]
+
+
+@pytest.mark.parametrize(("updates", "has_updated"), [((), None), ((0, 0), False), ((0, 3), True)])
+def test_a_run_without_an_update_is_known(updates: tuple[int, ...], has_updated: bool | None) -> None:
+    reports = (Report(task=f"ps:{index}", updates=count) for index, count in enumerate(updates))
+    assert told(reports).has_updated is has_updated

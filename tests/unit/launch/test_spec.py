@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
+from paramserver.launch.lifecycle import Limits
 from paramserver.launch.spec import LaunchOptions, LaunchSpec, TaskSpec, describe, plan, shared_environment
 
 DRY_RUN = """\
@@ -107,9 +109,14 @@ def test_every_task_gets_token_run_id_and_lane() -> None:
         assert task.env["PARAMSERVER_LANE"] == "tcp"
 
 
-def test_tasks_are_told_that_the_ports_are_listened_on() -> None:
-    """Not in a dry run: whoever starts its tasks by hand may start a worker first."""
-    assert all(task.env["PARAMSERVER_PS_LISTEN"] == "1" for task in plan_of(LaunchOptions(script="train.py")).tasks)
+def test_tasks_are_told_the_file_of_the_run() -> None:
+    spec = plan(LaunchOptions(script="train.py"), [2222], "secret", "run", 8, run_file=Path("/run/of/mine.json"))
+    assert {task.env["PARAMSERVER_RUN_FILE"] for task in spec.tasks} == {"/run/of/mine.json"}
+
+
+def test_a_module_is_run_as_python_runs_it() -> None:
+    chief = plan_of(LaunchOptions(script="package.train", args=("--lr", "1"), is_module=True)).tasks[1]
+    assert chief.command[1:] == ("-m", "paramserver.launch.task", "-m", "package.train", "--lr", "1")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +162,9 @@ def test_memory_is_kept_for_no_thread_unless_the_user_says_so(already_set: tuple
         ({"threads": 0}, "threads: expected 1 or more, got 0"),
         ({"lane": "udp"}, "lane: expected one of auto, shared-memory, tcp, got 'udp'"),
         ({"start_method": "fork"}, "start method: expected one of forkserver, spawn, got 'fork'"),
-        ({"grace": -1.0}, "grace: expected seconds, 0 or more, got -1.0"),
+        ({"limits": Limits(grace=-1.0)}, "grace: expected seconds, 0 or more, got -1.0"),
+        ({"limits": Limits(restarts=-1)}, "restarts: expected 0 or more, got -1"),
+        ({"limits": Limits(shutdown_timeout=float("nan"))}, "shutdown_timeout: expected seconds, 0 or more, got nan"),
         ({"script": ""}, "expected the path of a script"),
     ],
 )

@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
 
+from paramserver.cluster import run_file
+from paramserver.cluster.run_file import Run
 from paramserver.errors import ConfigError
-from paramserver.observe.status import Target, as_json, as_table, find_targets, loads
+from paramserver.observe.status import Found, Target, as_json, as_table, find_run, loads
 from paramserver.wire.messages import Status
 
 
@@ -35,28 +38,51 @@ def shown(statuses):
 
 def test_addresses_are_asked_once_each_whoever_is_there(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", "no JSON")
-    assert find_targets(["a:1", "[::1]:65535", "a:1"]) == [Target("a:1"), Target("[::1]:65535")]
+    assert find_run(["a:1", "[::1]:65535", "a:1"]) == Found([Target("a:1"), Target("[::1]:65535")])
 
 
 def test_without_addresses_the_ps_tasks_of_the_cluster_are_asked(monkeypatch):
     cluster = {"chief": ["c:1"], "ps": {"0": "a:1", "2": "b:1"}}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster}))
-    assert find_targets([]) == [Target("a:1", "ps:0"), Target("b:1", "ps:2")]
+    assert find_run([]) == Found([Target("a:1", "ps:0"), Target("b:1", "ps:2")])
 
 
 @pytest.mark.parametrize("tf_config", ["", "{}", '{"cluster": {"worker": ["a:1"]}}'])
-def test_somebody_must_be_asked(monkeypatch, tf_config):
+def test_somebody_must_be_asked(monkeypatch, tmp_path, tf_config):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("TF_CONFIG", tf_config)
-    with pytest.raises(
-        ConfigError, match="addresses of ps tasks, or a cluster with ps tasks in TF_CONFIG, got neither"
-    ):
-        find_targets([])
+    with pytest.raises(ConfigError, match="one launched run, addresses of ps tasks, .* of this user are: none"):
+        find_run([])
 
 
-@pytest.mark.parametrize("address", ["localhost", "", ":1", "a:", "a:b", "a:0", "a:65536", "a:-1", "a:1٣", "http://a"])
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """The runs that are launched on this machine: two, whose launcher is this process."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    for number in ("1a", "2b"):
+        run = Run(run_id=number, script="train.py", launcher=os.getpid(), ps=["a:1", "b:1"], token=f"token {number}")
+        run_file.write(run)
+    return tmp_path / "paramserver"
+
+
+def test_the_only_launched_run_is_asked_with_its_token(runs):
+    run_file.remove(runs / "2b.json")
+    assert find_run([]) == Found([Target("a:1", "ps:0"), Target("b:1", "ps:1")], "token 1a")
+
+
+def test_a_launched_run_is_named_by_its_id(runs):
+    assert find_run(["2b"]).token == "token 2b"
+    with pytest.raises(ConfigError, match=r"expected one launched run.*1a \(train.py\), 2b \(train.py\)"):
+        find_run([])
+    with pytest.raises(ConfigError, match="expected the run '3c'"):
+        find_run(["3c"])
+
+
+@pytest.mark.parametrize("address", ["", ":1", "a:", "a:b", "a:0", "a:65536", "a:-1", "a:1٣", "http://a"])
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(ConfigError, match="^status: expected host:port, got ") as caught:
-        find_targets([address])
+        find_run([address])
     assert repr(address) in str(caught.value)
 
 

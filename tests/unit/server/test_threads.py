@@ -152,3 +152,25 @@ def test_stop_ends_every_connection_and_every_thread(echoes):
 
 def test_stop_without_a_connection_ends_at_once(echoes):
     echoes.threads.stop()
+
+
+def test_without_further_threads_all_are_served_still(echoes, monkeypatch, caplog):
+    """Leaders that have to wait, and have nobody to hand the lead to, lead again when they are done."""
+    connections = [echoes.new() for _ in range(4)]
+    for each in connections * 2:
+        ask(each)
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", no_thread)
+        for each in connections[:3]:
+            each.sendall(WAIT)
+        connections[3].sendall(QUICK)
+        echoes.gate.set()
+        assert [each.recv(1) for each in connections] == [WAIT, WAIT, WAIT, QUICK]
+        for each in connections * 2:
+            ask(each)
+    (line,) = caplog.messages
+    assert line == "serves with fewer threads: can't start new thread; raise the limit (ulimit -u)"
+
+
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")

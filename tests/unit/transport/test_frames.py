@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import struct
 import threading
 
 import pytest
@@ -132,7 +131,7 @@ def test_sending_to_nobody_is_a_lost_connection(pair):
 def test_a_large_message_is_refused_where_only_small_ones_are_expected(pair):
     worker, ps = pair
     ps.max_message_bytes = 100
-    worker.send_raw(struct.pack("<IQ", 101, 0))
+    worker.send_raw(codec.head(101, 0))
     with pytest.raises(RemoteProtocolError, match="101 bytes; at most 100"):
         ps.receive()
 

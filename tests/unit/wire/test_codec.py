@@ -33,11 +33,22 @@ def test_a_message_that_is_too_large_is_not_sent(monkeypatch):
 @pytest.mark.parametrize("limit", [codec.MAX_HANDSHAKE_BYTES, codec.MAX_MESSAGE_BYTES])
 def test_a_message_that_is_too_large_is_refused_by_its_announcement(limit):
     def announce(count):
-        return struct.pack("<IQ", count, 0)
+        return codec.head(count, 0)
 
     assert codec.decode_header(announce(limit), PEER, limit) == (limit, 0)
     with pytest.raises(RemoteProtocolError, match=f"{PEER} announced .* {limit + 1} bytes; at most {limit} are"):
         codec.decode_header(announce(limit + 1), PEER, limit)
+
+
+@pytest.mark.parametrize("bit", range(8 * codec.HEADER_BYTES))
+def test_a_flipped_bit_of_a_head_is_noticed_before_anything_is_waited_for(bit):
+    frame = bytearray(codec.encode(Goodbye("why"), payload_bytes=100))
+    frame[bit // 8] ^= 1 << bit % 8
+    assert codec.frame_bytes(frame) == codec.HEADER_BYTES
+    with pytest.raises(
+        RemoteProtocolError, match=f"{PEER} sent a frame with a damaged head, [0-9a-f]{{32}}: its check"
+    ):
+        codec.decode_header(frame, PEER)
 
 
 def test_the_preamble_is_known():

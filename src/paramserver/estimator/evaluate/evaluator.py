@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 from paramserver.checkpoint.model_dir import exists, read_state
 from paramserver.checkpoint.storage import join
+from paramserver.cluster import Role, TaskId
 from paramserver.cluster.report import Reporter
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.estimator.evaluate.results import EvalResult, scalars
 from paramserver.estimator.export.exporters import Exporter, ExportingEstimator
 from paramserver.estimator.hooks.hook import TrainingHook
 from paramserver.estimator.specs import EvalSpec
+from paramserver.transport.waiting import WaitLog
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ class Evaluator:
         self._reporter.tell(state="waiting for a checkpoint")
         not_before = began + self._spec.start_delay_secs
         warn_at = not_before + MISSING_GRACE
+        log = WaitLog(str(TaskId(Role.EVALUATOR, 0)))
         while not self.is_done:
             over = self._is_over(run_id, began)
             if not over and clock() < not_before:
@@ -127,6 +130,7 @@ class Evaluator:
             if checkpoint is not None and is_new:
                 not_before = clock() + self._spec.throttle_secs
                 self._evaluate_if_there(checkpoint, is_last=over)
+                log = WaitLog(str(TaskId(Role.EVALUATOR, 0)))
             elif over:
                 self.conclude()
                 return
@@ -134,6 +138,7 @@ class Evaluator:
                 if checkpoint is None and clock() >= warn_at:
                     warn_at = clock() + MISSING_WARNING_INTERVAL
                     logger.warning("evaluator: there is no checkpoint in %s yet", self._estimator.model_dir)
+                log.say("the chief", f"there is no new checkpoint in {self._estimator.model_dir}")
                 wait(POLL_INTERVAL)
 
     def _evaluate_if_there(self, checkpoint: str, *, is_last: bool) -> None:

@@ -8,6 +8,7 @@ Rules
     * ``end`` is called after a clean stop only: a hook has asked for it, the session ends by itself, or the input has
       ended (StopIteration). After any other exception it is not called, because the data that a hook writes at the end
       would look like a result.
+    * A task that is asked to leave, by SIGTERM or Ctrl-C, calls ``leave`` of all hooks instead.
     * All hooks see every complete step: a stop that one hook asks for takes effect after all have seen the step.
     * No step is made after a stop was asked for.
     * The context managers around a step (`RunContext.wrap_step`) are entered after all ``before_run``, in the order of
@@ -18,12 +19,16 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from paramserver.distribute.bound.step_times import StepTimes
+from paramserver.errors import ParameterServerError
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingSession(Protocol):
@@ -158,6 +163,12 @@ class TrainingHook:
     def end(self, session: TrainingSession) -> None:
         """Called after a clean stop. Variables can still be read and saved."""
 
+    def leave(self, session: TrainingSession) -> None:
+        """Called instead of ``end`` when the task is asked to leave, by SIGTERM or Ctrl-C: the place to save.
+
+        The step at hand may be incomplete. The process may be killed after its grace time, often 30 seconds.
+        """
+
 
 def as_tuple(items: Iterable[T] | None, kind: type[T], where: str) -> tuple[T, ...]:
     """Return ``items`` as a tuple of objects of one type; None counts as empty.
@@ -258,6 +269,15 @@ class HookRunner:
         """Call ``end`` of all hooks, after a clean stop."""
         for hook in self.hooks:
             hook.end(session)
+
+    def leave(self, session: TrainingSession) -> None:
+        """Call ``leave`` of all hooks, for a task that is asked to leave. Failures are logged: others still train."""
+        for hook in self.hooks:
+            try:
+                hook.leave(session)
+            except ParameterServerError as error:
+                # As text: a traceback would keep the session.
+                logger.error("%s leaves, and %s failed: %s", session.task, type(hook).__name__, str(error))
 
     def run(self, create_session: Callable[[], SessionT], step: Callable[[SessionT], RunValues]) -> SessionT:
         """Train until a hook requests a stop, the session should stop, or the input ends.

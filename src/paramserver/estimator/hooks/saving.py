@@ -123,6 +123,8 @@ class CheckpointSaverListener:
 class CheckpointSaverHook(TrainingHook):
     """Saves when the session starts, after each interval of global steps or seconds, and at the end.
 
+    A chief that is asked to leave, by SIGTERM or Ctrl-C, saves as well.
+
     Once the step to stop at is reached, only the end saves: workers may still be in their last steps, and the
     checkpoint that an evaluator regards as the last one should contain these.
 
@@ -183,6 +185,11 @@ class CheckpointSaverHook(TrainingHook):
             self._save(session)
         for listener in self.listeners:
             listener.end(session, session.global_step)
+
+    def leave(self, session: TrainingSession) -> None:
+        """Save the present step, for a chief that is asked to leave."""
+        if session.is_chief:
+            logger.info("%s is asked to leave: saved a checkpoint to %s", session.task, session.save())
 
     def _save_if_due(self, session: TrainingSession, step: int) -> None:
         if self._timer.should_trigger_for_step(step) and not session.should_stop():

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
+from paramserver.cluster.exit_codes import is_request_to_leave
 from paramserver.errors import UnavailableError
 from paramserver.estimator.calling import Batch
 from paramserver.estimator.hooks.hook import HookRunner
@@ -34,12 +35,22 @@ class TrainingLoop:
 
     def run(self, read: Callable[[], Iterator[Batch]]) -> None:
         """Train on the input that ``read`` opens, and close the session. Blocks."""
-        self._announce()
-        batches = read()
-        self._train_on(batches)
-        while not self._finish():
+        with self._saving_when_asked_to_leave():
+            self._announce()
+            batches = read()
             self._train_on(batches)
+            while not self._finish():
+                self._train_on(batches)
         self._session.close()
+
+    @contextlib.contextmanager
+    def _saving_when_asked_to_leave(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit) as error:
+            if is_request_to_leave(error):
+                self._runner.leave(self._session)
+            raise
 
     def _train_on(self, batches: Iterator[Batch]) -> None:
         session, runner = self._session, self._runner

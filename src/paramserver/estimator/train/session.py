@@ -17,7 +17,7 @@ from paramserver.cluster.task import ALONE
 from paramserver.distribute.bound.model import BoundModel
 from paramserver.distribute.bound.plan import aliases, plain_name
 from paramserver.distribute.bound.step_times import StepTimes
-from paramserver.distribute.checkpoints import restore_checkpoint, write_checkpoint
+from paramserver.distribute.checkpoints import lost_updates, restore_checkpoint, write_checkpoint
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.distribute.reduce.reduction import ReduceOp
 from paramserver.errors import ConfigError, UnavailableError
@@ -28,8 +28,6 @@ from paramserver.estimator.specs import EstimatorSpec
 from paramserver.estimator.train.schedule import Schedule
 
 logger = logging.getLogger(__name__)
-
-LOG_WAIT_EVERY = 30.0
 
 LOSSES_IN_A_ROW = 10
 """Number of losses of a ps without a step between them after which the training gives up."""
@@ -82,7 +80,7 @@ class TrainingRun:
             initialize=self._initialize,
             buffers=spec.buffers,
             timeout=self._patience,
-            on_wait=self._waiting(),
+            on_wait=self._waits_for_chief,
         )
         self.model.train()
         for schedule in self._schedules:
@@ -174,6 +172,7 @@ class TrainingRun:
             UnavailableError: The given error, without a cluster; the last one after `LOSSES_IN_A_ROW` losses.
             DeadlineError: If a ps or the chief does not come back in time.
         """
+        reached = self.global_step
         while True:
             self._losses += 1
             if self._strategy.task is None or self._losses > LOSSES_IN_A_ROW:
@@ -185,12 +184,14 @@ class TrainingRun:
                 self._strategy.recover(
                     initialize=self._initialize,
                     timeout=self._patience,
-                    on_wait=self._waiting(),
+                    on_wait=self._waits_for_chief,
                 )
             except UnavailableError as again:
                 error = again
             else:
-                return
+                break
+        if self.is_chief and self.global_step < reached:  # another task is warned by `Strategy.recover`
+            logger.warning("%s: %s", self.task, lost_updates(reached, self.global_step))
 
     def finish(self, while_waiting: Callable[[], object] = lambda: None) -> None:
         """End the loop with a fresh global step. Blocks for as long as other workers take.
@@ -245,20 +246,5 @@ class TrainingRun:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def _waiting(self) -> Callable[[float], None]:
-        """Return a callback for a wait for the chief, which gets the seconds so far and logs them at times."""
-        said = -math.inf
-
-        def on_wait(seconds: float) -> None:
-            nonlocal said
-            self._reporter.tell(state="waiting for the chief")
-            if seconds >= said + LOG_WAIT_EVERY:
-                said = seconds
-                logger.info(
-                    "%s waits for the chief to initialize the variables: %.0f s so far, %g s at most",
-                    self.task,
-                    seconds,
-                    self._patience,
-                )
-
-        return on_wait
+    def _waits_for_chief(self, seconds: float) -> None:
+        self._reporter.tell(state="waiting for the chief")

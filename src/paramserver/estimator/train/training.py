@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,8 +12,10 @@ import torch
 
 from paramserver.checkpoint.storage import absolute
 from paramserver.cluster import environment
+from paramserver.cluster.exit_codes import is_request_to_leave
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
+from paramserver.cluster.termination import Termination
 from paramserver.distribute.parameter_server import ParameterServerStrategy
 from paramserver.errors import ConfigError, RunOverError
 from paramserver.estimator.calling import Batch
@@ -70,7 +74,7 @@ def train(
     if config.seed is not None:
         torch.manual_seed(config.seed)
     counter = _LocalSteps()
-    with strategy.scope(), _telling_failure(strategy):
+    with strategy.scope(), _terminating(), _telling_failure(strategy):
         spec = build()
         with contextlib.closing(summary_writer(config.model_dir or "")) as writer:
             user = (*hooks, *spec.training_hooks)
@@ -88,12 +92,25 @@ def train(
     return counter.steps
 
 
+def _terminating() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which SIGTERM is an exception, unless the program handles it or cannot."""
+    is_handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    is_main = threading.current_thread() is threading.main_thread()
+    return contextlib.nullcontext() if is_handled or not is_main else Termination()
+
+
 @contextlib.contextmanager
 def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
     try:
         yield
     except RunOverError:
         strategy.close()  # this task came too late to be of use, but it has not failed
+        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        if is_request_to_leave(error):
+            strategy.leave()
+        else:
+            strategy.close(failure=f"{type(error).__name__}: {error}")
         raise
     except BaseException as error:
         in_cluster = strategy.task is not None  # otherwise there is no other task to tell
