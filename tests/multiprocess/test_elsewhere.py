@@ -59,8 +59,12 @@ if sys.platform == "darwin":  # torch's own export asks for a module of Windows
 COMMAND = """
 import sys
 from paramserver.cli import main
-sys.argv[1:] = ["launch", "program.py"]
-sys.exit(main())
+for command in (["launch", "program.py"], ["demo"]):
+    sys.argv[1:] = command
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 1
 """
 
 SERVER = """
@@ -117,7 +121,12 @@ def test_one_process_trains(said: dict[str, str], program: str) -> None:
 
 @pytest.mark.parametrize(
     ("program", "what"),
-    [("server", "serving as ps:0: "), ("worker", "connecting to ps:0: "), ("launch", "error: launch: ")],
+    [
+        ("server", "serving as ps:0: "),
+        ("worker", "connecting to ps:0: "),
+        ("launch", "error: launch: "),
+        ("launch", "error: demo: "),
+    ],
 )
 def test_what_needs_several_processes_says_where_it_works(
     said: dict[str, str], platform: str, program: str, what: str
