@@ -109,6 +109,10 @@ def launch(
             help="forkserver: tasks are forks of one process that has imported torch; spawn: each imports it itself.",
         ),
     ] = "forkserver",
+    heartbeat_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Time after which a silent task counts as lost (default: 30)."),
+    ] = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
     log_dir: Annotated[
@@ -138,6 +142,7 @@ def launch(
         limits=Limits(restarts=restarts, restart_window=restart_window, shutdown_timeout=shutdown_timeout),
         start_method=start_method,
         is_module=is_module,
+        heartbeat_timeout=heartbeat_timeout,
         log_level=log_level,
         log_format=log_format,
         log_dir=log_dir,

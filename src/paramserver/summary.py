@@ -13,19 +13,24 @@ The recording function is a context variable: replicas inherit it from the threa
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import io
 import logging
+import math
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
 from paramserver.distribute.core import context
 from paramserver.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch.utils import tensorboard
 
 __all__ = ["SummaryWriter", "Writer", "histogram", "image", "recording", "scalar", "text"]
 
@@ -36,6 +41,9 @@ CHANNELS = {3: (1, 3, 4), 4: (1, 3)}
 """Accepted numbers of channels, by the number of axes of an image."""
 HISTOGRAM_LIMIT = 1e20
 """Limit of TensorBoard's histogram buckets."""
+FLUSH_INTERVAL = 120.0
+"""Seconds for which points are held back, as TensorBoard's own writer does."""
+FLUSH_BYTES = 1 << 20
 
 
 class Writer(Protocol):
@@ -170,10 +178,12 @@ def collecting(record: Record | None) -> Iterator[None]:
 class SummaryWriter:
     """Adds points to a folder of TensorBoard.
 
-    The first point makes the file and its writing thread, so a writer that is never used leaves no file behind, and a
-    task that writes no summaries never imports tensorboard. Points are written in the background; `flush` waits for
-    that. Every method that adds a point raises RuntimeError if the writer is closed, and OSError if the file cannot be
-    made. Not thread-safe.
+    The first point makes the file, so a writer that is never used leaves no file behind, and a task that writes no
+    summaries never imports tensorboard. Points are held back for up to two minutes; `flush` writes them at once.
+
+    Every method that adds a point raises RuntimeError if the writer is closed. All methods raise OSError if the file
+    cannot be written: the points that were held back are lost then, and the next point begins a new file. Not
+    thread-safe.
 
     Args:
         log_dir: The folder; it is made when needed.
@@ -181,11 +191,11 @@ class SummaryWriter:
 
     def __init__(self, log_dir: str) -> None:
         self.log_dir = log_dir
-        self._writer: tensorboard.SummaryWriter | None = None
+        self._file: _EventFile | None = None
         self._closed = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "unused" if self._writer is None else "open"
+        state = "closed" if self._closed else "unused" if self._file is None else "open"
         return f"SummaryWriter({self.log_dir!r}, {state})"
 
     def __enter__(self) -> Self:
@@ -198,46 +208,140 @@ class SummaryWriter:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Add one point to a curve."""
-        self._open().add_scalar(name, float(value), global_step=step)
+        number = float(value)
+        self._add(lambda kinds: kinds.scalar(name, number), step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         """Add one distribution. Elements that TensorBoard has no bucket for, such as NaN, are left out."""
         counted = values[values.abs() < HISTOGRAM_LIMIT]
         if counted.numel():
-            self._open().add_histogram(name, counted, global_step=step)
+            self._add(lambda kinds: kinds.histogram(name, counted, _buckets()), step)
         else:
             logger.warning("summary %r of step %d is not written: it has no finite element", name, step)
 
     def image(self, name: str, pixels: torch.Tensor, step: int) -> None:
         """Add one image; NaN is shown as 0."""
-        layout = IMAGE_LAYOUTS[pixels.ndim]
-        self._open().add_image(name, pixels.nan_to_num(), global_step=step, dataformats=layout)
+        shown, layout = pixels.nan_to_num(), IMAGE_LAYOUTS[pixels.ndim]
+        self._add(lambda kinds: kinds.image(name, shown, dataformats=layout), step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Add one piece of Markdown."""
-        self._open().add_text(name, text, global_step=step)
+        self._add(lambda kinds: kinds.text(name, text), step)
 
     def flush(self) -> None:
-        """Block until all points are in the file."""
-        if self._writer is not None:
-            self._writer.flush()
+        """Write all points into the file. Blocks."""
+        with self._giving_up():
+            if self._file is not None:
+                self._file.flush()
 
     def close(self) -> None:
-        """Flush, close the file and end the thread. Idempotent."""
+        """Flush and close the file. Idempotent."""
         self._closed = True
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
-    def _open(self) -> tensorboard.SummaryWriter:
+    def _add(self, make: Callable[[ModuleType], object], step: int) -> None:
+        with self._giving_up():
+            file = self._open()
+            file.add(make(file.kinds), step)
+
+    def _open(self) -> _EventFile:
         if self._closed:
             raise RuntimeError(f"a summary was written to {self.log_dir} after its writer was closed")
-        if self._writer is None:
-            # Imported here because it takes a second, which most tasks need not spend.
-            from torch.utils.tensorboard import SummaryWriter as EventWriter
+        if self._file is None:
+            self._file = _EventFile(self.log_dir)
+        return self._file
 
-            self._writer = EventWriter(self.log_dir)
-        return self._writer
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Close the file if it cannot be written."""
+        try:
+            yield
+        except OSError:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+            raise
+
+
+class _EventFile:
+    """An event file, written by the calling thread.
+
+    TensorBoard's own writer has a thread for that, which prints a traceback and ends with the first error of the file
+    system: it would take all later points with it.
+
+    Attributes:
+        kinds: The functions that make a summary of each kind.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        # Imported here because it takes a second, which most tasks need not spend.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        self.kinds: ModuleType = summary
+        self._event = Event
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        # Readers take files in the order of their names, also those of one second and process.
+        unique = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns():020d}"
+        self._file = Path(log_dir, f"events.out.tfevents.{unique}").open("wb", buffering=0)  # noqa: SIM115  # see `close`
+        self._unwritten = io.BytesIO()
+        self._records = RecordWriter(self._unwritten)
+        self._flush_at = -math.inf
+        try:
+            self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, summary: object, step: int) -> None:
+        """Add a summary; written with the next flush, at the latest two minutes after the last one."""
+        self._write(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Write all summaries.
+
+        Raises:
+            OSError: If the file cannot be written, or was deleted. It ends with a whole record nevertheless.
+        """
+        whole = self._file.tell()
+        left = memoryview(self._unwritten.getvalue())
+        self._unwritten.seek(0)
+        self._unwritten.truncate()
+        try:
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "the event file was deleted", str(self._file.name))
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)  # readers stop at a record that is cut short
+            raise
+        self._flush_at = time.monotonic() + FLUSH_INTERVAL
+
+    def close(self) -> None:
+        """Close the file without a flush. Idempotent."""
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        if time.monotonic() >= self._flush_at or self._unwritten.tell() > FLUSH_BYTES:
+            self.flush()
+
+
+@functools.cache
+def _buckets() -> list[float]:
+    """Return the limits of TensorBoard's histogram buckets, which lie densely around 0."""
+    limits, limit = list[float](), 1e-12
+    while limit < HISTOGRAM_LIMIT:
+        limits.append(limit)
+        limit *= 1.1
+    return [*(-each for each in reversed(limits)), 0.0, *limits]
 
 
 def _wanted() -> Record | None:

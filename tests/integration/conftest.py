@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 import pytest
 
 from paramserver.transport import identity
@@ -12,7 +10,7 @@ from paramserver.transport import identity
 @pytest.fixture
 def each_strategy_is_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that is made later stands for a task that was started again, not for a second one of its process."""
-    monkeypatch.setattr(identity, "_process_name", lambda _: secrets.token_hex(8))
+    monkeypatch.setattr(identity, "_process_name", lambda _: identity.new_process())
 
 
 @pytest.fixture(params=["auto", "tcp"])

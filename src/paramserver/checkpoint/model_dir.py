@@ -310,10 +310,11 @@ class CheckpointManager:
         return msgspec.structs.replace(state, retained=there)
 
     def _write(self, **changes: object) -> None:
-        self._state = msgspec.structs.replace(self._state, **changes)
-        text = msgspec.json.format(msgspec.json.encode(self._state), indent=2)
+        state = msgspec.structs.replace(self._state, **changes)
+        text = msgspec.json.format(msgspec.json.encode(state), indent=2)
         with _as_checkpoint_error(self._storage.path(STATE_FILE), "cannot be written"):
             self._storage.replace(STATE_FILE, text)
+        self._state = state  # not before: a checkpoint that the file does not name is not saved
 
     def _remove(self, name: str) -> None:
         """Delete a file or folder; a failure only gives a warning."""
@@ -331,7 +332,9 @@ def _name(step: int) -> str:
 def _as_checkpoint_error(path: str, what: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except CheckpointError:
+        raise
+    except Exception as error:  # storages that fsspec reaches raise errors of their own, not only OSError
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         message = f"{path}: {what}: {reason}; check that model_dir exists and may be written"
         raise CheckpointError(message, path) from error

@@ -30,10 +30,12 @@ def nothing() -> None:
 
 
 class Dialer(Protocol):
-    """Connects this task to the ps tasks of its run, any number of times, always as the same incarnation."""
+    """Connects this task to the ps tasks of its run, any number of times."""
 
     def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
         """Connect to every ps within ``timeout`` seconds in total, by lanes that can go on with the ``kept`` memory.
+
+        Each call after the first makes a new incarnation of this task.
 
         Raises:
             ParameterServerError: If a connection fails.
@@ -45,6 +47,12 @@ class Dialer(Protocol):
         Raises:
             UnavailableError: If the ps is not there any more.
         """
+
+    def silence(self, ps: int) -> str:
+        """Return what is to be said of a ps whose lane was closed because it was silent; empty otherwise."""
+
+    def close(self) -> None:
+        """End what goes on beside the lanes. Idempotent."""
 
 
 class Call(NamedTuple):
@@ -270,7 +278,7 @@ class Exchange:
                 failures.append(error)
                 del self._outstanding.calls[self._numbers[call.lane.task]]
             except ParameterServerError as error:
-                failures.append(error)
+                failures.append(self._explained(call, error))
             else:
                 asked.append(call)
             begun, now = now, time.perf_counter()
@@ -280,7 +288,7 @@ class Exchange:
             try:
                 replies.append(call.lane.finish(call.incoming, call.rows_in))
             except ParameterServerError as error:
-                failures.append(error)
+                failures.append(self._explained(call, error))
             else:
                 del self._outstanding.calls[self._numbers[call.lane.task]]
             begun, now = now, time.perf_counter()
@@ -288,6 +296,11 @@ class Exchange:
         if failures:
             raise failures[0]
         return Answers(replies, sending, waiting)
+
+    def _explained(self, call: Call, error: ParameterServerError) -> ParameterServerError:
+        """Return the error to raise for a lane that has failed."""
+        silence = self.dialer.silence(self._numbers[call.lane.task]) if self.dialer is not None else ""
+        return UnavailableError(silence, call.lane.task) if silence else error
 
     def _run_claimed(self, calls: Sequence[Call], begun: _Outstanding) -> Answers:
         assert begun.background is not None  # noqa: S101  # it was begun so
@@ -342,6 +355,9 @@ class Exchange:
     def _declare_again(self, lane: Lane, ps: int) -> None:
         lane.start(messages.Declare(tuple(self.layouts[ps]), False))
         reply = lane.finish()
+        if isinstance(reply, messages.Refused):
+            lane.close()
+            raise raised(reply, lane.task)
         if not isinstance(reply, messages.Declared) or reply.epoch != self.epochs[ps]:
             lane.close()
             raise UnavailableError(
@@ -355,7 +371,7 @@ class Exchange:
 
         Interrupted requests are not repeated.
         """
-        self.close()
+        self._close_lanes()
         self._lanes = list(lanes)
         self.renewed_at = time.monotonic()
 
@@ -387,6 +403,11 @@ class Exchange:
         """Close the connections without a goodbye. Idempotent."""
         if self._pid != os.getpid():
             return  # closing would end the connections of the parent
+        self._close_lanes()
+        if self.dialer is not None:
+            self.dialer.close()
+
+    def _close_lanes(self) -> None:
         for lane in self._lanes:
             lane.close()  # also wakes a thread that waits on this lane
         self._lanes, self._later = [], []

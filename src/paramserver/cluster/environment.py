@@ -21,6 +21,8 @@ PARAMSERVER_LISTEN_FD
 PARAMSERVER_RUN_FILE
     The path of the file of a launched run (``cluster/run_file.py``). It is gone when the run is over, so a task that
     comes later does not wait for ps tasks that have ended.
+PARAMSERVER_HEARTBEAT_TIMEOUT
+    Seconds after which a task that gives no sign of life counts as lost, by default 30; 0 for no limit.
 PARAMSERVER_LOG_LEVEL
     The least level of the log of a command: ``debug``, ``info`` (the default), ``warning`` or ``error``.
 PARAMSERVER_LOG_FORMAT
@@ -34,6 +36,8 @@ PARAMSERVER_FORK_SERVER_FD
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -43,6 +47,8 @@ from pathlib import Path
 from paramserver.cluster.logs import check_format, check_level
 from paramserver.errors import ConfigError
 from paramserver.layout.lanes import check_lane
+
+HEARTBEAT_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class Environment:
     lane: str = "auto"
     listen_fd: int | None = None
     run_file: Path | None = None
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT
     log_level: str = "info"
     log_format: str = "text"
     report_fd: int | None = None
@@ -81,6 +88,7 @@ def read() -> Environment:
         lane=os.environ.get("PARAMSERVER_LANE", "auto"),
         listen_fd=_descriptor("PARAMSERVER_LISTEN_FD"),
         run_file=_path("PARAMSERVER_RUN_FILE"),
+        heartbeat_timeout=_seconds("PARAMSERVER_HEARTBEAT_TIMEOUT", HEARTBEAT_TIMEOUT),
         log_level=os.environ.get("PARAMSERVER_LOG_LEVEL", "info"),
         log_format=os.environ.get("PARAMSERVER_LOG_FORMAT", "text"),
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),
@@ -107,6 +115,16 @@ def extend(additions: Mapping[str, str]) -> None:
 def is_set(name: str) -> bool:
     """Return whether the user has set a variable, so that it must not get a default."""
     return name in os.environ
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    with contextlib.suppress(ValueError):
+        if math.isfinite(seconds := float(text)) and seconds >= 0:
+            return seconds
+    raise ConfigError(f"{name}: expected seconds, 0 or more, got {text!r}")
 
 
 def _path(name: str) -> Path | None:

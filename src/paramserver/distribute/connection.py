@@ -7,19 +7,20 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from paramserver.client.client import ParameterClient
 from paramserver.client.exchange import Exchange
+from paramserver.client.heartbeats import Heartbeats
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
 from paramserver.cluster.exit_codes import is_request_to_leave
 from paramserver.errors import DeadlineError, RunOverError, UnavailableError
 from paramserver.server.server import play_in_process
-from paramserver.transport.handshake import connect
-from paramserver.transport.identity import Identity, new_incarnation
+from paramserver.transport.handshake import connect, connect_heartbeats
+from paramserver.transport.identity import Identity, new_incarnation, next_generation
 from paramserver.transport.lane import Lane, WorkerMemory
 
 REDIAL_TIMEOUT = 1.0
@@ -40,6 +41,7 @@ def to_cluster(
     token: str | None = None,
     lane: str | None = None,
     process: str = "",
+    heartbeat_timeout: float | None = None,
 ) -> ParameterClient:
     """Connect to every ps of a cluster. The client says goodbye when it is collected or the process ends.
 
@@ -50,6 +52,8 @@ def to_cluster(
         token: The secret of the run; by default that of the environment.
         lane: A name of `layout.lanes`; by default that of the environment.
         process: As for `new_incarnation`.
+        heartbeat_timeout: Seconds after which a silent ps, or this task, counts as lost; 0 for no limit. By default
+            that of the environment.
 
     Raises:
         DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
@@ -60,7 +64,13 @@ def to_cluster(
     identity = Identity(
         task=str(me), token=surroundings.token if token is None else token, incarnation=new_incarnation(process)
     )
-    dialer = ClusterDialer(cluster, identity, lane=lane or surroundings.lane, run_file=surroundings.run_file)
+    dialer = ClusterDialer(
+        cluster=cluster,
+        me=identity,
+        lane=lane or surroundings.lane,
+        run_file=surroundings.run_file,
+        heartbeats=Heartbeats(surroundings.heartbeat_timeout if heartbeat_timeout is None else heartbeat_timeout),
+    )
     client = ParameterClient(dialer.dial_all(timeout), dialer)
     weakref.finalize(client, _leave, client.lanes, os.getpid())
     return client
@@ -84,8 +94,15 @@ class InProcessDialer:
         """See `exchange.Dialer`."""
         return self.dial()
 
+    def silence(self, ps: int) -> str:
+        """See `exchange.Dialer`."""
+        return ""
 
-@dataclass(frozen=True)
+    def close(self) -> None:
+        """See `exchange.Dialer`."""
+
+
+@dataclass(kw_only=True)
 class ClusterDialer:
     """Dialer of the ps tasks of a cluster; see `exchange.Dialer`.
 
@@ -93,16 +110,22 @@ class ClusterDialer:
         cluster: The cluster.
         me: The identity of this task.
         lane: The name of the lanes to use; see `layout.lanes`.
+        heartbeats: The signs of life that this task exchanges with the ps tasks.
         run_file: The file of the run, which is gone when the run is over; None if the run has none.
     """
 
     cluster: ClusterSpec
     me: Identity
     lane: str
+    heartbeats: Heartbeats
     run_file: Path | None = None
+    _has_dialled: bool = False
 
     def dial_all(self, timeout: float, kept: Sequence[WorkerMemory] = ()) -> list[Lane]:
         """See `exchange.Dialer`; raises as `to_cluster`."""
+        if self._has_dialled:
+            self.me = replace(self.me, incarnation=next_generation(self.me.incarnation))
+        self._has_dialled = True
         give_up = time.monotonic() + timeout
         lanes: list[Lane] = []
         try:
@@ -125,7 +148,29 @@ class ClusterDialer:
     def _dial(self, ps: int, kept: WorkerMemory | None, timeout: float) -> Lane:
         task = TaskId(Role.PS, ps)
         address = self.cluster.address(task)
-        return connect(address, str(task), self.me, lane=self.lane, timeout=timeout, is_over=self._is_over, kept=kept)
+        lane = connect(address, str(task), self.me, lane=self.lane, timeout=timeout, is_over=self._is_over, kept=kept)
+
+        try:
+            self._watch(ps, lane)
+        except BaseException:
+            lane.close()
+            raise
+        return lane
+
+    def _watch(self, ps: int, lane: Lane) -> None:
+        """Exchange heartbeats with a ps on a connection of their own."""
+        if limit := self.heartbeats.timeout:
+            address = self.cluster.address(TaskId(Role.PS, ps))
+            frames = connect_heartbeats(address, lane.task, self.me, timeout=REDIAL_TIMEOUT, limit=limit)
+            self.heartbeats.watch(ps, frames, lane)
+
+    def silence(self, ps: int) -> str:
+        """See `exchange.Dialer`."""
+        return self.heartbeats.silence(ps)
+
+    def close(self) -> None:
+        """See `exchange.Dialer`."""
+        self.heartbeats.close()
 
     def _is_over(self) -> bool:
         return self.run_file is not None and not self.run_file.exists()

@@ -86,6 +86,8 @@ class ParameterServerStrategy(SavingStrategy):
             changes nothing.
         session_creation_timeout: Seconds to wait for the ps tasks to come up and for the chief to initialize the
             variables.
+        heartbeat_timeout: Seconds after which a ps that gives no sign of life counts as lost for this task, and this
+            task for the ps tasks; 0 for no limit. By default that of the environment, or 30.
 
     Raises:
         ValueError: If the cluster is invalid, or has no such task.
@@ -101,6 +103,7 @@ class ParameterServerStrategy(SavingStrategy):
         variable_partitioner: Partitioner | None = None,
         pipeline: bool = False,
         session_creation_timeout: float = SESSION_CREATION_TIMEOUT,
+        heartbeat_timeout: float | None = None,
     ) -> None:
         self._resolver = cluster_resolver or TFConfigClusterResolver()
         self._devices = DeviceChoice.of(self._resolver, compute_devices, parameter_device)
@@ -108,6 +111,7 @@ class ParameterServerStrategy(SavingStrategy):
         self._partitioner = variable_partitioner
         self._pipeline = pipeline
         self._timeout = session_creation_timeout
+        self._heartbeat_timeout = heartbeat_timeout
         self._enter_cluster(self._resolver.cluster_spec(), self._resolver.task_type, self._resolver.task_id)
 
     def configure(
@@ -484,7 +488,9 @@ class ParameterServerStrategy(SavingStrategy):
             else:
                 self._check_trains("connecting to the ps tasks")
                 limit = self._timeout if timeout is None else timeout
-                self.client = connection.to_cluster(self.cluster, self.task, limit)
+                self.client = connection.to_cluster(
+                    self.cluster, self.task, limit, heartbeat_timeout=self._heartbeat_timeout
+                )
         return self.client
 
     def place(self, variable: VariableSpec) -> int:

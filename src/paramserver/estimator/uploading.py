@@ -6,18 +6,20 @@ request for each record. Here the whole file is uploaded every two minutes and a
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 from paramserver.checkpoint.storage import is_remote, join, storage_of
+from paramserver.errors import ParameterServerError
 from paramserver.summary import SummaryWriter
 
-if TYPE_CHECKING:
-    from torch.utils import tensorboard
+logger = logging.getLogger(__name__)
 
 UPLOAD_INTERVAL = 120.0
 """Seconds between two uploads. TensorBoard's writer holds points back for the same time."""
@@ -30,6 +32,38 @@ def summary_writer(place: str) -> SummaryWriter:
         ConfigError: If fsspec does not know the URL.
     """
     return UploadingWriter(place) if is_remote(place) else SummaryWriter(join(place))
+
+
+@contextlib.contextmanager
+def going_on_without(what: str) -> Iterator[list[OSError]]:
+    """Make an error of the storage a line in the log: a run is worth more than its summaries.
+
+    Args:
+        what: What cannot be written then, for the log.
+
+    Yields:
+        The error, once it has happened.
+    """
+    failed: list[OSError] = []
+    try:
+        yield failed
+    except ParameterServerError:  # a lost connection is an OSError, too
+        raise
+    except OSError as error:
+        failed.append(error)
+        # As text: a kept record must not keep the tensors in the frames of the error's traceback.
+        logger.error("%s cannot be written, and the run goes on without them: %s", what, str(error))
+
+
+@contextlib.contextmanager
+def training_writer(model_dir: str) -> Iterator[SummaryWriter]:
+    """Provide a `summary_writer` whose failure at the end does not end the run."""
+    writer = summary_writer(model_dir)
+    try:
+        yield writer
+    finally:
+        with going_on_without(f"the last summaries in {model_dir}"):
+            writer.close()
 
 
 class UploadingWriter(SummaryWriter):
@@ -69,13 +103,21 @@ class UploadingWriter(SummaryWriter):
             super().close()
             self._upload()
 
-    def _open(self) -> tensorboard.SummaryWriter:
+    def _add(self, make: Callable[[ModuleType], object], step: int) -> None:
         if not self._closed and self._clock() >= self._upload_at:
             self.flush()
-        return super()._open()
+        super()._add(make, step)
 
     def _upload(self) -> None:
+        self._upload_at = self._clock() + UPLOAD_INTERVAL
+        try:
+            self._upload_all()
+        except OSError:
+            raise
+        except Exception as error:  # storages that fsspec reaches raise errors of their own
+            raise OSError(f"{self._storage.place}: {type(error).__name__}: {error}") from error
+
+    def _upload_all(self) -> None:
         for file in Path(self.log_dir).iterdir():
             with self._storage.new_file(file.name) as copy:  # a copy, because the file may grow during the upload
                 shutil.copyfile(file, copy)
-        self._upload_at = self._clock() + UPLOAD_INTERVAL

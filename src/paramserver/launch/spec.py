@@ -74,6 +74,7 @@ class LaunchOptions:
         threads: Threads for the computations of each task; None shares the cores among chief and workers.
         limits: The limits of the run's end, and of restarts.
         start_method: One of `START_METHODS`.
+        heartbeat_timeout: Seconds after which a silent task counts as lost; None for the environment's.
         log_level: The least level of the tasks' logs, one of `cluster.logs.LEVELS`; None for the environment's.
         log_format: One of `cluster.logs.FORMATS`; None for the environment's. With ``json``, each line of output is an
             object.
@@ -91,6 +92,7 @@ class LaunchOptions:
     threads: int | None = None
     limits: Limits = field(default_factory=Limits)
     start_method: str = "forkserver"
+    heartbeat_timeout: float | None = None
     log_level: str | None = None
     log_format: str | None = None
     log_dir: Path | None = None
@@ -104,6 +106,8 @@ class LaunchOptions:
         if self.threads is not None:
             _check_least("threads", self.threads, "leave it out to share the cores among the workers")
         check_lane(self.lane, "lane")
+        if self.heartbeat_timeout is not None and not self.heartbeat_timeout >= 0:
+            raise ConfigError(f"heartbeat timeout: expected seconds, 0 or more, got {self.heartbeat_timeout}")
         if self.log_level is not None:
             check_level(self.log_level, "log level")
         if self.log_format is not None:
@@ -186,6 +190,7 @@ def plan(
         "PARAMSERVER_TOKEN": token,
         "PARAMSERVER_RUN_ID": run_id,
         "PARAMSERVER_LANE": options.lane,
+        **_given("PARAMSERVER_HEARTBEAT_TIMEOUT", options.heartbeat_timeout),
         **({"PARAMSERVER_LOG_LEVEL": options.log_level} if options.log_level else {}),
         **({"PARAMSERVER_LOG_FORMAT": options.log_format} if options.log_format else {}),
         "PYTHONUNBUFFERED": "1",
@@ -251,6 +256,10 @@ def _describe_task(spec: LaunchSpec, task: TaskSpec) -> str:
     shown = {name: "***" if name == "PARAMSERVER_TOKEN" else value for name, value in task.env.items()}
     lines = [f"{name}={shlex.quote(value)} \\" for name, value in shown.items()]
     return "\n".join([title, *lines, shlex.join(task.command)])
+
+
+def _given(name: str, value: object) -> dict[str, str]:
+    return {} if value is None else {name: str(value)}
 
 
 def _check_least(name: str, value: int, why: str, least: int = 1) -> None:

@@ -6,11 +6,13 @@ import contextlib
 import logging
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from paramserver.errors import ParameterServerError, RemoteProtocolError, RunOverError, UnavailableError
 from paramserver.server.models import Models
 from paramserver.server.threads import Hook, Pace
+from paramserver.store.liveness import Liveness
 from paramserver.store.membership import Membership
 from paramserver.transport.complaints import Complaints
 from paramserver.transport.frames import FrameSocket
@@ -36,12 +38,16 @@ class Host:
         membership: The tasks that take part in the run.
         models: The models that it holds.
         complaints: Takes the faults of peers.
+        liveness: The signs of life of the workers.
+        hang_up: Ends all connections of an incarnation.
     """
 
     me: Identity
     membership: Membership
     models: Models
     complaints: Complaints
+    liveness: Liveness
+    hang_up: Callable[[str], None]
 
 
 class Conversation:
@@ -55,6 +61,7 @@ class Conversation:
     def __init__(self, guest: Guest, host: Host) -> None:
         self._connection = guest.connection
         self._hello = guest.hello
+        self.incarnation = guest.hello.incarnation
         self._host = host
         self._frames: FrameSocket | None = None
         self._session: Session | None = None
@@ -84,17 +91,19 @@ class Conversation:
         except UnavailableError as error:  # no failure by itself: the membership judges how the peer has left
             logger.info("%s: %s", self._host.me.task, str(error))
         except ParameterServerError as error:
-            self._complain(error, str(error))
+            self._complain(error, f"ended a connection: {error}")
         except Exception as error:  # noqa: BLE001  # the failure of one connection must not end any other
-            self._complain(error, f"the connection of {self._hello.task} has failed:\n{traceback.format_exc()}")
+            self._complain(error, f"lost the connection of {self._hello.task} by an error:\n{traceback.format_exc()}")
         return Pace.OVER
 
     def _complain(self, error: Exception, message: str) -> None:
         kind = f"{type(error).__name__} of {self._hello.task}"
-        self._host.complaints.add(kind, f"{self._host.me.task}: {message}")
+        self._host.complaints.add(kind, f"{self._host.me.task} {message}")
 
     def end(self) -> None:
         """See `threads.Served`."""
+        if self._hello.heartbeat:
+            self._host.liveness.forget(self.incarnation)
         if self._model is not None and self._session:
             has_left = self._host.membership.disconnect(self._session.task, self._session.incarnation)
             self._host.models.leave(self._model, said_goodbye=has_left)
@@ -111,7 +120,13 @@ class Conversation:
         # On this thread and not at the reception: a lane may wait for its peer here.
         self._frames = FrameSocket(self._connection, self._hello.task)
         self._session = lane_kind(self._hello.lane).session(self._frames, self._hello.incarnation)
+        if self._hello.heartbeat:
+            self._beat()
+            return Pace.QUICK  # most of the time, it waits among others
         return Pace.SLOW if self._session.task == OBSERVER else self._join(self._session)
+
+    def _beat(self) -> None:
+        self._host.liveness.beat(self._hello.task, self.incarnation, self._hello.heartbeat)
 
     def _join(self, session: Session) -> Pace:
         try:
@@ -125,6 +140,8 @@ class Conversation:
                 if isinstance(error, RunOverError):
                     self._host.membership.leave(session.task, session.incarnation)
             return Pace.OVER
+        for replaced in self._host.membership.replaced(session.task, session.incarnation):
+            self._host.hang_up(replaced)
         self._handler = self._host.models.enter(self._model)
         return Pace.SLOW
 
@@ -146,7 +163,10 @@ class Conversation:
         return Pace.QUICK if is_quick and not frames.has_more else Pace.SLOW
 
     def _carry_out(self, session: Session, request: messages.Request) -> None:
-        if isinstance(request, messages.GetStatus):
+        if isinstance(request, messages.Heartbeat):
+            self._beat()
+            session.reply(messages.Done())
+        elif isinstance(request, messages.GetStatus):
             session.reply(self._host.models.status())
         elif session.task != OBSERVER:
             self._handler.handle(session, request)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
@@ -22,6 +23,8 @@ from paramserver.server.connection import Conversation, Host
 from paramserver.server.handler import RequestHandler
 from paramserver.server.models import Models
 from paramserver.server.threads import ServingThreads
+from paramserver.server.watch import Watch
+from paramserver.store.liveness import Liveness
 from paramserver.store.membership import Membership, Outlook
 from paramserver.store.store import Store
 from paramserver.transport.complaints import Complaints
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
 REPORT_INTERVAL = 0.5
+SIGNAL_INTERVAL = 0.5
+"""Seconds until a signal has its effect at the latest."""
 
 
 class Server:
@@ -92,14 +97,18 @@ class Server:
             self._admit_strangers(insecure or surroundings.insecure)
         # Daemon threads: a program that fails before it has stopped its server must still be able to exit.
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.task} accepts", daemon=True)
+        self._threads = ServingThreads(f"{self.task} serves")
+        hang_up = partial(_hang_up, self._threads)  # no method, which would keep the server
         self._host = Host(
             me=Identity(task=str(self.task), token=token, incarnation=new_incarnation()),
             membership=self._membership,
             models=self._models,
             complaints=complaints,
+            liveness=Liveness(time.monotonic),
+            hang_up=hang_up,
         )
+        self._watch = Watch(str(self.task), self._membership, self._host.liveness, hang_up)
         self._waiters: list[threading.Thread] = []  # those that an interrupt of `join` has left behind
-        self._threads = ServingThreads(f"{self.task} serves")
         if start:
             self.start()
 
@@ -119,6 +128,7 @@ class Server:
         if not self._acceptor.ident and not self._listener.is_closed:
             heap.keep_for_steps()
             self._acceptor.start()
+            self._watch.start()
 
     def join(self) -> None:
         """Serve until the run is over. Blocks, forever if no run comes to an end.
@@ -153,7 +163,9 @@ class Server:
         )
         self._waiters.append(waiter)
         waiter.start()
-        waiter.join()
+        while waiter.is_alive():
+            # A signal that another thread of this process received does not end the main thread's wait for a lock.
+            waiter.join(SIGNAL_INTERVAL)
         return results[0]
 
     def stop(self) -> None:
@@ -164,6 +176,7 @@ class Server:
             self._acceptor.join()
         for waiter in self._waiters:
             waiter.join()
+        self._watch.stop()
         self._listener.release()
         self._threads.stop()
 
@@ -208,7 +221,7 @@ class Server:
         if isinstance(error, UnavailableError):  # also a worker that goes on by the local socket instead
             logger.debug("%s: %s", self.task, str(error))
         elif isinstance(error, ParameterServerError):
-            self._host.complaints.add(type(error).__name__, f"{self.task}: {error}")
+            self._host.complaints.add(type(error).__name__, f"{self.task} turned away a connection: {error}")
         else:  # most likely no descriptor, thread or memory is left; connections that end will free some
             what = f"{self.task} cannot take another connection: {type(error).__name__}: {error}"
             self._host.complaints.add(type(error).__name__, f"{what}; raise the limit (ulimit -n, ulimit -u)?")
@@ -307,6 +320,11 @@ def report_progress(server: Server) -> Iterator[None]:
         if thread.ident:
             thread.join()
         tell("done")
+
+
+def _hang_up(threads: ServingThreads, incarnation: str) -> None:
+    """End all connections of an incarnation."""
+    threads.hang_up(lambda served: isinstance(served, Conversation) and served.incarnation == incarnation)
 
 
 def _which_task(cluster: ClusterSpec, job_name: str | None, task_index: int | None) -> TaskId:

@@ -102,6 +102,14 @@ class ServingThreads:
                 self._served.discard(connection)
             raise
 
+    def hang_up(self, is_meant: Callable[[Served], bool]) -> None:
+        """Hang up some of the connections."""
+        with self._lock:
+            served = list(self._served)
+        for connection in served:
+            if is_meant(connection):
+                connection.hang_up()
+
     def stop(self) -> None:
         """Hang up every connection and wait until all threads have ended. Idempotent; the end of all serving."""
         with self._stop_lock:

@@ -7,8 +7,12 @@ Rules
     * A chief that is gone without a goodbye is waited for while any worker still trains, and for the grace period after
       that.
     * A worker that comes after the chief's goodbye is told that the run is over.
-    * A process of a worker may have several strategies. Each is an incarnation and trains a model of its own; the n-th
-      strategies of all workers train the same model. A restarted process begins with the first model.
+    * A process of a worker may have several strategies. Each trains a model of its own; the n-th strategies of all
+      workers train the same model. A restarted process begins with the first model.
+    * An incarnation is a generation of a strategy: a strategy that comes back after a loss is a new one. One that was
+      silent for too long, or that a newer one has replaced, is expired: what it still sends is refused.
+    * Of two processes with the name of one task, the one that was started later takes part. The names of processes sort
+      by the time of their start.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from paramserver.errors import RefusedError, RunOverError
+from paramserver.errors import RefusedError, RunOverError, UnavailableError
 
 
 class Presence(enum.Enum):
@@ -40,10 +44,10 @@ class Outlook(enum.Enum):
 
 
 class _Process:
-    """The strategies of one process of a worker, each an incarnation, numbered in the order in which they come.
+    """The strategies of one process of a worker, numbered in the order in which they come.
 
     Args:
-        name: The common beginning of the names of the incarnations.
+        name: The common beginning of the names of the strategies.
     """
 
     def __init__(self, name: str) -> None:
@@ -52,23 +56,23 @@ class _Process:
         self._lost: list[int] = []
         self._count = 0
 
-    def number(self, incarnation: str) -> int:
-        """Return the number of an incarnation; a new one takes the number of one that was lost, if there is any."""
-        if incarnation not in self._numbers:
+    def number(self, strategy: str) -> int:
+        """Return the number of a strategy; a new one takes the number of one that was lost, if there is any."""
+        if strategy not in self._numbers:
             if self._lost:
-                self._numbers[incarnation] = self._lost.pop(0)
+                self._numbers[strategy] = self._lost.pop(0)
             else:
-                self._numbers[incarnation] = self._count
+                self._numbers[strategy] = self._count
                 self._count += 1
-        number = self._numbers[incarnation]
+        number = self._numbers[strategy]
         if number in self._lost:
             self._lost.remove(number)
         return number
 
-    def lose(self, incarnation: str) -> None:
-        """Note that an incarnation was lost; it, or another one in its place, may come back."""
-        if incarnation in self._numbers:  # else it belongs to an earlier process
-            self._lost.append(self._numbers[incarnation])
+    def lose(self, strategy: str) -> None:
+        """Note that a strategy was lost; it, or another one in its place, may come back."""
+        if strategy in self._numbers:  # else it belongs to an earlier process
+            self._lost.append(self._numbers[strategy])
 
 
 class Membership:
@@ -86,6 +90,7 @@ class Membership:
         self._presence = dict.fromkeys(workers, Presence.EXPECTED)
         self._processes: dict[str, _Process] = {}
         self._connections: dict[str, Counter[str]] = defaultdict(Counter)  # of each incarnation that has not left
+        self._expired: set[str] = set()  # incarnations
         self._changed = threading.Condition()
         self._stopped = False
 
@@ -94,12 +99,14 @@ class Membership:
 
         Raises:
             RunOverError: If the chief has finished already.
-            RefusedError: If no such task takes part in the run.
+            RefusedError: If no such task takes part in the run, or a newer process is this task.
+            UnavailableError: If the incarnation has expired.
         """
         with self._changed:
             if task not in self._presence and not self._takes_more:
                 raise RefusedError(f"{task} does not take part in this run; its workers are {self}", task)
             self.check_going_on(task)
+            self._admit(task, incarnation)
             self._presence[task] = Presence.JOINED
             self._connections[task][incarnation] += 1
             self._changed.notify_all()
@@ -127,12 +134,30 @@ class Membership:
             connections = self._connections[task]
             connections[incarnation] -= 1
             if not connections[incarnation]:
-                self._processes[task].lose(incarnation)
+                if not any(_strategy(other) == _strategy(incarnation) for other in +connections):
+                    self._processes[task].lose(_strategy(incarnation))
                 self._go(task, incarnation, Presence.LOST)
             elif connections[incarnation] < 0:  # the incarnation had left before
                 del connections[incarnation]
                 return True
             return False
+
+    def expire(self, incarnation: str) -> None:
+        """Refuse an incarnation from now on. Its connections are for the caller to end."""
+        with self._changed:
+            self._expired.add(incarnation)
+
+    def replaced(self, task: str, incarnation: str) -> list[str]:
+        """Return the connected incarnations of a task that an incarnation, just joined, has replaced; they expire."""
+        with self._changed:
+            process, strategy = _process(incarnation), _strategy(incarnation)
+            old = [
+                other
+                for other in +self._connections[task]
+                if other != incarnation and (_process(other) != process or _strategy(other) == strategy)
+            ]
+            self._expired.update(old)
+            return old
 
     def stop(self) -> None:
         """End the waits, because the ps is to end now."""
@@ -191,11 +216,26 @@ class Membership:
         return tuple(task for task, presence in self._presence.items() if presence in presences and task != besides)
 
     def _number(self, task: str, incarnation: str) -> int:
-        name = incarnation.partition(".")[0]
+        name = _process(incarnation)
         process = self._processes.get(task)
         if process is None or process.name != name:  # the task was started again
             process = self._processes[task] = _Process(name)
-        return process.number(incarnation)
+        return process.number(_strategy(incarnation))
+
+    def _admit(self, task: str, incarnation: str) -> None:
+        if incarnation in self._expired:
+            raise UnavailableError(
+                f"{task} was lost, or another connection has taken its place; what it still sends is refused. "
+                "strategy.recover() goes on with the present values",
+                task,
+            )
+        newer = [other for other in map(_process, +self._connections[task]) if other > _process(incarnation)]
+        if newer:
+            raise RefusedError(
+                f"another process that is {task} was started after this one, and takes part in its place; "
+                "are two processes started with the same task in TF_CONFIG?",
+                task,
+            )
 
     def _go(self, task: str, incarnation: str, presence: Presence) -> None:
         with self._changed:
@@ -203,3 +243,11 @@ class Membership:
             if not self._connections[task]:
                 self._presence[task] = presence
             self._changed.notify_all()
+
+
+def _process(incarnation: str) -> str:
+    return incarnation.partition(".")[0]
+
+
+def _strategy(incarnation: str) -> str:
+    return ".".join(incarnation.split(".")[:2])

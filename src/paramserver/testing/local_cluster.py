@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 import socket
 from types import TracebackType
 from typing import Self
@@ -15,6 +14,7 @@ from paramserver.distribute import connection
 from paramserver.errors import ConfigError
 from paramserver.layout.lanes import check_lane
 from paramserver.server.server import GRACE, Server
+from paramserver.transport.identity import new_process
 
 HOST = "127.0.0.1"
 CONNECT_TIMEOUT = 30.0
@@ -99,7 +99,7 @@ class LocalCluster:
             CONNECT_TIMEOUT,
             token=self._token,
             lane=self._lane,
-            process=secrets.token_hex(8),
+            process=new_process(),
         )
         self._stack.callback(client.close)
         return client

@@ -118,8 +118,8 @@ class FrameSocket:
     def gather(self) -> bool:
         """Receive the bytes that are there, without waiting for more, and return whether `receive` can go on.
 
-        It can after a whole frame including its payload, after a frame too large to be gathered, and at the end of the
-        stream. Call this between two messages, when nothing is left of the last payload.
+        It can after a whole frame including its payload, after a frame too large to be gathered, after a damaged head,
+        and at the end of the stream. Call this between two messages, when nothing is left of the last payload.
         """
         self._make_room()
         received = self._call(self._try, self._socket.recv_into, self._buffer[self._end :], 0)
@@ -129,7 +129,8 @@ class FrameSocket:
         gathered = self._end
         if gathered < codec.HEADER_BYTES:
             return False
-        return gathered >= min(codec.frame_bytes(self._buffer), RECEIVE_BYTES)
+        is_there = gathered >= min(codec.frame_bytes(self._buffer), RECEIVE_BYTES)
+        return is_there or codec.is_damaged(self._buffer)  # what follows a damaged head is not waited for
 
     @property
     def has_more(self) -> bool:
@@ -218,11 +219,16 @@ class FrameSocket:
             self._arrival = None  # the descriptor may soon belong to another connection
 
     def __repr__(self) -> str:
-        return f"<FrameSocket to {self.task}, {'closed' if self._is_closed else 'open'}>"
+        return f"<FrameSocket to {self.task}, {'closed' if self.is_closed else 'open'}>"
 
     @property
-    def _is_closed(self) -> bool:
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
         return self._socket.fileno() < 0
+
+    def fileno(self) -> int:
+        """Return the descriptor, which becomes readable when there is something to receive."""
+        return self._socket.fileno()
 
     def _send_some(self, views: list[memoryview]) -> int:
         if self.before_wait:
@@ -287,7 +293,7 @@ class FrameSocket:
             try:
                 return self._socket.recv_into(view, 0, flags)
             except OSError as error:
-                if self._is_closed:
+                if self.is_closed:
                     return 0
                 raise self._given_up(error) from error
 
@@ -324,7 +330,7 @@ class FrameSocket:
             return None
 
     def _lost(self, error: OSError) -> UnavailableError:
-        if self._is_closed:
+        if self.is_closed:
             return UnavailableError(f"the connection to {self.task} was closed by this task already", self.task)
         if isinstance(error, BlockingIOError):
             waited = f"{self.task} neither sent nor took anything for {self._timeout:g} s"

@@ -40,6 +40,8 @@ LOCAL_TIMEOUT = 30.0
 """Seconds to wait until a ps takes a connection to its local socket."""
 REQUEST_TIMEOUT = 600.0
 """Seconds after which a ps that does not answer counts as lost. The longest requests write or read a shard."""
+ATTEMPT_TIMEOUT = 10.0
+"""Seconds after which a connection that is not answered is given up and tried again, so that a wait can be said."""
 RETRY_INTERVAL = 0.1
 SHORTEST_WAIT = 0.01
 
@@ -93,6 +95,20 @@ def connect(
         raise
 
 
+def connect_heartbeats(address: str, peer: str, me: Identity, *, timeout: float, limit: float) -> FrameSocket:
+    """Open a connection for heartbeats to a ps that is up; one is due within ``limit`` seconds. Blocks.
+
+    Raises:
+        ParameterServerError: As `connect`.
+    """
+    frames, challenge = _reach(address, peer, timeout, lambda: False, WaitLog(me.task, timeout))
+    try:
+        return _introduce(frames, challenge, me, "tcp", limit)
+    except BaseException:
+        frames.close()
+        raise
+
+
 def _reach(
     address: str, peer: str, timeout: float, is_over: Callable[[], bool], log: WaitLog
 ) -> tuple[FrameSocket, Challenge]:
@@ -133,7 +149,7 @@ def _try_to_reach(address: str, peer: str, give_up: float) -> tuple[FrameSocket,
 
 
 def _remaining(give_up: float) -> float:
-    return max(give_up - time.monotonic(), SHORTEST_WAIT)
+    return min(max(give_up - time.monotonic(), SHORTEST_WAIT), ATTEMPT_TIMEOUT)
 
 
 def _dial_local(name: str, peer: str) -> FrameSocket | None:
@@ -160,10 +176,12 @@ def _meet(frames: FrameSocket, timeout: float) -> Challenge:
     return challenge
 
 
-def _introduce(frames: FrameSocket, challenge: Challenge, me: Identity, lane: str) -> FrameSocket:
+def _introduce(
+    frames: FrameSocket, challenge: Challenge, me: Identity, lane: str, heartbeat: float = 0.0
+) -> FrameSocket:
     peer = frames.task
     nonce = secrets.token_bytes(NONCE_BYTES)
-    frames.send(Hello(me.task, peer, me.incarnation, me.proof(challenge.nonce), nonce, lane))
+    frames.send(Hello(me.task, peer, me.incarnation, me.proof(challenge.nonce), nonce, lane, heartbeat))
     answer = expect_reply(frames)
     if isinstance(answer, Refused):
         raise raised(answer, peer)

@@ -6,6 +6,7 @@ import functools
 import hmac
 import os
 import secrets
+import time
 from dataclasses import dataclass
 
 OBSERVER = "observer:0"
@@ -34,18 +35,38 @@ class Identity:
 
 
 def new_incarnation(process: str = "") -> str:
-    """Return a new name for one start of a task, that is for one strategy of a process; the process's name comes first.
+    """Return a new name for one start of a task: of its process, of the strategy in it, and a generation of that.
 
     Args:
-        process: The name of another process; by default this process.
+        process: The name of another process; by default this process. Names of processes sort by the time of their
+            start.
 
     >>> one, other = new_incarnation(), new_incarnation()
     >>> one == other, one.partition(".")[0] == other.partition(".")[0]
     (False, True)
     """
-    return f"{process or _process_name(os.getpid())}.{secrets.token_hex(8)}"
+    return f"{process or _process_name(os.getpid())}.{secrets.token_hex(8)}.0"
+
+
+def next_generation(incarnation: str) -> str:
+    """Return the name of the same strategy when it comes back after a loss; requests of earlier generations are void.
+
+    >>> next_generation("process.strategy.0")
+    'process.strategy.1'
+    """
+    strategy, _, generation = incarnation.rpartition(".")
+    return f"{strategy}.{int(generation) + 1}"
+
+
+def new_process() -> str:
+    """Return a new name for a process that starts now; names sort by time.
+
+    >>> new_process() < new_process()
+    True
+    """
+    return f"{time.time_ns():016x}-{secrets.token_hex(4)}"
 
 
 @functools.cache
 def _process_name(pid: int) -> str:
-    return secrets.token_hex(8)
+    return new_process()

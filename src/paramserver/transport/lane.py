@@ -239,7 +239,8 @@ class LaneKind:
 
     Attributes:
         lane: Makes the worker's end over a connection whose handshake is done.
-        session: Makes the ps's end from such a connection and the incarnation of the worker.
+        session: Makes the ps's end from such a connection and the incarnation of the worker, on the thread of this
+            connection: it may wait for its peer.
         is_local: Whether the lane uses the Unix socket of the ps, which only tasks on its host reach.
         keeps: Returns whether a lane of this kind can go on with the memory of a lane of any kind; see `Lane.open`.
         obstacle: Returns the reason why this machine cannot use the lane; empty if it can.

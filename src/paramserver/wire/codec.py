@@ -28,9 +28,10 @@ MAX_HANDSHAKE_BYTES = 4 << 10
 
 _PREAMBLE = struct.Struct("<4sI")
 _LENGTHS = struct.Struct("<IQ")
-_CHECKSUM = struct.Struct("<I")
+_HEAD = struct.Struct("<IQI")
+_NUM_CHECKED = _LENGTHS.size
 PREAMBLE_BYTES = _PREAMBLE.size
-HEADER_BYTES = _LENGTHS.size + _CHECKSUM.size
+HEADER_BYTES = _HEAD.size
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -73,8 +74,7 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
 
 def head(message_bytes: int, payload_bytes: int) -> bytes:
     """Return the head of a frame: its first `HEADER_BYTES`."""
-    lengths = _LENGTHS.pack(message_bytes, payload_bytes)
-    return lengths + _CHECKSUM.pack(zlib.crc32(lengths))
+    return _HEAD.pack(message_bytes, payload_bytes, zlib.crc32(_LENGTHS.pack(message_bytes, payload_bytes)))
 
 
 def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> tuple[int, int]:
@@ -83,12 +83,12 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
     Raises:
         RemoteProtocolError: If the head is damaged, or announces a message larger than ``max_message_bytes``.
     """
-    if not _is_intact(data):
+    message_bytes, payload_bytes, checksum = _HEAD.unpack_from(data)
+    if checksum != zlib.crc32(data[:_NUM_CHECKED]):
         raise RemoteProtocolError(
             f"{peer} sent a frame with a damaged head, {bytes(data[:HEADER_BYTES]).hex()}: its checksum is wrong; "
             "is the network or the memory of one of the two hosts faulty?"
         )
-    message_bytes, payload_bytes = _LENGTHS.unpack_from(data)
     if message_bytes > max_message_bytes:
         raise RemoteProtocolError(
             f"{peer} announced a message of {message_bytes} bytes; at most {max_message_bytes} are allowed"
@@ -97,18 +97,14 @@ def decode_header(data: bytes | memoryview, peer: str, max_message_bytes: int = 
 
 
 def frame_bytes(data: bytes | memoryview) -> int:
-    """Return the length of the whole frame that begins with these `HEADER_BYTES`; only theirs if they are damaged.
-
-    Nothing must be waited for then: `decode_header` refuses the frame.
-    """
-    if not _is_intact(data):
-        return HEADER_BYTES
-    message_bytes, payload_bytes = _LENGTHS.unpack_from(data)
+    """Return the length of the whole frame that begins with these `HEADER_BYTES`, if they are intact."""
+    message_bytes, payload_bytes, _ = _HEAD.unpack_from(data)
     return HEADER_BYTES + int(message_bytes) + int(payload_bytes)
 
 
-def _is_intact(head: bytes | memoryview) -> bool:
-    return bool(zlib.crc32(head[: _LENGTHS.size]) == _CHECKSUM.unpack_from(head, _LENGTHS.size)[0])
+def is_damaged(data: bytes | memoryview) -> bool:
+    """Return whether the checksum of these `HEADER_BYTES` is wrong; `decode_header` refuses them then."""
+    return bool(_HEAD.unpack_from(data)[2] != zlib.crc32(data[:_NUM_CHECKED]))
 
 
 def decode(body: bytes | bytearray | memoryview, peer: str) -> AnyMessage:

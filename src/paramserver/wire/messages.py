@@ -14,7 +14,7 @@ import msgspec
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.settings import Setting
 from paramserver.layout.variables import VariableSpec
-from paramserver.wire.numbers import Count, FirstStep, Name, Sequence, Span, Step, TaskName, Token
+from paramserver.wire.numbers import Count, FirstStep, Name, Seconds, Sequence, Span, Step, TaskName, Token
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -47,6 +47,8 @@ class Hello(Message, frozen=True):
     nonce: Token
     lane: Name
     """The name of the lane that the sender has chosen."""
+    heartbeat: Seconds = 0.0
+    """If it is not 0, this connection is for heartbeats alone, and one is due within so many seconds."""
 
 
 class Welcome(Message, frozen=True):
@@ -251,6 +253,10 @@ class GetStatus(Message, frozen=True):
     """Asks for the contents and counters of a ps."""
 
 
+class Heartbeat(Message, frozen=True):
+    """Says that the sender is alive; any answer says the same of the ps."""
+
+
 class Goodbye(Message, frozen=True):
     """Says that the sender has finished (``failure`` empty) or cannot go on."""
 
@@ -360,7 +366,7 @@ class Status(Message, frozen=True):
 class Refused(Message, frozen=True):
     """Says that a request was understood and refused. ``kind`` determines the exception that the client raises."""
 
-    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite", "failed"]
+    kind: Literal["refused", "token", "model", "over", "checkpoint", "not finite", "failed", "unavailable"]
     message: str
     subject: str = ""
 
@@ -369,7 +375,7 @@ VariableRequest = CreateVariable | AwaitVariable | ReadVariable | UpdateVariable
 Request = (
     Declare | Share | Push | Pull | PullRows | MarkReady | AwaitReady | MarkRestored | AwaitRestored | AwaitWorkers
     | Save | Restore | ReadSlots | LoadSlots | Proceed
-    | VariableRequest | GetStatus | Goodbye
+    | VariableRequest | GetStatus | Heartbeat | Goodbye
 )  # fmt: skip
 Reply = (
     Done | Declared | Applied | State | Values | Remaining | Underway | FilePiece | Wanted | Saved | Status | Refused

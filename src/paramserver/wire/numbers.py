@@ -19,6 +19,8 @@ Sequence = Annotated[int, Meta(ge=1, le=1 << 62)]
 """The number of an update among those of one incarnation."""
 Span = tuple[Count, Count]
 """A range ``[start, stop)`` of elements."""
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+"""A time limit."""
 TaskName = Annotated[str, Meta(pattern="^[a-z]+:[0-9]{1,9}$")]
 """A task such as ``ps:1``. Names of strangers stand in messages and logs: they cannot hold a line end."""
 Token = Annotated[bytes, Meta(max_length=64)]

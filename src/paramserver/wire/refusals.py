@@ -14,6 +14,7 @@ from paramserver.errors import (
     RunFailedError,
     RunOverError,
     TokenError,
+    UnavailableError,
 )
 from paramserver.wire.messages import Message, Refused
 
@@ -33,6 +34,8 @@ def refused(error: ParameterServerError) -> Refused:
             return Refused("token", str(error))
         case RunFailedError():
             return Refused("failed", str(error))
+        case UnavailableError():
+            return Refused("unavailable", str(error))
         case RunOverError():
             return Refused("over", str(error))
         case _:
@@ -52,6 +55,8 @@ def raised(refusal: Refused, task: str) -> ParameterServerError:
             return TokenError(refusal.message, task)
         case "failed":
             return RunFailedError(refusal.message, task)
+        case "unavailable":
+            return UnavailableError(refusal.message, task)
         case "over":
             return RunOverError(refusal.message)
         case _:

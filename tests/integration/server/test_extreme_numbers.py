@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import secrets
 from typing import get_args
 
 import msgspec
@@ -19,7 +18,7 @@ from paramserver.layout.variables import Shard, VariableSpec
 from paramserver.server import handler
 from paramserver.testing.local_cluster import LocalCluster
 from paramserver.transport.handshake import connect
-from paramserver.transport.identity import Identity, new_incarnation
+from paramserver.transport.identity import Identity, new_incarnation, new_process
 from paramserver.wire import codec, messages
 from paramserver.wire.messages import Part
 
@@ -55,6 +54,7 @@ REQUESTS = [
     messages.ReadVariable("own", 0, 3),
     messages.UpdateVariable(1, "own", "add", 0, b"\0" * 8),
     messages.GetStatus(),
+    messages.Heartbeat(),
     messages.Goodbye(),
 ]
 EXTREMES = (-1, -(2**63), 2**40, 2**47, 2**62, 2**63 - 1, 2**64 - 1, math.nan, math.inf, -math.inf, -0.5, 1e300)
@@ -101,7 +101,7 @@ def cluster(request):
 @contextlib.contextmanager
 def worker(cluster):
     """The lane of a worker that was just started."""
-    me = Identity(task="worker:1", token="right", incarnation=new_incarnation(secrets.token_hex(8)))
+    me = Identity(task="worker:1", token="right", incarnation=new_incarnation(new_process()))
     lane = connect(cluster.servers[0].target, "ps:0", me, lane=cluster._lane, timeout=PATIENCE)
     with contextlib.closing(lane):
         for first in (messages.Declare(MODEL, create=True), messages.CreateVariable(OWN, 0, b"\0" * 24)):

@@ -367,9 +367,9 @@ def test_any_number_of_strangers_is_worth_one_line(caplog):
             with pytest.raises(TokenError):
                 connect(cluster.servers[0].target, "ps:0", me, lane="tcp", timeout=PATIENCE)
         cluster.client("worker:0")
-    assert [message.partition(":0: ")[2] for message in caplog.messages] == [
-        "ps:0 refused worker:0: it does not hold the token of this run; set PARAMSERVER_TOKEN to the same value for "
-        "all tasks of a run"
+    assert caplog.messages == [
+        "ps:0 turned away a connection: ps:0 refused worker:0: it does not hold the token of this run; set "
+        "PARAMSERVER_TOKEN to the same value for all tasks of a run"
     ]
 
 

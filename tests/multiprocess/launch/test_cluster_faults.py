@@ -1,6 +1,8 @@
 """Real processes that fail: what the others do then, and that nothing hangs."""
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 
@@ -114,7 +116,64 @@ def test_a_worker_that_is_killed_disturbs_nobody_and_ps_leave_with_0(cluster, st
     worker.kill()
     chief.tell()
     chief.await_word("finished")
-    assert [task.ends() for task in (chief, *servers)] == [(0, "")] * 3
+    assert [task.ends()[0] for task in (chief, *servers)] == [0] * 3
+
+
+def within_a_second(environment):
+    """An environment in which a silent task counts as lost after a second."""
+    return {**environment, "PARAMSERVER_HEARTBEAT_TIMEOUT": "1"}
+
+
+def test_a_worker_that_is_stopped_counts_as_lost_and_the_run_ends_without_it(cluster, start, start_ps):
+    servers = [start_ps(cluster, index) for index in range(2)]
+    wait = "strategy.wait_for_workers()\nsay('has waited')\n"
+    chief = start(GO_ON_WHEN_TOLD + wait, cluster.environment("chief:0"))
+    worker = start(GO_ON_FOR_EVER, within_a_second(cluster.environment("worker:0")))
+    worker.await_word("trains")
+    chief.await_word("trains")
+    os.kill(worker.pid, signal.SIGSTOP)
+    chief.tell()
+    chief.await_word("has waited")
+    assert chief.ends()[0] == 0
+    for server in servers:
+        code, complaint = server.ends()
+        assert code == 0
+        assert "has not heard of worker:0 for 1 s: it counts as lost" in complaint
+
+
+def test_a_ps_that_is_stopped_makes_workers_fail_with_its_name(cluster, start, start_ps):
+    servers = [start_ps(cluster, index) for index in range(2)]
+    tasks = ("chief:0", "worker:0")
+    workers = [start(GO_ON_FOR_EVER, within_a_second(cluster.environment(task))) for task in tasks]
+    for worker in workers:
+        worker.await_word("trains")
+    os.kill(servers[1].pid, signal.SIGSTOP)
+    for worker in workers:
+        code, complaint = worker.ends()
+        assert code == 1
+        assert "ps:1 has given no sign of life for 1 s, and counts as lost" in complaint
+
+
+def test_a_worker_that_was_stopped_and_replaced_is_fenced_off(cluster, start, start_ps):
+    """Two processes are worker:0: the one that an engine believed dead wakes up."""
+    servers = [start_ps(cluster, index) for index in range(2)]
+    chief = start(GO_ON_WHEN_TOLD, cluster.environment("chief:0"))
+    recovers = "prepare()\ntrain(3)\nsay('trains')\nsys.stdin.readline()\n"
+    recovers += "try: train(1)\nexcept ps.errors.UnavailableError: strategy.recover(timeout=20)\n"
+    older = start(recovers, cluster.environment("worker:0"))
+    older.await_word("trains")
+    os.kill(older.pid, signal.SIGSTOP)
+    newer = start(GO_ON_WHEN_TOLD, cluster.environment("worker:0"))
+    newer.await_word("trains")
+    os.kill(older.pid, signal.SIGCONT)
+    older.tell()
+    code, complaint = older.ends()
+    assert code == 1
+    assert "another process that is worker:0 was started after this one, and takes part in its place" in complaint
+    for task in (chief, newer):
+        task.tell()
+        task.await_word("finished")
+    assert [task.ends()[0] for task in (chief, newer, *servers)] == [0] * 4
 
 
 def test_a_ps_that_is_killed_makes_workers_fail_with_its_name(cluster, start, start_ps):

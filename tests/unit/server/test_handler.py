@@ -416,6 +416,6 @@ def test_a_failed_chief_is_told_to_those_that_use_variables(table):
 
 
 def test_each_request_has_a_handler():
-    """But for the one that a lane of shared memory answers itself."""
-    requests = set(get_args(messages.Request)) - {messages.Share}
+    """But for the one that a lane of shared memory answers itself, and the one that concerns no model."""
+    requests = set(get_args(messages.Request)) - {messages.Share, messages.Heartbeat}
     assert RequestHandler(Store("ps:0", private_store_memory), Membership("chief:0", ["chief:0"])).requests == requests

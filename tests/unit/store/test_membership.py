@@ -2,7 +2,7 @@
 
 import pytest
 
-from paramserver.errors import RefusedError, RunOverError
+from paramserver.errors import RefusedError, RunOverError, UnavailableError
 from paramserver.store.membership import Membership, Outlook
 
 CHIEF, FIRST, SECOND = "chief:0", "worker:0", "worker:1"
@@ -165,3 +165,50 @@ def test_workers_that_are_not_known_may_join_and_are_not_waited_for():
     assert membership.outlook is Outlook.GOING_ON
     membership.leave(SECOND, "one start")
     assert membership.outlook is Outlook.OVER
+
+
+OLD, NEW = "0001.one.0", "0002.two.0"
+
+
+def test_what_has_expired_is_refused_and_its_next_generation_is_not():
+    membership = Membership(CHIEF, [CHIEF, FIRST])
+    membership.join(FIRST, OLD)
+    membership.expire(OLD)
+    membership.disconnect(FIRST, OLD)
+    assert membership.joined() == ()
+    with pytest.raises(UnavailableError, match="what it still sends is refused"):
+        membership.join(FIRST, OLD)
+    assert membership.join(FIRST, "0001.one.1") == 0, "it goes on with the same model"
+
+
+def test_the_next_generation_of_a_strategy_replaces_the_one_before():
+    """The ps has not noticed yet that the connection of the one before is dead."""
+    membership = Membership(CHIEF, [CHIEF, FIRST])
+    membership.join(FIRST, OLD)
+    assert membership.join(FIRST, "0001.other.0") == 1, "another strategy of the process"
+    assert membership.join(FIRST, "0001.one.1") == 0
+    assert membership.replaced(FIRST, "0001.one.1") == [OLD]
+    membership.disconnect(FIRST, OLD)
+    assert membership.joined() == (FIRST,)
+    assert membership.join(FIRST, "0001.third.0") == 2, "the model of the one before is in use"
+
+
+def test_of_two_processes_of_one_task_the_newer_one_takes_part():
+    membership = Membership(CHIEF, [CHIEF, FIRST])
+    membership.join(FIRST, OLD)
+    membership.join(FIRST, NEW)
+    assert membership.replaced(FIRST, NEW) == [OLD]
+    membership.disconnect(FIRST, OLD)
+    for incarnation in (OLD, "0001.one.1"):
+        with pytest.raises((UnavailableError, RefusedError)):
+            membership.join(FIRST, incarnation)
+    with pytest.raises(RefusedError, match="another process that is worker:0 was started after this one"):
+        membership.join(FIRST, "0001.one.1")
+    assert membership.joined() == (FIRST,)
+
+
+def test_a_process_with_a_slow_clock_takes_the_place_of_one_that_is_gone():
+    membership = Membership(CHIEF, [CHIEF, FIRST])
+    membership.join(FIRST, NEW)
+    membership.disconnect(FIRST, NEW)
+    assert membership.join(FIRST, OLD) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from paramserver.estimator.evaluate.results import EvalResult, scalars, shown, unwritten
-from paramserver.estimator.uploading import summary_writer
+from paramserver.estimator.uploading import going_on_without, summary_writer
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def write_results(eval_dir: str, results: EvalResult, checkpoint: str | None) ->
     """
     step = int(results["global_step"])
     found = {name: value for name, value in results.items() if name != "global_step"}
-    with summary_writer(eval_dir) as writer:
+    with going_on_without(f"summaries of the evaluation in {eval_dir}"), summary_writer(eval_dir) as writer:
         for name, value in scalars(found).items():
             writer.scalar(name, value, step)
         if checkpoint is not None:

@@ -5,17 +5,20 @@ A *step* is a global step, which counts the updates of all workers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from paramserver.distribute.bound.step_times import StepTimes
+from paramserver.errors import CheckpointError, NotFiniteError
 from paramserver.estimator.hooks.basic import Clock, SecondOrStepTimer
 from paramserver.estimator.hooks.hook import RunContext, RunValues, TrainingHook, TrainingSession, as_tuple
+from paramserver.estimator.uploading import going_on_without
 from paramserver.summary import Point, Writer, collecting
 
 logger = logging.getLogger(__name__)
@@ -29,11 +32,17 @@ class SummarySaverHook(TrainingHook):
     code records itself replaces the hook's. ``staleness`` is that of all of this task's pushes since the last time;
     ``milliseconds/`` is the time of its steps since then, by use. The hook does not close the writer.
 
+    Points that cannot be written are an error in the log, and the training goes on: the next ones are tried when they
+    are due.
+
     Args:
         writer: The writer of the summaries.
         save_steps: Global steps between two points; exactly one of the two is given.
         save_secs: Seconds between two points.
         clock: Returns seconds.
+
+    Attributes:
+        failures: How often points could not be written.
 
     Raises:
         ConfigError: If not exactly one interval is given, or it is not positive.
@@ -49,6 +58,7 @@ class SummarySaverHook(TrainingHook):
     ) -> None:
         self._timer = SecondOrStepTimer(every_secs=save_secs, every_steps=save_steps, clock=clock)
         self._writer = writer
+        self.failures = 0
         self._is_due = False
         self._points: list[Point] = []
         self._staleness: Counter[int] = Counter()
@@ -66,18 +76,30 @@ class SummarySaverHook(TrainingHook):
         """Write the recorded points."""
         self._staleness[values.staleness] += 1
         if self._is_due:
-            self._write(values)
-            self._write_times(context.session.statistics(), values.global_step)
+            with self._going_on(values.global_step):
+                self._write(values)
+                self._write_times(context.session.statistics(), values.global_step)
 
     def while_waiting(self, context: RunContext) -> None:
         """Write the speed of the other workers when due; this task has no more losses of its own."""
         session = context.session
         if session.is_chief and self._timer.should_trigger_for_step(session.global_step):
-            self._write_speed(session.global_step)
+            with self._going_on(session.global_step):
+                self._write_speed(session.global_step)
 
     def end(self, session: TrainingSession) -> None:
         """Make all points visible."""
-        self._writer.flush()
+        with self._going_on(session.global_step):
+            self._writer.flush()
+
+    @contextlib.contextmanager
+    def _going_on(self, step: int) -> Iterator[None]:
+        """Go on if points cannot be written; the next ones are tried when they are due."""
+        with going_on_without(f"summaries of step {step}") as failed:
+            yield
+        if failed:
+            self.failures += 1
+            self._timer.update_last_triggered_step(step)
 
     def _write(self, values: RunValues) -> None:
         step = values.global_step
@@ -123,6 +145,9 @@ class CheckpointSaverListener:
 class CheckpointSaverHook(TrainingHook):
     """Saves when the session starts, after each interval of global steps or seconds, and at the end.
 
+    A checkpoint that cannot be written is an error in the log, and the training goes on: the next one is tried when it
+    is due. Only if the last one cannot be written, the training fails.
+
     A chief that is asked to leave, by SIGTERM or Ctrl-C, saves as well.
 
     Once the step to stop at is reached, only the end saves: workers may still be in their last steps, and the
@@ -133,6 +158,9 @@ class CheckpointSaverHook(TrainingHook):
         save_steps: Global steps between two checkpoints.
         listeners: Called for every checkpoint.
         clock: Returns seconds.
+
+    Attributes:
+        failures: Number of checkpoints that could not be written.
 
     Raises:
         ConfigError: If not exactly one interval is given, or it is not positive.
@@ -149,6 +177,8 @@ class CheckpointSaverHook(TrainingHook):
     ) -> None:
         self._timer = SecondOrStepTimer(every_secs=save_secs, every_steps=save_steps, clock=clock)
         self.listeners = as_tuple(listeners, CheckpointSaverListener, "CheckpointSaverHook: listeners")
+        self.failures = 0
+        self._saved_step: int | None = None
         self._stop = False
 
     def with_listeners(self, more: Sequence[CheckpointSaverListener]) -> CheckpointSaverHook:
@@ -180,9 +210,13 @@ class CheckpointSaverHook(TrainingHook):
         self._save_if_due(context.session, context.session.global_step)
 
     def end(self, session: TrainingSession) -> None:
-        """Save the last step if it is not saved yet."""
-        if session.global_step != self._timer.last_triggered_step:
-            self._save(session)
+        """Save the last step if it is not saved yet.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        if session.global_step != self._saved_step:
+            self._write(session)
         for listener in self.listeners:
             listener.end(session, session.global_step)
 
@@ -196,11 +230,26 @@ class CheckpointSaverHook(TrainingHook):
             self._save(session)
 
     def _save(self, session: TrainingSession) -> None:
+        """Save, or say why that is not possible now."""
+        try:
+            self._write(session)
+        except NotFiniteError:  # no fault of the storage: no later checkpoint would be any better
+            raise
+        except CheckpointError as error:
+            self.failures += 1
+            # As text: a kept record must not keep the tensors in the frames of the error's traceback.
+            logger.error(
+                "no checkpoint of step %d: %s; the training goes on, and tries again when the next is due (failure %d)",
+                *(session.global_step, str(error), self.failures),
+            )
+
+    def _write(self, session: TrainingSession) -> None:
         step = session.global_step
         self._timer.update_last_triggered_step(step)
         for listener in self.listeners:
             listener.before_save(session, step)
         path = session.save()
+        self._saved_step = step
         step = session.global_step  # other workers may have made updates before the checkpoint was begun
         logger.info("saved a checkpoint of step %d to %s", step, path)
         for listener in self.listeners:

@@ -159,7 +159,10 @@ class TrainingRun:
         if self._manager.is_saved(step):
             return self._manager.save_path(step)
         self._reporter.tell(state="saving", global_step=step)
-        path = write_checkpoint(self._client, self._manager, step, self._aliases)
+        try:
+            path = write_checkpoint(self._client, self._manager, step, self._aliases)
+        finally:
+            self._reporter.tell(state="training")
         self._reporter.tell(state="training", paths={"checkpoint": path})
         return path
 

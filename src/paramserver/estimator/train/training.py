@@ -34,7 +34,7 @@ from paramserver.estimator.run_config import RunConfig
 from paramserver.estimator.specs import EstimatorSpec
 from paramserver.estimator.train.loop import TrainingLoop
 from paramserver.estimator.train.session import TrainingRun
-from paramserver.estimator.uploading import summary_writer
+from paramserver.estimator.uploading import training_writer
 from paramserver.summary import SummaryWriter
 
 REPORT_INTERVAL = 0.2
@@ -76,7 +76,7 @@ def train(
     counter = _LocalSteps()
     with strategy.scope(), _terminating(), _telling_failure(strategy):
         spec = build()
-        with contextlib.closing(summary_writer(config.model_dir or "")) as writer:
+        with training_writer(config.model_dir or "") as writer:
             user = (*hooks, *spec.training_hooks)
             runner = HookRunner(
                 order_hooks(

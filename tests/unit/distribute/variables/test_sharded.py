@@ -18,7 +18,7 @@ from paramserver.placement import FixedShards
 from paramserver.server.server import play_in_process
 
 NUM_PS = 3
-CLUSTER = ps.ClusterSpec({"chief": ["a:1"], "ps": [f"b:{port + 1}" for port in range(NUM_PS)]})
+CLUSTER = ps.ClusterSpec({"chief": ["a:1"], "ps": [f"b:{port}" for port in range(1, NUM_PS + 1)]})
 TABLE = torch.arange(20).view(10, 2)
 
 

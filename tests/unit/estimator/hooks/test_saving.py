@@ -1,11 +1,15 @@
 """The hooks that write into model_dir: summaries (N10, Q11, B05) and checkpoints (N08, Q09)."""
 
+import errno
+import os
+
 import pytest
 import torch
 
 from paramserver import summary
 from paramserver.client.client import PushTimes
 from paramserver.distribute.bound.step_times import StepTimes
+from paramserver.errors import CheckpointError, NotFiniteError, UnavailableError
 from paramserver.estimator import CheckpointSaverHook, CheckpointSaverListener, SummarySaverHook, TrainingHook
 from paramserver.estimator.hooks.hook import HookRunner, RunContext, RunValues
 
@@ -246,3 +250,89 @@ def test_n08_a_listener_can_stop_the_training_and_the_others_are_still_told(stop
     session = train(CheckpointSaverHook(save_steps=2, listeners=listeners), session=TrainingRun())
     assert session.global_step == end
     assert logs[0] == logs[1]
+
+
+# --- storage that fails
+
+
+class FullDisk(TrainingRun):
+    """A session whose checkpoints of some steps cannot be written."""
+
+    def __init__(self, fails, error=None, **options):
+        super().__init__(**options)
+        self._fails = set(fails)
+        self._error = error or CheckpointError("run: cannot be written: No space left on device", "run")
+
+    def save(self):
+        if self.global_step in self._fails:
+            raise self._error
+        return super().save()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_loud_and_tried_again_when_the_next_is_due(caplog):
+    hook = CheckpointSaverHook(save_steps=2)
+    assert train(hook, session=FullDisk({0, 2, 4}, ends_at=9)).saved == [6, 8, 9]
+    assert hook.failures == 3
+    assert [record.levelname for record in caplog.records if "no checkpoint" in record.message] == ["ERROR"] * 3
+    assert caplog.messages[1] == (
+        "no checkpoint of step 2: run: cannot be written: No space left on device; the training goes on, and tries "
+        "again when the next is due (failure 2)"
+    )
+
+
+def test_listeners_hear_of_no_checkpoint_that_was_not_written():
+    log = []
+    train(CheckpointSaverHook(save_steps=2, listeners=[Listener(log)]), session=FullDisk({2}, ends_at=3))
+    assert log == ["begin", "before 0", "after 0", "before 2", "before 3", "after 3", "end 3"]
+
+
+def test_only_a_last_checkpoint_that_cannot_be_written_ends_the_run():
+    with pytest.raises(CheckpointError, match="No space left"):
+        train(CheckpointSaverHook(save_steps=2), session=FullDisk({3}, ends_at=3))
+
+
+def test_the_last_step_is_saved_at_the_end_if_that_failed_before():
+    hook, session = CheckpointSaverHook(save_steps=2), FullDisk({2})
+    hook.after_create_session(session)
+    see(hook, session, 2)
+    session._fails.clear()
+    hook.end(session)
+    assert session.saved == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "error", [NotFiniteError("'w' is not finite", "run", "w"), UnavailableError("ps:0 is gone", "ps:0")]
+)
+def test_other_errors_are_no_fault_of_the_storage(error):
+    with pytest.raises(type(error)):
+        train(CheckpointSaverHook(save_steps=2), session=FullDisk({2}, error, ends_at=3))
+
+
+class FullWriter(Writer):
+    """Has no room for the points of some steps, nor at its end."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self._fails = fails
+
+    def scalar(self, name, value, step):
+        if step in self._fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().scalar(name, value, step)
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_summaries_that_cannot_be_written_are_loud_and_tried_again_when_the_next_are_due(caplog):
+    writer = FullWriter({1, 3})
+    hook = SummarySaverHook(writer, save_steps=2)
+    train(hook, session=TrainingRun(ends_at=6))
+    assert [step for name, _, step in writer.points if name == "loss"] == [5]
+    assert hook.failures == 3
+    first, second, last = caplog.messages
+    assert first == (
+        "summaries of step 1 cannot be written, and the run goes on without them: [Errno 28] No space left on device"
+    )
+    assert second.startswith("summaries of step 3")
+    assert last.startswith("summaries of step 6")
