@@ -21,6 +21,7 @@ from paramserver.cluster.exit_codes import exit_code
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.lifecycle import Limits
 from paramserver.launch.spec import LaunchOptions
+from paramserver.layout.lanes import check_platform
 
 app = typer.Typer(
     help="Parameter-server training for PyTorch.",
@@ -126,6 +127,7 @@ def launch(
     The tasks' standard input is empty. Ctrl-C stops all tasks, ps tasks last. The exit code is that of the
     first task that failed of its own.
     """
+    check_platform("launch")  # before the import of what other systems lack
     from paramserver.launch import local
     from paramserver.launch.display import launch_displayed
 
@@ -244,6 +246,7 @@ def demo(
 
     Chief, worker, two parameter servers and an evaluator train a classifier of handwritten digits.
     """
+    check_platform("demo")
     from paramserver.demo.run import run_demo
 
     raise typer.Exit(run_demo(steps=steps, model_dir=model_dir, lane=lane))

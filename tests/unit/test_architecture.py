@@ -95,7 +95,7 @@ ARROWS = {
         "transport",
         "wire",
     },
-    "cli": {"cluster", "demo", "errors", "estimator", "launch", "observe", "server"},
+    "cli": {"cluster", "demo", "errors", "estimator", "launch", "layout", "observe", "server"},
     "__main__": {"cli"},
 }
 

@@ -53,7 +53,7 @@ def test_help_fits_in_80_columns(command: list[str]) -> None:
 def test_an_address_that_is_none_is_refused() -> None:
     result = invoke("status", "localhost:")
     assert isinstance(result.exception, ConfigError)
-    assert "'localhost:' is not an address" in str(result.exception)
+    assert "status: expected host:port, got 'localhost:'" in str(result.exception)
 
 
 def test_options_of_launch_reach_it_and_its_exit_code_is_ours(script: str, launched: list[LaunchOptions]) -> None:

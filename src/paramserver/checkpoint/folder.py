@@ -28,6 +28,12 @@ THREADS = 2
 SHARE_BYTES = 8 << 20
 """Number of bytes that such a thread reads at once."""
 
+HAS_POSITIONS = hasattr(os, "preadv")
+"""Whether reads and writes may state their place in a file. On Windows they follow a seek instead, on one thread."""
+
+_O_DSYNC: int = getattr(os, "O_DSYNC", 0)
+_O_BINARY: int = getattr(os, "O_BINARY", 0)
+
 R = TypeVar("R")
 
 
@@ -152,7 +158,7 @@ class CheckpointFolder:
         path = self._checked(step.file)
         with _reading(path):
             file = self._opened(self._reading, (step.file, os.O_RDONLY))
-            if step.out.nbytes <= SHARE_BYTES:
+            if step.out.nbytes <= SHARE_BYTES or not HAS_POSITIONS:
                 _fill(file, step.offset, step.out)
             else:
                 self._fill_in_shares(file, step)
@@ -170,14 +176,14 @@ class CheckpointFolder:
         path = self._checked(step.file)
         with _writing(path):
             # O_DSYNC, or else an NFS client may write whole pages, with zeros over another task's rows.
-            opening = step.file, os.O_RDWR | os.O_CREAT | os.O_DSYNC * step.is_shared
+            opening = step.file, os.O_RDWR | os.O_CREAT | (_O_DSYNC if step.is_shared else 0)
             is_new = opening not in self._writing
             file = self._opened(self._writing, opening)
             if is_new:
                 os.ftruncate(file, step.size)
             content, offset = step.content, step.offset
             while content:
-                count = os.pwrite(file, content, offset)  # writes at most 2 GiB at once
+                count = _write_at(file, content, offset)  # writes at most 2 GiB at once
                 content, offset = content[count:], offset + count
         self._unflushed += step.content.nbytes
         if self._unflushed > FLUSH_BYTES:
@@ -214,7 +220,7 @@ class CheckpointFolder:
                     self.flush()
                 os.close(files.pop(oldest))
             name, flags = opening
-            files[opening] = os.open(self.path / name, flags | os.O_CLOEXEC, 0o666)
+            files[opening] = os.open(self.path / name, flags | _O_BINARY, 0o666)
         return files[opening]
 
 
@@ -242,10 +248,26 @@ def read_header(directory: str, file: str) -> Steps[dict[str, FileTensor]]:
 
 def _fill(file: int, offset: int, out: memoryview) -> None:
     while out:
-        count = os.preadv(file, [out], offset)
+        count = _read_at(file, out, offset)
         if not count:
             raise EOFError(f"it ends at byte {offset}, {len(out)} bytes before it should")
         out, offset = out[count:], offset + count
+
+
+def _read_at(file: int, out: memoryview, offset: int) -> int:
+    if HAS_POSITIONS:
+        return os.preadv(file, [out], offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    content = os.read(file, min(len(out), SHARE_BYTES))
+    out[: len(content)] = content
+    return len(content)
+
+
+def _write_at(file: int, content: memoryview, offset: int) -> int:
+    if HAS_POSITIONS:
+        return os.pwrite(file, content, offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.write(file, content)
 
 
 @contextlib.contextmanager

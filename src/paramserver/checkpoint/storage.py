@@ -15,6 +15,7 @@ import glob
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -320,6 +321,8 @@ class RemoteStorage(Storage):
 
 def _sync(path: Path) -> None:
     """Make the content of a file, or the changes in a folder, survive a power failure."""
+    if sys.platform == "win32":  # which opens no folders, and flushes only files that are open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

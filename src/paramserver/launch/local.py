@@ -29,6 +29,7 @@ from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.spec import HOST, LEFT_ALONE, LaunchOptions, LaunchSpec, describe, plan, shared_environment
 from paramserver.launch.start_methods import Spawn, StartMethod
+from paramserver.layout.lanes import check_platform
 
 LINGER = 1.0
 """Seconds that helper processes, such as multiprocessing's resource tracker, get after all tasks have ended."""
@@ -62,8 +63,9 @@ def launch(
     The other arguments are those of `run`.
 
     Raises:
-        ConfigError: If a task cannot be started.
+        ConfigError: If a task cannot be started, or this system is not Linux.
     """
+    check_platform("launch")
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(_listener()) for _ in range(options.ps)]
         ports = [sock.getsockname()[1] for sock in sockets]

@@ -7,6 +7,7 @@ launcher can check a name without waiting for torch.
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint, entry_points
 
 from paramserver.errors import ConfigError
@@ -48,6 +49,22 @@ def check_lane(name: str, setting: str) -> None:
     """
     if name != AUTO and name not in _BUILT_IN and name not in (names := lane_names()):
         raise ConfigError(f"{setting}: expected one of {', '.join(names)}, got {name!r}")
+
+
+def check_platform(what: str) -> None:
+    """Check that this system can have several tasks; one process needs none of what is checked here.
+
+    Args:
+        what: What needs several tasks, for messages.
+
+    Raises:
+        ConfigError: If it is not Linux.
+    """
+    if sys.platform != "linux":
+        raise ConfigError(
+            f"{what}: Linux only (on Windows: WSL 2), and this is {sys.platform}; training in one process works here: "
+            "run the program without TF_CONFIG"
+        )
 
 
 def find_lane(name: str) -> EntryPoint | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 
 import numpy as np
 
@@ -17,8 +18,9 @@ def give_back() -> None:
     The C library keeps freed memory between blocks that are in use: after a model of many small parameters has moved,
     all of their old memory. Only glibc is known to keep it, and to have a call that releases it.
     """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux":  # Windows does not even have a C library of this process's own
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_for_steps() -> None:

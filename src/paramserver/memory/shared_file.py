@@ -8,7 +8,6 @@ under a reader, and only its creator can write to it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import mmap
 import os
@@ -20,6 +19,9 @@ import torch
 
 from paramserver.errors import RemoteProtocolError
 from paramserver.memory import huge_pages
+
+if sys.platform == "linux":  # elsewhere `can_share` is false, and Windows has no such module
+    import fcntl
 
 F_SEAL_FUTURE_WRITE = 0x10  # <linux/fcntl.h>; the fcntl module does not name it
 

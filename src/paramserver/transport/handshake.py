@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 
 from paramserver.errors import DeadlineError, RefusedError, RemoteProtocolError, RunOverError, TokenError
+from paramserver.layout.lanes import check_platform
 from paramserver.memory import shared_file
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.identity import NONCE_BYTES, Identity
@@ -67,7 +68,7 @@ def connect(
         kept: The memory of an earlier lane, which the new lane will go on with.
 
     Raises:
-        ConfigError: If there is no such lane.
+        ConfigError: If there is no such lane, or this system has no lanes.
         RunOverError: If the run is over.
         DeadlineError: If the ps does not come up in time.
         TokenError: If this task or the ps does not hold the token of the run.
@@ -75,6 +76,7 @@ def connect(
         RemoteProtocolError: If something other than a ps answers, or a ps of another version.
         UnavailableError: If the ps goes away after its challenge.
     """
+    check_platform(f"connecting to {peer or 'a ps'}")
     kinds = usable_lanes(lane, kept)
     frames, challenge = _reach(address, peer or "the ps", timeout, is_over, WaitLog(me.task, timeout))
     if peer is None:

@@ -9,6 +9,7 @@ import secrets
 import socket
 
 from paramserver.errors import AddressError
+from paramserver.layout.lanes import check_platform
 from paramserver.memory import shared_file
 
 BACKLOG = 1024
@@ -30,10 +31,12 @@ class Listener:
         local_socket: The abstract name of the local socket; "" if there is none.
 
     Raises:
+        ConfigError: If this system has no lanes.
         AddressError: If the address cannot be bound.
     """
 
     def __init__(self, address: str, task: str, descriptor: int | None = None) -> None:
+        check_platform(f"serving as {task}")
         self.is_closed = False
         self.sockets = [_listen(address, task) if descriptor is None else socket.socket(fileno=descriptor)]
         self._port: int = self.sockets[0].getsockname()[1]

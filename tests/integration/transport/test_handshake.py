@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from tests.integration.transport.ipv6 import needs_ipv6
 from tests.patience import patience
 
 from paramserver.errors import (
@@ -52,8 +53,8 @@ class Ps:
         outcomes: What came of each connection: a session or an error.
     """
 
-    def __init__(self, me: Identity, local_socket: str | None = None) -> None:
-        self._listener = Listener("127.0.0.1:0", me.task)
+    def __init__(self, me: Identity, local_socket: str | None = None, host: str = "127.0.0.1") -> None:
+        self._listener = Listener(f"{host}:0", me.task)
         self._me = me
         if local_socket is not None:
             self._listener.local_socket = local_socket
@@ -61,7 +62,7 @@ class Ps:
         self._pool = ThreadPoolExecutor()
         self.outcomes: queue.Queue[Session | Exception] = queue.Queue()
         self._acceptor = self._pool.submit(self._accept)
-        self.address = f"127.0.0.1:{self._listener.port}"
+        self.address = f"{host}:{self._listener.port}"
 
     def outcome(self) -> Session | Exception:
         """What came of the connection on which the worker went on in the end."""
@@ -111,6 +112,36 @@ def stranger(behave: Callable[[socket.socket], None]) -> Iterator[str]:
 
 def join(address: str, me: Identity = WORKER, *, lane: str = "auto", timeout: float = TIMEOUT):
     return contextlib.closing(connect(address, "ps:0", me, lane=lane, timeout=timeout))
+
+
+# --- which address
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["[::1]", "127.0.0.1", "localhost"])
+def test_a_host_is_an_address_of_either_family_or_a_name(host):
+    with contextlib.closing(Ps(PS, host=host)) as ps, join(ps.address, lane="tcp") as lane:
+        assert lane.task == "ps:0"
+
+
+@needs_ipv6
+@pytest.mark.parametrize("found", [["::1"], ["127.0.0.1"], ["::1", "127.0.0.1"], ["127.0.0.1", "::1"]])
+@pytest.mark.parametrize("listens", ["::1", "127.0.0.1"])
+def test_all_addresses_of_a_name_are_tried(found, listens, monkeypatch):
+    kinds = {"::1": socket.AF_INET6, "127.0.0.1": socket.AF_INET}
+
+    def look_up(host, port, *_):
+        return [(kinds[each], socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (each, port)) for each in found]
+
+    with contextlib.closing(Ps(PS, host=f"[{listens}]" if listens == "::1" else listens)) as ps:
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        address = f"a-name:{ps.address.rpartition(':')[2]}"
+        if listens not in found:
+            with pytest.raises(DeadlineError), join(address, timeout=0.0):
+                pass
+            return
+        with join(address, lane="tcp") as lane:
+            assert lane.task == "ps:0"
 
 
 # --- which lane

@@ -9,6 +9,7 @@ import select
 import socket
 
 import pytest
+from tests.integration.transport.ipv6 import needs_ipv6
 from tests.patience import patience
 
 from paramserver.errors import UnavailableError
@@ -49,6 +50,7 @@ def test_a_port_that_is_taken_is_named():
     assert f"ps:3 cannot listen on 127.0.0.1:{first.port}: {os.strerror(errno.EADDRINUSE)}; " in str(caught.value)
 
 
+@needs_ipv6
 def test_a_name_is_listened_on_by_ipv4_and_ipv6():
     """Workers may find an address of either family for it."""
     with listening("ps-0.example.invalid:0") as listener:
@@ -57,6 +59,7 @@ def test_a_name_is_listened_on_by_ipv4_and_ipv6():
                 assert dialed.family == family
 
 
+@needs_ipv6
 def test_an_ip_address_is_listened_on_by_its_family_alone():
     with listening("192.0.2.1:0") as listener:
         assert _reached(listener) == ["127.0.0.1"]
@@ -66,6 +69,7 @@ def test_an_ip_address_is_listened_on_by_its_family_alone():
         assert _reached(listener) == ["::1"]
 
 
+@needs_ipv6
 def test_a_name_for_ipv6_alone_is_listened_on_and_found(monkeypatch):
     kind = socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, ""
     monkeypatch.setattr(socket, "getaddrinfo", lambda _, port, *__: [(*kind, ("::1", port, 0, 0))])
@@ -74,6 +78,7 @@ def test_a_name_for_ipv6_alone_is_listened_on_and_found(monkeypatch):
         assert dialed.family == socket.AF_INET6
 
 
+@needs_ipv6
 def test_localhost_may_be_a_name_for_ipv6_alone(monkeypatch):
     create = socket.create_server
 

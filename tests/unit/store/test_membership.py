@@ -156,6 +156,17 @@ def test_a_process_that_was_started_again_begins_with_the_first_model():
     assert membership.join(CHIEF, "q.3") == 2
 
 
+def test_workers_that_are_not_known_may_join_and_are_not_waited_for():
+    membership = Membership(FIRST, [FIRST], takes_more=True)
+    membership.join(FIRST, "one start")
+    membership.join(SECOND, "one start")
+    assert membership.joined() == (FIRST, SECOND)
+    membership.leave(FIRST, "one start")
+    assert membership.outlook is Outlook.GOING_ON
+    membership.leave(SECOND, "one start")
+    assert membership.outlook is Outlook.OVER
+
+
 OLD, NEW = "0001.one.0", "0002.two.0"
 
 
