@@ -103,7 +103,7 @@ class Conversation:
     def end(self) -> None:
         """See `threads.Served`."""
         if self._hello.heartbeat:
-            self._host.liveness.forget(self.incarnation)
+            self._host.liveness.forget(self.incarnation, self)
         if self._model is not None and self._session:
             has_left = self._host.membership.disconnect(self._session.task, self._session.incarnation)
             self._host.models.leave(self._model, said_goodbye=has_left)
@@ -126,7 +126,7 @@ class Conversation:
         return Pace.SLOW if self._session.task == OBSERVER else self._join(self._session)
 
     def _beat(self) -> None:
-        self._host.liveness.beat(self._hello.task, self.incarnation, self._hello.heartbeat)
+        self._host.liveness.beat(self._hello.task, self.incarnation, self._hello.heartbeat, self)
 
     def _join(self, session: Session) -> Pace:
         try:
