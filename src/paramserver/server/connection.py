@@ -66,6 +66,7 @@ class Conversation:
         self._frames: FrameSocket | None = None
         self._session: Session | None = None
         self._model: int | None = None
+        self._is_draining = False
         self._handler = host.models.handler(0)
 
     @property
@@ -110,6 +111,12 @@ class Conversation:
         if self._session:
             self._session.close()
         self._connection.close()
+
+    def drain(self) -> None:
+        """See `threads.Served`."""
+        self._is_draining = True
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._connection.shutdown(socket.SHUT_RD)
 
     def hang_up(self) -> None:
         """See `threads.Served`."""
@@ -160,6 +167,8 @@ class Conversation:
             with contextlib.suppress(UnavailableError):  # the peer may be gone
                 session.reply(refused(error))
             raise
+        if self._is_draining:  # by TCP, more may still come in
+            return Pace.OVER
         return Pace.QUICK if is_quick and not frames.has_more else Pace.SLOW
 
     def _carry_out(self, session: Session, request: messages.Request) -> None:
