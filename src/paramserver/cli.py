@@ -55,7 +55,7 @@ def main() -> None:
         app(prog_name="paramserver")
     except ParameterServerError as exc:
         typer.echo(f"error: {exc}", err=True)
-        sys.exit(exit_code(exc))
+        sys.exit(1)
 
 
 def _show_version(wanted: bool) -> None:
@@ -178,7 +178,11 @@ def server(
     logs.set_up(str(task), level, form, names_task=surroundings.run_file is None)
     from paramserver.server.server import run_standard_server
 
-    run_standard_server(insecure=insecure)
+    try:
+        run_standard_server(insecure=insecure)
+    except ParameterServerError as exc:
+        typer.echo(f"error: {exc}", err=True)
+        raise typer.Exit(exit_code(exc)) from exc
 
 
 @app.command()

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 Meanwhile = Callable[[], None]
 
+GONE = ("unavailable", "failed", "over")
+"""Kinds of refusals that concern this task or the whole run, and not what the ps holds."""
+
 NUMBERED = (messages.Push, messages.UpdateVariable)
 """Requests that a ps carries out once, however often they arrive."""
 
@@ -355,7 +358,7 @@ class Exchange:
     def _declare_again(self, lane: Lane, ps: int) -> None:
         lane.start(messages.Declare(tuple(self.layouts[ps]), False))
         reply = lane.finish()
-        if isinstance(reply, messages.Refused):
+        if isinstance(reply, messages.Refused) and reply.kind in GONE:
             lane.close()
             raise raised(reply, lane.task)
         if not isinstance(reply, messages.Declared) or reply.epoch != self.epochs[ps]:

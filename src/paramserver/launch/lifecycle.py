@@ -124,11 +124,11 @@ class Lifecycle:
 
     @property
     def summary(self) -> str:
-        """One line about the tasks that failed, the culprit first; empty if none did."""
+        """One line about the tasks that failed of their own, the culprit first; empty if none failed."""
         if self.culprit is None:
             return ""
-        others = [failure for failure in self.failures if failure != self.culprit]
-        endings = "; ".join(f"{task} {ending}" for task, ending in (self.culprit, *others))
+        own = [failure for failure in self.failures if failure[1].code != CONSEQUENCE]
+        endings = "; ".join(f"{task} {ending}" for task, ending in own or [self.culprit])
         return f"error: {endings}" + ("; the run was stopped" if self.is_stopping else "")
 
     def ended(self, task: TaskId, ending: Ending, now: float) -> float | None:

@@ -354,10 +354,10 @@ class RequestHandler:
         )
 
     def _goodbye(self, session: Session, goodbye: messages.Goodbye) -> None:
-        if goodbye.failure:
+        if goodbye.failure and session.task == self._membership.chief:
+            self._fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
+        elif goodbye.failure and not self._store.has_failed:  # after the chief's failure, it is a consequence
             logger.warning("%s failed: %s", session.task, goodbye.failure)
-            if session.task == self._membership.chief:
-                self._fail(f"{session.task} failed, and with it the run: {goodbye.failure}")
         try:
             session.reply(messages.Done())
         finally:  # even if the worker does not wait for the answer; after the answer, because this may end the run

@@ -185,6 +185,11 @@ class Store:
             self._failure = reason
             self._changed.notify_all()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the run has failed."""
+        return bool(self._failure)
+
     def check_alive(self) -> None:
         """Raise an error if the run has failed.
 

@@ -99,9 +99,9 @@ def cluster(request):
 
 
 @contextlib.contextmanager
-def worker(cluster):
+def worker(cluster, task="worker:1"):
     """The lane of a worker that was just started."""
-    me = Identity(task="worker:1", token="right", incarnation=new_incarnation(new_process()))
+    me = Identity(task=task, token="right", incarnation=new_incarnation(new_process()))
     lane = connect(cluster.servers[0].target, "ps:0", me, lane=cluster._lane, timeout=PATIENCE)
     with contextlib.closing(lane):
         for first in (messages.Declare(MODEL, create=True), messages.CreateVariable(OWN, 0, b"\0" * 24)):
@@ -133,7 +133,7 @@ def is_well(bystander, lane):
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
 def test_an_extreme_number_is_answered_or_refused_and_harms_nobody(cluster, request_, monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(handler, "LONGEST_WAIT", 0.001)
-    with worker(cluster) as bystander:
+    with worker(cluster, "worker:0") as bystander:
         for path, extreme, values in changed(request_):
             with worker(cluster) as lane:
                 reply = answer(lane, values)
