@@ -45,6 +45,7 @@ for _ in range(args.epochs):
         strategy.report(loss)
         if asked_to_leave.is_set():
             strategy.save(args.model_dir)  # the chief saves; the ps tasks leave after the workers
+            strategy.leave()  # without a goodbye, which would end the run
             sys.exit(128 + signal.SIGTERM)  # not 0: the training is not finished
 
 strategy.wait_for_workers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 from tests.multiprocess.warm import Warm
 from tests.patience import patience
+
+from paramserver import ParameterServerStrategy
+from paramserver.errors import UnavailableError
+from paramserver.testing import LocalCluster
 
 pytestmark = pytest.mark.multiprocess
 
@@ -51,3 +56,18 @@ def test_a_loop_that_is_asked_to_leave_saves_and_goes_on_in_the_next_run(
     code, said = leave(signal.SIGINT, tmp_path, warm, mark)
     assert code == 130, said
     assert f"chief:0 | begins at step {step}\n" in said
+
+
+def test_a_chief_that_was_started_by_hand_leaves_as_a_lost_one(tmp_path: Path) -> None:
+    """Without a launcher, nothing but the program itself tells its end from that of the training."""
+    with LocalCluster(ps=1, grace=0) as cluster:
+        environment = cluster.environment("chief:0")
+        command = [sys.executable, str(EXAMPLE), "--model-dir", str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **environment}, text=True) as chief:
+            assert chief.stdout is not None
+            assert chief.stdout.readline() == "begins at step 0\n"
+            chief.terminate()
+            assert chief.wait(PATIENCE) == 143
+        with pytest.raises(UnavailableError, match="chief:0 was lost and did not come back"):
+            cluster.servers[0].join()
+    assert ParameterServerStrategy.latest_checkpoint(tmp_path)
