@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import Self
 from paramserver.cluster.exit_codes import TERMINATED
 
 AGAIN = 0.01
-"""Seconds after which a SIGTERM that had no effect is sent again, until it has one."""
+"""Seconds after which a SIGTERM that had no effect is sent again; twice as long each time."""
 
 
 class Termination:
@@ -27,7 +28,7 @@ class Termination:
         self._owner = os.getpid()
         self._exit: SystemExit | None = None
         self._is_dropping = False
-        self._has_landed = threading.Event()
+        self._num_drops = 0
 
     def __enter__(self) -> Self:
         self.install()
@@ -51,8 +52,8 @@ class Termination:
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if self._is_dropping:
-            return  # an exception would be dropped here, too; the signal comes again
-        self._has_landed.set()
+            self._send_again()  # an exception would be dropped here, too
+            return
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != self._owner:
             # A process that the program has forked, such as a worker of a DataLoader, inherits this handler, but its
@@ -68,11 +69,13 @@ class Termination:
             self._old_hook(unraisable)
             return
         self._is_dropping = True
-        self._has_landed.clear()
         signal.signal(signal.SIGTERM, self._terminate)
-        threading.Thread(target=self._send_again, name="sends SIGTERM again", daemon=True).start()
+        self._send_again()
         self._is_dropping = False  # the last statement: no signal is handled between it and the return
 
     def _send_again(self) -> None:
-        while not self._has_landed.wait(AGAIN):
-            os.kill(self._owner, signal.SIGTERM)
+        # Ever later, or a slow machine might never get out of a hook.
+        pause, self._num_drops = math.ldexp(AGAIN, self._num_drops), self._num_drops + 1
+        thread = threading.Timer(pause, os.kill, (self._owner, signal.SIGTERM))
+        thread.daemon = True
+        thread.start()

@@ -66,6 +66,7 @@ class Conversation:
         self._frames: FrameSocket | None = None
         self._session: Session | None = None
         self._model: int | None = None
+        self._is_draining = False
         self._handler = host.models.handler(0)
 
     @property
@@ -103,13 +104,19 @@ class Conversation:
     def end(self) -> None:
         """See `threads.Served`."""
         if self._hello.heartbeat:
-            self._host.liveness.forget(self.incarnation)
+            self._host.liveness.forget(self.incarnation, self)
         if self._model is not None and self._session:
             has_left = self._host.membership.disconnect(self._session.task, self._session.incarnation)
             self._host.models.leave(self._model, said_goodbye=has_left)
         if self._session:
             self._session.close()
         self._connection.close()
+
+    def drain(self) -> None:
+        """See `threads.Served`."""
+        self._is_draining = True
+        with contextlib.suppress(OSError):  # it may be closed already
+            self._connection.shutdown(socket.SHUT_RD)
 
     def hang_up(self) -> None:
         """See `threads.Served`."""
@@ -126,7 +133,7 @@ class Conversation:
         return Pace.SLOW if self._session.task == OBSERVER else self._join(self._session)
 
     def _beat(self) -> None:
-        self._host.liveness.beat(self._hello.task, self.incarnation, self._hello.heartbeat)
+        self._host.liveness.beat(self._hello.task, self.incarnation, self._hello.heartbeat, self)
 
     def _join(self, session: Session) -> Pace:
         try:
@@ -160,6 +167,8 @@ class Conversation:
             with contextlib.suppress(UnavailableError):  # the peer may be gone
                 session.reply(refused(error))
             raise
+        if self._is_draining:  # by TCP, more may still come in
+            return Pace.OVER
         return Pace.QUICK if is_quick and not frames.has_more else Pace.SLOW
 
     def _carry_out(self, session: Session, request: messages.Request) -> None:

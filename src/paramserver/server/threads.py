@@ -20,6 +20,7 @@ import logging
 import os
 import selectors
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,6 +29,9 @@ from paramserver.transport.complaints import Complaints
 logger = logging.getLogger(__name__)
 
 Hook = Callable[[], None]
+
+DRAIN_TIMEOUT = 5.0
+"""Seconds for the requests at hand when a ps ends."""
 
 
 class Pace(enum.Enum):
@@ -42,7 +46,7 @@ class Pace(enum.Enum):
 
 
 class Served(Protocol):
-    """A connection. All methods but `hang_up` are called by one thread at a time.
+    """A connection. All methods but `drain` and `hang_up` are called by one thread at a time.
 
     Attributes:
         before_wait: Called once by `proceed`, if it is not None, before `proceed` waits for anything but the beginning
@@ -59,6 +63,9 @@ class Served(Protocol):
 
     def end(self) -> None:
         """Release all resources, after `proceed` has returned `Pace.OVER`. Raises nothing."""
+
+    def drain(self) -> None:
+        """Receive no more, so that `proceed` returns `Pace.OVER` after the request at hand and its answer."""
 
     def hang_up(self) -> None:
         """End the stream, so that `proceed` soon returns `Pace.OVER`. Any thread may call this at any time."""
@@ -111,7 +118,10 @@ class ServingThreads:
                 connection.hang_up()
 
     def stop(self) -> None:
-        """Hang up every connection and wait until all threads have ended. Idempotent; the end of all serving."""
+        """End every connection after the request at hand, and wait for all threads. Idempotent; the end of all serving.
+
+        A request that takes longer than `DRAIN_TIMEOUT`, such as one whose peer takes no answer, is cut off.
+        """
         with self._stop_lock:
             if self._stopping:
                 return
@@ -119,10 +129,15 @@ class ServingThreads:
             with self._lock:
                 served = list(self._served)
             for connection in served:
-                connection.hang_up()
+                connection.drain()
             os.write(self._wake[1], b"\0")
+            give_up = time.monotonic() + DRAIN_TIMEOUT
             while self._threads:  # the last threads may start others
-                self._threads.pop().join()
+                thread = self._threads.pop()
+                thread.join(max(give_up - time.monotonic(), 0.0))
+                if thread.is_alive():
+                    self.hang_up(lambda _: True)
+                    thread.join()
             self._selector.close()
             for descriptor in self._wake:
                 os.close(descriptor)

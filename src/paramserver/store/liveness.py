@@ -31,6 +31,7 @@ class _Pulse:
     task: str
     timeout: float
     last: float
+    source: object
 
 
 class Liveness:
@@ -41,8 +42,8 @@ class Liveness:
 
     >>> times = iter([0.0, 20.0, 40.0, 51.0])
     >>> liveness = Liveness(clock=lambda: next(times))
-    >>> liveness.beat("worker:0", "one", 30.0)
-    >>> liveness.beat("worker:0", "one", 30.0)
+    >>> liveness.beat("worker:0", "one", 30.0, source=None)
+    >>> liveness.beat("worker:0", "one", 30.0, source=None)
     >>> liveness.take_silent(), liveness.take_silent()
     ([], [Silent(task='worker:0', incarnation='one', timeout=30.0)])
     """
@@ -52,15 +53,17 @@ class Liveness:
         self._lock = threading.Lock()
         self._pulses: dict[str, _Pulse] = {}
 
-    def beat(self, task: str, incarnation: str, timeout: float) -> None:
-        """Note a sign of life; the next one is due within ``timeout`` seconds."""
+    def beat(self, task: str, incarnation: str, timeout: float, source: object) -> None:
+        """Note a sign of life from a connection; the next one is due within ``timeout`` seconds."""
         with self._lock:
-            self._pulses[incarnation] = _Pulse(task, timeout, self._clock())
+            self._pulses[incarnation] = _Pulse(task, timeout, self._clock(), source)
 
-    def forget(self, incarnation: str) -> None:
-        """Expect no more signs of life: the connection has ended, which says enough."""
+    def forget(self, incarnation: str, source: object) -> None:
+        """Expect no more signs of life from a connection that has ended, unless they come from a newer one."""
         with self._lock:
-            self._pulses.pop(incarnation, None)
+            pulse = self._pulses.get(incarnation)
+            if pulse is not None and pulse.source is source:
+                del self._pulses[incarnation]
 
     def take_silent(self) -> list[Silent]:
         """Return the workers that have become silent. Each is returned once."""

@@ -17,6 +17,8 @@ from paramserver.errors import ConfigError, RefusedError, RunOverError, TokenErr
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.rules import describe
 from paramserver.layout.variables import VariableSpec
+from paramserver.server.connection import Conversation
+from paramserver.server.handler import RequestHandler
 from paramserver.server.server import Server, run_standard_server
 from paramserver.store.membership import Membership, Outlook
 from paramserver.testing.local_cluster import LocalCluster
@@ -170,6 +172,34 @@ def test_stop_ends_the_waits_of_workers():
         cluster.servers[0].stop()
         thread.join(PATIENCE)
     assert [error.task for error in errors] == ["ps:0"]
+
+
+@lanes
+def test_the_request_at_hand_is_answered_before_a_ps_ends(lane, monkeypatch):
+    begun, drained, gate = threading.Event(), threading.Event(), threading.Event()
+    handle, drain = RequestHandler.handle, Conversation.drain
+
+    def handle_late(handler, session, request):
+        begun.set()
+        assert gate.wait(PATIENCE)
+        handle(handler, session, request)
+
+    def tell_drain(conversation):
+        drain(conversation)
+        drained.set()
+
+    with LocalCluster(ps=1, lane=lane) as cluster:
+        (worker,) = cluster.client("chief:0").lanes.each()
+        monkeypatch.setattr(RequestHandler, "handle", handle_late)
+        monkeypatch.setattr(Conversation, "drain", tell_drain)
+        worker.start(messages.Pull(()))
+        assert begun.wait(PATIENCE)
+        stopping = threading.Thread(target=cluster.servers[0].stop)
+        stopping.start()
+        assert drained.wait(PATIENCE)
+        gate.set()
+        assert isinstance(worker.finish(), messages.State)
+        stopping.join(PATIENCE)
 
 
 # --- the end of a run: V04, Z10

@@ -517,7 +517,7 @@ while True:  # to wait in a call would be to miss a signal that comes just befor
 WHERE_THE_HOOK_IS_INTERRUPTED = (
     """
 import paramserver.cluster.termination
-paramserver.cluster.termination.AGAIN = 0
+paramserver.cluster.termination.AGAIN = 1e-6  # sent before the hook has returned
 """
     + WHERE_EXCEPTIONS_ARE_DROPPED
 )

@@ -9,6 +9,7 @@ import threading
 import pytest
 from tests.patience import patience
 
+from paramserver.server import threads
 from paramserver.server.threads import Pace, ServingThreads
 
 PATIENCE = patience(30.0)
@@ -37,12 +38,19 @@ class Echo:
             self.before_wait()
         if byte == WAIT:
             self._gate.wait(PATIENCE)
-        self._connection.sendall(byte)
+        try:
+            self._connection.sendall(byte)
+        except BrokenPipeError:  # after `hang_up`
+            return Pace.OVER
         return Pace.QUICK if byte in (QUICK, WAIT) else Pace.SLOW
 
     def end(self):
         self.num_ends += 1
         self._connection.close()
+
+    def drain(self):
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RD)
 
     def hang_up(self):
         with contextlib.suppress(OSError):
@@ -174,3 +182,25 @@ def test_without_further_threads_all_are_served_still(echoes, monkeypatch, caplo
 
 def no_thread(thread):
     raise RuntimeError("can't start new thread")
+
+
+def test_the_request_at_hand_is_answered_before_the_end(echoes):
+    connection = echoes.new()
+    connection.sendall(WAIT)
+    stopping = threading.Thread(target=echoes.threads.stop)
+    stopping.start()
+    echoes.gate.set()
+    assert connection.recv(2) == WAIT
+    assert connection.recv(1) == b""
+    stopping.join(PATIENCE)
+
+
+def test_a_request_that_takes_too_long_is_cut_off_at_the_end(echoes, monkeypatch):
+    monkeypatch.setattr(threads, "DRAIN_TIMEOUT", 0.0)
+    connection = echoes.new()
+    connection.sendall(WAIT)
+    stopping = threading.Thread(target=echoes.threads.stop)
+    stopping.start()
+    assert connection.recv(1) == b""
+    echoes.gate.set()
+    stopping.join(PATIENCE)
