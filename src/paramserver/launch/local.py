@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from paramserver.launch.fork_server import OwnForkServer, inherited_fork_server
 from paramserver.launch.lifecycle import Ending, Lifecycle
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
+from paramserver.launch.signals import ENDING, PASSED_ON, caught_signals
 from paramserver.launch.spec import HOST, LEFT_ALONE, LaunchOptions, LaunchSpec, describe, plan, shared_environment
 from paramserver.launch.start_methods import Spawn, StartMethod
 from paramserver.layout.lanes import check_platform
@@ -41,11 +42,6 @@ READ_BYTES = 65536
 
 SLOW_START = 10.0
 """Seconds after which a start is said to be slow."""
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end the run."""
-PASSED_ON = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals for the tasks that have a handler for them."""
 
 OnReport = Callable[[Report], None]
 OnOutput = Callable[[OutputLine], None]
@@ -147,7 +143,7 @@ class LocalRun:
         """Do as the function `run`."""
         if sys.platform != "linux":
             raise ConfigError(f"launch: expected Linux, whose pidfds it waits on, got {sys.platform}")
-        with self._selector, _signals() as interrupts:
+        with self._selector, caught_signals() as interrupts:
             self._selector.register(interrupts, selectors.EVENT_READ, partial(self._interrupt, interrupts))
             method = _start_method(self._spec)
             try:
@@ -330,26 +326,3 @@ def _plan(
 
 def _listener() -> socket.socket:
     return socket.create_server((HOST, 0), backlog=BACKLOG)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """Provide a socket that receives one byte, the signal's number, for each signal that the launcher handles."""
-    reader, writer = socket.socketpair()
-    with reader, writer:
-        reader.setblocking(False)
-        writer.setblocking(False)
-        old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        # The handler does nothing, but Python writes the byte only for signals that have a handler. A signal that is
-        # ignored, as SIGHUP is under nohup, stays so.
-        handlers = {
-            number: signal.signal(number, lambda *_: None)
-            for number in {*ENDING, *PASSED_ON}
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
-        try:
-            yield reader
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(old_descriptor)

@@ -82,16 +82,29 @@ def _rows_ahead(width: np.uint64, line: np.uint64) -> np.uint64:
 
 
 @_compiled
+def _fetch(array: Array, start: np.uint64, width: np.uint64, line: np.uint64) -> None:
+    """Prefetch ``width`` elements to read."""
+    for j in range(start, start + width, line):
+        _ask_for(array, j)
+    _ask_for(array, start + width - _1)
+
+
+@_compiled
+def _fetch_to_write(array: Array, start: np.uint64, width: np.uint64, line: np.uint64) -> None:
+    """Prefetch ``width`` elements to write."""
+    for j in range(start, start + width, line):
+        _ask_to_write(array, j)
+    _ask_to_write(array, start + width - _1)
+
+
+@_compiled
 def gather(values: Array, ids: Numbers, width: np.uint64, out: Array) -> None:
     """Copy the rows ``ids`` of ``values`` to ``out``; an id that is too large gives the last row."""
     count, line = np.uint64(len(ids)), np.uint64(LINE // values.itemsize)
     ahead, last = _rows_ahead(width, line), np.uint64(len(values)) // width - _1
     for i in range(count):
         if i + ahead < count:
-            next_row = ids[i + ahead] * width
-            for j in range(next_row, next_row + width, line):
-                _ask_for(values, j)
-            _ask_for(values, next_row + width - _1)
+            _fetch(values, ids[i + ahead] * width, width, line)
         row, its_copy = min(ids[i], last) * width, i * width
         for j in range(width):
             out[its_copy + j] = values[row + j]
@@ -104,10 +117,7 @@ def sgd(values: Array, ids: Numbers, gradient: Array, width: np.uint64, lr: np.f
     ahead = _rows_ahead(width, line)
     for i in range(count):
         if i + ahead < count:
-            next_row = ids[i + ahead] * width
-            for j in range(next_row, next_row + width, line):
-                _ask_to_write(values, j)
-            _ask_to_write(values, next_row + width - _1)
+            _fetch_to_write(values, ids[i + ahead] * width, width, line)
         row, its_gradient = ids[i] * width, i * width
         for j in range(width):
             values[row + j] = _fused(-lr, gradient[its_gradient + j], values[row + j])
@@ -125,12 +135,8 @@ def adagrad(
     ahead = _rows_ahead(width, line)
     for i in range(count):
         if i + ahead < count:
-            next_row = ids[i + ahead] * width
-            for j in range(next_row, next_row + width, line):
-                _ask_to_write(values, j)
-                _ask_to_write(sums, j)
-            _ask_to_write(values, next_row + width - _1)
-            _ask_to_write(sums, next_row + width - _1)
+            _fetch_to_write(values, ids[i + ahead] * width, width, line)
+            _fetch_to_write(sums, ids[i + ahead] * width, width, line)
         row, its_gradient = ids[i] * width, i * width
         for j in range(width):
             each = gradient[its_gradient + j]
@@ -148,10 +154,8 @@ def add_up(
     ahead = _rows_ahead(width, line)
     for i in range(count):
         if i + ahead < count:
-            next_row = places[i + ahead] * width + places[i + ahead] // group * gap
-            for j in range(next_row, next_row + width, line):
-                _ask_for(rows, j)
-            _ask_for(rows, next_row + width - _1)
+            next_place = places[i + ahead]
+            _fetch(rows, next_place * width + next_place // group * gap, width, line)
         row, its_sum = places[i] * width + places[i] // group * gap, numbers[i] * width
         if i > 0 and numbers[i] == numbers[i - _1]:
             for j in range(width):
