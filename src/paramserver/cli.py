@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +18,33 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from paramserver.cluster import logs
+from paramserver.cluster import environment, logs
 from paramserver.cluster.exit_codes import exit_code
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.lifecycle import Limits
 from paramserver.launch.spec import LaunchOptions
 from paramserver.layout.lanes import check_platform
 
+
+def _listed(title: str, variables: Iterable[tuple[str, str]]) -> str:
+    """Return a list of environment variables that fits in 80 columns, for the end of the help."""
+    lines = [f"{title}:"]
+    for name, text in variables:
+        lines += textwrap.wrap(f"{name:<30} {text}", width=76, initial_indent="  ", subsequent_indent=" " * 33)
+    return "\b\n" + "\n".join(lines)  # \b: the lines stay as they are
+
+
+ENVIRONMENT = "\n\n".join(
+    (
+        _listed("Environment variables", environment.FOR_USERS),
+        _listed("Set by launch, unless they are set already", environment.DEFAULTS_OF_LAUNCH),
+        _listed("Set by launchers for their tasks", environment.FROM_LAUNCHERS),
+    )
+)
+
 app = typer.Typer(
     help="Parameter-server training for PyTorch.",
+    epilog=ENVIRONMENT,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from paramserver import cli
+from paramserver.cluster import environment
 from paramserver.errors import CheckpointError, ConfigError
 from paramserver.launch import local
 from paramserver.launch.spec import LaunchOptions
@@ -48,6 +49,12 @@ def test_help_fits_in_80_columns(command: list[str]) -> None:
     assert result.exit_code == 0
     assert max(map(len, result.output.splitlines())) <= 80
     assert "..." not in re.sub(r"(?i)\[?(args|addresses)\]?\.\.\.", "", result.output)
+
+
+def test_the_help_lists_the_environment_variables() -> None:
+    shown = " ".join(invoke("--help").output.split())
+    for name, text in (*environment.FOR_USERS, *environment.DEFAULTS_OF_LAUNCH, *environment.FROM_LAUNCHERS):
+        assert f"{name} {text}" in shown
 
 
 def test_an_address_that_is_none_is_refused() -> None:

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.multiprocess.launch.test_signals import ROWS
+
+from paramserver.cluster import environment
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -16,6 +19,7 @@ FOR_READERS = [page for page in PAGES if page.parent != DOCS / "decisions" or pa
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+FAILURES = (DOCS / "failures.md").read_text(encoding="utf-8")
 SOURCE = re.compile(r"`([\w/]+\.py)(?::([\w.]+))?`")
 
 
@@ -71,3 +75,29 @@ def test_an_index_lists_each_page(index: Path) -> None:
 
 def test_the_concepts_have_examples() -> None:
     assert (DOCS / "concepts.md").read_text(encoding="utf-8").count(">>>") > 20
+
+
+def test_the_table_of_signals_has_the_rows_and_codes_of_its_tests() -> None:
+    told = dict(re.findall(r"^\| `((?:own|estimator) [^`]+)` \| (\d+) \| \d+\.\d \|", FAILURES, re.MULTILINE))
+    killed = 128  # a shell tells the death by signal N, which is -N in Python, as 128 + N
+    assert told == {str(row): str(row.code if row.code >= 0 else killed - row.code) for row in ROWS}
+
+
+def test_the_tests_that_the_page_about_failures_names_are_there() -> None:
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    named_tests = set(re.findall(r"`(test_\w+)`", FAILURES))
+    assert named_tests
+    assert [name for name in sorted(named_tests) if f"def {name}(" not in tests] == []
+
+
+def test_the_loop_that_saves_when_it_is_asked_to_leave_is_that_of_the_example() -> None:
+    (block,) = re.findall(r"^```\n(asked_to_leave.*?)^```", FAILURES, re.MULTILINE | re.DOTALL)
+    example = (ROOT / "examples" / "leaving.py").read_text(encoding="utf-8")
+    assert all(part in example for part in block.split("...\n"))
+
+
+def test_operations_lists_the_environment_variables_of_the_help() -> None:
+    page = (DOCS / "operations.md").read_text(encoding="utf-8").partition("## Environment variables")[2]
+    tables = [re.findall(r"^\| `(\w+)` \| (.*) \|$", part, re.MULTILINE) for part in page.split("###")[1:]]
+    lists = (environment.FOR_USERS, environment.DEFAULTS_OF_LAUNCH, environment.FROM_LAUNCHERS)
+    assert tables == [list(variables) for variables in lists]

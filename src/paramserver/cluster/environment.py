@@ -1,37 +1,6 @@
-"""The only file that reads the environment.
+"""The only file that reads the environment, and the list of its variables.
 
-A launcher configures a task through these variables:
-
-TF_CONFIG
-    JSON, as TensorFlow's: the cluster, and the task of this process.
-PARAMSERVER_TOKEN
-    The secret of the run. Tasks that do not hold it are refused. Without a secret, a ps listens on a loopback address
-    only.
-PARAMSERVER_TOKEN_FILE
-    The path of a file with the secret; line ends after it are ignored. Only read if PARAMSERVER_TOKEN is not set.
-PARAMSERVER_INSECURE
-    ``1`` if a ps may listen on any address without a secret.
-PARAMSERVER_RUN_ID
-    The id of the run; with it an evaluator distinguishes a new run from an old one in the same model_dir.
-PARAMSERVER_LANE
-    The lane for all bytes: ``auto`` (the default: shared memory on one host, else TCP), ``shared-memory``, ``tcp``, or
-    the name of a lane from an installed package (``layout/lanes.py``).
-PARAMSERVER_LISTEN_FD
-    A listening socket that a ps task inherits instead of binding its address.
-PARAMSERVER_RUN_FILE
-    The path of the file of a launched run (``cluster/run_file.py``). It is gone when the run is over, so a task that
-    comes later does not wait for ps tasks that have ended.
-PARAMSERVER_HEARTBEAT_TIMEOUT
-    Seconds after which a task that gives no sign of life counts as lost, by default 30; 0 for no limit.
-PARAMSERVER_LOG_LEVEL
-    The least level of the log of a command: ``debug``, ``info`` (the default), ``warning`` or ``error``.
-PARAMSERVER_LOG_FORMAT
-    The format of this log: ``text`` (the default), or ``json`` with one object for each line.
-PARAMSERVER_REPORT_FD
-    A pipe that a task inherits and writes its reports to (``cluster/report.py``).
-PARAMSERVER_FORK_SERVER_FD
-    A connection to a fork server, which a launcher inherits and uses (``launch/fork_server.py``). With it, a program
-    that starts many runs imports torch only once.
+``paramserver --help`` and ``docs/operations.md`` show this list.
 """
 
 from __future__ import annotations
@@ -49,6 +18,52 @@ from paramserver.errors import ConfigError
 from paramserver.layout.lanes import check_lane
 
 HEARTBEAT_TIMEOUT = 30.0
+
+FOR_USERS = (
+    ("TF_CONFIG", "JSON, as TensorFlow's: the cluster, and the task of this process."),
+    (
+        "PARAMSERVER_TOKEN",
+        "The secret of the run, the same for all its tasks. Without one, a ps listens on a loopback address only.",
+    ),
+    (
+        "PARAMSERVER_TOKEN_FILE",
+        "Path of a file with the secret, read if PARAMSERVER_TOKEN is not set. Line ends after it are ignored.",
+    ),
+    ("PARAMSERVER_INSECURE", "1: a ps may listen on any address without a secret."),
+    ("PARAMSERVER_RUN_ID", "Id of the run. It tells an evaluator a new run from an old one in the same model_dir."),
+    (
+        "PARAMSERVER_LANE",
+        "auto (default: shared memory on one host, else TCP), shared-memory, tcp, or an installed lane.",
+    ),
+    (
+        "PARAMSERVER_HEARTBEAT_TIMEOUT",
+        "Seconds after which a task that gives no sign of life counts as lost (default: 30); 0 for no limit.",
+    ),
+    ("PARAMSERVER_LOG_LEVEL", "Least level of the log of a command: debug, info (default), warning or error."),
+    ("PARAMSERVER_LOG_FORMAT", "text (default), or json: each line of the log is an object."),
+    (
+        "XDG_RUNTIME_DIR",
+        "Folder in which status finds launched runs; without it, the folder for temporary files.",
+    ),
+)
+"""The variables for users: name, text."""
+
+DEFAULTS_OF_LAUNCH = (
+    ("OMP_NUM_THREADS", "Threads for one operator of torch (default: cores / workers)."),
+    ("MKL_NUM_THREADS", "The same for MKL."),
+    ("GOMP_SPINCOUNT", "How long idle threads of OpenMP spin (default: some 10 microseconds)."),
+    ("OMP_WAIT_POLICY", "If it is set, GOMP_SPINCOUNT is left alone."),
+    ("GLIBC_TUNABLES", "Settings of malloc (default: memory that a step frees is reused)."),
+)
+"""Variables of libraries that get a value from ``paramserver launch``, unless the user has set them."""
+
+FROM_LAUNCHERS = (
+    ("PARAMSERVER_LISTEN_FD", "Listening socket that a ps inherits instead of binding its address."),
+    ("PARAMSERVER_RUN_FILE", "Path of the file of a launched run, which is gone when the run is over."),
+    ("PARAMSERVER_REPORT_FD", "Pipe that a task inherits and writes its reports to."),
+    ("PARAMSERVER_FORK_SERVER_FD", "Connection to a fork server that a launcher inherits and uses."),
+)
+"""Variables that a launcher sets for its tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)

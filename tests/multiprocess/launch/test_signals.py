@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -20,14 +21,19 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.whole_program]
 
 PATIENCE = patience(60.0)
 STEPS = 500
+MORE = 300
+"""Steps that the worker makes while the chief waits for it, where a signal comes at that moment."""
+OF_THE_CHIEF = ("saves", "ends")
+"""Moments that the chief tells of, whatever process gets the signal."""
 
 PROGRAM = f"""
 import os, sys, time
 import torch
 import paramserver as ps
 
-loop, model_dir = sys.argv[1:]
+loop, model_dir, more = sys.argv[1:]
 task = ps.cluster.task_name()
+last_step = {STEPS} + (int(more) if task == "worker:0" else 0)
 
 def say(word):
     print("phase:", word, os.getppid(), flush=True)
@@ -36,14 +42,20 @@ class Phases(ps.estimator.TrainingHook):
     def after_run(self, context, values):
         tell(values.global_step)
 
+    def while_waiting(self, context):
+        say_once("ends")
+
 told = set()
 def tell(step):
-    if step > 20 and "trains" not in told:
-        told.add("trains")
-        say("trains")
-    if step > 150 and "late" not in told:
-        told.add("late")
-        say("late")
+    if step > 20:
+        say_once("trains")
+    if step > 150:
+        say_once("late")
+
+def say_once(word):
+    if word not in told:
+        told.add(word)
+        say(word)
 
 class Saving(ps.estimator.CheckpointSaverListener):
     def before_save(self, session, step):
@@ -69,7 +81,7 @@ def estimator():
         log_step_count_steps=None)
     ps.estimator.train_and_evaluate(
         ps.estimator.Estimator(model_fn, config=config),
-        ps.estimator.TrainSpec(batches, max_steps={STEPS}, hooks=[Phases()], saving_listeners=[Saving()]),
+        ps.estimator.TrainSpec(batches, max_steps=last_step, hooks=[Phases()], saving_listeners=[Saving()]),
         ps.estimator.EvalSpec(lambda: [(torch.ones(4, 3), torch.full((4,), 3.0))], start_delay_secs=0, throttle_secs=0))
 
 def own():
@@ -79,7 +91,7 @@ def own():
     model, optimizer = strategy.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
     step = 0
     for x, y in batches():
-        if strategy.global_step >= {STEPS}:
+        if strategy.global_step >= last_step:
             break
         try:
             optimizer.zero_grad()
@@ -92,12 +104,13 @@ def own():
             say("saves")
             strategy.save(model_dir)
         step = strategy.global_step
+    say("ends")
     strategy.wait_for_workers()
     strategy.save(model_dir)
 
 say("begins")
 (own if loop == "own" else estimator)()
-say("ends")
+say("done")
 """
 
 
@@ -110,11 +123,12 @@ class Row:
         role: The process that gets the signal: a task, or ``launcher``.
         signal: The signal.
         code: The exit code of the launcher.
-        moment: The phase of the task, or of the chief, at which the signal is sent.
+        moment: When the signal is sent: the task ``begins``, chief and worker train (``trains``, ``late``), the chief
+            ``saves``, or it has made its steps and waits for the worker (``ends``).
         restarts: The ``--restarts`` of the launch.
         evaluator: Whether there is an evaluator.
         says: Part of the output.
-        finishes: Whether the training is complete in the end.
+        finishes: Whether the chief comes to the end of its program, with all steps saved.
         saves: Whether a checkpoint is saved because of the signal.
     """
 
@@ -156,16 +170,29 @@ def _rows() -> Iterator[Row]:
         yield Row(loop, "ps:0", "TERM", 0, "saves", 1, says="started again", finishes=True)
         yield Row(loop, "chief:0", "KILL", 0, "begins", 1, says="started again", finishes=True)
         yield Row(loop, "ps:0", "TERM", 0, "begins", 1, says="started again", finishes=True)
+        yield Row(loop, "chief:0", "TERM", 143, "ends", says="chief:0 was asked to leave by SIGTERM", saves=saves)
+        yield Row(loop, "chief:0", "KILL", 0, "ends", 1, says="started again", finishes=True)
+        yield Row(loop, "ps:0", "KILL", 0, "ends", 1, says="started again", finishes=True)
+        yield Row(loop, "worker:0", "TERM", 143, "ends", says="worker:0 was asked to leave by SIGTERM", finishes=True)
+    yield Row("own", "ps:0", "TERM", 143, "ends", says="ps:0 was asked to leave by SIGTERM")
+    yield Row("own", "launcher", "TERM", 143, "ends", says="stopping the run (SIGTERM)")
     yield Row("own", "ps:0", "INT", 130, says="ps:0 was asked to leave by SIGINT")
-    yield Row("own", "ps:0", "HUP", 129, says="ps:0 was killed by SIGHUP")
-    yield Row("own", "chief:0", "HUP", 129, says="chief:0 was killed by SIGHUP")
-    yield Row("own", "worker:0", "USR1", 138, says="worker:0 was killed by SIGUSR1", finishes=True)
+    for role in ("ps:0", "chief:0", "worker:0"):
+        for number, code in (("HUP", 129), ("USR1", 138), ("USR2", 140)):
+            yield Row("own", role, number, code, says=f"{role} was killed by SIG{number}", finishes=role == "worker:0")
     yield Row("own", "launcher", "HUP", 129, says="stopping the run (SIGHUP)")
     yield Row("own", "launcher", "USR1", 0, says="SIGUSR1: no task has a handler for it", finishes=True)
     yield Row("own", "launcher", "USR2", 0, says="SIGUSR2: no task has a handler for it", finishes=True)
     yield Row(
         "estimator", "evaluator:0", "TERM", 143, says="evaluator:0 was asked to leave", finishes=True, evaluator=True
     )
+    yield Row(
+        "estimator", "evaluator:0", "TERM", 143, "begins", says="evaluator:0 was asked", finishes=True, evaluator=True
+    )
+    yield Row(
+        "estimator", "evaluator:0", "TERM", 143, "ends", says="evaluator:0 was asked", finishes=True, evaluator=True
+    )
+    yield Row("estimator", "evaluator:0", "KILL", 137, says="evaluator:0 was killed", finishes=True, evaluator=True)
     yield Row("estimator", "evaluator:0", "KILL", 0, restarts=1, says="started again", finishes=True, evaluator=True)
     yield Row("estimator", "ps:0", "TERM", 143, says="ps:0 was asked to leave", evaluator=True)
     yield Row(
@@ -182,16 +209,17 @@ def test_a_signal(row: Row, tmp_path: Path, warm: Warm, mark: dict[str, str]) ->
     program, model_dir = tmp_path / "program.py", tmp_path / "model"
     program.write_text(PROGRAM)
     options = ["--ps", "2", "--workers", "2", "--restarts", str(row.restarts), *["--evaluator"] * row.evaluator]
-    command = [sys.executable, "-m", "paramserver", "launch", *options, str(program), row.loop, str(model_dir)]
+    command = [sys.executable, "-m", "paramserver", "launch", *options, str(program)]
+    command += [row.loop, str(model_dir), str(MORE if row.moment == "ends" else 0)]
     with (
         warm.launcher(mark) as how,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how) as launcher,
     ):
         assert launcher.stdout is not None
         said = ""
-        waiting = {row.role} if row.moment != "saves" and row.role.startswith(("chief", "worker")) else {"chief:0"}
+        waiting = {"chief:0"} if row.moment in OF_THE_CHIEF or row.role in ("ps:0", "launcher") else {row.role}
         if row.moment == "trains":
-            waiting |= {"chief:0", "worker:0"}
+            waiting = {"chief:0", "worker:0"}
         for line in launcher.stdout:
             said += line
             task, _, text = line.partition(" | ")
@@ -206,8 +234,9 @@ def test_a_signal(row: Row, tmp_path: Path, warm: Warm, mark: dict[str, str]) ->
     if row.signal == "KILL" and row.role == "launcher":
         _await_end(mark)  # of the guard, which has killed the tasks
     assert (launcher.returncode, row.says in said) == (row.code, True), said
-    saved = f"saved a checkpoint of step {STEPS}" in said or f"step {STEPS + 1} to" in said
-    assert (saved, "is asked to leave: saved a checkpoint" in said) == (row.finishes, row.saves), said
+    finished = "chief:0 | phase: done" in said
+    assert (finished, "is asked to leave: saved a checkpoint" in said) == (row.finishes, row.saves), said
+    assert not finished or max(map(int, re.findall(r"saved a checkpoint of step (\d+)", said))) >= STEPS, said
     if row.code not in (0, -9):
         assert said.splitlines()[-1].startswith("error: ") or row.role == "launcher", said
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from paramserver.cluster import environment
 from paramserver.errors import ConfigError
+from paramserver.launch.spec import LEFT_ALONE
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +67,14 @@ def test_a_flag_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PARAMSERVER_INSECURE", "yes")
     with pytest.raises(ConfigError, match="PARAMSERVER_INSECURE: expected 1, or 0 or nothing, got 'yes'"):
         environment.read()
+
+
+def test_each_variable_that_is_read_is_listed() -> None:
+    source = Path(environment.__file__).read_text(encoding="utf-8")
+    read = set(re.findall(r'\("(\w+)"(?:, [^)"]*|, "\w*")?\)', source.partition("def read")[2]))
+    listed = {name for name, _ in (*environment.FOR_USERS, *environment.FROM_LAUNCHERS)}
+    assert read == listed
+
+
+def test_each_variable_to_which_launch_gives_a_value_is_listed() -> None:
+    assert [name for name, _ in environment.DEFAULTS_OF_LAUNCH] == list(LEFT_ALONE)
