@@ -410,13 +410,20 @@ def test_a_ps_that_never_comes_up_is_named_with_its_address():
         assert caught.value.timeout == 0.05
 
 
-def test_nobody_waits_for_a_ps_that_has_ended():
-    """Where it had listened from the beginning, as behind a launcher."""
+def test_nobody_waits_for_a_ps_of_a_run_that_is_over():
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
         with pytest.raises(RunOverError, match=f"ps:0 at {address} has left"):
-            connect(address, "ps:0", WORKER, lane="auto", timeout=TIMEOUT, listens=True)
+            connect(address, "ps:0", WORKER, lane="auto", timeout=TIMEOUT, is_over=lambda: True)
+
+
+def test_a_refused_connection_by_itself_is_no_end_of_a_run():
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        with pytest.raises(DeadlineError, match="did not come up within 0.2 s .*Connection refused"):
+            connect(address, "ps:0", WORKER, lane="auto", timeout=0.2)
 
 
 def test_a_ps_that_says_nothing_is_named_with_its_address():
