@@ -162,18 +162,20 @@ def test_everyone_talks_to_ps_tasks_only_and_nobody_is_missed(cluster: Cluster) 
     cluster.worker.await_word("trains")
     cluster.evaluator.await_word("evaluates")
 
-    assert sockets(cluster.chief) == Sockets(connected=sorted(cluster.ports)), "the chief, by TCP"
-    assert sockets(cluster.worker) == Sockets(local=2), "the worker, by local sockets: one to each ps"
+    each, heartbeats = sorted(cluster.ports), sorted(cluster.ports)
+    assert sockets(cluster.chief) == Sockets(connected=sorted(each + heartbeats)), "the chief, by TCP"
+    found = sockets(cluster.worker)
+    assert found == Sockets(local=2, connected=heartbeats), "the worker, by local sockets: one to each ps"
     assert sockets(cluster.evaluator) == Sockets()
-    chief_ports = []
+    peers = []
     for task, port in zip(cluster.ps, cluster.ports, strict=True):
         found = sockets(task)
         (name,) = (listened for listened in found.listens if listened != port)
         assert found == Sockets(listens=found.listens, connected=found.connected, accepted=[name])
         assert len(found.listens) == 2
-        chief_ports += found.connected
-    assert len(chief_ports) == 2, "the ps tasks have one TCP connection each, and it is the chief's"
-    assert not set(chief_ports) & set(cluster.ports), "no ps is connected to a ps"
+        peers += found.connected
+    assert len(peers) == 6, "by TCP each ps has the chief's lane, and two connections for heartbeats"
+    assert not set(peers) & set(cluster.ports), "no ps is connected to a ps"
 
     cluster.worker.tell("go on")
     assert (*cluster.worker.ends(), cluster.worker.said) == (0, "", "trains\nfinished\n")

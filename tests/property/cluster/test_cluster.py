@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from unittest import mock
@@ -47,14 +48,16 @@ def trainers(spec: ClusterSpec) -> list[TaskId]:
     return spec.tasks(Role.CHIEF) + spec.tasks(Role.WORKER)
 
 
-@given(specs)
-def test_every_form_round_trips(spec: ClusterSpec) -> None:
+@given(specs, st.data())
+def test_every_form_round_trips(spec: ClusterSpec, data: st.DataObject) -> None:
     """K01 to K03, L03: as_dict, repr and TF_CONFIG's JSON, whose keys are text, say the same."""
     assert ClusterSpec(spec.as_dict()) == spec
     assert eval(repr(spec)) == spec  # noqa: S307  # the text is our own repr
     assert hash(ClusterSpec(spec.as_dict())) == hash(spec)
-    with mock.patch.dict(os.environ, {"TF_CONFIG": json.dumps({"cluster": spec.as_dict()})}):
-        assert TFConfigClusterResolver().cluster_spec() == spec
+    ports = itertools.count(data.draw(st.integers(1, 60_000)))
+    named = ClusterSpec({job: {index: f"host:{next(ports)}" for index in spec.task_indices(job)} for job in spec.jobs})
+    with mock.patch.dict(os.environ, {"TF_CONFIG": json.dumps({"cluster": named.as_dict()})}):
+        assert TFConfigClusterResolver().cluster_spec() == named
 
 
 @given(specs)

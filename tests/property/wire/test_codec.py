@@ -54,6 +54,8 @@ def limited(hint: Any, limits: msgspec.Meta) -> st.SearchStrategy[Any]:
     if hint is int:
         most = limits.le if limits.lt is None else limits.lt - 1
         return st.integers(limits.ge, most)
+    if hint is float:
+        return st.floats(limits.ge, limits.le)
     return value(hint) if limits.pattern is None else st.from_regex(limits.pattern, fullmatch=True)
 
 
