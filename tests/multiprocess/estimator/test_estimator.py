@@ -147,7 +147,7 @@ def test_everything_is_killed_and_training_goes_on_from_the_last_checkpoint(tmp_
 
     done = warm.launch("--workers", "2", script(f"main('run', {reached + 120})"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"chief:0 | chief:0 restores run/{last}" in done.stderr
+    assert f" INFO chief:0 restores run/{last}" in done.stderr
     assert steps(tmp_path / "run")[-1] >= reached + 120
     assert not list((tmp_path / "run").glob("*.tmp-*"))
 
