@@ -62,6 +62,7 @@ class Conversation:
         self._connection = guest.connection
         self._hello = guest.hello
         self.incarnation = guest.hello.incarnation
+        self.is_seldom = bool(guest.hello.heartbeat)
         self._host = host
         self._frames: FrameSocket | None = None
         self._session: Session | None = None

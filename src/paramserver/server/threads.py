@@ -51,9 +51,12 @@ class Served(Protocol):
     Attributes:
         before_wait: Called once by `proceed`, if it is not None, before `proceed` waits for anything but the beginning
             of a request, and before the connection's descriptor is given back. The called function sets it to None.
+        is_seldom: Whether requests are so seldom that the connection does not count as another one: a worker that is
+            alone with it is served as if alone.
     """
 
     before_wait: Hook | None
+    is_seldom: bool
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there is something to `proceed` with."""
@@ -83,6 +86,7 @@ class ServingThreads:
         self._complaints = Complaints(logger.warning)
         self._threads: list[threading.Thread] = []
         self._served: set[Served] = set()
+        self._num_frequent = 0
         self._stop_lock = threading.Lock()
         self._lead = threading.Lock()  # held by the leader; `_hand_on` releases it
         self._lock = threading.Lock()  # guards the attributes below; held for moments only
@@ -102,11 +106,11 @@ class ServingThreads:
         """
         with self._lock:
             self._served.add(connection)
+            self._num_frequent += not connection.is_seldom
         try:
             self._start(self._serve, connection)
         except BaseException:
-            with self._lock:
-                self._served.discard(connection)
+            self._forget(connection)
             raise
 
     def hang_up(self, is_meant: Callable[[Served], bool]) -> None:
@@ -169,17 +173,24 @@ class ServingThreads:
             connection: The connection.
             pace: The outcome of its last request.
         """
-        while pace is Pace.SLOW or (pace is Pace.QUICK and len(self._served) == 1):
+        while pace is Pace.SLOW or (pace is Pace.QUICK and self._is_alone(connection)):
             pace = connection.proceed()
         if pace is Pace.OVER:
             connection.end()
-            with self._lock:
-                self._served.discard(connection)
+            self._forget(connection)
         else:
             connection.before_wait = self._hand_on
             with self._lock:
                 self._selector.register(connection.fileno(), selectors.EVENT_READ, connection)
                 self._num_waiting += 1
+
+    def _forget(self, connection: Served) -> None:
+        with self._lock:
+            self._served.discard(connection)
+            self._num_frequent -= not connection.is_seldom
+
+    def _is_alone(self, connection: Served) -> bool:
+        return self._num_frequent == 1 and not connection.is_seldom
 
     def _follow(self) -> None:
         """Lead whenever it is this thread's turn; return as soon as another thread waits for its turn."""

@@ -21,6 +21,7 @@ class Echo:
 
     def __init__(self, connection, gate):
         self.before_wait = None
+        self.is_seldom = False
         self.threads = []
         self.num_ends = 0
         self._connection = connection
