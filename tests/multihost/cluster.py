@@ -53,12 +53,9 @@ def train_input():
 def eval_input():
     return [(torch.ones(4, 4), torch.full((4,), 4.0))]
 
-class Teller(ps.estimator.SessionRunHook):
-    def after_create_session(self, context):
-        say("session at", context.global_step)
-    def after_run(self, context, values):
-        if context.global_step % 50 == 0:
-            say("trains at", context.global_step)
+class Teller(ps.estimator.TrainingHook):
+    def after_create_session(self, session):
+        say("begins at", session.global_step)
 
 def main(max_steps, **options):
     config = ps.estimator.RunConfig(
@@ -123,6 +120,12 @@ class Cluster:
         config = {"cluster": self._addresses, "task": {"type": role, "index": int(index)}}
         command = ("task", *self._options, host.write("/tmp/train.py", self._program))  # noqa: S108  # the host's own
         return host.start("paramserver", *command, env={"TF_CONFIG": json.dumps(config), **self._env, **env})
+
+    def end(self, *tasks: Task) -> None:
+        """Wait for the end of tasks, each with code 0; those that train first, or a ps would wait for one that failed."""
+        for task in tasks:
+            code, complaints = task.ends()
+            assert code == 0, complaints
 
     def start_all(self) -> list[Task]:
         """Start all tasks, in their order."""
