@@ -122,7 +122,7 @@ class Cluster:
         return host.start("paramserver", *command, env={"TF_CONFIG": json.dumps(config), **self._env, **env})
 
     def end(self, *tasks: Task) -> None:
-        """Wait for the end of tasks, each with code 0; those that train first, or a ps would wait for one that failed."""
+        """Wait for the end of tasks, each with code 0. Name a ps last: it would wait for a worker that has failed."""
         for task in tasks:
             code, complaints = task.ends()
             assert code == 0, complaints
