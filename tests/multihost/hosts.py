@@ -154,9 +154,9 @@ class Host:
 
     def run(self, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command in this host to its end."""
-        namespaces = ("--target", str(self._namespaces.pid), "--net", "--mount", "--uts", "--wd=/tmp")
+        namespaces = ("--target", str(self._namespaces.pid), "--net", "--mount", "--uts")
         return subprocess.run(
-            ["nsenter", *namespaces, "--", *command],
+            ["nsenter", *namespaces, "--", "sh", "-ec", 'cd /tmp; exec "$@"', "sh", *command],
             env=None if env is None else {**os.environ, **env},
             capture_output=True,
             text=True,
