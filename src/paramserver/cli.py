@@ -22,8 +22,8 @@ from paramserver.cluster import environment, logs
 from paramserver.cluster.exit_codes import exit_code
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.lifecycle import Limits
-from paramserver.launch.spec import LaunchOptions
-from paramserver.layout.lanes import check_platform
+from paramserver.launch.spec import LaunchOptions, option_variables
+from paramserver.layout.lanes import AUTO, check_platform
 
 
 def _listed(title: str, variables: Iterable[tuple[str, str]]) -> str:
@@ -66,6 +66,14 @@ LogLevel = Annotated[
 ]
 LogFormat = Annotated[
     str | None, typer.Option(metavar="|".join(logs.FORMATS), help="json: each line is an object (default: text).")
+]
+
+HeartbeatTimeout = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", help="Time after which a silent task counts as lost (default: 30)."),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Listen on any address, even if there is no token: everyone may connect.")
 ]
 
 
@@ -129,10 +137,7 @@ def launch(
             help="forkserver: tasks are forks of one process that has imported torch; spawn: each imports it itself.",
         ),
     ] = "forkserver",
-    heartbeat_timeout: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", help="Time after which a silent task counts as lost (default: 30)."),
-    ] = None,
+    heartbeat_timeout: HeartbeatTimeout = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
     log_dir: Annotated[
@@ -175,27 +180,70 @@ def launch(
         raise typer.Exit(launch_displayed(options))
 
 
-@app.command()
-def server(
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen on any address, even if there is no token: everyone may connect.")
+@app.command(context_settings={"allow_interspersed_args": False})
+def task(
+    script: Annotated[str, typer.Argument(help="The program to train with; a ps does not need it.")],
+    args: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
+    is_module: Annotated[
+        bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for python -m.")
     ] = False,
+    lane: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Lane, as for launch (default: PARAMSERVER_LANE, or auto).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads (default: usable cores).")] = None,
+    insecure: Insecure = False,
+    heartbeat_timeout: HeartbeatTimeout = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
 ) -> None:
+    """Be the task that TF_CONFIG names: the same command on every host.
+
+    A ps serves, as the command server does. Chief, workers and evaluator run SCRIPT; the exit code is the script's.
+    SIGTERM ends both in good order, with code 143. The usable cores are those of the process's affinity within the CPU
+    quota of its control group; OMP_NUM_THREADS and GLIBC_TUNABLES are set unless they are set already.
+    """
+    check_platform("task")
+    from paramserver.cluster import Role, named_task
+    from paramserver.launch import own_process
+    from paramserver.launch import task as task_script
+
+    options = LaunchOptions(
+        script=script,
+        args=tuple(args or ()),
+        is_module=is_module,
+        lane=lane or AUTO,
+        threads=threads,
+        heartbeat_timeout=heartbeat_timeout,
+        log_level=log_level,
+        log_format=log_format,
+    )
+    _, me = named_task()
+    own_process.prepare(options, {**option_variables(options), **({"PARAMSERVER_LANE": lane} if lane else {})})
+    if me.role is Role.PS:
+        _serve(insecure=insecure)
+    else:
+        sys.exit(task_script.main([*(["-m"] if is_module else []), script, *options.args]))
+
+
+@app.command()
+def server(insecure: Insecure = False, log_level: LogLevel = None, log_format: LogFormat = None) -> None:
     """Serve as the ps task that TF_CONFIG names.
 
     Ends by itself when the run is over. Without PARAMSERVER_TOKEN or PARAMSERVER_TOKEN_FILE, only a loopback address is
     listened on.
     """
+    _serve(insecure=insecure, log_level=log_level, log_format=log_format)
+
+
+def _serve(*, insecure: bool, log_level: str | None = None, log_format: str | None = None) -> None:
     from paramserver.cluster import environment, server_task
 
-    _, task = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+    _, me = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
     surroundings = environment.read()
     level, form = log_level or surroundings.log_level, log_format or surroundings.log_format
     logs.check_level(level, "--log-level")
     logs.check_format(form, "--log-format")
-    logs.set_up(str(task), level, form, names_task=surroundings.run_file is None)
+    logs.set_up(str(me), level, form, names_task=surroundings.run_file is None)
     from paramserver.server.server import run_standard_server
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[LaunchOptions]:
     return calls
 
 
-@pytest.mark.parametrize("command", [[], ["launch"], ["server"], ["inspect"], ["status"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["launch"], ["task"], ["server"], ["inspect"], ["status"], ["demo"]])
 def test_help_fits_in_80_columns(command: list[str]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -234,3 +235,81 @@ def test_launching_does_not_import_torch() -> None:
     code = f"import {modules}, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+WORKER_CONFIG = {**PS_CONFIG, "task": {"type": "chief", "index": 0}}
+
+
+@pytest.fixture
+def starts_anew(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The commands that this process would have become; it becomes none."""
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr("os.execv", lambda _, command: commands.append(command))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "PARAMSERVER_LANE", "PARAMSERVER_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GLIBC_TUNABLES", "the user's")
+    return commands
+
+
+def test_a_task_that_trains_runs_the_script(
+    monkeypatch: pytest.MonkeyPatch, starts_anew: list[tuple[str, ...]]
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", json.dumps(WORKER_CONFIG))
+    ran: list[list[str]] = []
+    monkeypatch.setattr("paramserver.launch.task.main", lambda arguments: ran.append(arguments) or 7)
+    result = invoke("task", "--lane", "tcp", "--threads", "3", "-m", "package.train", "--lr", "1", "--lane", "x")
+    assert result.exit_code == 7
+    assert ran == [["-m", "package.train", "--lr", "1", "--lane", "x"]]
+    assert (os.environ["PARAMSERVER_LANE"], os.environ["OMP_NUM_THREADS"]) == ("tcp", "3")
+    assert "PARAMSERVER_LOG_LEVEL" not in os.environ
+    assert starts_anew == []
+
+
+def test_a_task_that_is_a_ps_serves_and_needs_no_script(
+    monkeypatch: pytest.MonkeyPatch, starts_anew: list[tuple[str, ...]]
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", json.dumps(PS_CONFIG))
+    served: list[dict[str, bool]] = []
+    replace_module(monkeypatch, "paramserver.server.server", run_standard_server=lambda **kw: served.append(kw))
+    assert invoke("task", "--insecure", "is-not-here.py").exit_code == 0
+    assert served == [{"insecure": True}]
+
+
+def test_a_task_starts_its_program_once_more_for_the_tunables_of_glibc(
+    monkeypatch: pytest.MonkeyPatch, starts_anew: list[tuple[str, ...]]
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", json.dumps(WORKER_CONFIG))
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr("paramserver.launch.task.main", lambda _: 0)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "bin/paramserver", "task", "train.py"])
+    invoke("task", "train.py")
+    assert starts_anew == [(sys.executable, "-X", "dev", "bin/paramserver", "task", "train.py")]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (None, (), "TF_CONFIG is not set, so this process cannot know which task of a cluster it is"),
+        ({"task": PS_CONFIG["task"]}, (), "TF_CONFIG: 'cluster' is missing"),
+        ({"cluster": PS_CONFIG["cluster"]}, (), "TF_CONFIG: 'task' is missing"),
+        ({**PS_CONFIG, "task": {"type": "ps", "index": 7}}, (), "task ps:7 is not in the cluster"),
+        (PS_CONFIG, ("--lane", "udp"), "lane: expected one of auto, shared-memory, tcp, got 'udp'"),
+        (PS_CONFIG, ("--threads", "0"), "threads: expected 1 or more, got 0"),
+        (PS_CONFIG, ("--heartbeat-timeout", "-1"), "heartbeat timeout: expected seconds, 0 or more, got -1.0"),
+        (PS_CONFIG, ("--log-level", "loud"), "log level: expected one of debug, info, warning, error, got 'loud'"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_before_anything_is_set(
+    config: object, options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config) if config else "")
+    monkeypatch.setattr("os.execv", None)
+    error = invoke("task", *options, "train.py").exception
+    assert isinstance(error, ConfigError)
+    assert message in str(error)
+
+
+def test_a_task_without_a_script_is_a_usage_error() -> None:
+    assert "Missing argument" in invoke("task").output

@@ -20,7 +20,7 @@ from paramserver.cluster.roles import (
 )
 from paramserver.cluster.spec import ClusterDef, ClusterLike, ClusterSpec
 from paramserver.cluster.task import Role, TaskId
-from paramserver.cluster.tf_config import TFConfigClusterResolver, load_tf_config, server_task, task_name
+from paramserver.cluster.tf_config import TFConfigClusterResolver, load_tf_config, named_task, server_task, task_name
 
 __all__ = [
     "ClusterDef",
@@ -40,6 +40,7 @@ __all__ = [
     "id_in_cluster",
     "is_chief",
     "load_tf_config",
+    "named_task",
     "normalize_cluster_spec",
     "parse_role",
     "server_task",

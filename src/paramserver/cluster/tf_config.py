@@ -132,24 +132,35 @@ def task_name() -> str:
     return f"{role}:{index or 0}" if role else str(ALONE)
 
 
-def server_task() -> tuple[ClusterSpec, TaskId]:
-    """Return the cluster and the task that TF_CONFIG names, for a process that serves.
+def named_task() -> tuple[ClusterSpec, TaskId]:
+    """Return the cluster and the task that TF_CONFIG names, for a process that is nothing else.
 
     The index of the task is 0 if it is not given.
 
     Raises:
-        ConfigError: If TF_CONFIG is malformed, lacks the cluster, the task or its type, or the cluster lacks the task,
-            or both chief and workers.
+        ConfigError: If TF_CONFIG is not set or malformed, lacks the cluster, the task or its type, or the cluster lacks
+            the task.
     """
     config = load_tf_config()
     cluster, task = _cluster(config), _object(config, "task")
     task_type = _task_type(task)
     for key, value in (("cluster", cluster), ("task", task), ("task.type", task_type)):
         if not value:
-            raise ConfigError(f"TF_CONFIG: {key!r} is missing, so there is nothing to serve; add it")
+            lacks = f"TF_CONFIG: {key!r} is missing" if config else "TF_CONFIG is not set"
+            raise ConfigError(f"{lacks}, so this process cannot know which task of a cluster it is; add it")
+    return cluster, find_task(cluster, task_type, _task_index(task) or 0)
+
+
+def server_task() -> tuple[ClusterSpec, TaskId]:
+    """Return the cluster and the task that TF_CONFIG names, for a process that serves.
+
+    Raises:
+        ConfigError: As for `named_task`, or if there is neither a chief nor a worker to serve.
+    """
+    cluster, task = named_task()
     if not (cluster.tasks(Role.CHIEF) or cluster.tasks(Role.WORKER) or cluster.is_one_view):
         raise ConfigError(f"TF_CONFIG: 'cluster': expected a chief or worker to serve, got the jobs {cluster.jobs}")
-    return cluster, find_task(cluster, task_type, _task_index(task) or 0)
+    return cluster, task
 
 
 def _cluster(config: Mapping[str, object]) -> ClusterSpec:

@@ -190,9 +190,7 @@ def plan(
         "PARAMSERVER_TOKEN": token,
         "PARAMSERVER_RUN_ID": run_id,
         "PARAMSERVER_LANE": options.lane,
-        **_given("PARAMSERVER_HEARTBEAT_TIMEOUT", options.heartbeat_timeout),
-        **({"PARAMSERVER_LOG_LEVEL": options.log_level} if options.log_level else {}),
-        **({"PARAMSERVER_LOG_FORMAT": options.log_format} if options.log_format else {}),
+        **option_variables(options),
         "PYTHONUNBUFFERED": "1",
         **({} if run_file is None else {"PARAMSERVER_RUN_FILE": str(run_file)}),
         **runtime_variables(options, cores, already_set),
@@ -226,6 +224,16 @@ def runtime_variables(options: LaunchOptions, cores: int, already_set: Collectio
     return variables
 
 
+def option_variables(options: LaunchOptions) -> dict[str, str]:
+    """Return the environment variables for the options that replace the environment's where they are given."""
+    given = {
+        "PARAMSERVER_HEARTBEAT_TIMEOUT": options.heartbeat_timeout,
+        "PARAMSERVER_LOG_LEVEL": options.log_level,
+        "PARAMSERVER_LOG_FORMAT": options.log_format,
+    }
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
 def task_ids(options: LaunchOptions) -> list[TaskId]:
     """Return the tasks of a run in starting order."""
     tasks = [TaskId(Role.PS, index) for index in range(options.ps)]
@@ -256,10 +264,6 @@ def _describe_task(spec: LaunchSpec, task: TaskSpec) -> str:
     shown = {name: "***" if name == "PARAMSERVER_TOKEN" else value for name, value in task.env.items()}
     lines = [f"{name}={shlex.quote(value)} \\" for name, value in shown.items()]
     return "\n".join([title, *lines, shlex.join(task.command)])
-
-
-def _given(name: str, value: object) -> dict[str, str]:
-    return {} if value is None else {name: str(value)}
 
 
 def _check_least(name: str, value: int, why: str, least: int = 1) -> None:

@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> int | str:
     """Run a script and return the argument for ``sys.exit``."""
     try:
         surroundings = environment.read()
-        logs.set_up(task_name(), surroundings.log_level, surroundings.log_format, names_task=False)
+        is_launched = surroundings.run_file is not None
+        logs.set_up(task_name(), surroundings.log_level, surroundings.log_format, names_task=not is_launched)
     except ConfigError as error:
         _say(f"error: {error}")
         return exit_code(error)
@@ -79,7 +80,7 @@ def _run(arguments: list[str]) -> None:
         raise ConfigError("launch.task: expected SCRIPT ARGS..., got nothing")
     script = Path(arguments[0])
     if not script.is_file():
-        raise ConfigError(f"launch: there is no script {str(script)!r} in {Path.cwd()}")
+        raise ConfigError(f"there is no script {str(script)!r} in {Path.cwd()}")
     sys.argv[:] = arguments
     if not sys.flags.safe_path:
         sys.path[0] = str(script.resolve().parent)
@@ -98,7 +99,7 @@ def _run_module(arguments: list[str]) -> None:
     except ModuleNotFoundError:  # a package of the name is missing
         found = None
     if found is None:
-        raise ConfigError(f"launch: there is no module {name!r} in {Path.cwd()} or among the installed ones")
+        raise ConfigError(f"there is no module {name!r} in {Path.cwd()} or among the installed ones")
     sys.argv[:] = arguments
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 

@@ -222,6 +222,9 @@ class RequestHandler:
         self._store.check_alive()
         with self._store.progress(session.incarnation).lock:
             pass  # wait for a thread of a lost connection that still reads the memory that this worker will write to
+        if self._store.memory is None and not declare.create:  # it was started again: what the worker knew is lost
+            session.reply(messages.Refused("unavailable", f"{self._store.task} holds no variables of this run yet"))
+            return
         store_memory = (self._store.create if declare.create else self._store.compare)(declare.arenas)
         session.open(declare.arenas, store_memory)
         session.reply(messages.Declared(self._store.is_ready, self._store.epoch))

@@ -245,8 +245,8 @@ def run_standard_server(*, insecure: bool = False) -> None:
     """
     cluster, task = server_task()
     server = Server(cluster, task.role, task.index, insecure=insecure)
-    logger.info("%s serves at %s", server.task, server.target)
     with report_progress(server), _stopped_by_signals(server) as received:
+        logger.info("%s serves at %s", server.task, server.target)
         server.join()
     if received and not server.is_over:
         code = 128 + received[0]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from paramserver.cluster import Role, TaskId
+from paramserver.errors import UnavailableError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.rules import describe, describe_row_rule
 from paramserver.layout.variables import VariableSpec
@@ -14,6 +15,7 @@ from paramserver.transport.identity import Identity
 from paramserver.transport.lane import Piece, TableRows
 from paramserver.wire import messages
 from paramserver.wire.messages import Part, Push
+from paramserver.wire.refusals import raised
 
 pytestmark = pytest.mark.usefixtures("each_strategy_is_a_process")
 
@@ -116,6 +118,13 @@ def test_what_comes_before_the_variables_are_declared_is_refused_and_changes_not
     memory = begin(again)
     assert push(again, 1).global_step == 1
     assert memory.values[0].tolist() == [-1] * 8
+
+
+def test_a_ps_that_holds_nothing_counts_as_lost_for_a_worker_that_knew_it(dial):
+    """It was started again, within the second in which a worker looks for it once more."""
+    answer = ask(dial("chief:0", "chief"), messages.Declare(MODEL, create=False))
+    assert isinstance(raised(answer, "ps:0"), UnavailableError)
+    assert "ps:0 holds no variables of this run yet" in answer.message
 
 
 @pytest.mark.parametrize("request_", [messages.Done(), messages.Challenge("ps:0", b"", "")])

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 
-def _has_ipv6() -> bool:
+def has_ipv6() -> bool:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -15,4 +15,4 @@ def _has_ipv6() -> bool:
     return True
 
 
-needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="needs IPv6")
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")

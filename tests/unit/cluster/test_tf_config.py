@@ -204,7 +204,7 @@ def test_server_task(set_config: SetConfig, cluster: Any, task: Any, expected: s
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        pytest.param({}, "'cluster' is missing", id="V05-nothing"),
+        pytest.param({}, "TF_CONFIG is not set", id="V05-nothing"),
         pytest.param({"task": {"type": "ps"}}, "'cluster' is missing", id="V05-no-cluster"),
         pytest.param({"cluster": {}, "task": {"type": "ps"}}, "'cluster' is missing", id="V05-empty-cluster"),
         pytest.param({"cluster": CLUSTER}, "'task' is missing", id="V05-no-task"),
