@@ -33,6 +33,7 @@ MAX_STEPS, CHECKPOINT_INTERVAL = 3000, 100
 TRAINING = ["chief:0", "worker:0", "worker:1"]
 TASKS = ["ps:0", "ps:1", *TRAINING, "evaluator:0"]
 
+WHEN = re.compile(r"(?<=\| )\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [A-Z]+ ")
 STARTED_AGAIN = re.compile(r"(\S+) was killed by SIGKILL \(code 137\); it is started again in 0.5 s \(1 of 2\)")
 SAVED = re.compile(r"chief:0 \| saved a checkpoint of step (\d+) to \S+")
 RESTORES = re.compile(r"chief:0 \| chief:0 restores \S+/ckpt-(\d+)")
@@ -54,7 +55,7 @@ def run(model_dir: Path, seed: int, env: dict[str, str]) -> list[str]:
             raise
     assert (process.returncode, complaints) == (0, ""), said + complaints
     assert "Traceback" not in said
-    return said.splitlines()
+    return [WHEN.sub("", line) for line in said.splitlines()]
 
 
 def found(pattern: re.Pattern[str], lines: list[str]) -> list[re.Match[str]]:
