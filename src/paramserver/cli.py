@@ -236,7 +236,7 @@ def server(insecure: Insecure = False, log_level: LogLevel = None, log_format: L
 
 
 def _serve(*, insecure: bool, log_level: str | None = None, log_format: str | None = None) -> None:
-    from paramserver.cluster import environment, server_task
+    from paramserver.cluster import server_task
 
     _, me = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
     surroundings = environment.read()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from datetime import datetime
-from typing import TextIO
 
 import msgspec
 
@@ -77,7 +76,7 @@ def timestamp(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds")
 
 
-def set_up(task: str, level: str, form: str, *, names_task: bool = True, stream: TextIO | None = None) -> None:
+def set_up(task: str, level: str, form: str, *, names_task: bool = True) -> None:
     """Log to stderr from now on, in the format of all tasks. Does nothing if the program has set up logging itself.
 
     Args:
@@ -85,10 +84,9 @@ def set_up(task: str, level: str, form: str, *, names_task: bool = True, stream:
         level: One of `LEVELS`.
         form: One of `FORMATS`.
         names_task: Whether lines of text name the task; a launcher does that by itself.
-        stream: The stream, by default stderr.
     """
     formatter = JsonFormatter(task) if form == "json" else TextFormatter(task if names_task else "")
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler])
 

@@ -249,7 +249,7 @@ class LocalRun:
     def _tell(self, task: TaskId, number: signal.Signals) -> None:
         limits = self._spec.limits
         if number is signal.SIGKILL:
-            if self._lifecycle.interrupt is None or not self._is_killing:
+            if not self._is_killing:
                 self._say(f"{task} did not end within {limits.shutdown_timeout:g} s of SIGTERM; killing it")
             self._processes[task].kill()
             return
