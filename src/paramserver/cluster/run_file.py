@@ -4,7 +4,7 @@ Rules
     * The launcher writes the file before any task starts, and removes it when the chief has finished or the run ends.
       So a task of the run that cannot reach a ps learns from the file's absence that the run is over.
     * Files lie in a folder that only their user can read: they hold tokens.
-    * A launcher that is killed leaves its file behind. `running` removes such files.
+    * A launcher that is killed leaves its file behind. `running` and `write` remove such files.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def write(run: Run) -> Path:
     Raises:
         ConfigError: If the folder cannot be written, or belongs to another user.
     """
+    running()  # removes what launchers that were killed have left
     path = _folder() / f"{run.run_id}.json"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:

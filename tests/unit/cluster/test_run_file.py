@@ -41,6 +41,12 @@ def test_the_file_of_a_launcher_that_was_killed_is_removed() -> None:
     assert not path.exists()
 
 
+def test_the_next_launch_removes_it_too() -> None:
+    path = run_file.write(a_run("1a", launcher=2**22 + 1))
+    run_file.write(a_run("2b"))
+    assert not path.exists()
+
+
 def test_what_is_no_file_of_a_run_is_ignored(folder: Path) -> None:
     run_file.write(a_run("1a"))
     (folder / "other.json").write_text('{"of": "another version"}')
