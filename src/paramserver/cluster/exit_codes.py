@@ -37,3 +37,15 @@ def is_request_to_leave(error: BaseException | None) -> bool:
     if isinstance(error, SystemExit):
         return error.code in (INTERRUPTED, TERMINATED)
     return isinstance(error, KeyboardInterrupt)
+
+
+def may_come_back(error: BaseException | None) -> bool:
+    """Return whether a task that an exception ends has neither finished nor failed, so that it may be started again.
+
+    It was asked to leave, or it has lost a ps.
+
+    >>> [may_come_back(error) for error in (SystemExit(143), UnavailableError("ps:0 was lost", "ps:0"), ValueError())]
+    [True, True, False]
+    """
+    has_lost_another = isinstance(error, UnavailableError) and not isinstance(error, AddressError)
+    return has_lost_another or is_request_to_leave(error)

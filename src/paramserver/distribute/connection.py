@@ -16,7 +16,7 @@ from paramserver.client.client import ParameterClient
 from paramserver.client.exchange import Exchange
 from paramserver.client.heartbeats import Heartbeats
 from paramserver.cluster import ClusterSpec, Role, TaskId, environment
-from paramserver.cluster.exit_codes import is_request_to_leave
+from paramserver.cluster.exit_codes import may_come_back
 from paramserver.errors import DeadlineError, RunOverError, UnavailableError
 from paramserver.server.server import play_in_process
 from paramserver.transport.handshake import connect, connect_heartbeats
@@ -179,12 +179,12 @@ class ClusterDialer:
 def _leave(lanes: Exchange, pid: int) -> None:
     """Say goodbye for a task that has not done so itself; with the uncaught exception, if there is one.
 
-    A task that was asked to leave has neither finished nor failed. Like a lost one it says nothing, and may come back.
+    A task that was asked to leave, or has lost a ps, has neither finished nor failed. Like a lost one it says nothing.
     """
     if os.getpid() != pid:
         return  # a forked child, such as a DataLoader's, inherits the connection but not the right to end it
     uncaught = getattr(sys, "last_value", None)
-    if is_request_to_leave(uncaught):
+    if may_come_back(uncaught):
         lanes.close()
         return
     lanes.goodbye("" if uncaught is None else f"{type(uncaught).__name__}: {uncaught}")

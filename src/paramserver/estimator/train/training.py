@@ -12,7 +12,7 @@ import torch
 
 from paramserver.checkpoint.storage import absolute
 from paramserver.cluster import environment
-from paramserver.cluster.exit_codes import is_request_to_leave
+from paramserver.cluster.exit_codes import may_come_back
 from paramserver.cluster.report import Reporter
 from paramserver.cluster.task import ALONE
 from paramserver.cluster.termination import Termination
@@ -106,15 +106,12 @@ def _telling_failure(strategy: ParameterServerStrategy) -> Iterator[None]:
     except RunOverError:
         strategy.close()  # this task came too late to be of use, but it has not failed
         raise
-    except (KeyboardInterrupt, SystemExit) as error:
-        if is_request_to_leave(error):
-            strategy.leave()
-        else:
-            strategy.close(failure=f"{type(error).__name__}: {error}")
-        raise
     except BaseException as error:
         in_cluster = strategy.task is not None  # otherwise there is no other task to tell
-        strategy.close(failure=f"{type(error).__name__}: {error}" if in_cluster else "")
+        if may_come_back(error):
+            strategy.leave()
+        else:
+            strategy.close(failure=f"{type(error).__name__}: {error}" if in_cluster else "")
         raise
 
 
