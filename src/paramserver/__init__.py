@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
     from paramserver.cluster import UnionClusterResolver as UnionClusterResolver
+    from paramserver.cluster import resolve as resolve
     from paramserver.distribute.bound.buffer_policies import BufferPolicy as BufferPolicy
     from paramserver.distribute.central_storage import CentralStorageStrategy as CentralStorageStrategy
     from paramserver.distribute.core.input_context import InputContext as InputContext
@@ -63,6 +64,7 @@ _HOMES = {
     "has_strategy": "distribute.default",
     "in_cross_replica_context": "distribute.default",
     "in_replica_context": "distribute.default",
+    "resolve": "cluster",
     "set_strategy": "distribute.default",
 }
 _MODULES = ("errors", "estimator", "placement", "summary")

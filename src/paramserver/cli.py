@@ -20,9 +20,11 @@ from rich.table import Table
 
 from paramserver.cluster import environment, logs
 from paramserver.cluster.exit_codes import exit_code
+from paramserver.cluster.sources import SOURCES
 from paramserver.errors import ConfigError, ParameterServerError
+from paramserver.launch.backends import BACKENDS, load
 from paramserver.launch.lifecycle import Limits
-from paramserver.launch.spec import LaunchOptions, option_variables
+from paramserver.launch.spec import LOCAL, LaunchOptions, option_variables
 from paramserver.layout.lanes import AUTO, check_platform
 
 
@@ -113,6 +115,9 @@ def launch(
     is_module: Annotated[
         bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for python -m.")
     ] = False,
+    on: Annotated[
+        str, typer.Option(metavar="|".join(BACKENDS), help="Where the tasks run (default: on this machine).")
+    ] = LOCAL,
     ps: Annotated[int, typer.Option(metavar="N", help="Parameter servers.")] = 1,
     workers: Annotated[int, typer.Option(metavar="N", help="Tasks that train, including the chief.")] = 1,
     evaluator: Annotated[bool, typer.Option("--evaluator", help="Start an evaluator, too.")] = False,
@@ -145,7 +150,7 @@ def launch(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
 ) -> None:
-    """Run SCRIPT as a cluster of processes on this machine.
+    """Run SCRIPT as a cluster of processes, here or on an engine.
 
     Chief, workers and evaluator run the script; parameter servers run the standard server. Every line of
     output begins with the name of its task; on a terminal, a display below the lines shows the progress.
@@ -153,7 +158,6 @@ def launch(
     first task that failed of its own.
     """
     check_platform("launch")  # before the import of what other systems lack
-    from paramserver.launch import local
     from paramserver.launch.display import launch_displayed
 
     options = LaunchOptions(
@@ -167,15 +171,17 @@ def launch(
         limits=Limits(restarts=restarts, restart_window=restart_window, shutdown_timeout=shutdown_timeout),
         start_method=start_method,
         is_module=is_module,
+        on=on,
         heartbeat_timeout=heartbeat_timeout,
         log_level=log_level,
         log_format=log_format,
         log_dir=log_dir,
     )
+    backend = load(on)
     if not is_module and not Path(script).is_file():
         raise ConfigError(f"launch: there is no script {script!r} in {Path.cwd()}")
     if dry_run:
-        typer.echo(local.dry_run(options), nl=False)
+        typer.echo(backend.dry_run(options), nl=False)
     else:
         raise typer.Exit(launch_displayed(options))
 
@@ -187,6 +193,13 @@ def task(
     is_module: Annotated[
         bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for python -m.")
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(source.name for source in SOURCES),
+            help="What describes the cluster (default: the first one that is there).",
+        ),
+    ] = None,
     lane: Annotated[
         str | None, typer.Option(metavar="NAME", help="Lane, as for launch (default: PARAMSERVER_LANE, or auto).")
     ] = None,
@@ -196,14 +209,14 @@ def task(
     log_level: LogLevel = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Be the task that TF_CONFIG names: the same command on every host.
+    """Be the task that TF_CONFIG or an engine names, on any host.
 
     A ps serves, as the command server does. Chief, workers and evaluator run SCRIPT; the exit code is the script's.
     SIGTERM ends both in good order, with code 143. The usable cores are those of the process's affinity within the CPU
     quota of its control group; OMP_NUM_THREADS and GLIBC_TUNABLES are set unless they are set already.
     """
     check_platform("task")
-    from paramserver.cluster import Role, named_task
+    from paramserver.cluster import Role, TFConfigClusterResolver, as_tf_config, own_task, resolve
     from paramserver.launch import own_process
     from paramserver.launch import task as task_script
 
@@ -217,8 +230,12 @@ def task(
         log_level=log_level,
         log_format=log_format,
     )
-    _, me = named_task()
-    own_process.prepare(options, {**option_variables(options), **({"PARAMSERVER_LANE": lane} if lane else {})})
+    resolver = resolve(cluster)
+    known, me = own_task(resolver)
+    settings = {**option_variables(options), **({"PARAMSERVER_LANE": lane} if lane else {})}
+    if not isinstance(resolver, TFConfigClusterResolver):
+        settings["TF_CONFIG"] = as_tf_config(known, me)  # what the script and the server read
+    own_process.prepare(options, settings)
     if me.role is Role.PS:
         _serve(insecure=insecure)
     else:

@@ -18,9 +18,17 @@ from paramserver.cluster.roles import (
     validate_cluster,
     worker_count,
 )
+from paramserver.cluster.sources import own_task, resolve
 from paramserver.cluster.spec import ClusterDef, ClusterLike, ClusterSpec
 from paramserver.cluster.task import Role, TaskId
-from paramserver.cluster.tf_config import TFConfigClusterResolver, load_tf_config, named_task, server_task, task_name
+from paramserver.cluster.tf_config import (
+    TFConfigClusterResolver,
+    as_tf_config,
+    load_tf_config,
+    named_task,
+    server_task,
+    task_name,
+)
 
 __all__ = [
     "ClusterDef",
@@ -33,6 +41,7 @@ __all__ = [
     "TFConfigClusterResolver",
     "TaskId",
     "UnionClusterResolver",
+    "as_tf_config",
     "collective_leader",
     "coordination_leader",
     "find_task",
@@ -42,7 +51,9 @@ __all__ = [
     "load_tf_config",
     "named_task",
     "normalize_cluster_spec",
+    "own_task",
     "parse_role",
+    "resolve",
     "server_task",
     "task_name",
     "validate_cluster",

@@ -11,7 +11,7 @@ older versions call that ``sparseCluster``. Here such a cluster is `ClusterSpec.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from paramserver.cluster import environment as process_environment
@@ -100,6 +100,16 @@ class TFConfigClusterResolver(ClusterResolver):
         config = load_tf_config()
         task = _object(config, "task")
         return DescribedTask(_task_type(task), _task_index(task), _text(config, "rpc_layer"))
+
+
+def as_tf_config(cluster: ClusterSpec | Mapping[str, Sequence[str]], task: TaskId) -> str:
+    """Return the content of TF_CONFIG for a task of a cluster.
+
+    >>> as_tf_config({"chief": ["a:1"], "ps": ["b:1"]}, TaskId(Role.PS, 0))
+    '{"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "ps", "index": 0}}'
+    """
+    jobs = cluster.as_dict() if isinstance(cluster, ClusterSpec) else cluster
+    return json.dumps({"cluster": jobs, "task": {"type": task.role.value, "index": task.index}})
 
 
 def load_tf_config() -> dict[str, object]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from paramserver.cluster import environment
 from paramserver.cluster.task import TaskId
-from paramserver.launch import local
+from paramserver.launch import backends
 from paramserver.launch.output import JsonPrinter, LogFiles, OutputLine, Printer, colours
 from paramserver.launch.progress import ProgressLines, RunProgress
 from paramserver.launch.spec import LaunchOptions, task_ids
@@ -53,13 +53,13 @@ def launch_displayed(options: LaunchOptions) -> int:
             show(OutputLine(None, text, is_error=True))
 
         lines = ProgressLines(progress, say if console is None else lambda _: None)
-        code = local.launch(options, lines.take, show, progress.end)
+        code = backends.load(options.on).launch(options, lines.take, show, progress.end)
         if not code and progress.has_updated is False:
             say("the run has ended without a single update of a model")
         return code
 
 
-def _printer(tasks: Iterable[TaskId], as_json: bool) -> local.OnOutput:
+def _printer(tasks: Iterable[TaskId], as_json: bool) -> backends.OnOutput:
     return JsonPrinter() if as_json else Printer(tasks)
 
 

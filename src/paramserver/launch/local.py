@@ -19,12 +19,13 @@ import msgspec
 
 from paramserver.cluster import environment, run_file
 from paramserver.cluster.exit_codes import CONSEQUENCE
-from paramserver.cluster.report import Report, decode
+from paramserver.cluster.report import decode
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
+from paramserver.launch.backends import OnEnd, OnOutput, OnReport
 from paramserver.launch.cores import usable_cores
 from paramserver.launch.fork_server import OwnForkServer, inherited_fork_server
-from paramserver.launch.lifecycle import Ending, Lifecycle
+from paramserver.launch.lifecycle import Lifecycle
 from paramserver.launch.output import LineBuffer, OutputLine, Printer
 from paramserver.launch.process import TaskProcess
 from paramserver.launch.signals import ENDING, PASSED_ON, caught_signals
@@ -43,10 +44,6 @@ READ_BYTES = 65536
 SLOW_START = 10.0
 """Seconds after which a start is said to be slow."""
 
-OnReport = Callable[[Report], None]
-OnOutput = Callable[[OutputLine], None]
-OnEnd = Callable[[TaskId, Ending], None]
-
 
 def launch(
     options: LaunchOptions,
@@ -54,9 +51,7 @@ def launch(
     on_output: OnOutput | None = None,
     on_end: OnEnd | None = None,
 ) -> int:
-    """Run what ``options`` ask for on this machine, wait for its end, and return the exit code.
-
-    The other arguments are those of `run`.
+    """Run what ``options`` ask for on this machine; see `Backend.launch`.
 
     Raises:
         ConfigError: If a task cannot be started, or this system is not Linux.
@@ -77,7 +72,7 @@ def launch(
 
 
 def dry_run(options: LaunchOptions) -> str:
-    """Return a description of what `launch` would start. Binds and starts nothing."""
+    """Return a description of what `launch` would start; see `Backend.dry_run`. Binds and starts nothing."""
     return describe(_plan(options, [None] * options.ps, "***", "<run id>"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from paramserver.cluster.logs import check_format, check_level
 from paramserver.cluster.task import Role, TaskId
+from paramserver.cluster.tf_config import as_tf_config
 from paramserver.errors import ConfigError
 from paramserver.launch.lifecycle import Limits
 from paramserver.layout.lanes import check_lane
@@ -50,6 +50,9 @@ PRELOADED = (
 )
 """Modules to import before tasks are forked."""
 
+LOCAL = "local"
+"""Name of the backend that starts the tasks on this machine."""
+
 HOST = "127.0.0.1"
 
 NO_ADDRESS = f"{HOST}:0"
@@ -67,6 +70,7 @@ class LaunchOptions:
         script: The program that chief, workers and evaluator run.
         args: The arguments of the script.
         is_module: Whether ``script`` is the name of a module, as for ``python -m``.
+        on: Where the tasks run: a name of `launch.backends`.
         ps: Number of parameter servers.
         workers: Number of tasks that train, including the chief.
         evaluator: Whether to start an evaluator, too.
@@ -85,6 +89,7 @@ class LaunchOptions:
     script: str
     args: tuple[str, ...] = ()
     is_module: bool = False
+    on: str = LOCAL
     ps: int = 1
     workers: int = 1
     evaluator: bool = False
@@ -199,7 +204,7 @@ def plan(
         TaskSpec(
             task,
             _command(task, options, python),
-            {"TF_CONFIG": _tf_config(addresses, task), **shared},
+            {"TF_CONFIG": as_tf_config(addresses, task), **shared},
         )
         for task in task_ids(options)
     )
@@ -280,17 +285,13 @@ def _command(task: TaskId, options: LaunchOptions, python: str) -> tuple[str, ..
 
 
 def _addresses(workers: int, ps_ports: Sequence[int | None]) -> dict[str, tuple[str, ...]]:
+    # The evaluator is a task outside the cluster: no task connects to it or counts it.
     addresses: dict[str, tuple[str, ...]] = {Role.CHIEF.value: (NO_ADDRESS,)}
     if workers > 1:
         addresses[Role.WORKER.value] = (NO_ADDRESS,) * (workers - 1)
     ports = (NO_PORT if port is None else port for port in ps_ports)
     addresses[Role.PS.value] = tuple(f"{HOST}:{port}" for port in ports)
     return addresses
-
-
-def _tf_config(addresses: Mapping[str, tuple[str, ...]], task: TaskId) -> str:
-    # The evaluator is a task outside the cluster: no task connects to it or counts it.
-    return json.dumps({"cluster": addresses, "task": {"type": task.role.value, "index": task.index}})
 
 
 def _thread_variables(options: LaunchOptions, cores: int, already_set: Collection[str]) -> dict[str, str]:

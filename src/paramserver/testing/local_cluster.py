@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 from types import TracebackType
 from typing import Self
 
 from paramserver.client.client import ParameterClient
-from paramserver.cluster import ClusterSpec, Role, SimpleClusterResolver, TaskId, environment
+from paramserver.cluster import ClusterSpec, Role, SimpleClusterResolver, TaskId, as_tf_config, environment
 from paramserver.distribute import connection
 from paramserver.errors import ConfigError
 from paramserver.layout.lanes import check_lane
@@ -111,8 +110,7 @@ class LocalCluster:
 
     def tf_config(self, task: str | TaskId) -> str:
         """Return TF_CONFIG for a task."""
-        role, index = TaskId.parse(str(task))
-        return json.dumps({"cluster": self.spec.as_dict(), "task": {"type": role, "index": index}})
+        return as_tf_config(self.spec, TaskId.parse(str(task)))
 
     def environment(self, task: str | TaskId) -> dict[str, str]:
         """Return the environment variables that make a process a task of this cluster."""

@@ -1,0 +1,86 @@
+"""Where the cluster of this process is described: in TF_CONFIG, or by the engine that has started the process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from paramserver.cluster import environment
+from paramserver.cluster.resolver import ClusterResolver
+from paramserver.cluster.roles import find_task
+from paramserver.cluster.spec import ClusterSpec, expected_one_of
+from paramserver.cluster.task import TaskId
+from paramserver.cluster.tf_config import TFConfigClusterResolver, named_task
+from paramserver.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of clusters.
+
+    Attributes:
+        name: Its name on the command line.
+        variable: The environment variable that shows that this process was started by it.
+        resolver: Makes its resolver.
+    """
+
+    name: str
+    variable: str
+    resolver: Callable[[], ClusterResolver]
+
+
+SOURCES = (Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),)
+"""All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""
+
+
+def resolve(name: str | None = None) -> ClusterResolver:
+    """Return the resolver of the cluster that this process belongs to, and log why it is that one.
+
+    Args:
+        name: The name of a source; by default the first of `SOURCES` whose environment variable is set.
+
+    Returns:
+        The resolver; without any source that of TF_CONFIG, whose cluster is empty: the process is alone.
+
+    Raises:
+        ConfigError: If there is no source of that name, or it cannot know the cluster here.
+    """
+    if name is not None:
+        source = find_source(name)
+        logger.info("the cluster is that of %s, which was asked for", source.name)
+        return source.resolver()
+    for source in SOURCES:
+        if environment.is_set(source.variable):
+            logger.info("the cluster is that of %s, because %s is set", source.name, source.variable)
+            return source.resolver()
+    logger.info("this process is alone, because none of %s is set", ", ".join(source.variable for source in SOURCES))
+    return TFConfigClusterResolver()
+
+
+def find_source(name: str) -> Source:
+    """Return the source with a name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    by_name = {source.name: source for source in SOURCES}
+    if name not in by_name:
+        raise ConfigError(f"cluster: {expected_one_of(by_name, name)}")
+    return by_name[name]
+
+
+def own_task(resolver: ClusterResolver) -> tuple[ClusterSpec, TaskId]:
+    """Return a resolver's cluster and the task of this process, for a process that is nothing else.
+
+    Raises:
+        ConfigError: If the resolver does not know the cluster or the task, or the cluster lacks the task.
+    """
+    if isinstance(resolver, TFConfigClusterResolver):
+        return named_task()
+    cluster, task_type = resolver.cluster_spec(), resolver.task_type
+    if not cluster or task_type is None:
+        raise ConfigError(f"cluster: {resolver!r} does not know which task of a cluster this process is")
+    return cluster, find_task(cluster, task_type, resolver.task_id or 0)
