@@ -37,6 +37,7 @@ PUBLIC = [
     "has_strategy",
     "in_cross_replica_context",
     "in_replica_context",
+    "resolve",
     "placement",
     "set_strategy",
     "summary",
