@@ -37,8 +37,8 @@ PUBLIC = [
     "has_strategy",
     "in_cross_replica_context",
     "in_replica_context",
-    "resolve",
     "placement",
+    "resolve",
     "set_strategy",
     "summary",
 ]
