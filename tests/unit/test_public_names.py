@@ -17,6 +17,7 @@ PUBLIC = [
     "ClusterSpec",
     "InputContext",
     "InputOptions",
+    "JobSetClusterResolver",
     "Mirrored",
     "ParameterServerStrategy",
     "PerReplica",

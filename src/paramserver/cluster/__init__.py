@@ -1,5 +1,6 @@
 """The cluster of a run: its tasks, their addresses, and the task of this process. No torch here."""
 
+from paramserver.cluster.jobset import JobSetClusterResolver
 from paramserver.cluster.resolver import (
     ClusterResolver,
     DuplicateTaskError,
@@ -36,6 +37,7 @@ __all__ = [
     "ClusterResolver",
     "ClusterSpec",
     "DuplicateTaskError",
+    "JobSetClusterResolver",
     "Role",
     "SimpleClusterResolver",
     "TFConfigClusterResolver",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paramserver.cluster import environment
+from paramserver.cluster.jobset import JobSetClusterResolver
 from paramserver.cluster.resolver import ClusterResolver
 from paramserver.cluster.roles import find_task
 from paramserver.cluster.spec import ClusterSpec, expected_one_of
@@ -32,7 +33,10 @@ class Source:
     resolver: Callable[[], ClusterResolver]
 
 
-SOURCES = (Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),)
+SOURCES = (
+    Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
+    Source("jobset", "JOBSET_NAME", JobSetClusterResolver),
+)
 """All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""
 
 
