@@ -24,6 +24,7 @@ from paramserver.cluster.sources import SOURCES
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.backends import BACKENDS, load
 from paramserver.launch.lifecycle import Limits
+from paramserver.launch.manifests import command as manifests
 from paramserver.launch.spec import LOCAL, LaunchOptions, option_variables
 from paramserver.layout.lanes import AUTO, check_platform
 
@@ -53,6 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would keep the line ends of docstrings, so that long texts look wrong
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(manifests.app, name="manifest")
 
 Lane = Annotated[
     str,
