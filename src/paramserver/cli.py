@@ -10,8 +10,9 @@ import importlib.metadata
 import sys
 import textwrap
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -112,11 +113,20 @@ def _common(
 # Arguments after SCRIPT belong to the script, even if they look like options of the launcher.
 @app.command(context_settings={"allow_interspersed_args": False})
 def launch(
-    script: Annotated[str, typer.Argument(help="The program to train with.")],
+    script: Annotated[str | None, typer.Argument(help="The program to train with.")] = None,
     args: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
     is_module: Annotated[
         bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for python -m.")
     ] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Run the JobSet of a manifest for Kubernetes, instead of SCRIPT."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the JobSet, if FILE has several.")] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH=FOLDER", help="Folder here that stands for a volume's path in the pods of FILE."),
+    ] = None,
     on: Annotated[
         str, typer.Option(metavar="|".join(BACKENDS), help="Where the tasks run (default: on this machine).")
     ] = LOCAL,
@@ -162,6 +172,10 @@ def launch(
     check_platform("launch")  # before the import of what other systems lack
     from paramserver.launch.display import launch_displayed
 
+    if manifest is not None:
+        _launch_manifest(manifest, name, mount or (), script, start_method, log_format, log_dir, dry_run=dry_run)
+    if script is None:
+        raise ConfigError("launch: expected SCRIPT, or a JobSet by --manifest FILE, got neither")
     options = LaunchOptions(
         script=script,
         args=tuple(args or ()),
@@ -186,6 +200,31 @@ def launch(
         typer.echo(backend.dry_run(options), nl=False)
     else:
         raise typer.Exit(launch_displayed(options))
+
+
+def _launch_manifest(
+    manifest: Path,
+    name: str | None,
+    mounts: Iterable[str],
+    script: str | None,
+    start_method: str,
+    log_format: str | None,
+    log_dir: Path | None,
+    *,
+    dry_run: bool,
+) -> NoReturn:
+    from paramserver.launch.display import displayed
+    from paramserver.launch.jobsets import run
+
+    if script is not None:
+        raise ConfigError(f"launch: expected SCRIPT or --manifest FILE, got both: {script!r} and {str(manifest)!r}")
+    options = run.JobSetOptions(path=manifest, name=name, mounts=run.parse_mounts(mounts), start_method=start_method)
+    jobset = run.read(options)
+    if dry_run:
+        typer.echo(run.dry_run(jobset, options), nl=False)
+        raise typer.Exit
+    start = partial(run.launch, jobset, options)
+    raise typer.Exit(displayed(run.tasks(jobset), start, log_format=log_format, log_dir=log_dir))
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

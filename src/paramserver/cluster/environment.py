@@ -135,6 +135,12 @@ def extend(additions: Mapping[str, str]) -> None:
     os.environ.update(additions)
 
 
+def drop(names: Iterable[str]) -> None:
+    """Remove variables from the environment of this process, as if it had been started without them."""
+    for name in names:
+        os.environ.pop(name, None)
+
+
 def values(names: Iterable[str]) -> dict[str, str]:
     """Return those of some variables that are set."""
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -86,6 +86,7 @@ class Lifecycle:
         interrupt: The signal by which the user ended the run.
         is_stopping: Whether all tasks are to end, by an interrupt or because of a failure.
         has_finished: Whether the chief has ended well, so that a task that comes later comes after the end.
+        remarks: Lines for the user about decisions, which the launcher prints and removes.
     """
 
     def __init__(self, tasks: Iterable[TaskId], limits: Limits) -> None:
@@ -94,6 +95,7 @@ class Lifecycle:
         self.interrupt: int | None = None
         self.is_stopping = False
         self.has_finished = False
+        self.remarks: list[str] = []
         self._limits = limits
         self._deaths: dict[TaskId, list[float]] = {task: [] for task in self.running}
         self._starts: dict[TaskId, float] = {}
@@ -158,9 +160,15 @@ class Lifecycle:
         elif not self._is_training:
             self._end_ps_tasks(now)
 
-    def num_failures(self, task: TaskId) -> int:
-        """Return how often a task has failed within the restart window."""
-        return len(self._deaths[task])
+    def count(self, task: TaskId) -> str:
+        """Return how often a task has failed within the restart window, of how often it may."""
+        return f"{len(self._deaths[task])} of {self._limits.restarts}"
+
+    def reason_to_leave(self, task: TaskId) -> str:
+        """Return the line about a task that is told to end although nothing is stopping; "" for none."""
+        if self.has_lost_workers:
+            return ""
+        return f"{task} did not end within {self._limits.grace:g} s of the last worker; stopping it"
 
     def take_starts(self, now: float) -> list[TaskId]:
         """Return the tasks to start again now. Each is returned once for each start."""

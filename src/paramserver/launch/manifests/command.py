@@ -12,7 +12,7 @@ from paramserver.launch.manifests import KINDS, manifest
 from paramserver.launch.manifests.options import PODS, RESTART_WITH, ManifestOptions, parse_resources
 
 app = typer.Typer(
-    help="Print a manifest for Kubernetes, which runs a script in a pod for each task.",
+    help="Print a manifest for Kubernetes.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -20,7 +20,7 @@ app = typer.Typer(
 
 HELP = {
     "jobset": "Print a JobSet: a replicated job for each role.",
-    "trainer": "Print a ClusterTrainingRuntime and a TrainJob for Kubeflow Trainer 2.",
+    "trainer": "Print a TrainJob of Kubeflow Trainer 2 and its runtime.",
     "tfjob": "Print a TFJob for Kubeflow's training operator.",
     "volcano": "Print a Job of Volcano with its plug-in tensorflow.",
 }
