@@ -24,6 +24,7 @@ from paramserver.cluster.exit_codes import exit_code
 from paramserver.cluster.sources import SOURCES
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.backends import BACKENDS, load
+from paramserver.launch.jobsets.options import JobSetOptions, parse_mounts
 from paramserver.launch.lifecycle import Limits
 from paramserver.launch.manifests import command as manifests
 from paramserver.launch.spec import LOCAL, LaunchOptions, option_variables
@@ -173,9 +174,17 @@ def launch(
     from paramserver.launch.display import launch_displayed
 
     if manifest is not None:
-        _launch_manifest(manifest, name, mount or (), script, start_method, log_format, log_dir, dry_run=dry_run)
+        jobset = JobSetOptions(
+            path=manifest,
+            name=name,
+            mounts=parse_mounts(mount or ()),
+            start_method=start_method,
+            log_format=log_format,
+            log_dir=log_dir,
+        )
+        _launch_manifest(jobset, script, dry_run=dry_run)
     if script is None:
-        raise ConfigError("launch: expected SCRIPT, or a JobSet by --manifest FILE, got neither")
+        raise typer.BadParameter("Missing argument SCRIPT, or --manifest FILE.")
     options = LaunchOptions(
         script=script,
         args=tuple(args or ()),
@@ -202,29 +211,18 @@ def launch(
         raise typer.Exit(launch_displayed(options))
 
 
-def _launch_manifest(
-    manifest: Path,
-    name: str | None,
-    mounts: Iterable[str],
-    script: str | None,
-    start_method: str,
-    log_format: str | None,
-    log_dir: Path | None,
-    *,
-    dry_run: bool,
-) -> NoReturn:
+def _launch_manifest(options: JobSetOptions, script: str | None, *, dry_run: bool) -> NoReturn:
     from paramserver.launch.display import displayed
     from paramserver.launch.jobsets import run
 
     if script is not None:
-        raise ConfigError(f"launch: expected SCRIPT or --manifest FILE, got both: {script!r} and {str(manifest)!r}")
-    options = run.JobSetOptions(path=manifest, name=name, mounts=run.parse_mounts(mounts), start_method=start_method)
+        raise ConfigError(f"launch: expected SCRIPT or --manifest FILE, got both: {script!r} and '{options.path}'")
     jobset = run.read(options)
     if dry_run:
         typer.echo(run.dry_run(jobset, options), nl=False)
         raise typer.Exit
     start = partial(run.launch, jobset, options)
-    raise typer.Exit(displayed(run.tasks(jobset), start, log_format=log_format, log_dir=log_dir))
+    raise typer.Exit(displayed(run.tasks(jobset), start, log_format=options.log_format, log_dir=options.log_dir))
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

@@ -6,8 +6,7 @@ import contextlib
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from paramserver.cluster import environment, run_file
@@ -17,6 +16,7 @@ from paramserver.errors import ConfigError
 from paramserver.launch.backends import OnEnd, OnOutput, OnReport
 from paramserver.launch.cores import usable_cores
 from paramserver.launch.jobsets.jobset import JobSet
+from paramserver.launch.jobsets.options import JobSetOptions
 from paramserver.launch.jobsets.pods import TOKEN, Machine, plan
 from paramserver.launch.jobsets.policy import JobSetLifecycle
 from paramserver.launch.jobsets.reading import read_jobset
@@ -33,43 +33,8 @@ from paramserver.launch.spec import (
 )
 from paramserver.layout.lanes import check_platform
 
-GRACE = 10.0
-"""Seconds that ps tasks get to end by themselves after chief and workers have ended."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobSetOptions:
-    """The options of a run of a JobSet.
-
-    Attributes:
-        path: The file with its manifest.
-        name: Its name, if the file has several.
-        mounts: Folders of this machine by the paths in a pod that stand for them.
-        start_method: As in `LaunchOptions`, for pods whose commands are Python's.
-    """
-
-    path: Path
-    name: str | None = None
-    mounts: Mapping[str, str] = field(default_factory=dict)
-    start_method: str = "forkserver"
-
-
-def parse_mounts(texts: Iterable[str]) -> dict[str, str]:
-    """Return folders by path, from texts such as ``/model=run``.
-
-    Raises:
-        ConfigError: If a text is malformed.
-
-    >>> parse_mounts(["/model/=run"])
-    {'/model': 'run'}
-    """
-    mounts = {}
-    for text in texts:
-        path, _, folder = text.partition("=")
-        if not (path.startswith("/") and folder):
-            raise ConfigError(f"--mount: expected PATH=FOLDER such as /model=run, got {text!r}")
-        mounts[path.rstrip("/")] = folder
-    return mounts
+GRACE = 3.0
+"""Seconds that ps tasks get to end by themselves after chief and workers have ended; JobSet would stop them at once."""
 
 
 def read(options: JobSetOptions) -> JobSet:
