@@ -74,6 +74,9 @@ LogFormat = Annotated[
     str | None, typer.Option(metavar="|".join(logs.FORMATS), help="json: each line is an object (default: text).")
 ]
 
+WITH_MANIFEST = ("manifest", "name", "mount", "start_method", "log_format", "log_dir", "dry_run")
+"""Options of launch for a run of a manifest."""
+
 HeartbeatTimeout = Annotated[
     float | None,
     typer.Option(metavar="SECONDS", help="Time after which a silent task counts as lost (default: 30)."),
@@ -114,6 +117,7 @@ def _common(
 # Arguments after SCRIPT belong to the script, even if they look like options of the launcher.
 @app.command(context_settings={"allow_interspersed_args": False})
 def launch(
+    context: typer.Context,
     script: Annotated[str | None, typer.Argument(help="The program to train with.")] = None,
     args: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
     is_module: Annotated[
@@ -182,6 +186,7 @@ def launch(
             log_format=log_format,
             log_dir=log_dir,
         )
+        _check_given(context)
         _launch_manifest(jobset, script, dry_run=dry_run)
     if script is None:
         raise typer.BadParameter("Missing argument SCRIPT, or --manifest FILE.")
@@ -209,6 +214,14 @@ def launch(
         typer.echo(backend.dry_run(options), nl=False)
     else:
         raise typer.Exit(launch_displayed(options))
+
+
+def _check_given(context: typer.Context) -> None:
+    """Refuse options that would be ignored because the manifest says what they say."""
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    if ignored := sorted(given - {"script", "args", *WITH_MANIFEST}):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        raise ConfigError(f"launch --manifest: the manifest says what {options} would; leave it out")
 
 
 def _launch_manifest(options: JobSetOptions, script: str | None, *, dry_run: bool) -> NoReturn:

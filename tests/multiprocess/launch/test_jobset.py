@@ -167,6 +167,10 @@ def test_commands_of_a_shell_are_programs_of_their_own(tmp_path: Path, warm: War
     [
         (["--manifest", "none.yaml"], "error: launch --manifest: none.yaml: No such file or directory\n"),
         (["--manifest", "none.yaml", "train.py"], "error: launch: expected SCRIPT or --manifest FILE, got both"),
+        (
+            ["--manifest", "none.yaml", "--ps", "1", "--log-dir", "logs", "--log-level", "info"],
+            "error: launch --manifest: the manifest says what --log-level, --ps would; leave it out",
+        ),
         (["--manifest", "none.yaml", "--mount", "model"], "error: --mount: expected PATH=FOLDER"),
     ],
 )

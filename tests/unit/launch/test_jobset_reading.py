@@ -207,8 +207,8 @@ def test_of_several_jobsets_one_is_chosen(written: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="expected one JobSet, got 'train', 'other'; choose one with --name"):
         read_jobset(path)
     assert read_jobset(path, "other").name == "other"
-    with pytest.raises(ConfigError, match="got 'trian'; did you mean 'train'"):
-        read_jobset(path, "trian")
+    with pytest.raises(ConfigError, match="got 'trains'; did you mean 'train'"):
+        read_jobset(path, "trains")
 
 
 def in_job(job: int, change: Change) -> Change:
@@ -235,7 +235,7 @@ def in_spec(**parts: Any) -> Change:
         (in_job(1, lambda job: job.update(template=3)), r"replicatedJobs\[1\]: template: expected an object, got 3"),
         (in_spec(replicatedJobs={}), "spec: replicatedJobs: expected a list"),
         (in_spec(replicatedJobs=[3]), r"replicatedJobs\[0\]: expected an object, got 3"),
-        (in_spec(successPolicy={"targetReplicatedJobs": ["cheif"]}), "successPolicy.targetReplicatedJobs: .*'chief'"),
+        (in_spec(successPolicy={"targetReplicatedJobs": ["chiefs"]}), "successPolicy.targetReplicatedJobs: .*'chief'"),
         (in_spec(failurePolicy={"rules": [{"action": "RestartJobs"}]}), r"rules\[0\].action: .* mean 'RestartJob'"),
         (lambda manifest: container(manifest).pop("command"), "expected a command in the container of 'ps', got none"),
         (lambda manifest: manifest.update(apiVersion="batch/v1"), "apiVersion: expected jobset.x-k8s.io/v1alpha2"),
