@@ -32,7 +32,10 @@ class Source:
     resolver: Callable[[], ClusterResolver]
 
 
-SOURCES = (Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),)
+SOURCES = (
+    Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
+    Source("tf-config-file", "PARAMSERVER_TF_CONFIG_FILE", TFConfigClusterResolver),
+)
 """All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""
 
 
