@@ -142,12 +142,12 @@ class Versions:
 
 def copy_of(versions):
     theirs = StoreMemory([torch.ones(4)], [versions])
-    return shared_memory._BlockCopy(Piece(0, 0, 4), theirs, WorkerMemory([torch.zeros(4)], []))
+    return shared_memory._BlockCopy("ps:1", Piece(0, 0, 4), theirs, WorkerMemory([torch.zeros(4)], []))
 
 
 def test_a_read_that_a_write_overtook_is_made_again():
     versions = Versions(2, 4, 5, 6, 6)
-    assert copy_of(versions).run()
+    copy_of(versions).run()
     assert versions.seen == [6]
 
 
@@ -178,8 +178,9 @@ def test_a_ps_that_does_not_take_a_payload_is_given_up():
     with tcp() as (lane, _, _):
         lane.open(LARGE)
         lane._frames.set_timeout(0.05)
+        lane.start(messages.GetStatus(), lane_kit.whole(LARGE, [0]))
         with pytest.raises(UnavailableError, match="took"):
-            lane.start(messages.GetStatus(), lane_kit.whole(LARGE, [0]))
+            lane.finish()
 
 
 def test_a_time_limit_that_is_nearly_nothing_is_not_for_ever():
