@@ -85,7 +85,7 @@ def launch(
         ConfigError: As for `plan`, or if a task cannot be started, or this system is not Linux.
     """
     check_platform("launch")
-    environment.drop(("TF_CONFIG", "PARAMSERVER_TF_CONFIG_FILE", *VARIABLES))  # a pod would not have those of this shell
+    environment.drop(("TF_CONFIG", "PARAMSERVER_TF_CONFIG_FILE", *VARIABLES))  # no pod has those of this shell
     run_id, token = secrets.token_hex(4), secrets.token_hex(16)
     if jobset.left_out:
         on_output(OutputLine(None, _left_out(jobset), is_error=True))
