@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tests.unit.launch.manifest_cases import CASES, GOLDENS, LARGE, SMALL, text
 from typer.testing import CliRunner, Result
 
 from paramserver import cli
+from paramserver.cluster import own_task, resolve
 from paramserver.cluster.task import Role
 from paramserver.errors import ConfigError
 from paramserver.launch.manifests import KINDS, objects
@@ -69,6 +72,45 @@ def test_the_token_is_in_a_secret_and_nowhere_else(kind: str) -> None:
 def test_chief_and_evaluator_alone_mount_the_volume(kind: str) -> None:
     mounted = [name.lower() for name, pod in pods(kind, LARGE).items() if "models" in str(pod.get("volumes"))]
     assert sorted(mounted) == ["chief", "evaluator"]
+
+
+def tfjob_cluster(job: dict[str, Any]) -> dict[str, list[str]]:
+    """The cluster that the training operator makes of a TFJob: a headless service for each pod."""
+    cluster = {}
+    for kind, replica in job["spec"]["tfReplicaSpecs"].items():
+        (container,) = replica["template"]["spec"]["containers"]
+        assert container["name"] == "tensorflow"
+        (port,) = [each["containerPort"] for each in container["ports"] if each["name"] == "tfjob-port"]
+        names = [f"{job['metadata']['name']}-{kind.lower()}-{index}" for index in range(replica["replicas"])]
+        cluster[kind.lower()] = [f"{name}.{job['metadata']['namespace']}.svc:{port}" for name in names]
+    return cluster
+
+
+def volcano_cluster(job: dict[str, Any]) -> dict[str, list[str]]:
+    """The cluster that Volcano's plug-in makes of a Job: names of the pods in the subdomain of the job."""
+    flags = dict(flag.removeprefix("--").split("=") for flag in job["spec"]["plugins"]["tensorflow"])
+    name, port = job["metadata"]["name"], flags.pop("port")
+    roles = {task: role for role, task in flags.items()}
+    return {
+        roles[task["name"]]: [f"{name}-{task['name']}-{index}.{name}:{port}" for index in range(task["replicas"])]
+        for task in job["spec"]["tasks"]
+    }
+
+
+@pytest.mark.parametrize(("kind", "make"), [("tfjob", tfjob_cluster), ("volcano", volcano_cluster)])
+def test_a_pod_finds_itself_in_the_tf_config_that_its_operator_makes(
+    kind: str, make: Callable[[dict[str, Any]], dict[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = [each for each in objects(kind, LARGE) if each["kind"] != "Secret"]
+    cluster = make(job)
+    assert {role: len(names) for role, names in cluster.items()} == {r: n.size for r, n in LARGE.jobs.items()}
+    for role, names in cluster.items():
+        task = {"type": role, "index": len(names) - 1}
+        monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task, "environment": "cloud"}))
+        known, me = own_task(resolve())
+        assert str(me) == f"{role}:{len(names) - 1}"
+        assert known.address(me) == names[-1]
+        assert names[-1].endswith(":5000")
 
 
 def test_the_probe_finds_a_port_that_is_listened_on_and_no_other() -> None:

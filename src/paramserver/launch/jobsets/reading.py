@@ -154,23 +154,14 @@ def _replicated_job(node: object, place: str) -> ReplicatedJob:
     pod_template = _at(template, "template", dict, f"{place}.template.spec")
     pod = _at(pod_template, "spec", dict, f"{place}.template.spec.template")
     metadata = _at(pod_template, "metadata", dict, place)
-    containers = _at(pod, "containers", list, f"{place}.template.spec.template.spec")
-    if not containers:
-        raise ConfigError(f"{place}: expected a container in the pods of {name!r}, got none")
-    container = _dict(containers[0], f"{place}: container")
-    command = tuple(map(str, _at(container, "command", list, f"{place}: container")))
-    if not command:
-        raise ConfigError(
-            f"{place}: expected a command in the container of {name!r}, got none; the image is not used here, so its "
-            "own command is not known"
-        )
+    container = _container(pod, name, place)
     env = tuple(_dict(each, f"{place}: env") for each in _at(container, "env", list, f"{place}: container"))
     completions = _count(template, "completions", _count(template, "parallelism", 1, place), place)
     return ReplicatedJob(
         name=name,
         role=role,
         layout=Layout(_count(job, "replicas", 1, place), completions),
-        command=(*command, *map(str, _at(container, "args", list, f"{place}: container"))),
+        command=tuple(str(word) for key in ("command", "args") for word in _at(container, key, list, place)),
         env=env,
         labels={str(key): str(value) for key, value in _at(metadata, "labels", dict, place).items()},
         annotations={str(key): str(value) for key, value in _at(metadata, "annotations", dict, place).items()},
@@ -180,6 +171,20 @@ def _replicated_job(node: object, place: str) -> ReplicatedJob:
         exit_rules=tuple(_exit_rules(template, place)),
         grace=float(_count(pod, "terminationGracePeriodSeconds", 30, place)),
     )
+
+
+def _container(pod: Node, job: str, place: str) -> Node:
+    """Return the first container of a pod, which has a command."""
+    containers = _at(pod, "containers", list, f"{place}.template.spec.template.spec")
+    if not containers:
+        raise ConfigError(f"{place}: expected a container in the pods of {job!r}, got none")
+    container = _dict(containers[0], f"{place}: container")
+    if not _at(container, "command", list, f"{place}: container"):
+        raise ConfigError(
+            f"{place}: expected a command in the container of {job!r}, got none; the image is not used here, so its "
+            "own command is not known"
+        )
+    return container
 
 
 def _role(name: str, place: str) -> Role:
