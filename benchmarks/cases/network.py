@@ -124,15 +124,13 @@ def _without_limit(network: Network, options: NetworkOptions, name: str, nbytes:
         size_unit="B",
         beside="inside a host",
     )
-    yield subject.measure(
-        *(partial(_rate, [_bare(one, host, nbytes, port)], options) for host, port in ((two, PORT), (one, OTHER_PORT))),
-        options.repeats,
-    )
+    over, inside = _bare(one, two, nbytes), _bare(one, one, nbytes, OTHER_PORT)
+    yield subject.measure(partial(_rate, [over], options), partial(_rate, [inside], options), options.repeats)
     (between,) = _start({"chief:0": one, "ps:0": two}, nbytes)
-    (inside,) = _start({"chief:0": one, "ps:0": one}, nbytes, PARAMSERVER_LANE="tcp")
+    (local,) = _start({"chief:0": one, "ps:0": one}, nbytes, PARAMSERVER_LANE="tcp")
     yield structs.replace(
         subject, case=f"a step between hosts without a limit, as many bytes as {name}", target=UNLIMITED
-    ).measure(partial(_rate, [between], options), partial(_rate, [inside], options), options.repeats)
+    ).measure(partial(_rate, [between], options), partial(_rate, [local], options), options.repeats)
 
 
 def _bare(asking: Host, serving: Host, nbytes: int, port: str = PORT) -> Task:
