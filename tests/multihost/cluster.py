@@ -91,6 +91,7 @@ class Cluster:
         program: The program of the tasks that train; it is put onto each host.
         called: How the hosts are called in TF_CONFIG.
         options: Options of ``paramserver task``.
+        args: Arguments of the program.
         env: The environment of all tasks.
     """
 
@@ -101,11 +102,13 @@ class Cluster:
         *,
         called: Callable[[Host], str] = by_name,
         options: tuple[str, ...] = (),
+        args: tuple[str, ...] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.hosts = dict(hosts)
         self._program = program
         self._options = options
+        self._args = args
         self._env = {"PARAMSERVER_TOKEN": TOKEN} if env is None else env
         self._addresses: dict[str, list[str]] = {}
         for number, (task, host) in enumerate(hosts.items()):
@@ -118,7 +121,7 @@ class Cluster:
         role, _, index = task.partition(":")
         host = self.hosts[task]
         config = {"cluster": self._addresses, "task": {"type": role, "index": int(index)}}
-        command = ("task", *self._options, host.write("/tmp/train.py", self._program))  # noqa: S108  # the host's own
+        command = ("task", *self._options, host.write("/tmp/train.py", self._program), *self._args)  # noqa: S108  # the host's own
         return host.start("paramserver", *command, env={"TF_CONFIG": json.dumps(config), **self._env, **env})
 
     def end(self, *tasks: Task) -> None:
