@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from paramserver.cluster import environment
 from paramserver.cluster.resolver import ClusterResolver
 from paramserver.cluster.roles import find_task
+from paramserver.cluster.slurm import SlurmClusterResolver
 from paramserver.cluster.spec import ClusterSpec, expected_one_of
 from paramserver.cluster.task import TaskId
 from paramserver.cluster.tf_config import TFConfigClusterResolver, named_task
@@ -32,7 +33,10 @@ class Source:
     resolver: Callable[[], ClusterResolver]
 
 
-SOURCES = (Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),)
+SOURCES = (
+    Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
+    Source("slurm", "SLURM_STEP_ID", SlurmClusterResolver),
+)
 """All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""
 
 

@@ -185,6 +185,10 @@ class Server:
         self._listener.close()
         self._membership.stop()
 
+    def await_alone(self, timeout: float) -> None:
+        """Wait until no worker is connected, or the server is stopped, for ``timeout`` seconds at most."""
+        self._membership.await_alone("", timeout)
+
     @property
     def is_over(self) -> bool:
         """Whether the run is over: the chief and all other workers have finished or are gone."""
@@ -230,7 +234,8 @@ class Server:
 def run_standard_server(*, insecure: bool = False) -> None:
     """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
 
-    SIGTERM and SIGINT end it early, with the requests that are under way. Main thread only.
+    SIGTERM and SIGINT end it early, with the requests that are under way. With ``PARAMSERVER_LINGER`` it goes on until
+    no worker is connected, for so many seconds at most; a second signal ends it at once. Main thread only.
 
     Args:
         insecure: As in `Server`.
@@ -245,7 +250,7 @@ def run_standard_server(*, insecure: bool = False) -> None:
     """
     cluster, task = server_task()
     server = Server(cluster, task.role, task.index, insecure=insecure)
-    with report_progress(server), _stopped_by_signals(server) as received:
+    with report_progress(server), _stopped_by_signals(server, environment.read().linger) as received:
         logger.info("%s serves at %s", server.task, server.target)
         server.join()
     if received and not server.is_over:
@@ -256,20 +261,36 @@ def run_standard_server(*, insecure: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(server: Server) -> Iterator[list[int]]:
+def _stopped_by_signals(server: Server, linger: float) -> Iterator[list[int]]:
     """Provide a list of the signals that have asked the server to leave."""
     received: list[int] = []
+    asked = threading.Event()
+
+    def stop_when_alone() -> None:
+        asked.wait()
+        server.await_alone(linger)
+        server.request_stop()
 
     def leave(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        server.request_stop()
+        if linger and len(received) == 1:
+            asked.set()
+        else:
+            server.request_stop()
 
+    thread = threading.Thread(target=stop_when_alone, name=f"{server.task} lingers")
+    if linger:
+        thread.start()
     handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        server.request_stop()
+        asked.set()
+        if thread.ident:
+            thread.join()
 
 
 def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:
