@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
+RECONNECTION = 2.0
+"""Seconds in which a worker that is about to come back does so."""
 REPORT_INTERVAL = 0.5
 SIGNAL_INTERVAL = 0.5
 """Seconds until a signal has its effect at the latest."""
@@ -186,8 +188,13 @@ class Server:
         self._membership.stop()
 
     def await_alone(self, timeout: float) -> None:
-        """Wait until no worker is connected, or the server is stopped, for ``timeout`` seconds at most."""
-        self._membership.await_alone("", timeout)
+        """Wait until no worker is connected for a while, or the server is stopped, for ``timeout`` seconds at most."""
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            self._membership.await_alone("", left)
+            # A chief whose step was interrupted connects anew before it saves.
+            if not self._membership.await_company(min(RECONNECTION, left)):
+                return
 
     @property
     def is_over(self) -> bool:
