@@ -8,7 +8,7 @@ import sys
 import pytest
 from tests.multihost.cluster import ESTIMATOR, OWN_LOOP
 from tests.slurm.daemons import Slurm
-from tests.slurm.test_runs import LAUNCH, LOOP, PARAMSERVER
+from tests.slurm.test_runs import LAUNCH, LOOP, MEET, PARAMSERVER
 
 from paramserver.estimator.checkpoint import inspect_checkpoint
 
@@ -80,7 +80,7 @@ def test_a_second_ctrl_c_kills(slurm: Slurm) -> None:
 
 def test_a_worker_that_fails(slurm: Slurm) -> None:
     fails = "if not strategy.is_chief: sys.exit(3)\n"
-    program = slurm.write("train.py", f"{OWN_LOOP}\n{fails}train(20)\nstrategy.wait_for_workers()\nsay('is done')")
+    program = slurm.write("train.py", f"{OWN_LOOP}\n{MEET}\n{fails}train(20)\nsay('is done')")
     job = slurm.start("salloc", "--quiet", "--nodes=3", *LAUNCH, *RUN, program)
     assert job.ends() == 3, job.said
     assert "worker:0 exited with code 3; the others go on" in job.said

@@ -16,8 +16,20 @@ pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess]
 PARAMSERVER = (sys.executable, "-m", "paramserver")
 LAUNCH = (*PARAMSERVER, "launch", "--on", "slurm")
 
+MEET = """
+import json, os, pathlib, time
+
+# Without it, a chief of so few steps could end before a worker has begun.
+here = f"here-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+pathlib.Path(f"{here}-{os.environ['SLURM_PROCID']}").touch()
+jobs = json.loads(os.environ["TF_CONFIG"])["cluster"]
+while len(list(pathlib.Path().glob(f"{here}-*"))) < len(jobs["chief"] + jobs["worker"]):
+    time.sleep(0.02)
+"""
+
 LOOP = f"""
 {OWN_LOOP}
+{MEET}
 train(20)
 strategy.wait_for_workers()
 if strategy.is_chief:
