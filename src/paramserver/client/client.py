@@ -472,7 +472,9 @@ class ParameterClient:
             times.waiting += waiting
             times.applying += each.seconds
         first = applied[0]
-        self.local_step = first.global_step
+        # Values that were read early lack what others have counted since.
+        early = first.global_step if first.read_at is None else first.read_at + 1
+        self.local_step = min(early, first.global_step)
         self.global_step = max(self.global_step, first.global_step)  # a newer one may have been read meanwhile
         return PushResult(first.global_step, first.staleness)
 

@@ -7,17 +7,21 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 from paramserver.errors import LocalProtocolError, ParameterServerError, UnavailableError
 from paramserver.layout.arena import ArenaLayout
 from paramserver.transport.lane import Lane, Piece, WorkerMemory
+from paramserver.transport.together import Steps, finish_together
 from paramserver.wire import messages
 from paramserver.wire.refusals import raised
 
 logger = logging.getLogger(__name__)
+
+LARGE_PIECE = 64 << 10
+"""Elements of a piece from which on the buffers of a connection may be too small for a call."""
 
 Meanwhile = Callable[[], None]
 
@@ -74,8 +78,8 @@ class Answers(NamedTuple):
 
     Attributes:
         replies: The replies.
-        sending: Seconds until each call was handed over.
-        waiting: Seconds spent waiting for each answer after that, one after the other.
+        sending: Seconds until each call was handed over, or as much of it as its lane takes without waiting.
+        waiting: Seconds spent waiting for each answer after that, since the answer before it.
     """
 
     replies: list[messages.Reply]
@@ -271,9 +275,8 @@ class Exchange:
 
     def _run(self, calls: Sequence[Call], meanwhile: Meanwhile = nothing) -> Answers:
         asked: list[Call] = []
-        replies: list[messages.Reply] = []
         failures: list[ParameterServerError] = []
-        now, sending, waiting = time.perf_counter(), list[float](), list[float]()
+        now, sending = time.perf_counter(), list[float]()
         for call in calls:
             try:
                 call.lane.start(call.request, call.outgoing, call.rows_out)
@@ -287,18 +290,19 @@ class Exchange:
             begun, now = now, time.perf_counter()
             sending.append(now - begun)
         meanwhile()
-        for call in asked:
-            try:
-                replies.append(call.lane.finish(call.incoming, call.rows_in))
-            except ParameterServerError as error:
-                failures.append(self._explained(call, error))
+        replies: dict[int, messages.Reply] = {}
+        waiting = [0.0] * len(asked)
+        for index, outcome in _finish(asked):
+            if isinstance(outcome, ParameterServerError):
+                failures.append(self._explained(asked[index], outcome))
             else:
-                del self._outstanding.calls[self._numbers[call.lane.task]]
+                replies[index] = outcome
+                del self._outstanding.calls[self._numbers[asked[index].lane.task]]
             begun, now = now, time.perf_counter()
-            waiting.append(now - begun)
+            waiting[index] = now - begun
         if failures:
             raise failures[0]
-        return Answers(replies, sending, waiting)
+        return Answers([replies[index] for index in range(len(asked))], sending, waiting)
 
     def _explained(self, call: Call, error: ParameterServerError) -> ParameterServerError:
         """Return the error to raise for a lane that has failed."""
@@ -421,6 +425,33 @@ class Exchange:
 
     def __repr__(self) -> str:
         return repr(self._lanes)
+
+
+def _finish(calls: Sequence[Call]) -> Iterator[tuple[int, messages.Reply | ParameterServerError]]:
+    """Receive the answers to calls that were handed over; yield the index of each call with its answer or its error.
+
+    The answers come one after the other: a ps that is done early waits in the buffers of its connection. Only where
+    these are too small for what is sent and received, all connections are used at once.
+    """
+    together = _steps(calls) if len(calls) > 1 and any(map(_is_large, calls)) else {}
+    numbers = list(together)
+    for position, outcome in finish_together(list(together.values())):
+        yield numbers[position], outcome
+    for index, call in enumerate(calls):
+        if index not in together:
+            try:
+                yield index, call.lane.finish(call.incoming, call.rows_in)
+            except ParameterServerError as error:
+                yield index, error
+
+
+def _steps(calls: Sequence[Call]) -> dict[int, Steps]:
+    steps = ((index, call.lane.finishing(call.incoming, call.rows_in)) for index, call in enumerate(calls))
+    return {index: each for index, each in steps if each is not None}
+
+
+def _is_large(call: Call) -> bool:
+    return any(piece.stop - piece.start >= LARGE_PIECE for piece in (*call.outgoing, *call.incoming))
 
 
 def _asked_once_more(lane: Lane, call: Call) -> messages.Reply:

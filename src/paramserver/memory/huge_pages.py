@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 SIZE = 2 << 20
 """Size of a huge page in bytes, on x86-64 and on arm64 with ordinary pages of 4 KB."""
+
+TAKERS = 4
+"""Threads that take the memory of one file: the system clears pages, and moves others out of the way."""
 
 _MAP_FIXED = 0x10  # <linux/mman.h>; the mmap module names neither
 _MADV_COLLAPSE = 25
@@ -68,7 +72,14 @@ def take(data: Tensor) -> None:
     Args:
         data: All of the file's memory, from `map_file`, writable and still zero.
     """
-    data[: data.nbytes // SIZE * SIZE : SIZE] = 0  # needs one page in each: without any page, no huge page is made
+    count = data.nbytes // SIZE
+    data[: count * SIZE : SIZE] = 0  # needs one page in each: without any page, no huge page is made
+    parts = data[: count * SIZE].split(max(-(-count // TAKERS), 1) * SIZE)
+    with ThreadPoolExecutor(TAKERS, thread_name_prefix="takes memory") as pool:
+        list(pool.map(_collapse, parts))
+
+
+def _collapse(data: Tensor) -> None:
     _advise(data, _MADV_COLLAPSE)
 
 

@@ -121,12 +121,16 @@ class RequestHandler:
         # Everything is checked before the first part is applied: a push that is refused here has changed nothing.
         plan = self.pushes.plan(push)
         rows = [self._taken_rows(session, part) for part in plan.of_rows] if plan.of_rows else ()
-        step, staleness, seconds = store.global_step, 0, 0.0
+        step, staleness, seconds, pulled = store.global_step, 0, 0.0, plan.pulled
+        read_at: int | None = None
         progress = store.progress(session.incarnation)
         with progress.lock:
             if self._begins(session, progress, push.sequence):
+                send_values = session.early_values(pulled, self._lock) if plan.answers else None
+                if send_values is not None:
+                    read_at, pulled = store.global_step, ()
                 try:
-                    seconds = apply_all(session, progress, rows, plan.applications)
+                    seconds = apply_all(session, progress, rows, plan.applications, send_values, plan.answers)
                 except (UnavailableError, RemoteProtocolError):
                     self._say_partial(session, progress, len(rows) + len(plan.applications))
                     raise
@@ -137,7 +141,7 @@ class RequestHandler:
                 if push.counts:
                     step, staleness = store.count_update(push.local_step)
                 progress.end()
-        session.reply(messages.Applied(step, staleness, seconds), plan.pulled, self._lock)
+        session.reply(messages.Applied(step, staleness, seconds, read_at), pulled, self._lock)
 
     def _begins(self, session: Session, progress: Progress, number: int) -> bool:
         try:

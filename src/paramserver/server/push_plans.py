@@ -6,11 +6,14 @@ again.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from paramserver.errors import RefusedError
+from paramserver.layout.blocks import BLOCK
 from paramserver.layout.settings import Setting
 from paramserver.store.arena import StoredArena
 from paramserver.store.blocks import Operation, StoredBlocks
@@ -22,6 +25,10 @@ from paramserver.wire.payload import dense_pieces, parts_of_rows
 
 PARTS_EACH = 2
 """Limit for the parts of a push for each arena: some buffers of an arena are added to, and others assigned."""
+
+
+EARLY_ELEMENTS = BLOCK
+"""Least number of elements, read and written, for which values are sent while their push still comes in."""
 
 
 class Application(NamedTuple):
@@ -42,6 +49,8 @@ class PushPlan(NamedTuple):
         of_rows: The parts that concern rows of tables, which come first.
         applications: All other parts, in the order in which their pieces come.
         pulled: The pieces of values to send back.
+        answers: After each of the applications, how many of the pulled pieces are as this push leaves them; empty if
+            the push is too small for its values to be sent before it has come in.
         elements: Number of elements that are read and written.
     """
 
@@ -50,6 +59,7 @@ class PushPlan(NamedTuple):
     of_rows: tuple[messages.Part, ...]
     applications: tuple[Application, ...]
     pulled: tuple[Piece, ...]
+    answers: tuple[int, ...]
     elements: float
 
 
@@ -71,7 +81,8 @@ class PushPlans:
             self._check_counts(push)
             of_rows, applications = parts_of_rows(push.parts), tuple(self._applications(push.parts))
             pulled, elements = self.whole(push.pull), self._elements(push)
-            self._last = plan = PushPlan(push.parts, push.pull, of_rows, applications, pulled, elements)
+            answers = _answers(applications, pulled) if elements >= EARLY_ELEMENTS else ()
+            self._last = plan = PushPlan(push.parts, push.pull, of_rows, applications, pulled, answers, elements)
         return plan
 
     def elements(self, request: messages.Request) -> float:
@@ -139,6 +150,13 @@ class PushPlans:
     def _elements(self, push: messages.Push) -> int:
         arenas = self._store.arenas
         return sum(_part_elements(part, arenas) for part in push.parts) + _whole(push.pull, arenas)
+
+
+def _answers(applications: Sequence[Application], pulled: Sequence[Piece]) -> tuple[int, ...]:
+    last = {(piece.arena, piece.start // BLOCK): index for index, (_, _, piece, _) in enumerate(applications)}
+    blocks = ((piece.arena, piece.start // BLOCK) for piece in pulled)
+    ready = list(accumulate((last.get(block, -1) for block in blocks), max))
+    return tuple(bisect.bisect_right(ready, index) for index in range(len(applications)))
 
 
 def _part_elements(part: messages.Part, arenas: Sequence[StoredBlocks]) -> int:

@@ -15,7 +15,7 @@ from paramserver.layout.blocks import ID_BYTES
 from paramserver.server.push_plans import Application
 from paramserver.store.progress import Progress
 from paramserver.store.tables.table import StoredTable
-from paramserver.transport.lane import Session
+from paramserver.transport.lane import SendValues, Session
 from paramserver.wire.messages import Part
 
 
@@ -59,17 +59,32 @@ def apply_all(
     progress: Progress,
     rows: Sequence[TakenRows],
     applications: Sequence[Application],
+    send_values: SendValues | None = None,
+    answers: Sequence[int] = (),
 ) -> float:
-    """Apply the parts of an update that are not applied yet; return the seconds, without waiting for the parts."""
+    """Apply the parts of an update that are not applied yet; return the seconds, without waiting for the parts.
+
+    Args:
+        session: The session of the worker.
+        progress: What was applied of this update.
+        rows: The parts that concern rows of tables.
+        applications: All other parts.
+        send_values: Sends early values, if there are any.
+        answers: After each application, how many of these to send.
+    """
     seconds = 0.0
     for taken in rows[progress.done :]:
         progress.enter_part()
         seconds += taken.apply()
         progress.leave_part()
-    for application in applications[: progress.done - len(rows)]:  # applied already when it came for the first time
-        session.gradient(application.piece)
-    for application in applications[progress.done - len(rows) :]:
-        seconds += _apply(session, progress, application)
+    applied = progress.done - len(rows)
+    for index, application in enumerate(applications):
+        if index < applied:  # when it came for the first time
+            session.gradient(application.piece)
+        else:
+            seconds += _apply(session, progress, application)
+        if send_values is not None:
+            send_values(answers[index])
     return seconds
 
 

@@ -122,6 +122,7 @@ class Shelf:
         rows: The rows of each pushed part of a table.
         requests: Each request.
         limit: Number of pieces of a push that are read before it is refused; None to read all pieces.
+        is_early: Whether values are sent while a push still comes in, if the lane does that.
     """
 
     def __init__(self) -> None:
@@ -130,6 +131,7 @@ class Shelf:
         self.rows: list[TableRows] = []
         self.requests: list[Request] = []
         self.limit: int | None = None
+        self.is_early = False
         self._layouts: Sequence[ArenaLayout] = ()
         self._lock = threading.Lock()
 
@@ -171,10 +173,16 @@ class Shelf:
         session.reply(messages.Declared(False))
 
     def _push(self, session: Session, pushed: Sequence[Piece], pull: Sequence[int]) -> None:
-        for piece in pushed[: self.limit]:
+        pulled = whole(self._layouts, pull)
+        send_values = session.early_values(pulled, self._lock_of) if self.is_early and pulled else None
+        for count, piece in enumerate(pushed[: self.limit]):
             self.arrived.append((piece, session.gradient(piece).clone()))
-        if self.limit is None:
-            session.reply(messages.Applied(1, 0), whole(self._layouts, pull), self._lock_of)
+            if send_values is not None:
+                send_values(min(count, len(pulled)))
+        if self.is_early and self.limit is not None:
+            session.reply(messages.Refused("refused", "no more of this"))
+        elif self.limit is None:
+            session.reply(messages.Applied(1, 0), () if send_values else pulled, self._lock_of)
         elif pull:
             session.reply(messages.State(True, 0), whole(self._layouts, pull), self._lock_of)
         else:
@@ -329,6 +337,22 @@ def check_a_push_brings_values(maker: Maker) -> None:
         _fill(shelf, LARGE, seed=5)
         expect(worker.push(Part(0, "assign"), pull=[0]), messages.Applied(1, 0))
         expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=5), "values")
+
+
+def check_values_may_come_early(maker: Maker) -> None:
+    """Check that values may come while the push is still under way, also if the push is refused in the end."""
+    with _at_work(maker, LARGE) as (worker, shelf):
+        shelf.is_early = True
+        _fill(shelf, LARGE, seed=5)
+        expect(worker.push(Part(0, "assign"), pull=[0]), messages.Applied(1, 0))
+        expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=5), "values")
+        _expect_arrived(worker, shelf, whole(LARGE, [0]))
+        for shelf.limit in (0, 1, 2):
+            expect(worker.push(Part(0, "assign"), pull=[0]), messages.Refused("refused", "no more of this"))
+        shelf.limit, shelf.is_early = None, False
+        _fill(shelf, LARGE, seed=6)
+        expect(worker.push(Part(0, "assign"), pull=[0]), messages.Applied(1, 0))
+        expect_equal(worker.memory.values[0], pattern(LARGE[0], seed=6), "values")
 
 
 def check_renewed_gradients_arrive(maker: Maker) -> None:
@@ -533,6 +557,7 @@ LANE_CHECKS: tuple[Check, ...] = (
     check_partial_gradients_arrive,
     check_values_come_back,
     check_a_push_brings_values,
+    check_values_may_come_early,
     check_renewed_gradients_arrive,
     check_a_refusal_leaves_the_lane_in_step,
     check_an_unread_payload_is_dropped,

@@ -1,4 +1,8 @@
-"""Frames over one connected stream socket: blocking, with a time limit that the kernel keeps."""
+"""Frames over one connected stream socket: blocking, with a time limit that the kernel keeps.
+
+A connection carries bytes both ways at once. What `FrameSocket.send_soon` cannot hand over at once goes out whenever
+the kernel takes more of it, while this end receives; so two peers that send to each other never wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
 from paramserver.errors import RemoteProtocolError, UnavailableError
@@ -20,6 +24,8 @@ from paramserver.wire.messages import AnyMessage, Message
 
 RECEIVE_BYTES = 64 << 10
 MAX_VECTORS = 512
+SOON_VECTORS = 8
+"""Limit for the views of one call that does not wait: more than fits into a connection."""
 HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # Linux's POLLRDHUP comes even before all data is read
 
 DEAD_HOST_TIMEOUT = 90
@@ -56,11 +62,14 @@ class FrameSocket:
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = 0
         self._payload_left = 0
+        self._unsent: list[memoryview] = []
         # Held during each system call: `close` may give the descriptor back, which another connection may get, only
         # after the call that it woke has returned.
         self._in_use = threading.RLock()
         connection.settimeout(None)
         self._arrival: Arrival | None = Arrival(connection)
+        self._both_ways = select.poll()
+        self._both_ways.register(connection, select.POLLIN | select.POLLOUT)
         self._hang_up = select.poll()
         self._hang_up.register(connection, HANG_UP)
         if not self.is_local:
@@ -87,20 +96,52 @@ class FrameSocket:
 
     def send_raw(self, view: memoryview | bytes) -> None:
         """Send bytes of a frame that takes several calls, or bytes outside of any frame."""
-        if self.before_wait is None:
+        if self.before_wait is None and not self._unsent:
             self._call(self._socket.sendall, view)
         else:
             self.send_views([memoryview(view)])
 
     def send_views(self, views: list[memoryview]) -> None:
         """Send bytes from several places, as `send_raw` does."""
+        if self._unsent:
+            self.flush()
         views = [view for view in views if view.nbytes]
         while views:
-            sent = self._send_some(views[:MAX_VECTORS])
-            while views and sent >= views[0].nbytes:
-                sent -= views.pop(0).nbytes
-            if sent:
-                views[0] = views[0][sent:]
+            _drop(views, self._send_some(views[:MAX_VECTORS]))
+
+    def begin(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
+        """Send one frame as `send_soon` does; the memory of its payload must stay unchanged until it is sent."""
+        self.send_soon([memoryview(codec.encode(message, sum(view.nbytes for view in payload))), *payload])
+
+    def send_soon(self, views: Iterable[memoryview]) -> None:
+        """Send as many bytes as the kernel takes without waiting, and the others while this end receives."""
+        self._unsent += [view for view in views if view.nbytes]
+        self._send_on()
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether some bytes of `send_soon` are not sent yet."""
+        return bool(self._unsent)
+
+    @property
+    def events(self) -> int:
+        """The events of ``poll`` after which `receive_now` or `gather` has something to do."""
+        return select.POLLIN | (select.POLLOUT if self._unsent else 0)
+
+    @property
+    def time_limit(self) -> float:
+        """The limit of `set_timeout` in seconds; 0 means none."""
+        return self._timeout
+
+    def silent(self) -> UnavailableError:
+        """Close the connection because nothing has moved within the time limit, and return the error to raise."""
+        return self._given_up(BlockingIOError())
+
+    def flush(self) -> None:
+        """Wait until all bytes of `send_soon` are sent."""
+        while self._unsent:
+            self.await_room()
+            self._send_on()
 
     def send_now(self, views: list[memoryview]) -> int:
         """Send as many bytes as the kernel takes without waiting, and return their number."""
@@ -118,18 +159,25 @@ class FrameSocket:
     def gather(self) -> bool:
         """Receive the bytes that are there, without waiting for more, and return whether `receive` can go on.
 
+        Sends on what `send_soon` left.
+
         It can after a whole frame including its payload, after a frame too large to be gathered, after a damaged head,
         and at the end of the stream. Call this between two messages, when nothing is left of the last payload.
         """
+        self._send_on()
         self._make_room()
+        if self._is_gathered():
+            return True
         received = self._call(self._try, self._socket.recv_into, self._buffer[self._end :], 0)
         if not received:
             return received is not None
         self._end += received
-        gathered = self._end
-        if gathered < codec.HEADER_BYTES:
+        return self._is_gathered()
+
+    def _is_gathered(self) -> bool:
+        if self._end < codec.HEADER_BYTES:
             return False
-        is_there = gathered >= min(codec.frame_bytes(self._buffer), RECEIVE_BYTES)
+        is_there = self._end >= min(codec.frame_bytes(self._buffer), RECEIVE_BYTES)
         return is_there or codec.is_damaged(self._buffer)  # what follows a damaged head is not waited for
 
     @property
@@ -162,13 +210,34 @@ class FrameSocket:
         Raises:
             RemoteProtocolError: If the payload has fewer bytes left.
         """
-        if view.nbytes > self._payload_left:
-            raise RemoteProtocolError(
-                f"{self.task} sent a payload that is too short: {view.nbytes} bytes were expected next, "
-                f"{self._payload_left} are left"
-            )
+        self._expect_payload(view.nbytes)
         self._payload_left -= view.nbytes
         self._read_into(view)
+
+    def receive_now(self, view: memoryview) -> int:
+        """Receive those of the next bytes of the payload that are there, and return their number. Does not wait.
+
+        Sends on what `send_soon` left.
+
+        Raises:
+            RemoteProtocolError: If the payload has fewer bytes left than ``view``.
+        """
+        self._expect_payload(view.nbytes)
+        self._send_on()
+        received: int | None = self._take_gathered(view)
+        if not received:
+            received = self._call(self._try, self._socket.recv_into, view, 0)
+            if received == 0:
+                raise self._cut_short()
+        self._payload_left -= received or 0
+        return received or 0
+
+    def _expect_payload(self, count: int) -> None:
+        if count > self._payload_left:
+            raise RemoteProtocolError(
+                f"{self.task} sent a payload that is too short: {count} bytes were expected next, "
+                f"{self._payload_left} are left"
+            )
 
     def discard_payload(self) -> None:
         """Read and drop the rest of the last payload."""
@@ -270,17 +339,47 @@ class FrameSocket:
         self._start, self._end = 0, kept
 
     def _read_into(self, view: memoryview) -> None:
-        ready = min(self._end - self._start, view.nbytes)
-        view[:ready] = self._buffer[self._start : self._start + ready]
-        self._start += ready
+        ready = self._take_gathered(view)
         while ready < view.nbytes:
-            received = self._receive(view[ready:], socket.MSG_WAITALL)
+            if self._unsent:
+                self._send_until_arrival()
+                received = self._receive(view[ready:])
+            else:
+                received = self._receive(view[ready:], socket.MSG_WAITALL)
             if not received:
                 raise self._cut_short()
             ready += received
 
+    def _take_gathered(self, view: memoryview) -> int:
+        """Move bytes that were received with a message into ``view``, and return their number."""
+        ready = min(self._end - self._start, view.nbytes)
+        view[:ready] = self._buffer[self._start : self._start + ready]
+        self._start += ready
+        return ready
+
+    def _send_on(self) -> None:
+        """Send as much of what `send_soon` left as the kernel takes without waiting."""
+        while self._unsent:
+            sent = self.send_now(self._unsent[:SOON_VECTORS])
+            if not sent:
+                return
+            _drop(self._unsent, sent)
+
+    def _send_until_arrival(self) -> None:
+        """Send on until there is something to receive, the stream ends, or all is sent."""
+        while self._unsent:
+            self._may_wait()
+            with self._in_use:
+                ready = self._both_ways.poll(self._timeout * 1000 or None)
+            if not ready:
+                raise self._given_up(BlockingIOError())
+            if ready[0][1] != select.POLLOUT:
+                return
+            self._send_on()
+
     def _await_arrival(self) -> None:
         """Wait until there is something to receive, or until the stream ends, which `close` does too."""
+        self._send_until_arrival()
         self._may_wait()
         with self._in_use:
             if self._arrival and not self._arrival.wait(self._timeout):
@@ -337,6 +436,14 @@ class FrameSocket:
             return UnavailableError(f"{waited}; is that process stopped?", self.task)
         reason = error.strerror or error
         return UnavailableError(f"lost the connection to {self.task}: {reason}; has that process died?", self.task)
+
+
+def _drop(views: list[memoryview], count: int) -> None:
+    """Remove the first ``count`` bytes."""
+    while views and count >= views[0].nbytes:
+        count -= views.pop(0).nbytes
+    if count:
+        views[0] = views[0][count:]
 
 
 def _tune(connection: socket.socket) -> None:

@@ -19,6 +19,7 @@ import torch
 from paramserver.layout.arena import ArenaLayout
 from paramserver.memory.arena_memory import HasFileno, StoreMemory, tensor_bytes
 from paramserver.transport.frames import FrameSocket
+from paramserver.transport.together import Steps
 from paramserver.wire.messages import Reply, Request
 
 
@@ -73,6 +74,10 @@ LockPiece = Callable[[Piece], AbstractContextManager[object]]
 """Keeps every task from writing to a piece of the store's memory. Its holder must not wait for a peer."""
 
 
+SendValues = Callable[[int], None]
+"""Sends pieces up to the first so many; each is read under its lock. Raises UnavailableError."""
+
+
 class Lane(abc.ABC):
     """The worker's end. One request at a time: `start`, then `finish`. Not thread-safe.
 
@@ -108,12 +113,12 @@ class Lane(abc.ABC):
 
     @abc.abstractmethod
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
-        """Send a request with a payload. Blocks until it is handed over.
+        """Send a request with a payload. Does not wait for the ps to take it: `finish` sends what it does not take.
 
         Args:
             request: The message.
             outgoing: Pieces of the gradient memory, which belongs to the lane until `finish` returns.
-            rows: Ids and values of table rows, in any memory. They are sent first.
+            rows: Ids and values of table rows, in any memory that stays unchanged until then. They are sent first.
 
         Raises:
             LocalProtocolError: If there are more rows than the declared tables have.
@@ -133,6 +138,10 @@ class Lane(abc.ABC):
             UnavailableError: If the connection is lost, or nothing comes within the lane's time limit.
             RemoteProtocolError: If the peer sends something unexpected.
         """
+
+    def finishing(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Steps | None:
+        """Return the steps of `finish`, for large exchanges with several ps tasks at once; None if there are none."""
+        return None
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
         """Copy rows of a table without a request to the ps, and return whether they were copied.
@@ -203,6 +212,20 @@ class Session(abc.ABC):
             UnavailableError: If the connection is lost.
             RemoteProtocolError: If the payload has fewer bytes left.
         """
+
+    def early_values(self, pieces: Sequence[Piece], lock: LockPiece) -> SendValues | None:
+        """Begin to send values before the reply, while the payload of the request still comes in.
+
+        Only for requests whose worker asks for just these pieces. Then `reply`, which takes no pieces, sends those that
+        are left.
+
+        Returns:
+            Sends the pieces; None if this kind of lane gains nothing by it.
+
+        Raises:
+            UnavailableError: If the connection is lost.
+        """
+        return None
 
     @abc.abstractmethod
     def reply(

@@ -7,7 +7,8 @@ one block of memory and not a copy of the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +20,10 @@ from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import BLOCK
 from paramserver.memory.arena_memory import StoreMemory, payload_memory, tensor_bytes
 from paramserver.transport.frames import FrameSocket
-from paramserver.transport.lane import Lane, LaneKind, LockPiece, Piece, Session, WorkerMemory, whole_blocks
+from paramserver.transport.lane import Lane, LaneKind, LockPiece, Piece, SendValues, Session, WorkerMemory, whole_blocks
+from paramserver.transport.together import Steps
 from paramserver.wire import codec
-from paramserver.wire.messages import Message, Refused, Reply, Request
+from paramserver.wire.messages import EarlyValues, Message, Refused, Reply, Request
 
 NOTHING = memoryview(b"")
 
@@ -58,16 +60,47 @@ class TcpLane(Lane):
         return memory
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
-        self._frames.send(request, [*rows, *map(self._gradients.of, outgoing)])
+        self._frames.begin(request, [*rows, *map(self._gradients.of, outgoing)])
 
     def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
-        reply = expect_reply(self._frames)
+        reply, views = expect_reply(self._frames), [*rows, *map(self._values.of, incoming)]
+        if isinstance(reply, EarlyValues):
+            self._receive(views)
+            reply, views = expect_reply(self._frames), []
         if not isinstance(reply, Refused):
-            for out in rows:
-                self._frames.receive_into(out)
-            for piece in incoming:
-                self._frames.receive_into(self._values.of(piece))
+            self._receive(views)
         return reply
+
+    def finishing(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Steps:
+        return Steps(self._frames, self._moves([*rows, *map(self._values.of, incoming)]))
+
+    def _receive(self, views: Sequence[memoryview]) -> None:
+        for view in views:
+            self._frames.receive_into(view)
+
+    def _moves(self, views: Sequence[memoryview]) -> Generator[None, None, Reply]:
+        """Do `finish`; yield instead of waiting."""
+        reply = yield from self._next_reply()
+        if isinstance(reply, EarlyValues):
+            yield from self._receive_gradually(views)
+            reply, views = (yield from self._next_reply()), []
+        if not isinstance(reply, Refused):
+            yield from self._receive_gradually(views)
+        return reply
+
+    def _next_reply(self) -> Generator[None, None, Reply]:
+        while not self._frames.gather():
+            yield
+        return expect_reply(self._frames)
+
+    def _receive_gradually(self, views: Sequence[memoryview]) -> Generator[None, None, None]:
+        for view in views:
+            received = 0
+            while received < view.nbytes:
+                count = self._frames.receive_now(view[received:])
+                received += count
+                if not count:
+                    yield
 
     def close(self) -> None:
         self._frames.close()
@@ -84,6 +117,8 @@ class TcpSession(Session):
         self._scratch = np.empty(0, dtype=np.uint8)
         self._rooms: dict[Piece, _Room] = {}
         self._values = _Bytes([], [])
+        self._early: _Outgoing | None = None
+        self._early_scratch = self._scratch
 
     def receive(self) -> Request | None:
         return self._frames.receive()  # type: ignore[return-value]  # the server refuses anything else than a request
@@ -107,6 +142,12 @@ class TcpSession(Session):
         self._frames.receive_into(taken.data)
         return taken
 
+    def early_values(self, pieces: Sequence[Piece], lock: LockPiece) -> SendValues:
+        if not self._early_scratch.nbytes:
+            self._early_scratch = payload_memory(self._scratch.nbytes).numpy()  # the other one receives meanwhile
+        self._early = self._outgoing(EarlyValues(), pieces, lock, self._early_scratch)
+        return partial(self._send, self._early)
+
     def reply(
         self,
         reply: Reply,
@@ -115,17 +156,17 @@ class TcpSession(Session):
         rows: Sequence[memoryview] = (),
     ) -> None:
         self._frames.discard_payload()  # a worker that is still sending its payload would not read the reply
+        if self._early is not None:
+            self._send(self._early, len(self._early.pieces))
+            self._early = None
         if rows:
             self._frames.send(reply, rows)
             return
         if lock is None or not pieces:
             self._frames.send(reply)
             return
-        total = sum(self._nbytes(piece) for piece in pieces)
-        head = memoryview(codec.encode(reply, total))
-        for piece in pieces:
-            self._send_values(head, piece, lock, in_place=total >= IN_PLACE)
-            head = NOTHING
+        self._send(self._outgoing(reply, pieces, lock, self._scratch), len(pieces))
+        self._frames.flush()
 
     def close(self) -> None:
         self._frames.close()
@@ -133,31 +174,54 @@ class TcpSession(Session):
     def _nbytes(self, piece: Piece) -> int:
         return (piece.stop - piece.start) * self._layouts[piece.arena].itemsize
 
-    def _send_values(self, head: memoryview, piece: Piece, lock: LockPiece, *, in_place: bool) -> None:
-        """Send a piece of the store's values under its lock, without waiting for the peer while the lock is held.
+    def _outgoing(
+        self, reply: Reply, pieces: Sequence[Piece], lock: LockPiece, scratch: npt.NDArray[np.uint8]
+    ) -> _Outgoing:
+        total = sum(map(self._nbytes, pieces))
+        return _Outgoing(memoryview(codec.encode(reply, total)), pieces, lock, scratch, in_place=total >= IN_PLACE)
 
-        The kernel takes as much as it can from the store's own memory; the rest is copied and sent after the lock.
+    def _send(self, values: _Outgoing, count: int) -> None:
+        """Send the first ``count`` pieces of the store's values, each as it is under its lock.
+
+        No lock is held while this waits for the peer: the kernel takes as much as it can from the store's own memory;
+        the rest is copied and sent after the lock.
         """
-        content = self._values.of(piece)
-        if in_place and not head:
-            self._frames.await_room()
-        with lock(piece):
-            sent = self._frames.send_now([head, content]) if in_place else 0
-            rest = self._copied(content, max(sent - head.nbytes, 0))
-        self._frames.send_views([head[sent:], rest])
-
-    def _copied(self, content: memoryview, start: int) -> memoryview:
-        """Return a copy of the rest of ``content``."""
-        count = content.nbytes - start
-        if not count:
-            return NOTHING
-        copy = self._scratch[:count]
-        np.copyto(copy, np.frombuffer(content, np.uint8, count, start))
-        return copy.data
+        for piece in values.pieces[values.num_sent : count]:
+            self._frames.flush()  # the scratch memory is needed again
+            content, head = self._values.of(piece), values.head
+            if values.in_place and not head:
+                self._frames.await_room()
+            with values.lock(piece):
+                sent = self._frames.send_now([head, content]) if values.in_place else 0
+                rest = _copied(content, max(sent - head.nbytes, 0), values.scratch)
+            self._frames.send_soon([head[sent:], rest])
+            values.head = NOTHING
+            values.num_sent += 1
 
     def _room(self, piece: Piece) -> _Room:
         content = self._scratch[: self._nbytes(piece)]
         return _Room(torch.from_numpy(content).view(self._layouts[piece.arena].torch_dtype), content.data)
+
+
+@dataclasses.dataclass
+class _Outgoing:
+    """Values on their way to a worker.
+
+    Attributes:
+        head: The bytes to send before the next piece.
+        pieces: All pieces, in order.
+        lock: Keeps a piece unchanged.
+        scratch: Memory for one piece.
+        in_place: Whether the pieces are sent from the store's own memory, as far as possible.
+        num_sent: Number of pieces that were handed over.
+    """
+
+    head: memoryview
+    pieces: Sequence[Piece]
+    lock: LockPiece
+    scratch: npt.NDArray[np.uint8]
+    in_place: bool
+    num_sent: int = 0
 
 
 class _Room(NamedTuple):
@@ -194,6 +258,16 @@ def _tensor(layout: ArenaLayout) -> torch.Tensor:
 
 def _gradients(layouts: Sequence[ArenaLayout]) -> list[torch.Tensor]:
     return [_tensor(layout).zero_() for layout in layouts]
+
+
+def _copied(content: memoryview, start: int, scratch: npt.NDArray[np.uint8]) -> memoryview:
+    """Return a copy, in ``scratch``, of the rest of ``content``."""
+    count = content.nbytes - start
+    if not count:
+        return NOTHING
+    copy = scratch[:count]
+    np.copyto(copy, np.frombuffer(content, np.uint8, count, start))
+    return copy.data
 
 
 def expect_reply(frames: FrameSocket) -> Reply:

@@ -21,7 +21,7 @@ import msgspec
 from paramserver.errors import LocalProtocolError, RemoteProtocolError
 from paramserver.wire.messages import AnyMessage, Message
 
-VERSION = 7
+VERSION = 8
 MAGIC = b"PSRV"
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_HANDSHAKE_BYTES = 4 << 10

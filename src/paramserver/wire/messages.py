@@ -289,6 +289,12 @@ class Applied(Message, frozen=True):
     global_step: Step
     staleness: Step
     seconds: float = 0.0
+    read_at: Step | None = None
+    """The global step before this push when the first of its `EarlyValues` was read; None if there were none."""
+
+
+class EarlyValues(Message, frozen=True):
+    """Carries the values that a push pulls, block by block while the push is still under way. `Applied` follows."""
 
 
 class State(Message, frozen=True):
@@ -378,6 +384,7 @@ Request = (
     | VariableRequest | GetStatus | Heartbeat | Goodbye
 )  # fmt: skip
 Reply = (
-    Done | Declared | Applied | State | Values | Remaining | Underway | FilePiece | Wanted | Saved | Status | Refused
+    Done | Declared | Applied | EarlyValues | State | Values | Remaining | Underway | FilePiece | Wanted | Saved
+    | Status | Refused
 )  # fmt: skip
 AnyMessage = Challenge | Hello | Welcome | Request | Reply

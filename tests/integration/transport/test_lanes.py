@@ -178,8 +178,9 @@ def test_a_ps_that_does_not_take_a_payload_is_given_up():
     with tcp() as (lane, _, _):
         lane.open(LARGE)
         lane._frames.set_timeout(0.05)
+        lane.start(messages.GetStatus(), lane_kit.whole(LARGE, [0]))
         with pytest.raises(UnavailableError, match="took"):
-            lane.start(messages.GetStatus(), lane_kit.whole(LARGE, [0]))
+            lane.finish()
 
 
 def test_a_time_limit_that_is_nearly_nothing_is_not_for_ever():
