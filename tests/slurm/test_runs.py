@@ -107,7 +107,7 @@ def test_a_heterogeneous_job_by_hand(slurm: Slurm) -> None:
 def test_two_runs_in_one_allocation_do_not_meet(slurm: Slurm) -> None:
     programs = [slurm.write(f"train{number}.py", LOOP) for number in range(2)]
     launches = [" ".join((*LAUNCH, "--ps", "2", "--workers", "2", program)) for program in programs]
-    script = f"{launches[0]} > first.out & {launches[1]} > second.out & wait"
+    script = f"{launches[0]} > first.out 2>&1 & {launches[1]} > second.out 2>&1 & wait"
     slurm.run("salloc", "--quiet", "--nodes=2", "--ntasks=4", "sh", "-c", script)
     said = [slurm.output(name) for name in ("first", "second")]
     assert all("chief:0 | at 40" in each for each in said)

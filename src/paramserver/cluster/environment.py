@@ -91,6 +91,8 @@ class Environment:
     run_file: Path | None = None
     heartbeat_timeout: float = HEARTBEAT_TIMEOUT
     linger: float = 0.0
+    slurm_jobs: str = ""
+    slurm_port_base: str = ""
     log_level: str = "info"
     log_format: str = "text"
     report_fd: int | None = None
@@ -118,6 +120,8 @@ def read() -> Environment:
         run_file=_path("PARAMSERVER_RUN_FILE"),
         heartbeat_timeout=_seconds("PARAMSERVER_HEARTBEAT_TIMEOUT", HEARTBEAT_TIMEOUT),
         linger=_seconds("PARAMSERVER_LINGER", 0.0),
+        slurm_jobs=os.environ.get("PARAMSERVER_SLURM_JOBS", ""),
+        slurm_port_base=os.environ.get("PARAMSERVER_SLURM_PORT_BASE", ""),
         log_level=os.environ.get("PARAMSERVER_LOG_LEVEL", "info"),
         log_format=os.environ.get("PARAMSERVER_LOG_FORMAT", "text"),
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),

@@ -94,15 +94,16 @@ class SlurmClusterResolver(ClusterResolver):
         return read_step(environment.beginning_with("SLURM"))
 
     def _tasks(self, step: Step) -> list[TaskId]:
-        return assign_roles(environment_jobs() if self._jobs is None else self._jobs, step)
+        jobs = self._jobs
+        if jobs is None:
+            jobs = parse_jobs(environment.read().slurm_jobs or DEFAULT_JOBS, JOBS_VARIABLE)
+        return assign_roles(jobs, step)
 
     def _find_port_base(self, step: Step) -> int:
-        port = environment_port_base() if self._port_base is None else self._port_base
+        port = self._port_base
         if port is None:
-            return port_base_of(step)
-        if not 1 <= port <= LAST_PORT:
-            raise ConfigError(f"slurm: port_base: expected a port from 1 to {LAST_PORT}, got {port}")
-        return port
+            port = _parse_port(environment.read().slurm_port_base)
+        return port_base_of(step) if port is None else _checked_port(port)
 
 
 def port_base_of(step: Step) -> int:
@@ -159,20 +160,16 @@ def show_jobs(jobs: Mapping[str, int]) -> str:
     return ",".join(f"{job}={count}" for job, count in jobs.items())
 
 
-def environment_jobs() -> dict[str, int]:
-    """Return the jobs in the environment of this process, or the default."""
-    text = environment.beginning_with(JOBS_VARIABLE).get(JOBS_VARIABLE)
-    return parse_jobs(text or DEFAULT_JOBS, JOBS_VARIABLE)
-
-
-def environment_port_base() -> int | None:
-    """Return the port base in the environment of this process; None without one."""
-    text = environment.beginning_with(PORT_VARIABLE).get(PORT_VARIABLE)
-    if not text:
-        return None
-    if not (text.isascii() and text.isdecimal()):
+def _parse_port(text: str) -> int | None:
+    if text and not (text.isascii() and text.isdecimal()):
         raise ConfigError(f"{PORT_VARIABLE}: expected a port, got {text!r}")
-    return int(text)
+    return int(text) if text else None
+
+
+def _checked_port(port: int) -> int:
+    if not 1 <= port <= LAST_PORT:
+        raise ConfigError(f"slurm: port base: expected a port from 1 to {LAST_PORT}, got {port}")
+    return port
 
 
 def _checked_jobs(jobs: Mapping[str, int], what: str) -> dict[str, int]:
