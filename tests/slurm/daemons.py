@@ -116,7 +116,7 @@ class Slurm:
         self._jobs: list[Job] = []
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._first = subprocess.Popen(
-            ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", "echo; exec cat"],
+            ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", "echo; cat; exit"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -165,6 +165,8 @@ class Slurm:
 
     def submit(self, name: str, script: str, *options: str) -> str:
         """Submit a batch job whose output goes to ``NAME-ELEMENT.out``, and return its id."""
+        for old in self.folder.glob(f"{name}*.out"):
+            old.unlink()
         path = self.write(f"{name}.sbatch", f"#!/bin/sh\n{script}\n")
         output = f"--output={self.folder}/{name}-%a.out" if any("--array" in each for each in options) else ""
         return self.run("sbatch", "--parsable", output or f"--output={self.folder}/{name}.out", *options, path).strip()
