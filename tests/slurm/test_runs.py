@@ -69,9 +69,10 @@ def test_lanes_are_those_of_several_hosts(slurm: Slurm) -> None:
     assert "chief:0 | at 40" in said
 
 
-def test_more_tasks_than_cpus(slurm: Slurm) -> None:
+@pytest.mark.parametrize("size", [("--ntasks=1",), ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2")])
+def test_more_tasks_than_the_job_asked_for(slurm: Slurm, size: tuple[str, ...]) -> None:
     program = slurm.write("train.py", LOOP)
-    said = slurm.run("salloc", "--quiet", "--ntasks=1", *LAUNCH, "--ps", "2", "--workers", "2", program)
+    said = slurm.run("salloc", "--quiet", *size, *LAUNCH, "--ps", "2", "--workers", "2", program)
     assert "2 ps tasks share 1 node" in said
     assert "chief:0 | at 40" in said
 

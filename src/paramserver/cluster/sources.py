@@ -84,7 +84,7 @@ def own_task(resolver: ClusterResolver) -> tuple[ClusterSpec, TaskId]:
     """
     if isinstance(resolver, TFConfigClusterResolver):
         return named_task()
-    cluster, task_type = resolver.cluster_spec(), resolver.task_type
+    task_type, cluster = resolver.task_type, resolver.cluster_spec()
     if not cluster or task_type is None:
         raise ConfigError(f"cluster: {resolver!r} does not know which task of a cluster this process is")
     return cluster, find_task(cluster, task_type, resolver.task_id or 0)
