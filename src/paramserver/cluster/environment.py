@@ -22,6 +22,11 @@ HEARTBEAT_TIMEOUT = 30.0
 FOR_USERS = (
     ("TF_CONFIG", "JSON, as TensorFlow's: the cluster, and the task of this process."),
     (
+        "PARAMSERVER_TF_CONFIG_FILE",
+        "Path of a file with the content of TF_CONFIG, read if that is not set. It is read again whenever a ps is "
+        "looked for, so that addresses may change during a run.",
+    ),
+    (
         "PARAMSERVER_TOKEN",
         "The secret of the run, the same for all its tasks. Without one, a ps listens on a loopback address only.",
     ),
@@ -111,8 +116,8 @@ def read() -> Environment:
         ConfigError: If a variable has an invalid value.
     """
     return Environment(
-        tf_config=os.environ.get("TF_CONFIG", ""),
-        token=os.environ.get("PARAMSERVER_TOKEN") or _secret_in(os.environ.get("PARAMSERVER_TOKEN_FILE", "")),
+        tf_config=os.environ.get("TF_CONFIG") or _content_of("PARAMSERVER_TF_CONFIG_FILE", "the cluster"),
+        token=os.environ.get("PARAMSERVER_TOKEN") or _secret(),
         insecure=_flag("PARAMSERVER_INSECURE"),
         run_id=os.environ.get("PARAMSERVER_RUN_ID", ""),
         lane=os.environ.get("PARAMSERVER_LANE", "auto"),
@@ -170,17 +175,24 @@ def _path(name: str) -> Path | None:
     return Path(text) if text else None
 
 
-def _secret_in(path: str) -> str:
+def _secret() -> str:
+    path = os.environ.get("PARAMSERVER_TOKEN_FILE")
+    secret = _content_of("PARAMSERVER_TOKEN_FILE", "the secret of the run").rstrip("\r\n")
+    if path and not secret.strip():
+        raise ConfigError(f"PARAMSERVER_TOKEN_FILE: expected the secret of the run in {path!r}, and it is empty")
+    return secret
+
+
+def _content_of(name: str, what: str) -> str:
+    """Return the text in the file that a variable names; nothing if it names none."""
+    path = os.environ.get(name)
     if not path:
         return ""
     try:
-        secret = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise ConfigError(f"PARAMSERVER_TOKEN_FILE: cannot read the secret of the run from {path!r}: {why}") from error
-    if not secret.strip():
-        raise ConfigError(f"PARAMSERVER_TOKEN_FILE: expected the secret of the run in {path!r}, and it is empty")
-    return secret
+        raise ConfigError(f"{name}: cannot read {what} from {path!r}: {why}") from error
 
 
 def _flag(name: str) -> bool:

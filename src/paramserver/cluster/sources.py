@@ -35,6 +35,7 @@ class Source:
 
 SOURCES = (
     Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
+    Source("tf-config-file", "PARAMSERVER_TF_CONFIG_FILE", TFConfigClusterResolver),
     Source("slurm", "SLURM_STEP_ID", SlurmClusterResolver),
 )
 """All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""

@@ -8,7 +8,9 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -42,6 +44,7 @@ def to_cluster(
     lane: str | None = None,
     process: str = "",
     heartbeat_timeout: float | None = None,
+    find_address: FindAddress | None = None,
 ) -> ParameterClient:
     """Connect to every ps of a cluster. The client says goodbye when it is collected or the process ends.
 
@@ -54,6 +57,7 @@ def to_cluster(
         process: As for `new_incarnation`.
         heartbeat_timeout: Seconds after which a silent ps, or this task, counts as lost; 0 for no limit. By default
             that of the environment.
+        find_address: Returns the present address of a ps; by default that of ``cluster``.
 
     Raises:
         DeadlineError: If a ps does not come up within ``timeout`` seconds in all.
@@ -69,11 +73,15 @@ def to_cluster(
         me=identity,
         lane=lane or surroundings.lane,
         run_file=surroundings.run_file,
+        find_address=find_address or cluster.address,
         heartbeats=Heartbeats(surroundings.heartbeat_timeout if heartbeat_timeout is None else heartbeat_timeout),
     )
     client = ParameterClient(dialer.dial_all(timeout), dialer)
     weakref.finalize(client, _leave, client.lanes, os.getpid())
     return client
+
+
+FindAddress: TypeAlias = Callable[[TaskId], str]
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ class ClusterDialer:
         cluster: The cluster.
         me: The identity of this task.
         lane: The name of the lanes to use; see `layout.lanes`.
+        find_address: Returns the present address of a ps.
         heartbeats: The signs of life that this task exchanges with the ps tasks.
         run_file: The file of the run, which is gone when the run is over; None if the run has none.
     """
@@ -118,6 +127,7 @@ class ClusterDialer:
     me: Identity
     lane: str
     heartbeats: Heartbeats
+    find_address: FindAddress
     run_file: Path | None = None
     _has_dialled: bool = False
 
@@ -147,9 +157,8 @@ class ClusterDialer:
 
     def _dial(self, ps: int, kept: WorkerMemory | None, timeout: float) -> Lane:
         task = TaskId(Role.PS, ps)
-        address = self.cluster.address(task)
-        lane = connect(address, str(task), self.me, lane=self.lane, timeout=timeout, is_over=self._is_over, kept=kept)
-
+        find, over = partial(self.find_address, task), self._is_over
+        lane = connect(find, str(task), self.me, lane=self.lane, timeout=timeout, is_over=over, kept=kept)
         try:
             self._watch(ps, lane)
         except BaseException:
@@ -160,7 +169,7 @@ class ClusterDialer:
     def _watch(self, ps: int, lane: Lane) -> None:
         """Exchange heartbeats with a ps on a connection of their own."""
         if limit := self.heartbeats.timeout:
-            address = self.cluster.address(TaskId(Role.PS, ps))
+            address = self.find_address(TaskId(Role.PS, ps))
             frames = connect_heartbeats(address, lane.task, self.me, timeout=REDIAL_TIMEOUT, limit=limit)
             self.heartbeats.watch(ps, frames, lane)
 

@@ -7,6 +7,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar, overload
 
 import torch
@@ -19,6 +20,7 @@ from paramserver.cluster import (
     ClusterSpec,
     Role,
     SimpleClusterResolver,
+    TaskId,
     TFConfigClusterResolver,
     environment,
     id_in_cluster,
@@ -489,7 +491,11 @@ class ParameterServerStrategy(SavingStrategy):
                 self._check_trains("connecting to the ps tasks")
                 limit = self._timeout if timeout is None else timeout
                 self.client = connection.to_cluster(
-                    self.cluster, self.task, limit, heartbeat_timeout=self._heartbeat_timeout
+                    self.cluster,
+                    self.task,
+                    limit,
+                    heartbeat_timeout=self._heartbeat_timeout,
+                    find_address=partial(_find_address, self._resolver, self.cluster),
                 )
         return self.client
 
@@ -614,3 +620,9 @@ def _begin_state(states: Sequence[OptimizerState], carried: Sequence[State]) -> 
     for remote, state in zip(states, carried, strict=True):
         if state:
             remote.write(state)
+
+
+def _find_address(resolver: ClusterResolver, known: ClusterSpec, ps: TaskId) -> str:
+    """Return the present address of a ps: engines start a ps again on another host."""
+    present = resolver.cluster_spec()
+    return (present if ps in present.tasks(ps.role) else known).address(ps)

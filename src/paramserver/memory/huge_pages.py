@@ -74,7 +74,7 @@ def take(data: Tensor) -> None:
     """
     count = data.nbytes // SIZE
     data[: count * SIZE : SIZE] = 0  # needs one page in each: without any page, no huge page is made
-    parts = data[: count * SIZE].split(max(-(-count // TAKERS), 1) * SIZE)
+    parts = torch.split(data[: count * SIZE], max(-(-count // TAKERS), 1) * SIZE)
     with ThreadPoolExecutor(TAKERS, thread_name_prefix="takes memory") as pool:
         list(pool.map(_collapse, parts))
 

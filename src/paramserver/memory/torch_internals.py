@@ -5,7 +5,12 @@ For each of them there is a test that fails first when torch changes it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +27,34 @@ foreach_copy = torch._foreach_copy_
 
 version_of = attrgetter("_version")
 """The number of writes to a tensor, which torch counts for autograd."""
+
+
+@contextlib.contextmanager
+def one_thread_here() -> Iterator[None]:
+    """Return a context in which torch uses one thread for an operator on this thread. Without OpenMP it does nothing.
+
+    ``torch.set_num_threads`` would change it for other threads, too.
+    """
+    count, openmp = torch.get_num_threads(), _openmp()  # torch sets the number of a thread when it is first asked for
+    if count == 1 or openmp is None:
+        yield
+        return
+    openmp.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        openmp.omp_set_num_threads(count)
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """Return the OpenMP library that torch has loaded; None if it has none, or this is not Linux."""
+    try:
+        mapped = Path("/proc/self/maps").read_text().split()
+    except OSError:
+        return None
+    found = next((path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))), None)
+    return None if found is None else ctypes.CDLL(found)
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

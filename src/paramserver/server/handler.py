@@ -19,7 +19,7 @@ from paramserver.layout.variables import DTYPES
 from paramserver.memory.arena_memory import tensor_bytes
 from paramserver.server.checkpoints import Transfer, here, loading_slots, reading_slots, restoring, saving, through_peer
 from paramserver.server.push_plans import PushPlans
-from paramserver.server.updates import TakenRows, apply_all, taken_ids, taken_values
+from paramserver.server.updates import TakenRows, Update, taken_ids, taken_values
 from paramserver.store.membership import Membership
 from paramserver.store.progress import Progress
 from paramserver.store.store import Store
@@ -124,20 +124,21 @@ class RequestHandler:
         step, staleness, seconds, pulled = store.global_step, 0, 0.0, plan.pulled
         read_at: int | None = None
         progress = store.progress(session.incarnation)
+        update = Update(session, progress, rows, plan)
         with progress.lock:
             if self._begins(session, progress, push.sequence):
                 send_values = session.early_values(pulled, self._lock) if plan.answers else None
                 if send_values is not None:
                     read_at, pulled = store.global_step, ()
                 try:
-                    seconds = apply_all(session, progress, rows, plan.applications, send_values, plan.answers)
+                    seconds = update.apply(send_values)
                 except (UnavailableError, RemoteProtocolError):
-                    self._say_partial(session, progress, len(rows) + len(plan.applications))
+                    self._say_partial(update)
                     raise
                 except Exception as error:
                     if session.is_of_program(error):
                         raise
-                    raise self._failed(session, progress, len(rows) + len(plan.applications), error) from error
+                    raise self._failed(update, error) from error
                 if push.counts:
                     step, staleness = store.count_update(push.local_step)
                 progress.end()
@@ -154,19 +155,20 @@ class RequestHandler:
                 task,
             ) from error
 
-    def _say_partial(self, session: Session, progress: Progress, parts: int) -> None:
-        if progress.done:
+    def _say_partial(self, update: Update) -> None:
+        if update.progress.done:
             logger.warning(
                 "%s: %s was lost in the middle of an update: %d of its %d parts are applied; the others follow if it "
                 "comes back",
-                *(self._store.task, session.task, progress.done, parts),
+                *(self._store.task, update.session.task, update.progress.done, update.num_parts),
             )
 
-    def _failed(self, session: Session, progress: Progress, parts: int, error: Exception) -> RefusedError:
+    def _failed(self, update: Update, error: Exception) -> RefusedError:
         """Return the refusal of a push of which a part could not be applied, and end its progress."""
-        progress.end()
+        update.progress.end()
         task = self._store.task
-        what = f"an update of {session.task} failed on {task} after {progress.done} of {parts} parts"
+        done, parts = update.progress.done, update.num_parts
+        what = f"an update of {update.session.task} failed on {task} after {done} of {parts} parts"
         self._complain(error, "an update", what)
         return RefusedError(
             f"{what}, which stay applied; the global step does not count it: {type(error).__name__}: {error}", task

@@ -50,10 +50,10 @@ class Progress:
         """Note that a part begins to be applied."""
         self._is_applying = True
 
-    def leave_part(self) -> None:
-        """Note that the part is applied."""
+    def leave_part(self, count: int = 1) -> None:
+        """Note that the part, or ``count`` parts at once, are applied."""
         self._is_applying = False
-        self.done += 1
+        self.done += count
 
     def end(self) -> None:
         """Note that the update is complete, or has failed."""

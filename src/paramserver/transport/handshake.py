@@ -47,7 +47,7 @@ SHORTEST_WAIT = 0.01
 
 
 def connect(
-    address: str,
+    address: str | Callable[[], str],
     peer: str | None,
     me: Identity,
     *,
@@ -59,7 +59,7 @@ def connect(
     """Connect to the ps ``peer`` at ``address``, trying again until it is up. Blocks for about ``timeout`` at most.
 
     Args:
-        address: The address of the ps, ``host:port``.
+        address: The address of the ps, ``host:port``; or a function that finds it, called for each try.
         peer: The expected ps; None accepts any ps.
         me: The identity of this task.
         lane: The name of a lane, or ``auto``.
@@ -78,7 +78,8 @@ def connect(
     """
     check_platform(f"connecting to {peer or 'a ps'}")
     kinds = usable_lanes(lane, kept)
-    frames, challenge = _reach(address, peer or "the ps", timeout, is_over, WaitLog(me.task, timeout))
+    find = address if callable(address) else lambda: address
+    frames, challenge = _reach(find, peer or "the ps", timeout, is_over, WaitLog(me.task, timeout))
     if peer is None:
         frames.task = peer = challenge.task
     try:
@@ -101,7 +102,7 @@ def connect_heartbeats(address: str, peer: str, me: Identity, *, timeout: float,
     Raises:
         ParameterServerError: As `connect`.
     """
-    frames, challenge = _reach(address, peer, timeout, lambda: False, WaitLog(me.task, timeout))
+    frames, challenge = _reach(lambda: address, peer, timeout, lambda: False, WaitLog(me.task, timeout))
     try:
         return _introduce(frames, challenge, me, "tcp", limit)
     except BaseException:
@@ -110,7 +111,7 @@ def connect_heartbeats(address: str, peer: str, me: Identity, *, timeout: float,
 
 
 def _reach(
-    address: str, peer: str, timeout: float, is_over: Callable[[], bool], log: WaitLog
+    find_address: Callable[[], str], peer: str, timeout: float, is_over: Callable[[], bool], log: WaitLog
 ) -> tuple[FrameSocket, Challenge]:
     """Return a connection to the ps and its challenge, as soon as the ps is up.
 
@@ -120,6 +121,7 @@ def _reach(
     is_resolved = True
     pause = threading.Event()  # only a pause: there is nothing to wait on before the peer listens
     while True:
+        address = find_address()
         try:
             return _try_to_reach(address, peer, give_up)
         except OSError as error:  # an UnavailableError is one

@@ -172,10 +172,13 @@ class Session(abc.ABC):
     Attributes:
         task: The worker at the other end.
         incarnation: The incarnation of the worker.
+        is_at_hand: Whether a gradient is there as soon as its request is: `gradient` may then be called for the pieces
+            in any order and by any thread, and each is valid until the reply.
     """
 
     task: str
     incarnation: str
+    is_at_hand = False
 
     @abc.abstractmethod
     def receive(self) -> Request | None:

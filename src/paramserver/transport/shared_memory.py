@@ -13,7 +13,7 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from paramserver.layout.blocks import BLOCK, blocks_of_rows, touched_blocks
 from paramserver.memory import arena_memory, shared_file
 from paramserver.memory.arena_memory import HasFileno, StoreMemory
 from paramserver.memory.rows import Rows
+from paramserver.memory.side_by_side import side_by_side
 from paramserver.transport.frames import FrameSocket
 from paramserver.transport.lane import (
     Lane,
@@ -105,8 +106,7 @@ class SharedMemoryLane(Lane):
         if not isinstance(reply, Refused):
             for out in rows:
                 self._frames.receive_into(out)
-            for piece in incoming:
-                self._copy(piece)
+            side_by_side([self._copy(piece) for piece in incoming])
         return reply
 
     def copy_rows(self, arena: int, rows: TableRows) -> bool:
@@ -123,14 +123,11 @@ class SharedMemoryLane(Lane):
             self._frames.send_descriptor(file.fileno())
         return shared_file.SharedFile.attach(self._frames.receive_descriptor(), nbytes, self.task)
 
-    def _copy(self, piece: Piece) -> None:
+    def _copy(self, piece: Piece) -> Callable[[], None]:
         copy = self._copies.get(piece)
         if copy is None:
-            copy = self._copies[piece] = _BlockCopy(piece, self._theirs, self._mine)
-        if not copy.run():
-            raise UnavailableError(
-                f"{self.task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", self.task
-            )
+            copy = self._copies[piece] = _BlockCopy(self.task, piece, self._theirs, self._mine)
+        return copy.run
 
 
 def _worker_memory(layouts: Sequence[ArenaLayout]) -> WorkerMemory:
@@ -153,22 +150,30 @@ class _BlockCopy:
     have, so they are refused; see `ORDERED`.
     """
 
-    def __init__(self, piece: Piece, theirs: StoreMemory, mine: WorkerMemory) -> None:
+    def __init__(self, task: str, piece: Piece, theirs: StoreMemory, mine: WorkerMemory) -> None:
         arena, start, stop = piece
+        self._task = task
         self._source = theirs.values[arena][start:stop]
         self._target = mine.values[arena][start:stop]
         self._versions: npt.NDArray[np.uint64] = theirs.versions[arena]
         self._block = start // BLOCK
 
-    def run(self) -> bool:
+    def run(self) -> None:
+        """Copy the block.
+
+        Raises:
+            UnavailableError: If the block is still being written after `TORN_READ_LIMIT`.
+        """
         if self._try():
-            return True
+            return
         give_up = time.monotonic() + TORN_READ_LIMIT
         while time.monotonic() < give_up:
             os.sched_yield()
             if self._try():
-                return True
-        return False
+                return
+        raise UnavailableError(
+            f"{self._task} has been writing the same block for {TORN_READ_LIMIT} s; has it died?", self._task
+        )
 
     def _try(self) -> bool:
         before = self._versions.item(self._block)
@@ -229,6 +234,8 @@ class _RowsCopy:
 
 class SharedMemorySession(Session):
     """The ps's end; see `Session`."""
+
+    is_at_hand = True
 
     def __init__(self, frames: FrameSocket, incarnation: str) -> None:
         self.task = frames.task

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tests.patience import patience
 
-from paramserver.cluster import ClusterSpec, Role, TaskId
+import paramserver as ps
+from paramserver.cluster import ClusterSpec, Role, TaskId, as_tf_config
 from paramserver.distribute import connection
 from paramserver.errors import ConfigError, RefusedError, RunOverError, TokenError, UnavailableError
 from paramserver.layout.arena import ArenaLayout
@@ -101,6 +102,32 @@ def test_a_server_serves_when_it_is_started(free):
     assert client.status()[0].joined == ("chief:0",)
     client.close()
     server.stop()
+
+
+def test_a_ps_that_comes_back_at_another_address_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.setenv("PARAMSERVER_TF_CONFIG_FILE", str(tmp_path / "cluster"))
+
+    (tmp_path / "cluster").write_text("{}")
+
+    def serve():
+        server = Server.create_local_server()
+        cluster = ClusterSpec({"chief": ["127.0.0.1:0"], "ps": [server.target]})
+        (tmp_path / "cluster").write_text(as_tf_config(cluster, TaskId(Role.CHIEF, 0)))
+        return server
+
+    server = serve()
+    strategy = ps.ParameterServerStrategy()
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = strategy.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    server.stop()
+    server = serve()
+    strategy.recover()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert strategy.global_step == 1
+    strategy.close()
+    server.join()
 
 
 def test_v03_a_local_server_picks_its_port():

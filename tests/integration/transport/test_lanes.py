@@ -142,12 +142,12 @@ class Versions:
 
 def copy_of(versions):
     theirs = StoreMemory([torch.ones(4)], [versions])
-    return shared_memory._BlockCopy(Piece(0, 0, 4), theirs, WorkerMemory([torch.zeros(4)], []))
+    return shared_memory._BlockCopy("ps:1", Piece(0, 0, 4), theirs, WorkerMemory([torch.zeros(4)], []))
 
 
 def test_a_read_that_a_write_overtook_is_made_again():
     versions = Versions(2, 4, 5, 6, 6)
-    assert copy_of(versions).run()
+    copy_of(versions).run()
     assert versions.seen == [6]
 
 

@@ -50,6 +50,18 @@ def test_a_file_without_a_token_is_fatal(
         environment.read()
 
 
+def test_the_cluster_may_lie_in_a_file_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.setenv("PARAMSERVER_TF_CONFIG_FILE", str(tmp_path / "cluster"))
+    with pytest.raises(ConfigError, match="PARAMSERVER_TF_CONFIG_FILE: cannot read the cluster from '.*cluster'"):
+        environment.read()
+    for content in ('{"cluster": {}}', "{}"):
+        (tmp_path / "cluster").write_text(content)
+        assert environment.read().tf_config == content
+    monkeypatch.setenv("TF_CONFIG", "of the launcher")
+    assert environment.read().tf_config == "of the launcher"
+
+
 def test_the_variable_comes_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the tasks of a launcher, which gives each run a token of its own."""
     monkeypatch.setenv("PARAMSERVER_TOKEN_FILE", "/missing")
@@ -71,7 +83,7 @@ def test_a_flag_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_each_variable_that_is_read_is_listed() -> None:
     source = Path(environment.__file__).read_text(encoding="utf-8")
-    read = set(re.findall(r'\("(\w+)"(?:, [^)"]*|, "\w*")?\)', source.partition("def read")[2]))
+    read = set(re.findall(r'\("([A-Z_]+)"', source.partition("def read")[2]))
     listed = {name for name, _ in (*environment.FOR_USERS, *environment.FROM_LAUNCHERS)}
     assert read == listed
 
