@@ -31,6 +31,8 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "salloc", "scance
 NODES = ("n1", "n2", "n3")
 CPUS = 8
 KILL_WAIT = 25
+REQUEUE_WAIT = 10
+"""Seconds that a job that is put into the queue again waits there: two minutes on other clusters."""
 PATIENCE = patience(20)
 """Seconds after which a test gives up; nothing takes this long when it works."""
 
@@ -41,7 +43,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire={requeue_wait}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -163,21 +165,30 @@ class Slurm:
         assert code == 0, f"{command} has ended with {code}: {job.said}"
         return job.said
 
-    def submit(self, name: str, script: str, *options: str) -> str:
+    def submit(self, name: str, script: str, *options: str, arguments: tuple[str, ...] = ()) -> str:
         """Submit a batch job whose output goes to ``NAME-ELEMENT.out``, and return its id."""
         for old in self.folder.glob(f"{name}*.out"):
             old.unlink()
-        path = self.write(f"{name}.sbatch", f"#!/bin/sh\n{script}\n")
+        path = self.write(f"{name}.sbatch", script if script.startswith("#!") else f"#!/bin/sh\n{script}\n")
         output = f"--output={self.folder}/{name}-%a.out" if any("--array" in each for each in options) else ""
-        return self.run("sbatch", "--parsable", output or f"--output={self.folder}/{name}.out", *options, path).strip()
+        return self.run(
+            "sbatch", "--parsable", output or f"--output={self.folder}/{name}.out", *options, path, *arguments
+        ).strip()
+
+    def await_true(self, what: str, is_there: Callable[[], bool]) -> None:
+        """Wait until something is there."""
+        end = time.monotonic() + PATIENCE
+        while not is_there():
+            if time.monotonic() > end:
+                raise AssertionError(f"{what}; logs:\n{''.join(self._logs())}")
 
     def await_no_jobs(self) -> None:
         """Wait until all jobs have ended."""
-        self._await("jobs are left", lambda: not self.run("squeue", "--noheader"))
+        self.await_true("jobs are left", lambda: not self.run("squeue", "--noheader"))
 
     def await_output(self, name: str, word: str) -> None:
         """Wait until a batch job has written the word."""
-        self._await(f"{name} lacks {word!r}", lambda: word in self.output(name))
+        self.await_true(f"{name} lacks {word!r}", lambda: word in self.output(name))
 
     def output(self, name: str) -> str:
         """Return what a batch job has written so far."""
@@ -228,7 +239,9 @@ class Slurm:
         (self.folder / "state").mkdir()
         for node in NODES:
             (self.folder / f"spool-{node}").mkdir()
-        config = self.write("slurm.conf", CONFIG.format(folder=self.folder, cpus=CPUS, kill_wait=KILL_WAIT))
+        config = self.write(
+            "slurm.conf", CONFIG.format(folder=self.folder, cpus=CPUS, kill_wait=KILL_WAIT, requeue_wait=REQUEUE_WAIT)
+        )
         assert self._first.stdout is not None
         self._first.stdout.readline()
         head, *nodes = self._network.add("head", *NODES)
@@ -241,11 +254,11 @@ class Slurm:
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={self.folder}/munge.{name}" for option, name in files.items()]
         self._daemon(head, "munged", "--foreground", *options)
-        self._await("munged does not start", (self.folder / "munge.socket").exists)
+        self.await_true("munged does not start", (self.folder / "munge.socket").exists)
         self._daemon(head, "slurmctld", "-D", "-f", config)
         for host in nodes:
             self._daemon(host, "slurmd", "-D", "-f", config)
-        self._await("the nodes are not idle", lambda: self._states() == ["idle"] * len(NODES))
+        self.await_true("the nodes are not idle", lambda: self._states() == ["idle"] * len(NODES))
 
     def _states(self) -> list[str]:
         job = self.start("sinfo", "--noheader", "--Node", "--format=%T")
@@ -267,12 +280,6 @@ class Slurm:
         namespaces = [f"--{name}={host.namespace(kind)}" for name, kind in (("net", "net"), ("mount", "mnt"))]
         inside = ["nsenter", *namespaces, f"--uts={host.namespace('uts')}", f"--pid=/proc/{child}/ns/pid", "--"]
         return [*inside, "sh", "-c", 'cd "$0"; exec "$@"', str(self.folder), *command]
-
-    def _await(self, what: str, is_there: Callable[[], bool]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not is_there():
-            if time.monotonic() > end:
-                raise AssertionError(f"{what}; logs:\n{''.join(self._logs())}")
 
     def _logs(self) -> Iterator[str]:
         for log in sorted(self.folder.glob("*.log")):

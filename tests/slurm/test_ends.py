@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 
 import pytest
 from tests.multihost.cluster import ESTIMATOR, OWN_LOOP
+from tests.multihost.hosts import ROOT
 from tests.slurm.daemons import Slurm
 from tests.slurm.test_runs import LAUNCH, LOOP, MEET, PARAMSERVER
 
@@ -50,6 +52,19 @@ def test_the_chief_saves_at_the_time_limit(slurm: Slurm) -> None:
     slurm.await_output("job", BEGUN)
     slurm.await_output("job", "ended with 143")
     assert saved_step(slurm) > 0
+
+
+def test_the_example_goes_on_when_its_job_is_in_the_queue_again(slurm: Slurm) -> None:
+    shared = FOREVER.replace("/tmp/model", str(slurm.folder / "model"))  # noqa: S108
+    example = (ROOT / "examples" / "slurm" / "train.sbatch").read_text()
+    example = example.replace("paramserver launch", " ".join((*PARAMSERVER, "launch")))
+    options = ("--nodes=3", "--cpus-per-task=1", "--time=10")
+    job = slurm.submit("job", example, *options, arguments=(slurm.write("train.py", shared),))
+    slurm.await_output("job", "worker:2 | begins at")
+    slurm.run("scancel", "--signal=TERM", job)
+    slurm.await_output("job", "chief:0 is asked to leave: saved a checkpoint")
+    begun = re.compile(r"^chief:0 \| begins at 0$.*^chief:0 \| begins at [1-9]", re.DOTALL | re.MULTILINE)
+    slurm.await_true("it does not go on", lambda: begun.search(slurm.output("job")) is not None)
 
 
 def test_ctrl_c_lets_the_chief_save(slurm: Slurm) -> None:
