@@ -1,4 +1,4 @@
-# make demo | test | test-programs | test-multihost | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
+# make demo | test | test-programs | test-multihost | test-slurm | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-programs test-multihost lint types check docs bench bench-report bench-check bench-peers clean
+.PHONY: help demo test test-programs test-multihost test-slurm lint types check docs bench bench-report bench-check bench-peers clean
 
 help: ## show this
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -39,13 +39,19 @@ demo: $(INSTALLED) ## train on bundled data with five processes
 	@$(BIN)/paramserver demo
 
 test: $(INSTALLED) ## all tests but whole programs, the examples of the docstrings included
-	@$(PYTEST) -m "not whole_program and not multihost" tests src
+	@$(PYTEST) -m "not whole_program and not multihost and not slurm" tests src
 
 test-programs: $(INSTALLED) ## the examples, the demo, the benchmarks in short, and runs whose tasks are all killed
 	@$(PYTEST) -m whole_program tests
 
 test-multihost: $(INSTALLED) ## runs on several hosts, which are made of network namespaces; skipped without root
 	@$(PYTEST) -m multihost tests/multihost
+
+test-slurm: $(INSTALLED) ## runs on a Slurm of three nodes on this machine; installs Debian's packages of it, as root
+	@command -v slurmctld slurmd munged ip >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge iproute2; } || \
+	  { echo "error: expected Debian's packages slurm-wlm, munge and iproute2, and could not install them; install them as root" >&2; exit 1; }
+	@$(BIN)/pytest -m slurm tests/slurm
 
 lint: $(INSTALLED) ## ruff and codespell
 	@$(BIN)/ruff check .

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paramserver import summary as summary
     from paramserver.cluster import ClusterSpec as ClusterSpec
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
+    from paramserver.cluster import SlurmClusterResolver as SlurmClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
     from paramserver.cluster import UnionClusterResolver as UnionClusterResolver
     from paramserver.cluster import resolve as resolve
@@ -54,6 +55,7 @@ _HOMES = {
     "ReplicaContext": "distribute.replicas.context",
     "Server": "server.server",
     "SimpleClusterResolver": "cluster",
+    "SlurmClusterResolver": "cluster",
     "TFConfigClusterResolver": "cluster",
     "UnionClusterResolver": "cluster",
     "ValueContext": "distribute.core.input_context",

@@ -24,6 +24,7 @@ PUBLIC = [
     "ReplicaContext",
     "Server",
     "SimpleClusterResolver",
+    "SlurmClusterResolver",
     "TFConfigClusterResolver",
     "UnionClusterResolver",
     "ValueContext",

@@ -18,6 +18,7 @@ from paramserver.cluster.roles import (
     validate_cluster,
     worker_count,
 )
+from paramserver.cluster.slurm import SlurmClusterResolver
 from paramserver.cluster.sources import own_task, resolve
 from paramserver.cluster.spec import ClusterDef, ClusterLike, ClusterSpec
 from paramserver.cluster.task import Role, TaskId
@@ -38,6 +39,7 @@ __all__ = [
     "DuplicateTaskError",
     "Role",
     "SimpleClusterResolver",
+    "SlurmClusterResolver",
     "TFConfigClusterResolver",
     "TaskId",
     "UnionClusterResolver",

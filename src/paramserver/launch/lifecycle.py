@@ -158,6 +158,10 @@ class Lifecycle:
         elif not self._is_training:
             self._end_ps_tasks(now)
 
+    def told_all(self) -> None:
+        """Note that every task was told to end, as where tasks cannot be told one by one."""
+        self._told |= self.running
+
     def num_failures(self, task: TaskId) -> int:
         """Return how often a task has failed within the restart window."""
         return len(self._deaths[task])
