@@ -1,4 +1,4 @@
-# make demo | test | test-programs | test-multihost | test-kubernetes | goldens | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
+# make demo | test | test-programs | test-multihost | test-slurm | test-kubernetes | goldens | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-programs test-multihost test-kubernetes goldens lint types check docs bench bench-report bench-check bench-peers clean
+.PHONY: help demo test test-programs test-multihost test-slurm test-kubernetes goldens lint types check docs bench bench-report bench-check bench-peers clean
 
 help: ## show this
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -40,7 +40,7 @@ demo: $(INSTALLED) ## train on bundled data with five processes
 	@$(BIN)/paramserver demo
 
 test: $(INSTALLED) ## all tests but whole programs, the examples of the docstrings included
-	@$(PYTEST) -m "not whole_program and not multihost and not kubernetes" tests src
+	@$(PYTEST) -m "not whole_program and not multihost and not slurm and not kubernetes" tests src
 
 test-programs: $(INSTALLED) ## the examples, the demo, the benchmarks in short, and runs whose tasks are all killed
 	@$(PYTEST) -m whole_program tests
@@ -53,6 +53,12 @@ test-kubernetes: $(SCHEMAS) ## manifests for Kubernetes against the published sc
 
 goldens: $(INSTALLED) ## write the manifests anew that the tests compare with; look at the difference before a commit
 	@$(BIN)/python -m tests.unit.launch.goldens.renew
+
+test-slurm: $(INSTALLED) ## runs on a Slurm of three nodes on this machine; installs Debian's packages of it, as root
+	@command -v slurmctld slurmd munged ip >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge iproute2; } || \
+	  { echo "error: expected Debian's packages slurm-wlm, munge and iproute2, and could not install them; install them as root" >&2; exit 1; }
+	@$(BIN)/pytest -m slurm tests/slurm
 
 lint: $(INSTALLED) ## ruff and codespell
 	@$(BIN)/ruff check .

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paramserver.cluster import ClusterSpec as ClusterSpec
     from paramserver.cluster import JobSetClusterResolver as JobSetClusterResolver
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
+    from paramserver.cluster import SlurmClusterResolver as SlurmClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
     from paramserver.cluster import UnionClusterResolver as UnionClusterResolver
     from paramserver.cluster import resolve as resolve
@@ -56,6 +57,7 @@ _HOMES = {
     "ReplicaContext": "distribute.replicas.context",
     "Server": "server.server",
     "SimpleClusterResolver": "cluster",
+    "SlurmClusterResolver": "cluster",
     "TFConfigClusterResolver": "cluster",
     "UnionClusterResolver": "cluster",
     "ValueContext": "distribute.core.input_context",

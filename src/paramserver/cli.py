@@ -287,6 +287,8 @@ def task(
     settings = {**option_variables(options), **({"PARAMSERVER_LANE": lane} if lane else {})}
     if not isinstance(resolver, TFConfigClusterResolver):
         settings["TF_CONFIG"] = as_tf_config(known, me)  # what the script and the server read
+        if resolver.linger and not environment.is_set("PARAMSERVER_LINGER"):
+            settings["PARAMSERVER_LINGER"] = f"{resolver.linger:g}"
     own_process.prepare(options, settings)
     if me.role is Role.PS:
         _serve(insecure=insecure)

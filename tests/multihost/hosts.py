@@ -109,7 +109,7 @@ class Host:
         name: Its name.
         number: Its number among the hosts of its network; the last part of its addresses.
         switch: The namespaces with the bridge.
-        warm: Starts the processes.
+        warm: Starts the processes, if `start` is called.
 
     Attributes:
         ipv4: Its IPv4 address.
@@ -117,7 +117,7 @@ class Host:
         root: Its files, as seen from outside.
     """
 
-    def __init__(self, name: str, number: int, switch: Namespaces, warm: Warm) -> None:
+    def __init__(self, name: str, number: int, switch: Namespaces, warm: Warm | None) -> None:
         self.name = name
         self.ipv4 = f"10.0.0.{number}"
         self.ipv6 = f"fd00::{number:x}"
@@ -150,7 +150,12 @@ class Host:
 
     def start(self, module: str, *arguments: str, env: Mapping[str, str]) -> Task:
         """Start ``python -m MODULE ARGUMENTS...`` in ``/tmp`` of this host, with torch imported already."""
+        assert self._warm is not None
         return self._warm.task(ENTER, str(self._namespaces.pid), module, *arguments, env=env)
+
+    def namespace(self, kind: str) -> str:
+        """Return the file of one of its namespaces: ``net``, ``mnt`` or ``uts``."""
+        return f"/proc/{self._namespaces.pid}/ns/{kind}"
 
     def run(self, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command in this host to its end."""
@@ -185,13 +190,13 @@ class Network:
     """Hosts on one bridge. A context manager.
 
     Args:
-        warm: Starts their processes.
+        warm: Starts their processes; None for hosts whose processes are started by others.
 
     Attributes:
         hosts: By name.
     """
 
-    def __init__(self, warm: Warm) -> None:
+    def __init__(self, warm: Warm | None = None) -> None:
         self.hosts: dict[str, Host] = {}
         self._warm = warm
         self._switch = Namespaces(MAKE_SWITCH)

@@ -276,6 +276,29 @@ def test_a_task_that_is_a_ps_serves_and_needs_no_script(
     assert served == [{"insecure": True}]
 
 
+SLURM_PS = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "0",
+}
+
+
+@pytest.mark.parametrize(("given", "linger"), [(None, "20"), ("5", "5")])
+def test_a_task_of_slurm_is_told_its_cluster_and_lingers(
+    monkeypatch: pytest.MonkeyPatch, starts_anew: list[tuple[str, ...]], given: str | None, linger: str
+) -> None:
+    for name, value in {**SLURM_PS, "PARAMSERVER_LINGER": given or "", "TF_CONFIG": ""}.items():
+        monkeypatch.setenv(name, value)
+    if given is None:
+        monkeypatch.delenv("PARAMSERVER_LINGER")
+    replace_module(monkeypatch, "paramserver.server.server", run_standard_server=lambda **_: None)
+    assert invoke("task", "--cluster", "slurm", "is-not-here.py").exit_code == 0
+    assert json.loads(os.environ["TF_CONFIG"])["cluster"] == {"ps": ["n1:20496"], "chief": ["n2:0"]}
+    assert os.environ["PARAMSERVER_LINGER"] == linger
+
+
 def test_a_task_starts_its_program_once_more_for_the_tunables_of_glibc(
     monkeypatch: pytest.MonkeyPatch, starts_anew: list[tuple[str, ...]]
 ) -> None:

@@ -25,6 +25,7 @@ PUBLIC = [
     "ReplicaContext",
     "Server",
     "SimpleClusterResolver",
+    "SlurmClusterResolver",
     "TFConfigClusterResolver",
     "UnionClusterResolver",
     "ValueContext",

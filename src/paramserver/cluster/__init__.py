@@ -19,6 +19,7 @@ from paramserver.cluster.roles import (
     validate_cluster,
     worker_count,
 )
+from paramserver.cluster.slurm import SlurmClusterResolver
 from paramserver.cluster.sources import own_task, resolve
 from paramserver.cluster.spec import ClusterDef, ClusterLike, ClusterSpec
 from paramserver.cluster.task import Role, TaskId
@@ -40,6 +41,7 @@ __all__ = [
     "JobSetClusterResolver",
     "Role",
     "SimpleClusterResolver",
+    "SlurmClusterResolver",
     "TFConfigClusterResolver",
     "TaskId",
     "UnionClusterResolver",

@@ -44,6 +44,18 @@ FOR_USERS = (
         "PARAMSERVER_HEARTBEAT_TIMEOUT",
         "Seconds after which a task that gives no sign of life counts as lost (default: 30); 0 for no limit.",
     ),
+    (
+        "PARAMSERVER_LINGER",
+        "Seconds that a ps that is asked to leave goes on serving while workers are connected (default: 0; Slurm and JobSet: 20).",
+    ),
+    (
+        "PARAMSERVER_SLURM_JOBS",
+        "Roles of a Slurm step's tasks, such as ps=2,evaluator=1; the others are a chief and workers (default: ps=1).",
+    ),
+    (
+        "PARAMSERVER_SLURM_PORT_BASE",
+        "Port of ps:0 of a Slurm step; ps:1 has the next one (default: follows from the ids of job and step).",
+    ),
     ("PARAMSERVER_LOG_LEVEL", "Least level of the log of a command: debug, info (default), warning or error."),
     ("PARAMSERVER_LOG_FORMAT", "text (default), or json: each line of the log is an object."),
     (
@@ -91,6 +103,9 @@ class Environment:
     listen_fd: int | None = None
     run_file: Path | None = None
     heartbeat_timeout: float = HEARTBEAT_TIMEOUT
+    linger: float = 0.0
+    slurm_jobs: str = ""
+    slurm_port_base: str = ""
     log_level: str = "info"
     log_format: str = "text"
     report_fd: int | None = None
@@ -117,6 +132,9 @@ def read() -> Environment:
         listen_fd=_descriptor("PARAMSERVER_LISTEN_FD"),
         run_file=_path("PARAMSERVER_RUN_FILE"),
         heartbeat_timeout=_seconds("PARAMSERVER_HEARTBEAT_TIMEOUT", HEARTBEAT_TIMEOUT),
+        linger=_seconds("PARAMSERVER_LINGER", 0.0),
+        slurm_jobs=os.environ.get("PARAMSERVER_SLURM_JOBS", ""),
+        slurm_port_base=os.environ.get("PARAMSERVER_SLURM_PORT_BASE", ""),
         log_level=os.environ.get("PARAMSERVER_LOG_LEVEL", "info"),
         log_format=os.environ.get("PARAMSERVER_LOG_FORMAT", "text"),
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),
@@ -154,6 +172,11 @@ def values(names: Iterable[str]) -> dict[str, str]:
 def is_set(name: str) -> bool:
     """Return whether the user has set a variable, so that it must not get a default."""
     return name in os.environ
+
+
+def beginning_with(prefix: str) -> dict[str, str]:
+    """Return the variables whose names begin with a prefix, such as those that an engine sets."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
 
 
 def _seconds(name: str, default: float) -> float:

@@ -22,6 +22,10 @@ from paramserver.errors import ConfigError
 PORT = 2222
 """The port of a ps unless another is given, as in TensorFlow's operators."""
 
+LINGER = 20.0
+"""Seconds that a ps goes on serving after SIGTERM, unless the manifest says otherwise. All pods of a JobSet are told to
+end at once, and have 30 seconds by default."""
+
 LABELS = {
     "JOBSET_NAME": "jobset.sigs.k8s.io/jobset-name",
     "REPLICATED_JOB_NAME": "jobset.sigs.k8s.io/replicatedjob-name",
@@ -76,6 +80,7 @@ class JobSetClusterResolver(ClusterResolver):
     """
 
     _environment = "kubernetes"
+    linger = LINGER
 
     def __init__(
         self,

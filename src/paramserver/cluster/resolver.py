@@ -34,6 +34,10 @@ class ClusterResolver(ABC):
     that was found, and setting None restores the latter.
     """
 
+    linger: float = 0.0
+    """Seconds that a ps that is asked to leave goes on serving while workers are connected, unless the environment says
+    otherwise. Above 0 for an engine that asks all tasks at once, among them a chief that still has to save."""
+
     _task_type: str | None = None
     _task_id: int | None = None
     _rpc_layer: str | None = None

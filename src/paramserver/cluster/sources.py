@@ -10,6 +10,7 @@ from paramserver.cluster import environment
 from paramserver.cluster.jobset import JobSetClusterResolver
 from paramserver.cluster.resolver import ClusterResolver
 from paramserver.cluster.roles import find_task
+from paramserver.cluster.slurm import SlurmClusterResolver
 from paramserver.cluster.spec import ClusterSpec, expected_one_of
 from paramserver.cluster.task import TaskId
 from paramserver.cluster.tf_config import TFConfigClusterResolver, named_task
@@ -37,6 +38,7 @@ SOURCES = (
     Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
     Source("tf-config-file", "PARAMSERVER_TF_CONFIG_FILE", TFConfigClusterResolver),
     Source("jobset", "JOBSET_NAME", JobSetClusterResolver),
+    Source("slurm", "SLURM_STEP_ID", SlurmClusterResolver),
 )
 """All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""
 
@@ -85,7 +87,7 @@ def own_task(resolver: ClusterResolver) -> tuple[ClusterSpec, TaskId]:
     """
     if isinstance(resolver, TFConfigClusterResolver):
         return named_task()
-    cluster, task_type = resolver.cluster_spec(), resolver.task_type
+    task_type, cluster = resolver.task_type, resolver.cluster_spec()
     if not cluster or task_type is None:
         raise ConfigError(f"cluster: {resolver!r} does not know which task of a cluster this process is")
     return cluster, find_task(cluster, task_type, resolver.task_id or 0)

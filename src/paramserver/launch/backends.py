@@ -45,7 +45,7 @@ class Backend(Protocol):
         """Return a description of exactly what `launch` would start. Starts nothing."""
 
 
-BACKENDS = {LOCAL: "paramserver.launch.local"}
+BACKENDS = {LOCAL: "paramserver.launch.local", "slurm": "paramserver.launch.slurm"}
 """Modules of the backends by name."""
 
 

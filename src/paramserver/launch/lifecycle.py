@@ -160,6 +160,10 @@ class Lifecycle:
         elif not self._is_training:
             self._end_ps_tasks(now)
 
+    def told_all(self) -> None:
+        """Note that every task was told to end, as where tasks cannot be told one by one."""
+        self._told |= self.running
+
     def count(self, task: TaskId) -> str:
         """Return how often a task has failed within the restart window, of how often it may."""
         return f"{len(self._deaths[task])} of {self._limits.restarts}"

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 GRACE = 60.0
 """Seconds that a ps, when all others are done, waits for workers that it never saw and for a chief that was lost."""
+RECONNECTION = 2.0
+"""Seconds in which a worker that is about to come back does so."""
 REPORT_INTERVAL = 0.5
 SIGNAL_INTERVAL = 0.5
 """Seconds until a signal has its effect at the latest."""
@@ -185,6 +187,15 @@ class Server:
         self._listener.close()
         self._membership.stop()
 
+    def await_alone(self, timeout: float) -> None:
+        """Wait until no worker is connected for a while, or the server is stopped, for ``timeout`` seconds at most."""
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            self._membership.await_alone("", left)
+            # A chief whose step was interrupted connects anew before it saves.
+            if not self._membership.await_company(min(RECONNECTION, left)):
+                return
+
     @property
     def is_over(self) -> bool:
         """Whether the run is over: the chief and all other workers have finished or are gone."""
@@ -230,7 +241,8 @@ class Server:
 def run_standard_server(*, insecure: bool = False) -> None:
     """Serve as the ps task that TF_CONFIG names until the run is over. Blocks.
 
-    SIGTERM and SIGINT end it early, with the requests that are under way. Main thread only.
+    SIGTERM and SIGINT end it early, with the requests that are under way. With ``PARAMSERVER_LINGER`` it goes on until
+    no worker is connected, for so many seconds at most; a second signal ends it at once. Main thread only.
 
     Args:
         insecure: As in `Server`.
@@ -245,7 +257,7 @@ def run_standard_server(*, insecure: bool = False) -> None:
     """
     cluster, task = server_task()
     server = Server(cluster, task.role, task.index, insecure=insecure)
-    with report_progress(server), _stopped_by_signals(server) as received:
+    with report_progress(server), _stopped_by_signals(server, environment.read().linger) as received:
         logger.info("%s serves at %s", server.task, server.target)
         server.join()
     if received and not server.is_over:
@@ -256,20 +268,36 @@ def run_standard_server(*, insecure: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(server: Server) -> Iterator[list[int]]:
+def _stopped_by_signals(server: Server, linger: float) -> Iterator[list[int]]:
     """Provide a list of the signals that have asked the server to leave."""
     received: list[int] = []
+    asked = threading.Event()
+
+    def stop_when_alone() -> None:
+        asked.wait()
+        server.await_alone(linger)
+        server.request_stop()
 
     def leave(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        server.request_stop()
+        if linger and len(received) == 1:
+            asked.set()
+        else:
+            server.request_stop()
 
+    thread = threading.Thread(target=stop_when_alone, name=f"{server.task} lingers")
+    if linger:
+        thread.start()
     handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        server.request_stop()
+        asked.set()
+        if thread.ident:
+            thread.join()
 
 
 def play_in_process(device: torch.device | str = "cpu", index: int = 0) -> Callable[[], InProcessLane]:

@@ -186,6 +186,12 @@ class Membership:
             self._changed.wait_for(lambda: self._stopped or is_alone(), timeout)
             return self.joined(besides=task)
 
+    def await_company(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until a worker is connected, and return whether one is; not once stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or bool(self.joined()), timeout)
+            return bool(self.joined()) and not self._stopped
+
     @property
     def outlook(self) -> Outlook:
         """State of the run at this moment."""

@@ -181,6 +181,19 @@ def test_stop_ends_a_join_without_an_error_and_may_come_first_or_twice(free):
         assert joining.error is None
 
 
+def test_a_ps_can_wait_until_its_workers_have_left(monkeypatch):
+    monkeypatch.setattr("paramserver.server.server.RECONNECTION", 0.01)
+    with LocalCluster(ps=1) as cluster:
+        worker = cluster.client("worker:0")
+        waiting = threading.Thread(target=cluster.servers[0].await_alone, args=(PATIENCE,))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        worker.close()
+        waiting.join(PATIENCE)
+        assert not waiting.is_alive()
+
+
 def test_stop_ends_the_waits_of_workers():
     with LocalCluster(ps=1) as cluster:
         worker = cluster.client("worker:0")

@@ -59,9 +59,11 @@ def test_sigterm_ends_a_script_with_143(tmp_path: Path, warm: Warm) -> None:
     assert task.ends() == (143, "")
 
 
-def test_sigterm_ends_a_ps_with_143() -> None:
+@pytest.mark.parametrize("linger", ["0", "20"])
+def test_sigterm_ends_a_ps_with_143(linger: str) -> None:
+    """Also one that would linger, if a worker were connected."""
     command = [sys.executable, "-m", "paramserver", "task", "--log-format", "json", "not-needed.py"]
-    env = {**os.environ, **config("ps", port=free_port())}
+    env = {**os.environ, **config("ps", port=free_port()), "PARAMSERVER_LINGER": linger}
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "ps:0 serves at 127.0.0.1" in json.loads(process.stderr.readline())["message"]

@@ -67,7 +67,7 @@ def test_a_printed_manifest_is_read_as_it_was_meant(tmp_path: Path) -> None:
     assert jobset.max_restarts == 0
     assert jobset.secrets == {"recommender-token": {"token": "0123"}}
     (ps, *_) = jobset.jobs
-    assert (ps.backoff_limit, ps.grace, ps.port) == (5, 130.0, 5000)
+    assert (ps.backoff_limit, ps.grace, ps.port) == (5, 80.0, 5000)
     assert [rule.codes for rule in ps.exit_rules] == [{75, 130, 143}]
     assert {"images", "resources", "probes", "security contexts"} <= set(jobset.left_out)
 

@@ -217,3 +217,11 @@ def test_a_ps_is_not_started_again_when_the_chief_has_finished() -> None:
     lifecycle.ended(CHIEF, WELL, 0)
     assert lifecycle.ended(PS, Ending(137, 9), 1) is None
     assert lifecycle.ended(WORKER, Ending(137, 9), 1) is None  # nor anybody, because the run is stopped
+
+
+def test_tasks_that_were_all_told_at_once_cannot_fail(lifecycle: Lifecycle) -> None:
+    lifecycle.ended(CHIEF, Ending(3), 0.0)
+    lifecycle.told_all()
+    lifecycle.ended(PS, Ending(143), 1.0)
+    assert lifecycle.culprit == (CHIEF, Ending(3))
+    assert lifecycle.summary == "error: chief:0 exited with code 3; the run was stopped"

@@ -212,3 +212,12 @@ def test_a_process_with_a_slow_clock_takes_the_place_of_one_that_is_gone():
     membership.join(FIRST, NEW)
     membership.disconnect(FIRST, NEW)
     assert membership.join(FIRST, OLD) == 0
+
+
+def test_company_is_waited_for_and_not_once_stopped():
+    membership = play("")
+    assert not membership.await_company(0.0)
+    membership.join(CHIEF, "one start")
+    assert membership.await_company(0.0)
+    membership.stop()
+    assert not membership.await_company(60.0)

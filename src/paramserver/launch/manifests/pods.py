@@ -20,6 +20,10 @@ COMMAND = ["paramserver", "task"]
 TOKEN = "PARAMSERVER_TOKEN"  # noqa: S105  # the name of a variable
 TOKEN_KEY = "token"  # noqa: S105  # the name of a key
 MODEL_DIR = "MODEL_DIR"
+LINGER = "PARAMSERVER_LINGER"
+
+SPARE = 10
+"""Seconds."""
 
 SHARED_MEMORY = {"medium": "Memory", "sizeLimit": "1Gi"}
 """For /dev/shm, where the workers of a DataLoader pass batches; a container has 64 MiB without it."""
@@ -96,7 +100,7 @@ def pod_spec(
     resources = options.resources_of(role)
     spec: Object = {
         "restartPolicy": restart_policy,
-        "terminationGracePeriodSeconds": options.shutdown_timeout * (2 if role is Role.PS else 1) + 10,
+        "terminationGracePeriodSeconds": _grace(options, role),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {
@@ -112,7 +116,7 @@ def pod_spec(
                 "image": options.image,
                 "command": list(COMMAND),
                 "args": options.task_arguments,
-                "env": [*env, *_common_env(options)],
+                "env": [*env, *_common_env(options, role)],
                 "resources": {"requests": resources, "limits": resources},
                 "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                 **(_serving(options) if role is Role.PS else {}),
@@ -125,18 +129,24 @@ def pod_spec(
     return spec
 
 
-def _common_env(options: ManifestOptions) -> list[Object]:
+def _grace(options: ManifestOptions, role: Role) -> int:
+    """Return the seconds between SIGTERM and SIGKILL, with some to spare; those of a ps are over last."""
+    return options.shutdown_timeout + SPARE * (2 if role is Role.PS else 1)
+
+
+def _common_env(options: ManifestOptions, role: Role) -> list[Object]:
     token = {"name": TOKEN, "valueFrom": {"secretKeyRef": {"name": options.secret_name, "key": TOKEN_KEY}}}
     where = MOUNT if options.pvc is not None else options.model_dir
     model_dir = [] if where is None else [variable(MODEL_DIR, where)]
-    return [token, *model_dir, variable("PYTHONUNBUFFERED", 1)]
+    # All pods are told to end at once, and a ps has to serve a chief that still saves.
+    linger = [variable(LINGER, _grace(options, Role.CHIEF))] if role is Role.PS else []
+    return [token, *model_dir, *linger, variable("PYTHONUNBUFFERED", 1)]
 
 
 def _serving(options: ManifestOptions) -> Object:
     """Return the parts of a container that serves.
 
-    The probe looks for the listening port in the kernel's table: a connection would be one of a stranger to the ps. The
-    hook keeps a ps alive while the chief, which is told to leave at the same time, still saves.
+    The probe looks for the listening port in the kernel's table: a connection would be one of a stranger to the ps.
     """
     listening = f":{options.port:04X} 0*:0000 0A"
     return {
@@ -145,5 +155,4 @@ def _serving(options: ManifestOptions) -> Object:
             "exec": {"command": ["grep", "-q", listening, "/proc/net/tcp", "/proc/net/tcp6"]},
             "periodSeconds": 5,
         },
-        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(options.shutdown_timeout)]}}},
     }
