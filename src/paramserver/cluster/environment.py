@@ -46,7 +46,8 @@ FOR_USERS = (
     ),
     (
         "PARAMSERVER_LINGER",
-        "Seconds that a ps that is asked to leave goes on serving while workers are connected (default: 0; Slurm and JobSet: 20).",
+        "Seconds that a ps that is asked to leave goes on serving while workers are connected (default: 0; Slurm and "
+        "JobSet: 20).",
     ),
     (
         "PARAMSERVER_SLURM_JOBS",
