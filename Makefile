@@ -67,7 +67,7 @@ lint: $(INSTALLED) ## ruff and codespell
 types: $(INSTALLED) ## mypy
 	@$(BIN)/mypy
 
-check: lint types test test-programs test-kubernetes ## what CI runs, with docs
+check: lint types test test-programs test-multihost test-kubernetes ## what CI runs, with docs
 
 docs: $(DOCS) ## the pages of docs/ and a reference of all public names, in site/; a warning or a dead link fails it
 	@rm -rf site
