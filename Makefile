@@ -46,7 +46,7 @@ test-programs: $(INSTALLED) ## the examples, the demo, the benchmarks in short, 
 	@$(PYTEST) -m whole_program tests
 
 test-multihost: $(INSTALLED) ## runs on several hosts, which are made of network namespaces; skipped without root
-	@$(PYTEST) -m multihost tests/multihost
+	@$(BIN)/pytest -m multihost tests/multihost
 
 test-kubernetes: $(SCHEMAS) ## manifests for Kubernetes against the published schemas of what they describe
 	@$(BIN)/pytest -m kubernetes tests/kubernetes
