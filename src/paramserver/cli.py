@@ -7,6 +7,7 @@ do not need it.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from paramserver.cluster import environment, logs
 from paramserver.cluster.exit_codes import exit_code
-from paramserver.cluster.sources import SOURCES
+from paramserver.cluster.sources import SOURCES, find_source
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.backends import BACKENDS, load
 from paramserver.launch.jobsets.options import JobSetOptions, parse_mounts
@@ -46,6 +47,8 @@ ENVIRONMENT = "\n\n".join(
         _listed("Set by launchers for their tasks", environment.FROM_LAUNCHERS),
     )
 )
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="Parameter-server training for PyTorch.",
@@ -268,7 +271,7 @@ def task(
     quota of its control group; OMP_NUM_THREADS and GLIBC_TUNABLES are set unless they are set already.
     """
     check_platform("task")
-    from paramserver.cluster import Role, TFConfigClusterResolver, as_tf_config, own_task, resolve
+    from paramserver.cluster import Role, TFConfigClusterResolver, as_tf_config, own_task
     from paramserver.launch import own_process
     from paramserver.launch import task as task_script
 
@@ -282,10 +285,13 @@ def task(
         log_level=log_level,
         log_format=log_format,
     )
-    resolver = resolve(cluster)
+    source, why = find_source(cluster)
+    resolver = source.resolver()
     known, me = own_task(resolver)
     settings = {**option_variables(options), **({"PARAMSERVER_LANE": lane} if lane else {})}
     if not isinstance(resolver, TFConfigClusterResolver):
+        _set_up_logs(str(me), log_level, log_format)
+        logger.info("%s", why)
         settings["TF_CONFIG"] = as_tf_config(known, me)  # what the script and the server read
         if resolver.linger and not environment.is_set("PARAMSERVER_LINGER"):
             settings["PARAMSERVER_LINGER"] = f"{resolver.linger:g}"
@@ -306,15 +312,19 @@ def server(insecure: Insecure = False, log_level: LogLevel = None, log_format: L
     _serve(insecure=insecure, log_level=log_level, log_format=log_format)
 
 
-def _serve(*, insecure: bool, log_level: str | None = None, log_format: str | None = None) -> None:
-    from paramserver.cluster import server_task
-
-    _, me = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+def _set_up_logs(task: str, log_level: str | None, log_format: str | None) -> None:
     surroundings = environment.read()
     level, form = log_level or surroundings.log_level, log_format or surroundings.log_format
     logs.check_level(level, "--log-level")
     logs.check_format(form, "--log-format")
-    logs.set_up(str(me), level, form, names_task=surroundings.run_file is None)
+    logs.set_up(task, level, form, names_task=surroundings.run_file is None)
+
+
+def _serve(*, insecure: bool, log_level: str | None = None, log_format: str | None = None) -> None:
+    from paramserver.cluster import server_task
+
+    _, me = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+    _set_up_logs(str(me), log_level, log_format)
     from paramserver.server.server import run_standard_server
 
     try:
