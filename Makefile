@@ -76,7 +76,7 @@ docs: $(DOCS) ## the pages of docs/ and a reference of all public names, in site
 
 bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with the promises about them
 	@$(BIN)/python -m benchmarks promises
-	@$(BIN)/python -m benchmarks network
+	@for case in network neighbour prepare; do $(BIN)/python -m benchmarks $$case; done
 
 bench-report: $(PLOTTING) ## docs/performance.md from benchmarks/results.jsonl
 	@$(BIN)/python -m benchmarks report benchmarks/results.jsonl
