@@ -77,6 +77,7 @@ DEFAULTS_OF_LAUNCH = (
 FROM_LAUNCHERS = (
     ("PARAMSERVER_LISTEN_FD", "Listening socket that a ps inherits instead of binding its address."),
     ("PARAMSERVER_RUN_FILE", "Path of the file of a launched run, which is gone when the run is over."),
+    ("PARAMSERVER_RAY_RUN", "Name of a run on Ray, the beginning of the names of its actors."),
     ("PARAMSERVER_REPORT_FD", "Pipe that a task inherits and writes its reports to."),
     ("PARAMSERVER_FORK_SERVER_FD", "Connection to a fork server that a launcher inherits and uses."),
 )
@@ -148,6 +149,11 @@ def for_child(additions: Mapping[str, str]) -> dict[str, str]:
 def extend(additions: Mapping[str, str]) -> None:
     """Add variables to the environment of this process, as if it had been started with them."""
     os.environ.update(additions)
+
+
+def forget(name: str) -> None:
+    """Remove a variable from the environment of this process, if it is there."""
+    os.environ.pop(name, None)
 
 
 def is_set(name: str) -> bool:
