@@ -21,6 +21,7 @@ PUBLIC = [
     "ParameterServerStrategy",
     "PerReplica",
     "ReduceOp",
+    "RayClusterResolver",
     "ReplicaContext",
     "Server",
     "SimpleClusterResolver",

@@ -1,5 +1,6 @@
 """The cluster of a run: its tasks, their addresses, and the task of this process. No torch here."""
 
+from paramserver.cluster.ray import RayClusterResolver
 from paramserver.cluster.resolver import (
     ClusterResolver,
     DuplicateTaskError,
@@ -37,6 +38,7 @@ __all__ = [
     "ClusterResolver",
     "ClusterSpec",
     "DuplicateTaskError",
+    "RayClusterResolver",
     "Role",
     "SimpleClusterResolver",
     "SlurmClusterResolver",

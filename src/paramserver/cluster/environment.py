@@ -99,6 +99,7 @@ class Environment:
     linger: float = 0.0
     slurm_jobs: str = ""
     slurm_port_base: str = ""
+    ray_run: str = ""
     log_level: str = "info"
     log_format: str = "text"
     report_fd: int | None = None
@@ -128,6 +129,7 @@ def read() -> Environment:
         linger=_seconds("PARAMSERVER_LINGER", 0.0),
         slurm_jobs=os.environ.get("PARAMSERVER_SLURM_JOBS", ""),
         slurm_port_base=os.environ.get("PARAMSERVER_SLURM_PORT_BASE", ""),
+        ray_run=os.environ.get("PARAMSERVER_RAY_RUN", ""),
         log_level=os.environ.get("PARAMSERVER_LOG_LEVEL", "info"),
         log_format=os.environ.get("PARAMSERVER_LOG_FORMAT", "text"),
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),

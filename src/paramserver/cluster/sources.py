@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paramserver.cluster import environment
+from paramserver.cluster.ray import RUN_VARIABLE, RayClusterResolver
 from paramserver.cluster.resolver import ClusterResolver
 from paramserver.cluster.roles import find_task
 from paramserver.cluster.slurm import SlurmClusterResolver
@@ -34,11 +35,13 @@ class Source:
 
 
 SOURCES = (
+    Source("ray", RUN_VARIABLE, RayClusterResolver),
     Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
     Source("tf-config-file", "PARAMSERVER_TF_CONFIG_FILE", TFConfigClusterResolver),
     Source("slurm", "SLURM_STEP_ID", SlurmClusterResolver),
 )
-"""All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""
+"""All sources; the first one whose variable is set describes the cluster. A run on Ray sets
+TF_CONFIG by itself; elsewhere that comes first, because a user has written it."""
 
 
 def resolve(name: str | None = None) -> ClusterResolver:

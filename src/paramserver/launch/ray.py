@@ -16,7 +16,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,12 +104,10 @@ class Work:
     Attributes:
         function: The function.
         args: Its arguments.
-        kwargs: Its arguments by name.
     """
 
     function: Callable[..., object]
     args: tuple[object, ...]
-    kwargs: Mapping[str, object]
 
 
 class RayRun:
@@ -124,7 +122,7 @@ class RayRun:
 
     Attributes:
         results: The results of a function by task, as far as it has ended well.
-        errors: The errors by which it has failed.
+        error: The first error by which it has failed; None without any.
     """
 
     def __init__(
@@ -136,7 +134,7 @@ class RayRun:
         work: Work | None = None,
     ) -> None:
         self.results: dict[TaskId, object] = {}
-        self.errors: dict[TaskId, BaseException] = {}
+        self.error: BaseException | None = None
         self._spec = spec
         self._on_report = on_report
         self._on_output = on_output or Printer(spec.tasks)
@@ -156,6 +154,11 @@ class RayRun:
 
     def __repr__(self) -> str:
         return f"<RayRun {self._spec.run_id}: {self._lifecycle!r}>"
+
+    @property
+    def summary(self) -> str:
+        """As in `Lifecycle`."""
+        return self._lifecycle.summary
 
     def run(self) -> int:
         """Start the tasks, wait for the end of the run, and return its exit code. Main thread only.
@@ -221,7 +224,7 @@ class RayRun:
         member.has_begun = True
         work, actor, tf_config = self._work, member.actor, self._tf_config(task)
         if work is not None and task.role is not Role.PS:
-            call = actor.run.remote(work.function, work.args, work.kwargs, tf_config)
+            call = actor.run.remote(work.function, work.args, tf_config)
             self._calls.when_done(call, partial(self._return, task, member), self._failed(task, member))
             return
         arguments = self._spec.actors[self._numbers[task]].arguments
@@ -262,7 +265,8 @@ class RayRun:
                 self._say(f"{task}: its actor is gone: {_first_line(error)}")
             self._end(task, member, KILLED)
             return
-        cause = self.errors[task] = ray_cluster.cause_of(error)
+        cause = ray_cluster.cause_of(error)
+        self.error = self.error or cause
         shown = str(cause) if isinstance(cause, ParameterServerError) else f"{type(cause).__name__}: {cause}"
         self._on_output(OutputLine(task, f"error: {shown}", is_error=True))
         self._end(task, member, Ending(exit_code(cause)))

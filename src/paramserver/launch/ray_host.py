@@ -12,6 +12,7 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import selectors
 import signal
@@ -135,6 +136,17 @@ class TaskHost:
                 self._close()
         return found
 
+    def forward(self) -> int:
+        """Print the lines of the process, where Ray collects them, until it has ended; return its exit code."""
+        while True:
+            for event in self.events():
+                if isinstance(event, OutputLine):
+                    stream = sys.stderr if event.is_error else sys.stdout
+                    stream.write(f"{event.task} | {event.text}\n")
+                    stream.flush()
+                elif isinstance(event, Ending):
+                    return event.code
+
     def send(self, number: int) -> None:
         """Send a signal to the process, or SIGKILL to its group; does nothing before its start or after its end."""
         if self._process is None or self._ending is not None:
@@ -194,7 +206,6 @@ class FunctionHost(TaskHost):
         self,
         function: Callable[..., object],
         args: tuple[object, ...],
-        kwargs: Mapping[str, object],
         tf_config: str,
     ) -> object:
         """Call a function as this task, and return its result.
@@ -204,7 +215,7 @@ class FunctionHost(TaskHost):
         """
         self.update(tf_config)
         try:
-            return function(*args, **kwargs)
+            return call_and_leave(function, *args)
         except BaseException as error:
             sys.last_value = error  # read by exit handlers, which tell the ps tasks
             raise
@@ -212,6 +223,13 @@ class FunctionHost(TaskHost):
     def listen(self) -> str:
         environment.extend(self._env)
         return super().listen()
+
+
+def call_and_leave(function: Callable[..., object], *args: object) -> object:
+    """Call a function, and let go of its strategies, which then say goodbye to the ps tasks; return its result."""
+    result = function(*args)
+    gc.collect()  # models and strategies refer to each other
+    return result
 
 
 def _as_line(task: TaskId, is_error: bool, line: bytes) -> list[Event]:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from paramserver.cluster.ray import RUN_VARIABLE
 from paramserver.cluster.task import Role, TaskId
 from paramserver.errors import ConfigError
 from paramserver.launch.lifecycle import Limits
@@ -31,7 +32,6 @@ from paramserver.launch.spec import (
     task_program,
 )
 
-RUN_VARIABLE = "PARAMSERVER_RAY_RUN"
 PYTHON = "python"
 """Text for the interpreter of a node."""
 
