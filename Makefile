@@ -1,17 +1,18 @@
-# make demo | test | test-programs | test-multihost | test-slurm | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
+# make demo | test | test-programs | test-multihost | test-slurm | test-kubernetes | goldens | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PLOTTING := .venv/.plotting
 DOCS := .venv/.docs
+SCHEMAS := .venv/.schemas
 PYTEST := $(BIN)/pytest --doctest-modules --numprocesses auto --maxprocesses 4 --dist worksteal
 WHICH := import sys; print(sys.base_prefix, sys.version)
 PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-programs test-multihost test-slurm lint types check docs bench bench-report bench-check bench-peers clean
+.PHONY: help demo test test-programs test-multihost test-slurm test-kubernetes goldens lint types check docs bench bench-report bench-check bench-peers clean
 
 help: ## show this
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -39,13 +40,19 @@ demo: $(INSTALLED) ## train on bundled data with five processes
 	@$(BIN)/paramserver demo
 
 test: $(INSTALLED) ## all tests but whole programs, the examples of the docstrings included
-	@$(PYTEST) -m "not whole_program and not multihost and not slurm" tests src
+	@$(PYTEST) -m "not whole_program and not multihost and not slurm and not kubernetes" tests src
 
 test-programs: $(INSTALLED) ## the examples, the demo, the benchmarks in short, and runs whose tasks are all killed
 	@$(PYTEST) -m whole_program tests
 
 test-multihost: $(INSTALLED) ## runs on several hosts, which are made of network namespaces; skipped without root
-	@$(PYTEST) -m multihost tests/multihost
+	@$(BIN)/pytest -m multihost tests/multihost
+
+test-kubernetes: $(SCHEMAS) ## manifests for Kubernetes against the published schemas of what they describe
+	@$(BIN)/pytest -m kubernetes tests/kubernetes
+
+goldens: $(INSTALLED) ## write the manifests anew that the tests compare with; look at the difference before a commit
+	@$(BIN)/python -m tests.unit.launch.goldens.renew
 
 test-slurm: $(INSTALLED) ## runs on a Slurm of three nodes on this machine; installs Debian's packages of it, as root
 	@command -v slurmctld slurmd munged ip >/dev/null || \
@@ -60,7 +67,7 @@ lint: $(INSTALLED) ## ruff and codespell
 types: $(INSTALLED) ## mypy
 	@$(BIN)/mypy
 
-check: lint types test test-programs ## what CI runs, with docs
+check: lint types test test-programs test-multihost test-kubernetes ## what CI runs, with docs
 
 docs: $(DOCS) ## the pages of docs/ and a reference of all public names, in site/; a warning or a dead link fails it
 	@rm -rf site
@@ -69,7 +76,7 @@ docs: $(DOCS) ## the pages of docs/ and a reference of all public names, in site
 
 bench: $(INSTALLED) ## speed and memory beside plain PyTorch, with the promises about them
 	@$(BIN)/python -m benchmarks promises
-	@$(BIN)/python -m benchmarks network
+	@for case in network neighbour prepare; do $(BIN)/python -m benchmarks $$case; done
 
 bench-report: $(PLOTTING) ## docs/performance.md from benchmarks/results.jsonl
 	@$(BIN)/python -m benchmarks report benchmarks/results.jsonl
@@ -86,6 +93,10 @@ $(PLOTTING): $(INSTALLED) requirements-bench.lock
 
 $(DOCS): $(INSTALLED) requirements-docs.lock
 	@$(PIP) install -r requirements-docs.lock
+	@touch $@
+
+$(SCHEMAS): $(INSTALLED) requirements-kubernetes.lock
+	@$(PIP) install -r requirements-kubernetes.lock
 	@touch $@
 
 clean: ## remove .venv and all caches

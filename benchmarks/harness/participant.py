@@ -65,7 +65,7 @@ class Measured(msgspec.Struct, kw_only=True):
 Step = Callable[[], int]
 """Takes a step and returns its staleness."""
 
-Message = TypeVar("Message", Ready, Measured)
+Message = TypeVar("Message", Ready, Measured, float)
 
 
 def take_part(

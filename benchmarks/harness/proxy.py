@@ -1,4 +1,4 @@
-"""A TCP proxy that delays every byte: a network between two processes of one host."""
+"""A TCP proxy that delays every byte: a long way between two processes, or two hosts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ CHUNK_BYTES = 256 << 10
 
 
 class Proxy(contextlib.AbstractContextManager["Proxy"]):
-    """Passes connections on to a port of this host for the length of a block.
+    """Passes connections on for the length of a block.
+
+    Args:
+        host: The address to listen on.
+        port: The port to listen on; 0 for a free one.
 
     Attributes:
         delay: Seconds by which each byte is delayed, in either direction; may be set at any time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = HOST, port: int = 0) -> None:
         self.delay = 0.0
-        self._port = 0
-        self._listener = socket.create_server((HOST, 0))
+        self._target = (HOST, 0)
+        self._listener = socket.create_server((host, port))
         self._over = threading.Event()
         self._open = [self._listener]
         self._threads = [threading.Thread(target=self._accept)]
@@ -42,16 +46,16 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
         for connection in self._open:
             connection.close()
 
-    def toward(self, port: int) -> str:
-        """Pass connections on to this port, and return the address of the proxy."""
-        self._port = port
+    def toward(self, port: int, host: str = HOST) -> str:
+        """Pass connections on to this port, by default of this host, and return the address of the proxy."""
+        self._target = (host, port)
         return f"{HOST}:{self._listener.getsockname()[1]}"
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # the listener is shut down at the end
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection((HOST, self._port))
+                far = socket.create_connection(self._target)
                 self._open += [near, far]
                 for source, target in ((near, far), (far, near)):
                     target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

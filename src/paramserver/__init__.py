@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paramserver import placement as placement
     from paramserver import summary as summary
     from paramserver.cluster import ClusterSpec as ClusterSpec
+    from paramserver.cluster import JobSetClusterResolver as JobSetClusterResolver
     from paramserver.cluster import RayClusterResolver as RayClusterResolver
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
     from paramserver.cluster import SlurmClusterResolver as SlurmClusterResolver
@@ -49,6 +50,7 @@ _HOMES = {
     "ClusterSpec": "cluster",
     "InputContext": "distribute.core.input_context",
     "InputOptions": "distribute.input.options",
+    "JobSetClusterResolver": "cluster",
     "Mirrored": "distribute.core.values",
     "ParameterServerStrategy": "distribute.parameter_server",
     "PerReplica": "distribute.core.values",

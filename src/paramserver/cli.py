@@ -7,11 +7,13 @@ do not need it.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 import textwrap
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,10 +22,12 @@ from rich.table import Table
 
 from paramserver.cluster import environment, logs
 from paramserver.cluster.exit_codes import exit_code
-from paramserver.cluster.sources import SOURCES
+from paramserver.cluster.sources import SOURCES, find_source
 from paramserver.errors import ConfigError, ParameterServerError
 from paramserver.launch.backends import BACKENDS, load
+from paramserver.launch.jobsets.options import JobSetOptions, parse_mounts
 from paramserver.launch.lifecycle import Limits
+from paramserver.launch.manifests import command as manifests
 from paramserver.launch.ray_options import STRATEGIES, RayOptions, parse_resources
 from paramserver.launch.spec import LOCAL, RAY, LaunchOptions, option_variables
 from paramserver.layout.lanes import AUTO, check_platform
@@ -45,6 +49,8 @@ ENVIRONMENT = "\n\n".join(
     )
 )
 
+logger = logging.getLogger(__name__)
+
 app = typer.Typer(
     help="Parameter-server training for PyTorch.",
     epilog=ENVIRONMENT,
@@ -54,6 +60,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would keep the line ends of docstrings, so that long texts look wrong
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(manifests.app, name="manifest")
 
 Lane = Annotated[
     str,
@@ -70,6 +77,9 @@ LogLevel = Annotated[
 LogFormat = Annotated[
     str | None, typer.Option(metavar="|".join(logs.FORMATS), help="json: each line is an object (default: text).")
 ]
+
+WITH_MANIFEST = ("manifest", "name", "mount", "start_method", "log_format", "log_dir", "dry_run")
+"""Options of launch for a run of a manifest."""
 
 HeartbeatTimeout = Annotated[
     float | None,
@@ -111,11 +121,21 @@ def _common(
 # Arguments after SCRIPT belong to the script, even if they look like options of the launcher.
 @app.command(context_settings={"allow_interspersed_args": False})
 def launch(
-    script: Annotated[str, typer.Argument(help="The program to train with.")],
+    context: typer.Context,
+    script: Annotated[str | None, typer.Argument(help="The program to train with.")] = None,
     args: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
     is_module: Annotated[
         bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as for python -m.")
     ] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Run the JobSet of a manifest for Kubernetes, instead of SCRIPT."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the JobSet, if FILE has several.")] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH=FOLDER", help="Folder here that stands for a volume's path in the pods of FILE."),
+    ] = None,
     on: Annotated[
         str, typer.Option(metavar="|".join(BACKENDS), help="Where the tasks run (default: on this machine).")
     ] = LOCAL,
@@ -158,7 +178,7 @@ def launch(
         typer.Option(metavar="NAME=N,...", help="Ray: resources of each other task, such as CPU=2,GPU=1,memory=4GiB."),
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(metavar="|".join(STRATEGIES), help="Ray: on which nodes (default: SPREAD).")
+        str | None, typer.Option(metavar="NAME", help=f"Ray: {', '.join(STRATEGIES)} (default: SPREAD).")
     ] = None,
     address: Annotated[
         str | None,
@@ -182,6 +202,19 @@ def launch(
     check_platform("launch")  # before the import of what other systems lack
     from paramserver.launch.display import launch_displayed
 
+    if manifest is not None:
+        jobset = JobSetOptions(
+            path=manifest,
+            name=name,
+            mounts=parse_mounts(mount or ()),
+            start_method=start_method,
+            log_format=log_format,
+            log_dir=log_dir,
+        )
+        _check_given(context)
+        _launch_manifest(jobset, script, dry_run=dry_run)
+    if script is None:
+        raise typer.BadParameter("Missing argument SCRIPT, or --manifest FILE.")
     options = LaunchOptions(
         script=script,
         args=tuple(args or ()),
@@ -228,6 +261,28 @@ def _ray_options(on: str, **values: Any) -> RayOptions | None:
     return RayOptions(**given) if given else None
 
 
+def _check_given(context: typer.Context) -> None:
+    """Refuse options that would be ignored because the manifest says what they say."""
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    if ignored := sorted(given - {"script", "args", *WITH_MANIFEST}):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        raise ConfigError(f"launch --manifest: the manifest says what {options} would; leave it out")
+
+
+def _launch_manifest(options: JobSetOptions, script: str | None, *, dry_run: bool) -> NoReturn:
+    from paramserver.launch.display import displayed
+    from paramserver.launch.jobsets import run
+
+    if script is not None:
+        raise ConfigError(f"launch: expected SCRIPT or --manifest FILE, got both: {script!r} and '{options.path}'")
+    jobset = run.read(options)
+    if dry_run:
+        typer.echo(run.dry_run(jobset, options), nl=False)
+        raise typer.Exit
+    start = partial(run.launch, jobset, options)
+    raise typer.Exit(displayed(run.tasks(jobset), start, log_format=options.log_format, log_dir=options.log_dir))
+
+
 @app.command(context_settings={"allow_interspersed_args": False})
 def task(
     script: Annotated[str, typer.Argument(help="The program to train with; a ps does not need it.")],
@@ -258,7 +313,7 @@ def task(
     quota of its control group; OMP_NUM_THREADS and GLIBC_TUNABLES are set unless they are set already.
     """
     check_platform("task")
-    from paramserver.cluster import Role, TFConfigClusterResolver, as_tf_config, own_task, resolve
+    from paramserver.cluster import Role, TFConfigClusterResolver, as_tf_config, own_task
     from paramserver.launch import own_process
     from paramserver.launch import task as task_script
 
@@ -272,10 +327,13 @@ def task(
         log_level=log_level,
         log_format=log_format,
     )
-    resolver = resolve(cluster)
+    source, why = find_source(cluster)
+    resolver = source.resolver()
     known, me = own_task(resolver)
     settings = {**option_variables(options), **({"PARAMSERVER_LANE": lane} if lane else {})}
     if not isinstance(resolver, TFConfigClusterResolver):
+        _set_up_logs(str(me), log_level, log_format)
+        logger.info("%s", why)
         settings["TF_CONFIG"] = as_tf_config(known, me)  # what the script and the server read
         if resolver.linger and not environment.is_set("PARAMSERVER_LINGER"):
             settings["PARAMSERVER_LINGER"] = f"{resolver.linger:g}"
@@ -296,15 +354,19 @@ def server(insecure: Insecure = False, log_level: LogLevel = None, log_format: L
     _serve(insecure=insecure, log_level=log_level, log_format=log_format)
 
 
-def _serve(*, insecure: bool, log_level: str | None = None, log_format: str | None = None) -> None:
-    from paramserver.cluster import server_task
-
-    _, me = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+def _set_up_logs(task: str, log_level: str | None, log_format: str | None) -> None:
     surroundings = environment.read()
     level, form = log_level or surroundings.log_level, log_format or surroundings.log_format
     logs.check_level(level, "--log-level")
     logs.check_format(form, "--log-format")
-    logs.set_up(str(me), level, form, names_task=surroundings.run_file is None)
+    logs.set_up(task, level, form, names_task=surroundings.run_file is None)
+
+
+def _serve(*, insecure: bool, log_level: str | None = None, log_format: str | None = None) -> None:
+    from paramserver.cluster import server_task
+
+    _, me = server_task()  # shows faults of TF_CONFIG at once, and not only after the import of torch
+    _set_up_logs(str(me), log_level, log_format)
     from paramserver.server.server import run_standard_server
 
     try:

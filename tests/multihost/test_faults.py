@@ -29,6 +29,22 @@ for order in sys.stdin:
 """
 
 
+UNTIL_TOLD = f"""
+{ESTIMATOR}
+import logging, threading
+logging.getLogger("paramserver").addHandler(logging.StreamHandler(sys.stdout))
+told = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
+class UntilTold(ps.estimator.TrainingHook):
+    def after_run(self, context, values):
+        if values.global_step > 50:
+            say("trains at", values.global_step)
+        if told.is_set():
+            context.request_stop()
+main(None, save_checkpoints_steps=20)
+""".replace("hooks=[Teller()]", "hooks=[Teller(), UntilTold()]")
+
+
 @pytest.mark.parametrize("lost", ["worker:0", "chief:0"])
 def test_a_worker_whose_host_disappears_is_missed_and_comes_back(network: Network, lost: str) -> None:
     one, two, three = network.add("one", "two", "three")
@@ -85,24 +101,32 @@ def test_a_ps_whose_host_disappears_is_waited_for(network: Network) -> None:
     cluster.end(chief, worker, *servers)
 
 
+@pytest.mark.parametrize("lost", ["worker:0", "chief:0", "ps:1"])
+def test_an_estimator_gets_over_a_host_that_disappears_for_a_while(network: Network, lost: str) -> None:
+    one, two, three, four = network.add("one", "two", "three", "four")
+    network.spread_own_names("ipv4")
+    hosts = {"chief:0": one, "worker:0": two, "ps:0": three, "ps:1": four}
+    cluster = Cluster(hosts, UNTIL_TOLD, options=("--heartbeat-timeout", LIMIT))
+    tasks = dict(zip(hosts, cluster.start_all(), strict=True))
+    for task in ("chief:0", "worker:0"):
+        tasks[task].await_word("trains at")
+    hosts[lost].unplug()
+    for task in {"chief:0", "worker:0"} if lost == "ps:1" else {lost}:
+        tasks[task].await_word("has given no sign of life for 2 s, and counts as lost")
+    hosts[lost].plug()
+    for task in ("worker:0", "chief:0") if lost == "worker:0" else ("chief:0", "worker:0"):  # the lost one first
+        tasks[task].await_word("begins at" if lost in (task, "ps:1") else "trains at")
+        tasks[task].await_word("trains at")
+    for task in ("chief:0", "worker:0"):
+        tasks[task].tell()
+    cluster.end(*tasks.values())
+
+
 def test_a_ps_is_replaced_at_its_name_with_another_address(network: Network) -> None:
     one, two, three = network.add("one", "two", "three")
     network.spread_own_names("ipv4")
     hosts = {"chief:0": one, "worker:0": two, "ps:0": one, "ps:1": three}
-    until_told = f"""
-{ESTIMATOR}
-import threading
-told = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
-class UntilTold(ps.estimator.TrainingHook):
-    def after_run(self, context, values):
-        if values.global_step > 50:
-            say("trains")
-        if told.is_set():
-            context.request_stop()
-main(None, save_checkpoints_steps=20)
-""".replace("hooks=[Teller()]", "hooks=[Teller(), UntilTold()]")
-    cluster = Cluster(hosts, until_told, options=("--heartbeat-timeout", LIMIT))
+    cluster = Cluster(hosts, UNTIL_TOLD, options=("--heartbeat-timeout", LIMIT))
     chief, worker, first, old = cluster.start_all()
     for task in (chief, worker):
         task.await_word("trains")

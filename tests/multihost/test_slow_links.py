@@ -1,9 +1,11 @@
-"""A link of 100 Mbit/s: a run works, and its heartbeats come through beside steps that take seconds."""
+"""A link of 100 Mbit/s, and one of 50 ms: runs work, and heartbeats come through beside steps that take seconds."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from tests.multihost.cluster import Cluster
+from tests.multihost.cluster import FIRST_PORT, Cluster
 from tests.multihost.hosts import Network
 
 pytestmark = [pytest.mark.multihost, pytest.mark.multiprocess]
@@ -67,3 +69,37 @@ def test_a_model_of_25_mb_trains_over_100_mbit(network: Network, capsys: pytest.
     ours, theirs = (float(task.said.split()[-1]) for task in (chief, bare))
     with capsys.disabled():
         print(f"\n{NBYTES // 10**6} MB over {RATE}: a step takes {ours:.2f} s, bare sockets {theirs:.2f} s")  # noqa: T201
+
+
+FAR_LOOP = """
+import sys, torch
+import paramserver as ps
+strategy = ps.ParameterServerStrategy()
+model, plain = (torch.nn.Linear(1_500_000, 2, bias=False) for _ in range(2))
+plain.load_state_dict(model.state_dict())
+plain_optimizer = torch.optim.Adagrad(plain.parameters(), lr=0.01)
+model, optimizer = strategy.prepare(model, torch.optim.Adagrad(model.parameters(), lr=0.01))
+data = torch.ones(1, 1_500_000)
+for _ in range(4):
+    for each, its_optimizer in ((model, optimizer), (plain, plain_optimizer)):
+        its_optimizer.zero_grad()
+        each(data).square().sum().backward()
+        its_optimizer.step()
+torch.testing.assert_close(model.weight, plain.weight, rtol=0, atol=0)
+print("equal after", strategy.global_step, flush=True)
+"""
+
+
+def test_a_model_of_12_mb_trains_over_a_way_of_50_ms_as_plain_pytorch(network: Network) -> None:
+    """Six blocks, whose values come back while the others are still on their way."""
+    near, between, far = network.add("near", "between", "far")
+    network.spread_own_names("ipv4")
+    cluster = Cluster({"chief:0": near, "ps:0": far}, FAR_LOOP, options=("--heartbeat-timeout", "2"))
+    server = cluster.start("ps:0")
+    port = str(FIRST_PORT + 1)
+    delay = between.start("tests.multihost.far", port, far.name, "0.05", env={})
+    delay.await_word("passes on")
+    config = {"cluster": {"chief": ["near:0"], "ps": [f"between:{port}"]}, "task": {"type": "chief", "index": 0}}
+    chief = cluster.start("chief:0", TF_CONFIG=json.dumps(config))
+    cluster.end(chief, server, delay)
+    assert "equal after 4" in chief.said

@@ -1,5 +1,6 @@
 """The cluster of a run: its tasks, their addresses, and the task of this process. No torch here."""
 
+from paramserver.cluster.jobset import JobSetClusterResolver
 from paramserver.cluster.ray import RayClusterResolver
 from paramserver.cluster.resolver import (
     ClusterResolver,
@@ -38,6 +39,7 @@ __all__ = [
     "ClusterResolver",
     "ClusterSpec",
     "DuplicateTaskError",
+    "JobSetClusterResolver",
     "RayClusterResolver",
     "Role",
     "SimpleClusterResolver",

@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,8 @@ FOR_USERS = (
     ),
     (
         "PARAMSERVER_LINGER",
-        "Seconds that a ps that is asked to leave goes on serving while workers are connected (default: 0; Slurm: 20).",
+        "Seconds that a ps that is asked to leave goes on serving while workers are connected (default: 0; Slurm and "
+        "JobSet: 20).",
     ),
     (
         "PARAMSERVER_SLURM_JOBS",
@@ -62,6 +63,13 @@ FOR_USERS = (
         "XDG_RUNTIME_DIR",
         "Folder in which status finds launched runs; without it, the folder for temporary files.",
     ),
+    ("JOBSET_NAME", "Kubernetes: the name of the JobSet, which a manifest copies from a label of the pod."),
+    ("REPLICATED_JOB_NAME", "Kubernetes: the replicated job of the pod, likewise."),
+    ("JOB_INDEX", "Kubernetes: the index of the pod's Job in its replicated job, likewise."),
+    ("JOB_COMPLETION_INDEX", "Kubernetes: the index of the pod in its Job, which Kubernetes sets."),
+    ("PARAMSERVER_JOBS", "Kubernetes: the pods of each replicated job, such as chief=1,ps=2,worker=3."),
+    ("PARAMSERVER_PS_PORT", "Kubernetes: the port of each ps (default: 2222)."),
+    ("PARAMSERVER_SUBDOMAIN", "Kubernetes: the subdomain of the pods (default: the name of the JobSet)."),
 )
 """The variables for users: name, text."""
 
@@ -80,6 +88,7 @@ FROM_LAUNCHERS = (
     ("PARAMSERVER_RAY_RUN", "Name of a run on Ray, the beginning of the names of its actors."),
     ("PARAMSERVER_REPORT_FD", "Pipe that a task inherits and writes its reports to."),
     ("PARAMSERVER_FORK_SERVER_FD", "Connection to a fork server that a launcher inherits and uses."),
+    ("PARAMSERVER_POD_ADDRESSES", "JSON: the address on this machine of each pod of launch --manifest, by its name."),
 )
 """Variables that a launcher sets for its tasks."""
 
@@ -153,9 +162,15 @@ def extend(additions: Mapping[str, str]) -> None:
     os.environ.update(additions)
 
 
-def forget(name: str) -> None:
-    """Remove a variable from the environment of this process, if it is there."""
-    os.environ.pop(name, None)
+def drop(names: Iterable[str]) -> None:
+    """Remove variables from the environment of this process, as if it had been started without them."""
+    for name in names:
+        os.environ.pop(name, None)
+
+
+def values(names: Iterable[str]) -> dict[str, str]:
+    """Return those of some variables that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def is_set(name: str) -> bool:

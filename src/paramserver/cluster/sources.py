@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paramserver.cluster import environment
+from paramserver.cluster.jobset import JobSetClusterResolver
 from paramserver.cluster.ray import RUN_VARIABLE, RayClusterResolver
 from paramserver.cluster.resolver import ClusterResolver
 from paramserver.cluster.roles import find_task
@@ -35,13 +36,13 @@ class Source:
 
 
 SOURCES = (
-    Source("ray", RUN_VARIABLE, RayClusterResolver),
     Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
+    Source("ray", RUN_VARIABLE, RayClusterResolver),
     Source("tf-config-file", "PARAMSERVER_TF_CONFIG_FILE", TFConfigClusterResolver),
+    Source("jobset", "JOBSET_NAME", JobSetClusterResolver),
     Source("slurm", "SLURM_STEP_ID", SlurmClusterResolver),
 )
-"""All sources; the first one whose variable is set describes the cluster. A run on Ray sets
-TF_CONFIG by itself; elsewhere that comes first, because a user has written it."""
+"""All sources; the first one whose variable is set describes the cluster. TF_CONFIG is first: a user has written it."""
 
 
 def resolve(name: str | None = None) -> ClusterResolver:
@@ -56,28 +57,27 @@ def resolve(name: str | None = None) -> ClusterResolver:
     Raises:
         ConfigError: If there is no source of that name, or it cannot know the cluster here.
     """
-    if name is not None:
-        source = find_source(name)
-        logger.info("the cluster is that of %s, which was asked for", source.name)
-        return source.resolver()
-    for source in SOURCES:
-        if environment.is_set(source.variable):
-            logger.info("the cluster is that of %s, because %s is set", source.name, source.variable)
-            return source.resolver()
-    logger.info("this process is alone, because none of %s is set", ", ".join(source.variable for source in SOURCES))
-    return TFConfigClusterResolver()
+    source, why = find_source(name)
+    logger.info("%s", why)
+    return source.resolver()
 
 
-def find_source(name: str) -> Source:
-    """Return the source with a name.
+def find_source(name: str | None = None) -> tuple[Source, str]:
+    """Return the source that `resolve` uses, and why it does, for a log.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no source of that name.
     """
     by_name = {source.name: source for source in SOURCES}
-    if name not in by_name:
-        raise ConfigError(f"cluster: {expected_one_of(by_name, name)}")
-    return by_name[name]
+    if name is not None:
+        if name not in by_name:
+            raise ConfigError(f"cluster: {expected_one_of(by_name, name)}")
+        return by_name[name], f"the cluster is that of {name}, which was asked for"
+    for source in SOURCES:
+        if environment.is_set(source.variable):
+            return source, f"the cluster is that of {source.name}, because {source.variable} is set"
+    variables = ", ".join(source.variable for source in SOURCES)
+    return SOURCES[0], f"this process is alone, because none of {variables} is set"
 
 
 def own_task(resolver: ClusterResolver) -> tuple[ClusterSpec, TaskId]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Self, TypeAlias
 
 from rich.console import Console
 from rich.live import Live
@@ -18,6 +20,8 @@ from paramserver.launch import backends
 from paramserver.launch.output import JsonPrinter, LogFiles, OutputLine, Printer, colours
 from paramserver.launch.progress import ProgressLines, RunProgress
 from paramserver.launch.spec import LaunchOptions, task_ids
+
+Start: TypeAlias = Callable[[backends.OnReport, backends.OnOutput, backends.OnEnd], int]
 
 INTERVAL = 0.25
 """Seconds between two drawings, each of which takes milliseconds. Lines wait for the next drawing: drawing after each
@@ -33,15 +37,32 @@ def launch_displayed(options: LaunchOptions) -> int:
     Raises:
         ConfigError: If a task cannot be started, or the folder for logs cannot be written.
     """
-    tasks = task_ids(options)
+    start = partial(backends.load(options.on).launch, options)
+    return displayed(task_ids(options), start, log_format=options.log_format, log_dir=options.log_dir)
+
+
+def displayed(
+    tasks: Sequence[TaskId], start: Start, *, log_format: str | None = None, log_dir: Path | None = None
+) -> int:
+    """Do as `launch_displayed` for a run of any kind.
+
+    Args:
+        tasks: The tasks of the run.
+        start: Runs it, and returns its exit code.
+        log_format: As in `LaunchOptions`.
+        log_dir: As in `LaunchOptions`.
+
+    Raises:
+        ConfigError: As ``start`` does, or if the folder for logs cannot be written.
+    """
     progress = RunProgress.of(tasks)
     with contextlib.ExitStack() as stack:
-        as_json = (options.log_format or environment.read().log_format) == "json"
+        as_json = (log_format or environment.read().log_format) == "json"
         console = None if as_json else find_terminal()
         shown = stack.enter_context(Display(progress, console, tasks)).show if console else _printer(tasks, as_json)
         outputs = [shown]
-        if options.log_dir is not None:
-            files = LogFiles(options.log_dir)
+        if log_dir is not None:
+            files = LogFiles(log_dir)
             stack.callback(files.close)
             outputs.append(files)
 
@@ -53,7 +74,7 @@ def launch_displayed(options: LaunchOptions) -> int:
             show(OutputLine(None, text, is_error=True))
 
         lines = ProgressLines(progress, say if console is None else lambda _: None)
-        code = backends.load(options.on).launch(options, lines.take, show, progress.end)
+        code = start(lines.take, show, progress.end)
         if not code and progress.has_updated is False:
             say("the run has ended without a single update of a model")
         return code

@@ -86,7 +86,7 @@ class Lifecycle:
         interrupt: The signal by which the user ended the run.
         is_stopping: Whether all tasks are to end, by an interrupt or because of a failure.
         has_finished: Whether the chief has ended well, so that a task that comes later comes after the end.
-        told: The tasks that were told to end.
+        remarks: Lines for the user about decisions, which the launcher prints and removes.
     """
 
     def __init__(self, tasks: Iterable[TaskId], limits: Limits) -> None:
@@ -95,11 +95,12 @@ class Lifecycle:
         self.interrupt: int | None = None
         self.is_stopping = False
         self.has_finished = False
+        self.remarks: list[str] = []
         self._limits = limits
         self._deaths: dict[TaskId, list[float]] = {task: [] for task in self.running}
         self._starts: dict[TaskId, float] = {}
         self._due: dict[TaskId, tuple[float, signal.Signals]] = {}
-        self.told: set[TaskId] = set()
+        self._told: set[TaskId] = set()
 
     def __repr__(self) -> str:
         running = ", ".join(map(str, sorted(self.running)))
@@ -134,7 +135,7 @@ class Lifecycle:
 
     def ended(self, task: TaskId, ending: Ending, now: float) -> float | None:
         """Note that a task has ended, and return the seconds after which it is started again; None if it is not."""
-        failed = bool(ending.code) and task not in self.told
+        failed = bool(ending.code) and task not in self._told
         if failed and (pause := self._pause(task, now)) is not None:
             self._starts[task] = now + pause
             return pause
@@ -161,11 +162,17 @@ class Lifecycle:
 
     def told_all(self) -> None:
         """Note that every task was told to end, as where tasks cannot be told one by one."""
-        self.told |= self.running
+        self._told |= self.running
 
-    def num_failures(self, task: TaskId) -> int:
-        """Return how often a task has failed within the restart window."""
-        return len(self._deaths[task])
+    def count(self, task: TaskId) -> str:
+        """Return how often a task has failed within the restart window, of how often it may."""
+        return f"{len(self._deaths[task])} of {self._limits.restarts}"
+
+    def reason_to_leave(self, task: TaskId) -> str:
+        """Return the line about a task that is told to end although nothing is stopping; "" for none."""
+        if self.has_lost_workers:
+            return ""
+        return f"{task} did not end within {self._limits.grace:g} s of the last worker; stopping it"
 
     def take_starts(self, now: float) -> list[TaskId]:
         """Return the tasks to start again now. Each is returned once for each start."""
@@ -179,7 +186,7 @@ class Lifecycle:
         due = [(task, number) for task, (when, number) in self._due.items() if when <= now]
         for task, number in due:
             del self._due[task]
-            self.told.add(task)
+            self._told.add(task)
             if number is not signal.SIGKILL:
                 self._due[task] = (now + self._limits.shutdown_timeout, signal.SIGKILL)
         return due
@@ -208,14 +215,14 @@ class Lifecycle:
         self.is_stopping = True
         self.running -= self._starts.keys()
         self._starts.clear()
-        for task in self.running - self.told:
+        for task in self.running - self._told:
             if task.role is not Role.PS:
                 self._due[task] = (when, signal.SIGTERM)
 
     def _end_ps_tasks(self, now: float) -> None:
         grace = min(self._limits.grace, AFTER_FAILURE) if self.has_lost_workers else self._limits.grace
         when = now if self.is_stopping else now + grace
-        for task in self.running - self.told:
+        for task in self.running - self._told:
             if task.role is Role.PS:
                 before, _ = self._due.get(task, (math.inf, signal.SIGTERM))
                 self._due[task] = (min(when, before), signal.SIGTERM)

@@ -58,7 +58,7 @@ def launch(
     """
     check_platform("launch")
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(_listener()) for _ in range(options.ps)]
+        sockets = [stack.enter_context(listener()) for _ in range(options.ps)]
         ports = [sock.getsockname()[1] for sock in sockets]
         token, run_id = secrets.token_hex(16), secrets.token_hex(4)
         addresses = [f"{HOST}:{port}" for port in ports]
@@ -106,7 +106,10 @@ def run(
 
 
 class LocalRun:
-    """One run of a `LaunchSpec`; the arguments are those of `run`. It can be run once."""
+    """One run of a `LaunchSpec`; the arguments are those of `run`. It can be run once.
+
+    ``lifecycle`` replaces the rules of a launched run by others.
+    """
 
     def __init__(
         self,
@@ -115,13 +118,14 @@ class LocalRun:
         on_output: OnOutput | None = None,
         listeners: Mapping[TaskId, socket.socket] | None = None,
         on_end: OnEnd | None = None,
+        lifecycle: Lifecycle | None = None,
     ) -> None:
         self._spec = spec
         self._on_report = on_report
         self._on_end = on_end
         self._on_output = on_output or Printer(task.task for task in spec.tasks)
         self._listeners = listeners or {}
-        self._lifecycle = Lifecycle((task.task for task in spec.tasks), spec.limits)
+        self._lifecycle = lifecycle or Lifecycle((task.task for task in spec.tasks), spec.limits)
         self._specs = {task.task: task for task in spec.tasks}
         self._processes: dict[TaskId, TaskProcess] = {}
         self._replaced: list[TaskProcess] = []
@@ -213,9 +217,10 @@ class LocalRun:
         self._selector.unregister(process.pidfd)
         task, ending = process.task, process.ending()
         pause = self._lifecycle.ended(task, ending, time.monotonic())
+        while self._lifecycle.remarks:
+            self._say(self._lifecycle.remarks.pop(0))
         if pause is not None:
-            count = f"{self._lifecycle.num_failures(task)} of {self._spec.limits.restarts}"
-            self._say(f"{task} {ending}; it is started again in {pause:g} s ({count})")
+            self._say(f"{task} {ending}; it is started again in {pause:g} s ({self._lifecycle.count(task)})")
             return
         if task in self._listeners:
             self._listeners[task].close()
@@ -250,8 +255,8 @@ class LocalRun:
             return
         if self._lifecycle.is_stopping:
             self._name_culprit()
-        elif not self._lifecycle.has_lost_workers:
-            self._say(f"{task} did not end within {limits.grace:g} s of the last worker; stopping it")
+        elif reason := self._lifecycle.reason_to_leave(task):
+            self._say(reason)
         self._processes[task].send(number)
 
     def _read(self, descriptor: int, buffer: LineBuffer, handle: Callable[[bytes], None]) -> None:
@@ -319,5 +324,6 @@ def _plan(
     return plan(options, ports, token, run_id, usable_cores(), already_set, run_file=path)
 
 
-def _listener() -> socket.socket:
+def listener() -> socket.socket:
+    """Return a listening socket with a free port, for a ps."""
     return socket.create_server((HOST, 0), backlog=BACKLOG)

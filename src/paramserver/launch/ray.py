@@ -150,6 +150,7 @@ class RayRun:
         self._group: Any = None
         self._say_waiting_at: float | None = None
         self._give_up_at: float | None = None
+        self._told: set[TaskId] = set()
         self._has_named = False
 
     def __repr__(self) -> str:
@@ -261,7 +262,7 @@ class RayRun:
         if self._members.get(task) is not member:
             return
         if ray_cluster.is_gone(error):
-            if task not in self._lifecycle.told:
+            if task not in self._told:
                 self._say(f"{task}: its actor is gone: {_first_line(error)}")
             self._end(task, member, KILLED)
             return
@@ -278,8 +279,7 @@ class RayRun:
         self._dismiss(task, member, ending)
         pause = self._lifecycle.ended(task, ending, time.monotonic())
         if pause is not None:
-            count = f"{self._lifecycle.num_failures(task)} of {self._spec.limits.restarts}"
-            self._say(f"{task} {ending}; it is started again in {pause:g} s ({count})")
+            self._say(f"{task} {ending}; it is started again in {pause:g} s ({self._lifecycle.count(task)})")
             return
         if self._lifecycle.has_finished:
             for each in self._members.values():
@@ -325,13 +325,15 @@ class RayRun:
                 self._end(task, member, Ending(1))
 
     def _tell(self, task: TaskId, number: signal.Signals) -> None:
-        member, limits = self._members.get(task), self._spec.limits
+        self._told.add(task)
         if self._lifecycle.is_stopping:
             self._name_culprit()
-        elif number is signal.SIGTERM and not self._lifecycle.has_lost_workers:
-            self._say(f"{task} did not end within {limits.grace:g} s of the last worker; stopping it")
-        if number is signal.SIGKILL and self._lifecycle.interrupt is None:
-            self._say(f"{task} did not end within {limits.shutdown_timeout:g} s of SIGTERM; killing it")
+        elif reason := self._lifecycle.reason_to_leave(task):
+            self._say(reason)
+        self._signal(task, number)
+
+    def _signal(self, task: TaskId, number: signal.Signals) -> None:
+        member = self._members.get(task)
         if member is None:  # it waits for its place
             self._lifecycle.ended(task, Ending(0), time.monotonic())
         elif not member.has_begun or (self._work is not None and task.role is not Role.PS):

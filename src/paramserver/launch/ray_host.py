@@ -60,7 +60,7 @@ class TaskHost:
     """
 
     def __init__(self, task: TaskId, env: Mapping[str, str], host: str | None = None) -> None:
-        environment.forget("TF_CONFIG")  # it would be read instead of the file
+        environment.drop(["TF_CONFIG"])  # it would be read instead of the file
         self._task = task
         self._host = _node_address() if host is None else host
         self._folder = tempfile.TemporaryDirectory(prefix="paramserver-")

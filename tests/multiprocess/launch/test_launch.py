@@ -628,7 +628,7 @@ def test_a_task_that_fails_each_time_has_failed(program: Program) -> None:
 
 def test_a_ps_that_is_started_again_listens_at_the_same_address(program: Program) -> None:
     serve = "print(socket.socket(fileno=int(os.environ['PARAMSERVER_LISTEN_FD'])).getsockname()[1])\n" + FAIL_ONCE
-    listener = local._listener()
+    listener = local.listener()
     port = str(listener.getsockname()[1])
     line_by_line = "sys.stdout.reconfigure(line_buffering=True)\n"
     run = Run(program(PS, line_by_line + serve), listeners={PS: listener}, limits=Limits(restarts=1))

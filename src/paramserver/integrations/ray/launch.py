@@ -48,7 +48,8 @@ def launch(
 
     Raises:
         ConfigError: If Ray has no cluster, or no place for the tasks.
-        ParameterServerError: If a task that runs the function has died. An error that the function raises is raised here.
+        ParameterServerError: If a task that runs the function has died. An error of the function itself is raised as
+            it is.
     """
     check_platform("launch")
     is_function = callable(program)
