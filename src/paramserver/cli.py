@@ -171,11 +171,11 @@ def launch(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
     ps_resources: Annotated[
-        str | None, typer.Option(metavar="NAME=N,...", help="Ray: resources of each ps (default: CPU=1).")
+        str | None, typer.Option(metavar="RESOURCES", help="Ray: resources of each ps (default: CPU=1).")
     ] = None,
     worker_resources: Annotated[
         str | None,
-        typer.Option(metavar="NAME=N,...", help="Ray: resources of each other task, such as CPU=2,GPU=1,memory=4GiB."),
+        typer.Option(metavar="RESOURCES", help="Ray: resources of each other task, such as CPU=2,GPU=1,memory=4GiB."),
     ] = None,
     placement: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"Ray: {', '.join(STRATEGIES)} (default: SPREAD).")
