@@ -26,8 +26,19 @@ def train_input():
         yield batch
 """.replace("/tmp/model", "model")  # noqa: S108
 
+MEET = """
+import os, pathlib, time
+
+# Without it, a chief of so few steps could end before a worker has begun.
+run = os.environ["PARAMSERVER_RUN_ID"]
+pathlib.Path(f"{run}-{strategy.is_chief}").touch()
+while len(list(pathlib.Path().glob(f"{run}-*"))) < 2:
+    time.sleep(0.02)
+"""
+
 LOOP = f"""
 {OWN_LOOP}
+{MEET}
 train(20)
 strategy.wait_for_workers()
 if strategy.is_chief:
@@ -71,9 +82,8 @@ def test_two_runs_at_a_time_do_not_meet(fleet: Fleet, write: Callable[..., str],
 
 
 def test_a_folder_is_copied_to_the_nodes(fleet: Fleet, write: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
     write("value = 4711", name="helper.py")
-    write(LOOP, "import helper, os\nsay('helper', helper.value, os.getcwd())")
+    write(OWN_LOOP, "import helper, os\nsay('helper', helper.value, os.getcwd())")
     run = fleet.launch(tmp_path, *RUN, "--working-dir", ".", "train.py")
     assert run.ends() == 0, run.said
     (found,) = set(re.findall(r"chief:0 \| helper 4711 (\S+)", run.said))
@@ -120,9 +130,8 @@ def test_a_driver_that_is_killed_leaves_nothing(fleet: Fleet, write: Callable[..
 
 
 def test_a_worker_that_fails(fleet: Fleet, write: Callable[..., str], tmp_path: Path) -> None:
-    run = fleet.launch(
-        tmp_path, *RUN, write(OWN_LOOP, "if not strategy.is_chief: sys.exit(3)", "train(200)", "say('is done')")
-    )
+    fails = "if not strategy.is_chief: sys.exit(3)\ntrain(200)\nsay('is done')"
+    run = fleet.launch(tmp_path, *RUN, write(OWN_LOOP, MEET, fails))
     assert run.ends() == 3, run.said
     assert "chief:0 | is done" in run.said
     assert run.said.rstrip().endswith("error: worker:0 exited with code 3"), run.said
