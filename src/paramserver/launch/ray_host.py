@@ -133,7 +133,7 @@ class TaskHost:
                 found += key.data()
             if self._ending is not None and (not self._open_pipes or not ready):
                 found.append(self._ending)
-                self._close()
+                self.close()
         return found
 
     def forward(self) -> int:
@@ -155,6 +155,15 @@ class TaskHost:
             self._process.kill()
         else:
             self._process.send(signal.Signals(number))
+
+    def close(self) -> None:
+        """End what the process has started, and remove the files. `events` calls it at the end of the process."""
+        if self._process is not None and self._method is not None:
+            self._process.kill()  # what the process has started
+            self._method.close()
+            self._process.close()
+        self._selector.close()
+        self._folder.cleanup()
 
     def enter(self, folder: str | None) -> None:
         """Make a folder the current one.
@@ -189,14 +198,6 @@ class TaskHost:
         self._ending = process.ending()
         self._give_up = time.monotonic() + LINGER
         return []
-
-    def _close(self) -> None:
-        if self._process is not None and self._method is not None:
-            self._process.kill()  # what the process has started
-            self._method.close()
-            self._process.close()
-        self._selector.close()
-        self._folder.cleanup()
 
 
 class FunctionHost(TaskHost):

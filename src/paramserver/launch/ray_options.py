@@ -83,7 +83,7 @@ def parse_resources(text: str, what: str) -> dict[str, float]:
         match = _AMOUNT.fullmatch(amount)
         if not name or name in resources or match is None:
             raise ConfigError(f"{what}: expected names and amounts, as in 'CPU=2,GPU=1,memory=4GiB', got {text!r}")
-        if match[2] and name != _MEMORY:
+        if match[2] and name.lower() != _MEMORY:
             raise ConfigError(f"{what}: {name}: expected a number, got {amount!r}; only memory has units")
         resources[name] = float(match[1]) * _UNITS[match[2] or ""]
     check_resources(resources, what)
