@@ -59,9 +59,10 @@ class Command:
         return self.process.returncode
 
     def close(self) -> None:
-        """Kill it if it still runs."""
+        """Kill it if it still runs. Idempotent."""
         self.process.kill()
-        self.process.communicate()
+        if self.process.stdout is not None and not self.process.stdout.closed:
+            self.process.communicate()
 
 
 class Fleet:

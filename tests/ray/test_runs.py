@@ -124,8 +124,7 @@ def test_a_driver_that_is_killed_leaves_nothing(fleet: Fleet, write: Callable[..
     run = fleet.launch(tmp_path, *RUN, write(UNTIL_STOP, "main(100_000_000)"))
     run.await_word("worker:0 . begins at")
     fleet.process_of("ps:1")
-    run.process.kill()
-    run.process.communicate()
+    run.close()
     fleet.await_idle()
 
 
