@@ -17,6 +17,7 @@ MODEL_DIR = "/tmp/model"  # noqa: S108  # of each host
 
 LOOP = f"""
 {OWN_LOOP}
+sys.stdin.readline()
 train(20)
 strategy.wait_for_workers()
 say("at", strategy.global_step)
@@ -45,6 +46,10 @@ def test_an_own_loop(network: Network, called: Callable[[Host], str], families: 
     network.spread_own_names(*families)
     cluster = Cluster(hosts, LOOP, called=called)
     chief, worker, *servers = cluster.start_all()
+    for task in (chief, worker):
+        task.await_word("lanes")  # both are there
+    for task in (chief, worker):
+        task.tell()
     cluster.end(chief, worker, *servers)
     assert "<SharedMemoryLane to ps:0 by shared memory>, <TcpLane to ps:1 by tcp>" in chief.said
     assert "<TcpLane to ps:0 by tcp>, <TcpLane to ps:1 by tcp>" in worker.said

@@ -10,7 +10,6 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from operator import attrgetter
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +47,12 @@ def one_thread_here() -> Iterator[None]:
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """Return the OpenMP library that torch has loaded; None if it has none, or this is not Linux."""
-    try:
-        mapped = Path("/proc/self/maps").read_text().split()
-    except OSError:
-        return None
-    found = next((path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))), None)
-    return None if found is None else ctypes.CDLL(found)
+    """Return a library in which names of torch's own OpenMP are found; None if it has none.
+
+    Other packages bring another OpenMP into the process. A name is looked for in a library and in those that it needs.
+    """
+    library = ctypes.CDLL(torch._C.__file__)
+    return library if hasattr(library, "omp_set_num_threads") else None
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

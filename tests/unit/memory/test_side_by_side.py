@@ -59,6 +59,8 @@ def test_after_an_error_no_action_is_begun_and_the_error_is_raised(num_threads: 
 
 
 def test_one_thread_is_for_this_thread_only() -> None:
+    import sklearn.utils  # noqa: F401  # which has an OpenMP of its own
+
     before = torch.get_num_threads()
     seen: list[int] = []
     with contextlib.ExitStack() as stack:

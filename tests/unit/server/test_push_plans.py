@@ -109,3 +109,14 @@ def test_ranges_of_a_table_are_refused(ranges: tuple[tuple[int, int], ...] | Non
     made.create([ArenaLayout("float32", Rule("SGD", {"lr": 0.1}), (table,), is_table=True)])
     with pytest.raises(RefusedError, match="it is a table, of which rows are pushed"):
         PushPlans(made).plan(Push(1, 0, True, (Part(0, "add", ranges),), ()))
+
+
+def test_values_go_out_after_the_last_part_that_concerns_their_block(store: Store) -> None:
+    whole, ends = Part(2, "add"), Part(2, "add", ((BLOCK, BLOCK + 1),))
+    plans = PushPlans(store)
+    assert plans.plan(Push(1, 0, True, (whole,), (2,))).answers == (1, 2)
+    assert plans.plan(Push(2, 0, True, (whole, ends), (2,))).answers == (1, 1, 2)
+    assert plans.plan(Push(3, 0, True, (ends, whole), (2,))).answers == (0, 1, 2)
+    assert plans.plan(Push(4, 0, True, (Part(0, "add"), whole), (2, 0))).answers == (0, 1, 3)
+    assert plans.plan(Push(5, 0, True, (ends,), (1, 2))).answers == (3,)
+    assert plans.plan(Push(6, 0, True, (Part(0, "add"),), (1,))).answers == ()  # too small
