@@ -147,32 +147,22 @@ def test_an_error_of_a_function_is_raised(fleet: Fleet, write: Callable[..., str
     fleet.await_idle()
 
 
-def test_a_trainer_with_data_and_checkpoints(fleet: Fleet, write: Callable[..., str], tmp_path: Path) -> None:
+def test_a_trainer_with_data_goes_on_from_its_checkpoint_when_a_ps_is_lost(
+    fleet: Fleet, write: Callable[..., str], tmp_path: Path
+) -> None:
+    kill = KILL.replace("FOLDER", repr(str(tmp_path)))
+    config = "failure_config=train.FailureConfig(max_failures=2)"
     shown = "json.dumps(dict(result.metrics, path=result.checkpoint.path, error=result.error))"
-    program = write(TRAINER, "result = fit(lambda epoch, strategy: None)", f"print('told', {shown})")
-    run = start(fleet, tmp_path, program)
+    run = start(fleet, tmp_path, write(TRAINER, kill, f"result = fit(after, {config})", f"print('told', {shown})"))
     assert run.ends() == 0, run.said
+    assert (tmp_path / "killed").exists()
     result = told(run)
+    assert isinstance(result["first"], int)
+    assert result["first"] > 0  # it began with the values of a checkpoint
     assert result["seen"] == 80  # half of the rows: a shard
     assert result["chief"] is True
-    assert result["first"] == 0
     assert result["error"] is None
     assert isinstance(result["loss"], float)
     assert result["loss"] < 0.3
     assert list(Path(str(result["path"])).glob("ckpt-*"))
-    fleet.await_idle()
-
-
-def test_a_trainer_goes_on_from_its_checkpoint_when_a_ps_is_lost(
-    fleet: Fleet, write: Callable[..., str], tmp_path: Path
-) -> None:
-    config = "failure_config=train.FailureConfig(max_failures=2)"
-    kill = KILL.replace("FOLDER", repr(str(tmp_path)))
-    program = write(TRAINER, kill, f"print('told', json.dumps(fit(after, {config}).metrics))")
-    run = start(fleet, tmp_path, program)
-    assert run.ends() == 0, run.said
-    assert (tmp_path / "killed").exists()
-    first = told(run)["first"]
-    assert isinstance(first, int)
-    assert first > 0  # it began with the values of a checkpoint
     fleet.await_idle()

@@ -95,6 +95,7 @@ class ParameterServerBackend(Backend):  # type: ignore[misc]  # as above
         Raises:
             ConfigError: If there is no place for the servers in time.
         """
+        self.on_shutdown(worker_group, backend_config)  # of a group whose end was not awaited
         spec = _plan(backend_config, len(worker_group))
         cluster = cluster_of(spec.tasks, self._serve(spec))
         ranks = [actor for actor in spec.actors if actor.task.role.trains]
