@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,21 @@ while len(list(pathlib.Path().glob(f"{run}-*"))) < 2:
     time.sleep(0.02)
 """
 
+REPORTED = """
+import sys
+from paramserver.launch.backends import load
+from paramserver.launch.ray_options import RayOptions
+from paramserver.launch.spec import LaunchOptions
+
+reports = []
+ray = RayOptions(address=sys.argv[1])
+options = LaunchOptions(script=sys.argv[2], on="ray", ps=2, workers=2, evaluator=True, ray=ray)
+code = load("ray").launch(options, reports.append)
+steps = max(report.global_step or 0 for report in reports)
+print("told", *sorted({report.task for report in reports}), steps >= 100)
+sys.exit(code)
+"""
+
 LOOP = f"""
 {OWN_LOOP}
 {MEET}
@@ -64,8 +80,9 @@ def test_a_loop_of_ones_own(fleet: Fleet, write: Callable[..., str], tmp_path: P
 
 def test_an_estimator_with_an_evaluator(fleet: Fleet, write: Callable[..., str], tmp_path: Path) -> None:
     program = write(f"{ESTIMATOR}\nmain(100)".replace("/tmp/model", "model"))  # noqa: S108
-    run = fleet.launch(tmp_path, *RUN, "--evaluator", program)
+    run = fleet.start(tmp_path, sys.executable, write(REPORTED, name="launch.py"), fleet.address, program)
     assert run.ends() == 0, run.said
+    assert "told chief:0 evaluator:0 ps:0 ps:1 worker:0 True" in run.said  # reports come through
     assert re.search(r"^chief:0 \| .*saved a checkpoint of step 1\d\d", run.said, re.MULTILINE)
     assert re.search(r"^evaluator:0 \| .*evaluated step 1\d\d", run.said, re.MULTILINE)
     assert inspect_checkpoint(str(tmp_path / "model")).step >= 100
@@ -117,6 +134,17 @@ def test_ctrl_c_lets_the_chief_save(fleet: Fleet, write: Callable[..., str], tmp
     assert "stopping the run (SIGINT)" in run.said
     assert "chief:0 is asked to leave: saved a checkpoint" in run.said
     assert inspect_checkpoint(str(tmp_path / "model")).step > 0
+    fleet.await_idle()
+
+
+def test_a_second_ctrl_c_kills(fleet: Fleet, write: Callable[..., str], tmp_path: Path) -> None:
+    deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('hangs', flush=True)"
+    run = fleet.launch(tmp_path, *RUN, write(deaf, "while True: signal.pause()"))
+    run.await_word("chief:0 . hangs")
+    interrupt(run)
+    run.await_word("stopping the run")
+    interrupt(run)
+    assert run.ends() == 130, run.said
     fleet.await_idle()
 
 
