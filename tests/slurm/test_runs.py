@@ -48,8 +48,8 @@ def test_a_launched_run(slurm: Slurm) -> None:
     run = ("--ps", "2", "--workers", "2", "--evaluator", program)
     said = slurm.run("salloc", "--quiet", "--nodes=3", "--ntasks=5", *LAUNCH, *run)
     assert [address.partition(":")[0] for _, address in sorted(served(said).items())] == ["n1", "n2"]
-    assert re.search(r"^chief:0 \| .*saved a checkpoint of step 1\d\d", said, re.MULTILINE)
-    assert re.search(r"^evaluator:0 \| .*evaluated step 1\d\d", said, re.MULTILINE)
+    assert re.search(r"^chief:0 \| .*saved a checkpoint of step \d{3,}", said, re.MULTILINE)
+    assert re.search(r"^evaluator:0 \| .*evaluated step \d{3,}", said, re.MULTILINE)
     assert inspect_checkpoint(shared).step >= 100
 
 
