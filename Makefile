@@ -1,18 +1,19 @@
-# make demo | test | test-programs | test-multihost | test-slurm | test-kubernetes | goldens | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
+# make demo | test | test-programs | test-multihost | test-slurm | test-kubernetes | test-ray | goldens | check | docs | bench | bench-report | bench-check | bench-peers; `make help` lists all. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PLOTTING := .venv/.plotting
 DOCS := .venv/.docs
+RAY := .venv-ray
 SCHEMAS := .venv/.schemas
-PYTEST := $(BIN)/pytest --doctest-modules --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/pytest --doctest-modules --ignore=src/paramserver/integrations/ray --numprocesses auto --maxprocesses 4 --dist worksteal
 WHICH := import sys; print(sys.base_prefix, sys.version)
 PIP := $(BIN)/python -m pip --require-virtualenv --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-programs test-multihost test-slurm test-kubernetes goldens lint types check docs bench bench-report bench-check bench-peers clean
+.PHONY: help demo test test-programs test-multihost test-slurm test-kubernetes test-ray goldens lint types check docs bench bench-report bench-check bench-peers clean
 
 help: ## show this
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -40,7 +41,7 @@ demo: $(INSTALLED) ## train on bundled data with five processes
 	@$(BIN)/paramserver demo
 
 test: $(INSTALLED) ## all tests but whole programs, the examples of the docstrings included
-	@$(PYTEST) -m "not whole_program and not multihost and not slurm and not kubernetes" tests src
+	@$(PYTEST) -m "not whole_program and not multihost and not slurm and not kubernetes and not ray" tests src
 
 test-programs: $(INSTALLED) ## the examples, the demo, the benchmarks in short, and runs whose tasks are all killed
 	@$(PYTEST) -m whole_program tests
@@ -59,6 +60,16 @@ test-slurm: $(INSTALLED) ## runs on a Slurm of three nodes on this machine; inst
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge iproute2; } || \
 	  { echo "error: expected Debian's packages slurm-wlm, munge and iproute2, and could not install them; install them as root" >&2; exit 1; }
 	@$(BIN)/pytest -m slurm tests/slurm
+
+test-ray: $(RAY)/.installed ## runs on a cluster of Ray with three nodes on this machine, in an environment of its own
+	@$(RAY)/bin/pytest -m ray tests/ray
+
+$(RAY)/.installed: requirements.lock requirements-ray.lock pyproject.toml
+	@echo "installing into $(RAY), which takes a minute or two"
+	@$(PYTHON) -m venv --clear $(RAY)
+	@$(RAY)/bin/python -m pip --require-virtualenv --disable-pip-version-check -qq install -r requirements.lock -r requirements-ray.lock
+	@$(RAY)/bin/python -m pip --require-virtualenv --disable-pip-version-check -qq install --no-deps --no-build-isolation -e .
+	@touch $@
 
 lint: $(INSTALLED) ## ruff and codespell
 	@$(BIN)/ruff check .
@@ -100,5 +111,5 @@ $(SCHEMAS): $(INSTALLED) requirements-kubernetes.lock
 	@touch $@
 
 clean: ## remove .venv and all caches
-	@rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site src/*.egg-info
+	@rm -rf .venv .venv-peers .venv-ray .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site src/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

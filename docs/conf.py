@@ -47,6 +47,7 @@ python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False  # a field's type stands in the signature
+autodoc_mock_imports = ["ray"]  # an extra of its own
 autodoc_type_aliases = {"Handle": "Handle"}  # else a union of all messages
 
 

@@ -9,7 +9,7 @@ import itertools
 from typing import Any
 
 import numpy as np
-import ray  # type: ignore[import-not-found]  # installed for this peer only
+import ray
 import torch
 from torch.nn import functional
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paramserver import summary as summary
     from paramserver.cluster import ClusterSpec as ClusterSpec
     from paramserver.cluster import JobSetClusterResolver as JobSetClusterResolver
+    from paramserver.cluster import RayClusterResolver as RayClusterResolver
     from paramserver.cluster import SimpleClusterResolver as SimpleClusterResolver
     from paramserver.cluster import SlurmClusterResolver as SlurmClusterResolver
     from paramserver.cluster import TFConfigClusterResolver as TFConfigClusterResolver
@@ -53,6 +54,7 @@ _HOMES = {
     "Mirrored": "distribute.core.values",
     "ParameterServerStrategy": "distribute.parameter_server",
     "PerReplica": "distribute.core.values",
+    "RayClusterResolver": "cluster",
     "ReduceOp": "distribute.reduce.reduction",
     "ReplicaContext": "distribute.replicas.context",
     "Server": "server.server",

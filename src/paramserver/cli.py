@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -28,7 +28,8 @@ from paramserver.launch.backends import BACKENDS, load
 from paramserver.launch.jobsets.options import JobSetOptions, parse_mounts
 from paramserver.launch.lifecycle import Limits
 from paramserver.launch.manifests import command as manifests
-from paramserver.launch.spec import LOCAL, LaunchOptions, option_variables
+from paramserver.launch.ray_options import STRATEGIES, RayOptions, parse_resources
+from paramserver.launch.spec import LOCAL, RAY, LaunchOptions, option_variables
 from paramserver.layout.lanes import AUTO, check_platform
 
 
@@ -169,6 +170,27 @@ def launch(
         Path | None, typer.Option(metavar="PATH", help="Folder for a file with the output of each task.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started.")] = False,
+    ps_resources: Annotated[
+        str | None, typer.Option(metavar="RESOURCES", help="Ray: resources of each ps (default: CPU=1).")
+    ] = None,
+    worker_resources: Annotated[
+        str | None,
+        typer.Option(metavar="RESOURCES", help="Ray: resources of each other task, such as CPU=2,GPU=1,memory=4GiB."),
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"Ray: {', '.join(STRATEGIES)} (default: SPREAD).")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Ray: the cluster (default: RAY_ADDRESS, or the one that runs here)."),
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Ray: a folder to copy to all nodes, in which the tasks run."),
+    ] = None,
+    start_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Ray: time to wait for resources (default: 60).")
+    ] = None,
 ) -> None:
     """Run SCRIPT as a cluster of processes, here or on an engine.
 
@@ -209,6 +231,15 @@ def launch(
         log_level=log_level,
         log_format=log_format,
         log_dir=log_dir,
+        ray=_ray_options(
+            on,
+            ps_resources=ps_resources,
+            worker_resources=worker_resources,
+            placement=placement,
+            address=address,
+            working_dir=working_dir,
+            start_timeout=start_timeout,
+        ),
     )
     backend = load(on)
     if not is_module and not Path(script).is_file():
@@ -217,6 +248,17 @@ def launch(
         typer.echo(backend.dry_run(options), nl=False)
     else:
         raise typer.Exit(launch_displayed(options))
+
+
+def _ray_options(on: str, **values: Any) -> RayOptions | None:
+    """Return the options of Ray among those that are given; None without any."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if given and on != RAY:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"launch --on {on}: {names}: an option of --on ray; leave it out, or add --on ray")
+    for name in given.keys() & {"ps_resources", "worker_resources"}:
+        given[name] = parse_resources(given[name], f"--{name.replace('_', '-')}")
+    return RayOptions(**given) if given else None
 
 
 def _check_given(context: typer.Context) -> None:

@@ -123,6 +123,41 @@ def test_options_that_cannot_work_are_refused(options: tuple[str, ...], message:
     assert message in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--placement", "PACK"),
+            "launch --on local: --placement: an option of --on ray; leave it out",
+        ),
+        (("--on", "slurm", "--ps-resources", "CPU=1"), "launch --on slurm: --ps-resources: an option of --on ray"),
+        (
+            ("--on", "ray", "--placement", "PAK"),
+            "placement: expected one of 'SPREAD', 'PACK', 'STRICT_SPREAD'",
+        ),
+        (("--on", "ray", "--worker-resources", "CPU"), "--worker-resources: expected names and amounts"),
+    ],
+)
+def test_options_of_an_engine(options: tuple[str, ...], message: str, script: str) -> None:
+    result = invoke("launch", "--dry-run", *options, script)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_a_dry_run_on_ray_needs_no_ray(script: str) -> None:
+    result = invoke("launch", "--dry-run", "--on", "ray", "--ps", "2", "--worker-resources", "CPU=3", script)
+    assert result.exit_code == 0, result.output
+    assert "2: CPU=3\n" in result.output
+    assert "# ps:1, an actor on bundle 1" in result.output
+
+
+def test_a_launch_on_ray_without_ray(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = invoke("launch", "--on", "ray", script)
+    assert isinstance(result.exception, ConfigError)
+    assert 'Ray is not installed; install it: pip install "paramserver[ray]"' in str(result.exception)
+
+
 def test_a_script_that_is_not_there_is_refused_also_in_a_dry_run() -> None:
     result = invoke("launch", "--dry-run", "missing.py")
     assert "there is no script 'missing.py'" in str(result.exception)

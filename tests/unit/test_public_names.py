@@ -21,6 +21,7 @@ PUBLIC = [
     "Mirrored",
     "ParameterServerStrategy",
     "PerReplica",
+    "RayClusterResolver",
     "ReduceOp",
     "ReplicaContext",
     "Server",

@@ -1,6 +1,7 @@
 """The cluster of a run: its tasks, their addresses, and the task of this process. No torch here."""
 
 from paramserver.cluster.jobset import JobSetClusterResolver
+from paramserver.cluster.ray import RayClusterResolver
 from paramserver.cluster.resolver import (
     ClusterResolver,
     DuplicateTaskError,
@@ -39,6 +40,7 @@ __all__ = [
     "ClusterSpec",
     "DuplicateTaskError",
     "JobSetClusterResolver",
+    "RayClusterResolver",
     "Role",
     "SimpleClusterResolver",
     "SlurmClusterResolver",

@@ -85,6 +85,7 @@ DEFAULTS_OF_LAUNCH = (
 FROM_LAUNCHERS = (
     ("PARAMSERVER_LISTEN_FD", "Listening socket that a ps inherits instead of binding its address."),
     ("PARAMSERVER_RUN_FILE", "Path of the file of a launched run, which is gone when the run is over."),
+    ("PARAMSERVER_RAY_RUN", "Name of a run on Ray, the beginning of the names of its actors."),
     ("PARAMSERVER_REPORT_FD", "Pipe that a task inherits and writes its reports to."),
     ("PARAMSERVER_FORK_SERVER_FD", "Connection to a fork server that a launcher inherits and uses."),
     ("PARAMSERVER_POD_ADDRESSES", "JSON: the address on this machine of each pod of launch --manifest, by its name."),
@@ -107,6 +108,7 @@ class Environment:
     linger: float = 0.0
     slurm_jobs: str = ""
     slurm_port_base: str = ""
+    ray_run: str = ""
     log_level: str = "info"
     log_format: str = "text"
     report_fd: int | None = None
@@ -136,6 +138,7 @@ def read() -> Environment:
         linger=_seconds("PARAMSERVER_LINGER", 0.0),
         slurm_jobs=os.environ.get("PARAMSERVER_SLURM_JOBS", ""),
         slurm_port_base=os.environ.get("PARAMSERVER_SLURM_PORT_BASE", ""),
+        ray_run=os.environ.get("PARAMSERVER_RAY_RUN", ""),
         log_level=os.environ.get("PARAMSERVER_LOG_LEVEL", "info"),
         log_format=os.environ.get("PARAMSERVER_LOG_FORMAT", "text"),
         report_fd=_descriptor("PARAMSERVER_REPORT_FD"),

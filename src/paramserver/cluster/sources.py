@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from paramserver.cluster import environment
 from paramserver.cluster.jobset import JobSetClusterResolver
+from paramserver.cluster.ray import RUN_VARIABLE, RayClusterResolver
 from paramserver.cluster.resolver import ClusterResolver
 from paramserver.cluster.roles import find_task
 from paramserver.cluster.slurm import SlurmClusterResolver
@@ -36,6 +37,7 @@ class Source:
 
 SOURCES = (
     Source("tf-config", "TF_CONFIG", TFConfigClusterResolver),
+    Source("ray", RUN_VARIABLE, RayClusterResolver),
     Source("tf-config-file", "PARAMSERVER_TF_CONFIG_FILE", TFConfigClusterResolver),
     Source("jobset", "JOBSET_NAME", JobSetClusterResolver),
     Source("slurm", "SLURM_STEP_ID", SlurmClusterResolver),

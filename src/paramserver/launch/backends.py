@@ -12,7 +12,7 @@ from paramserver.cluster.task import TaskId
 from paramserver.errors import ConfigError
 from paramserver.launch.lifecycle import Ending
 from paramserver.launch.output import OutputLine
-from paramserver.launch.spec import LOCAL, LaunchOptions
+from paramserver.launch.spec import LOCAL, RAY, LaunchOptions
 
 OnReport: TypeAlias = Callable[[Report], None]
 OnOutput: TypeAlias = Callable[[OutputLine], None]
@@ -45,7 +45,7 @@ class Backend(Protocol):
         """Return a description of exactly what `launch` would start. Starts nothing."""
 
 
-BACKENDS = {LOCAL: "paramserver.launch.local", "slurm": "paramserver.launch.slurm"}
+BACKENDS = {LOCAL: "paramserver.launch.local", "slurm": "paramserver.launch.slurm", RAY: "paramserver.launch.ray"}
 """Modules of the backends by name."""
 
 

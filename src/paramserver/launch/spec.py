@@ -13,6 +13,7 @@ from paramserver.cluster.task import Role, TaskId
 from paramserver.cluster.tf_config import as_tf_config
 from paramserver.errors import ConfigError
 from paramserver.launch.lifecycle import Limits
+from paramserver.launch.ray_options import RayOptions
 from paramserver.layout.lanes import check_lane
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -53,6 +54,9 @@ PRELOADED = (
 LOCAL = "local"
 """Name of the backend that starts the tasks on this machine."""
 
+RAY = "ray"
+"""Name of the backend that starts the tasks as actors of Ray."""
+
 HOST = "127.0.0.1"
 
 NO_ADDRESS = f"{HOST}:0"
@@ -84,6 +88,7 @@ class LaunchOptions:
             object.
         log_dir: A folder for a file with the output of each task; None for none.
         preload: With ``forkserver``, the modules to import before tasks are forked.
+        ray: The options of Ray; None for the defaults.
     """
 
     script: str
@@ -102,6 +107,7 @@ class LaunchOptions:
     log_format: str | None = None
     log_dir: Path | None = None
     preload: tuple[str, ...] = PRELOADED
+    ray: RayOptions | None = None
 
     def __post_init__(self) -> None:
         if not self.script:
@@ -119,6 +125,8 @@ class LaunchOptions:
             check_format(self.log_format, "log format")
         if self.start_method not in START_METHODS:
             raise ConfigError(f"start method: expected one of {', '.join(START_METHODS)}, got {self.start_method!r}")
+        if self.ray is not None and self.on != RAY:
+            raise ConfigError(f"launch --on {self.on}: the options of Ray are for --on ray only; leave them out")
         _check_least("restarts", self.limits.restarts, "0 starts no task again", least=0)
         for name in ("grace", "shutdown_timeout", "restart_window"):
             if not getattr(self.limits, name) >= 0:
@@ -203,7 +211,7 @@ def plan(
     tasks = tuple(
         TaskSpec(
             task,
-            _command(task, options, python),
+            (python, *task_program(task, options)),
             {"TF_CONFIG": as_tf_config(addresses, task), **shared},
         )
         for task in task_ids(options)
@@ -249,6 +257,15 @@ def task_ids(options: LaunchOptions) -> list[TaskId]:
     return tasks
 
 
+def task_program(task: TaskId, options: LaunchOptions) -> tuple[str, ...]:
+    """Return the arguments that make an interpreter a task."""
+    # A ps gets its update rules from the chief by name and numbers, so it never needs the user's script.
+    if task.role is Role.PS:
+        return ("-m", "paramserver", "server")
+    script = ("-m", options.script) if options.is_module else (options.script,)
+    return ("-m", "paramserver.launch.task", *script, *options.args)
+
+
 def shared_environment(spec: LaunchSpec) -> dict[str, str]:
     """Return the environment variables that are equal for all tasks."""
     first, *others = [task.env for task in spec.tasks]
@@ -274,14 +291,6 @@ def _describe_task(spec: LaunchSpec, task: TaskSpec) -> str:
 def _check_least(name: str, value: int, why: str, least: int = 1) -> None:
     if value < least:
         raise ConfigError(f"{name}: expected {least} or more, got {value}; {why}")
-
-
-def _command(task: TaskId, options: LaunchOptions, python: str) -> tuple[str, ...]:
-    # A ps gets its update rules from the chief by name and numbers, so it never needs the user's script.
-    if task.role is Role.PS:
-        return (python, "-m", "paramserver", "server")
-    script = ("-m", options.script) if options.is_module else (options.script,)
-    return (python, "-m", "paramserver.launch.task", *script, *options.args)
 
 
 def _addresses(workers: int, ps_ports: Sequence[int | None]) -> dict[str, tuple[str, ...]]:
