@@ -21,14 +21,10 @@ from paramserver.store.store import Store
 from paramserver.store.tables.table import StoredTable
 from paramserver.transport.lane import Piece
 from paramserver.wire import messages
-from paramserver.wire.payload import dense_pieces, parts_of_rows
+from paramserver.wire.payload import EARLY_BYTES, dense_pieces, parts_of_rows
 
 PARTS_EACH = 2
 """Limit for the parts of a push for each arena: some buffers of an arena are added to, and others assigned."""
-
-
-EARLY_ELEMENTS = BLOCK
-"""Least number of elements, read and written, for which values are sent while their push still comes in."""
 
 
 class Application(NamedTuple):
@@ -81,7 +77,7 @@ class PushPlans:
             self._check_counts(push)
             of_rows, applications = parts_of_rows(push.parts), tuple(self._applications(push.parts))
             pulled, elements = self.whole(push.pull), self._elements(push)
-            answers = _answers(applications, pulled) if elements >= EARLY_ELEMENTS else ()
+            answers = _answers(applications, pulled) if _nbytes(applications) >= EARLY_BYTES else ()
             self._last = plan = PushPlan(push.parts, push.pull, of_rows, applications, pulled, answers, elements)
         return plan
 
@@ -150,6 +146,10 @@ class PushPlans:
     def _elements(self, push: messages.Push) -> int:
         arenas = self._store.arenas
         return sum(_part_elements(part, arenas) for part in push.parts) + _whole(push.pull, arenas)
+
+
+def _nbytes(applications: Sequence[Application]) -> int:
+    return sum((piece.stop - piece.start) * arena.layout.itemsize for arena, _, piece, _ in applications)
 
 
 def _answers(applications: Sequence[Application], pulled: Sequence[Piece]) -> tuple[int, ...]:

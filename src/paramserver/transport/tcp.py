@@ -24,6 +24,7 @@ from paramserver.transport.lane import Lane, LaneKind, LockPiece, Piece, SendVal
 from paramserver.transport.together import Steps
 from paramserver.wire import codec
 from paramserver.wire.messages import EarlyValues, Message, Refused, Reply, Request
+from paramserver.wire.payload import EARLY_BYTES
 
 NOTHING = memoryview(b"")
 
@@ -60,7 +61,9 @@ class TcpLane(Lane):
         return memory
 
     def start(self, request: Request, outgoing: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> None:
-        self._frames.begin(request, [*rows, *map(self._gradients.of, outgoing)])
+        views = [*rows, *map(self._gradients.of, outgoing)]
+        is_large = sum(view.nbytes for view in views) >= EARLY_BYTES
+        (self._frames.begin if is_large else self._frames.send)(request, views)
 
     def finish(self, incoming: Sequence[Piece] = (), rows: Sequence[memoryview] = ()) -> Reply:
         reply, views = expect_reply(self._frames), [*rows, *map(self._values.of, incoming)]
@@ -166,7 +169,6 @@ class TcpSession(Session):
             self._frames.send(reply)
             return
         self._send(self._outgoing(reply, pieces, lock, self._scratch), len(pieces))
-        self._frames.flush()
 
     def close(self) -> None:
         self._frames.close()
@@ -187,14 +189,18 @@ class TcpSession(Session):
         the rest is copied and sent after the lock.
         """
         for piece in values.pieces[values.num_sent : count]:
-            self._frames.flush()  # the scratch memory is needed again
+            if values is self._early:
+                self._frames.flush()  # the scratch memory is needed again
             content, head = self._values.of(piece), values.head
             if values.in_place and not head:
                 self._frames.await_room()
             with values.lock(piece):
                 sent = self._frames.send_now([head, content]) if values.in_place else 0
                 rest = _copied(content, max(sent - head.nbytes, 0), values.scratch)
-            self._frames.send_soon([head[sent:], rest])
+            if values is self._early:
+                self._frames.send_soon([head[sent:], rest])
+            else:
+                self._frames.send_views([head[sent:], rest])
             values.head = NOTHING
             values.num_sent += 1
 

@@ -12,6 +12,10 @@ from paramserver.layout.arena import ArenaLayout
 from paramserver.layout.blocks import Range, pieces
 from paramserver.wire.messages import Part
 
+EARLY_BYTES = 1 << 20
+"""Least size of a push's payload for which a ps may send values before all of it has come in. The worker of a smaller
+push may wait until all of it is sent, before it reads anything."""
+
 
 def parts_of_rows(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Return the parts of a push that concern rows of tables, in the order of their payload."""

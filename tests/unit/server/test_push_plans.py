@@ -118,5 +118,5 @@ def test_values_go_out_after_the_last_part_that_concerns_their_block(store: Stor
     assert plans.plan(Push(2, 0, True, (whole, ends), (2,))).answers == (1, 1, 2)
     assert plans.plan(Push(3, 0, True, (ends, whole), (2,))).answers == (0, 1, 2)
     assert plans.plan(Push(4, 0, True, (Part(0, "add"), whole), (2, 0))).answers == (0, 1, 3)
-    assert plans.plan(Push(5, 0, True, (ends,), (1, 2))).answers == (3,)
-    assert plans.plan(Push(6, 0, True, (Part(0, "add"),), (1,))).answers == ()  # too small
+    assert plans.plan(Push(5, 0, True, (ends,), (1, 2))).answers == ()  # too small
+    assert plans.plan(Push(6, 0, True, (whole,), (1,))).answers == (1, 1)

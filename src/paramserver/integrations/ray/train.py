@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ray
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-import ray
 from paramserver.cluster import environment
 from paramserver.cluster.task import Role, TaskId
 from paramserver.cluster.tf_config import as_tf_config
